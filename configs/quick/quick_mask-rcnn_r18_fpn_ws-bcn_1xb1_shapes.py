@@ -1,0 +1,131 @@
+# Mask R-CNN with WS + BCN at one image per step, small enough for two CPU cores: the embedded
+# dataset (drawn on first use), from scratch, minutes. `bash tools/quickstart.sh` runs it.
+_base_ = [
+    'mmdet::_base_/models/mask-rcnn_r50_fpn.py',
+    'mmdet::_base_/default_runtime.py',
+    '../_base_/wsbcn.py',
+]
+custom_imports = dict(imports=['wsbcn_mm', 'wsbcn_mm.openmmlab.shapes_coco'])
+
+norm_cfg = dict(type='BCN', num_groups=16)  # 64 channels in neck and heads: 4 per group
+conv_cfg = {{_base_.ws_cfg}}
+num_classes = 5
+
+model = dict(
+    backbone=dict(
+        depth=18,
+        base_channels=32,
+        norm_cfg=norm_cfg,
+        conv_cfg=conv_cfg,
+        norm_eval=False,  # from scratch: there are no statistics yet to freeze
+        frozen_stages=-1,  # nor weights
+        init_cfg=None,
+    ),
+    neck=dict(
+        in_channels=[32, 64, 128, 256], out_channels=64, num_outs=4, norm_cfg=norm_cfg,
+        conv_cfg=conv_cfg,
+    ),
+    rpn_head=dict(  # no norm in the RPN, therefore no WS either
+        in_channels=64,
+        feat_channels=64,
+        anchor_generator=dict(scales=[5], strides=[4, 8, 16, 32]),  # objects of 16 to 90 pixels
+    ),
+    roi_head=dict(
+        bbox_roi_extractor=dict(out_channels=64, roi_layer=dict(sampling_ratio=2)),
+        bbox_head=dict(
+            type='Shared4Conv1FCBBoxHead',  # Shared2FC has no convolution that could take a norm
+            in_channels=64,
+            conv_out_channels=64,
+            fc_out_channels=256,
+            num_classes=num_classes,
+            norm_cfg=norm_cfg,
+            conv_cfg=conv_cfg,
+        ),
+        mask_roi_extractor=dict(out_channels=64, roi_layer=dict(sampling_ratio=2)),
+        mask_head=dict(
+            in_channels=64, conv_out_channels=64, num_classes=num_classes, norm_cfg=norm_cfg,
+            conv_cfg=conv_cfg,
+        ),
+    ),
+    train_cfg=dict(
+        rpn=dict(sampler=dict(num=128)),
+        rpn_proposal=dict(nms_pre=200, max_per_img=100),
+        rcnn=dict(sampler=dict(num=48)),
+    ),
+    test_cfg=dict(
+        rpn=dict(nms_pre=300, max_per_img=100), rcnn=dict(max_per_img=50)
+    ),
+)
+
+data_root = 'data/shapes/coco/'
+train_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
+    dict(type='RandomFlip', prob=0.5, direction=['horizontal', 'vertical']),
+    dict(type='PackDetInputs'),
+]
+test_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='Resize', scale=(192, 160), keep_ratio=True),
+    dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
+    dict(
+        type='PackDetInputs',
+        meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor'),
+    ),
+]
+train_dataloader = dict(
+    batch_size=1,
+    num_workers=1,
+    persistent_workers=True,
+    sampler=dict(type='DefaultSampler', shuffle=True),
+    dataset=dict(
+        type='ShapesCocoDataset',
+        data_root=data_root,
+        ann_file='annotations/instances_train2017.json',
+        data_prefix=dict(img='train2017/'),
+        filter_cfg=dict(filter_empty_gt=False),  # images without objects are part of the job
+        pipeline=train_pipeline,
+    ),
+)
+val_dataloader = dict(
+    batch_size=1,
+    num_workers=1,
+    persistent_workers=True,
+    drop_last=False,
+    sampler=dict(type='DefaultSampler', shuffle=False),
+    dataset=dict(
+        type='ShapesCocoDataset',
+        data_root=data_root,
+        ann_file='annotations/instances_val2017.json',
+        data_prefix=dict(img='val2017/'),
+        test_mode=True,
+        pipeline=test_pipeline,
+    ),
+)
+test_dataloader = val_dataloader
+val_evaluator = dict(
+    type='CocoMetric',
+    ann_file=data_root + 'annotations/instances_val2017.json',
+    metric=['bbox', 'segm'],
+)
+test_evaluator = val_evaluator
+
+max_epochs = 4  # 1,600 one-image steps
+train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=max_epochs, val_interval=1)
+val_cfg = dict(type='ValLoop')
+test_cfg = dict(type='TestLoop')
+optim_wrapper = dict(
+    type='OptimWrapper',
+    optimizer=dict(type='SGD', lr=0.02, momentum=0.9, weight_decay=1e-4),
+    paramwise_cfg=dict(norm_decay_mult=0.0),
+    clip_grad=dict(max_norm=10),
+)
+param_scheduler = [
+    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=100),
+    dict(
+        type='CosineAnnealingLR', by_epoch=True, begin=0, end=max_epochs, T_max=max_epochs,
+        eta_min=0.0002, convert_to_iter_based=True,
+    ),
+]
+auto_scale_lr = dict(enable=False, base_batch_size=1)
+randomness = dict(seed=0)

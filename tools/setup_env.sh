@@ -1,0 +1,99 @@
+#!/usr/bin/env bash
+# Makes the environment that the project's scripts run in, once: bash tools/setup_env.sh
+#
+# Everything it says goes to stderr; the last thing it does is to print the path of the python to
+# use on stdout. Later runs find the environment ready and take a fraction of a second.
+#
+#   WSBCN_PYTHON=/path/to/python  use this environment as it is: nothing is installed into it
+#   WSBCN_VENV=/path/to/venv      where the environment is made (default: .venv in the project)
+#   WSBCN_DEVICE=cpu|cuda         which builds to install (default: cuda where nvidia-smi lists a GPU)
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+say() { echo "setup: $*" >&2; }
+fail() { printf 'setup: error: %b\n' "$*" >&2; exit 1; }
+
+if [ -n "${WSBCN_PYTHON:-}" ]; then
+    [ -x "$WSBCN_PYTHON" ] || fail "WSBCN_PYTHON=$WSBCN_PYTHON is not an executable file"
+    PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" "$WSBCN_PYTHON" - >&2 <<'PY' || fail "that environment lacks something (see above); unset WSBCN_PYTHON to have one made"
+import sys
+try:
+    from wsbcn_mm.openmmlab import compat
+    compat.require('mmengine', 'mmcv', 'mmdet', 'mmseg')
+except ImportError as error:
+    sys.exit(f'{sys.executable}: {error}')
+PY
+    echo "$WSBCN_PYTHON"
+    exit 0
+fi
+
+venv=${WSBCN_VENV:-$PWD/.venv}
+device=${WSBCN_DEVICE:-$(nvidia-smi -L 2>/dev/null | grep -q GPU && echo cuda || echo cpu)}
+case $device in cpu | cuda) ;; *) fail "WSBCN_DEVICE must be cpu or cuda, got '$device'" ;; esac
+stamp="$device $PWD $(cat requirements/*.txt setup.py tools/setup_env.sh | cksum)"
+if [ "$(cat "$venv/wsbcn-ready" 2>/dev/null)" = "$stamp" ]; then
+    echo "$venv/bin/python"
+    exit 0
+fi
+
+# Everything that would fail late is asked for first.
+base=${PYTHON:-python3}
+"$base" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null ||
+    fail "Python 3.11 to 3.13 is needed, '$base' is $("$base" -V 2>&1)\n  name another: PYTHON=/path/to/python3.11 bash $0"
+"$base" -c 'import ensurepip, venv' 2>/dev/null ||
+    fail "'$base' cannot make virtual environments\n  on Debian or Ubuntu: apt-get install python3-venv"
+command -v "${CXX:-c++}" >/dev/null ||
+    fail "no C++ compiler (${CXX:-c++}): the ops of mmcv are compiled here\n  on Debian or Ubuntu: apt-get install build-essential; elsewhere: gcc-c++, or set CXX"
+"$base" -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))' ||
+    fail "the headers of '$base' (Python.h) are missing\n  on Debian or Ubuntu: apt-get install python3-dev"
+if [ "$device" = cuda ] && ! command -v nvcc >/dev/null; then
+    fail "there is a GPU but no nvcc, which compiles mmcv's CUDA ops\n  install the CUDA toolkit of your driver, or use the CPU: WSBCN_DEVICE=cpu bash $0"
+fi
+
+say "making $venv ($device builds)"
+[ -x "$venv/bin/python" ] || "$base" -m venv "$venv"
+rm -f "$venv/wsbcn-ready"
+pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
+
+say 'installing torch'
+torch_index=()
+# PyPI's torch for Linux is the CUDA build, gigabytes larger; where the index of CPU builds cannot be
+# reached, pip says so and takes that one.
+[ "$device" = cuda ] || [ "$(uname -s)" != Linux ] ||
+    torch_index=(--extra-index-url https://download.pytorch.org/whl/cpu --retries 1)
+pip install -q "${torch_index[@]}" -r requirements/torch.txt -r requirements/build.txt \
+    -c requirements/constraints.txt >&2
+
+if ! "$venv/bin/python" -c 'import mmcv._ext' 2>/dev/null; then
+    say "compiling the ops of mmcv: once, about $([ "$device" = cuda ] && echo '20 to 40' || echo '6 to 20') minutes, or seconds when pip has them in its cache"
+    log="$venv/mmcv-build.log"
+    set +e
+    MMCV_WITH_OPS=1 FORCE_CUDA=$([ "$device" = cuda ] && echo 1 || echo 0) \
+        MAX_JOBS="${MAX_JOBS:-$(nproc)}" CFLAGS="-g0 ${CFLAGS:-}" CXXFLAGS="-g0 ${CXXFLAGS:-}" \
+        "$venv/bin/python" -m pip -v --disable-pip-version-check install --no-build-isolation \
+        -c requirements/constraints.txt "$(grep -o '^mmcv==[^ ]*' requirements/openmmlab.txt)" 2>&1 |
+        tee "$log" |
+        # ninja prints "[12/77] c++ ..."; one line each on a terminal, one in ten in a log.
+        awk -v tty="$([ -t 2 ] && echo 1 || echo 0)" '
+            BEGIN { start = systime() }
+            match($0, /^ *\[[0-9]+\/[0-9]+\]/) {
+                split(substr($0, RSTART, RLENGTH), part, /[^0-9]+/)
+                done = part[2]; all = part[3]; spent = systime() - start
+                if (tty || done % 10 == 0 || done == all)
+                    printf "%ssetup:   %d of %d files, %d:%02d min%s", (tty ? "\r" : ""), done, all,
+                        spent / 60, spent % 60, (tty && done < all ? "" : "\n") > "/dev/stderr"
+            }'
+    status=${PIPESTATUS[0]}
+    set -e
+    if [ "$status" != 0 ]; then
+        tail -n 30 "$log" >&2
+        fail "mmcv could not be built; the whole log: $log\n  out of memory? try MAX_JOBS=1 bash $0"
+    fi
+fi
+
+say 'installing mmengine, mmdet, mmsegmentation and wsbcn_mm'
+pip install -q -r requirements/openmmlab.txt -r requirements/dev.txt -c requirements/constraints.txt >&2
+pip install -q --no-deps --no-build-isolation --use-pep517 -e . >&2
+echo "$stamp" >"$venv/wsbcn-ready"
+say "ready: $("$venv/bin/python" -c 'import torch; print("torch", torch.__version__, "on", "GPU: " + torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU")')"
+echo "$venv/bin/python"

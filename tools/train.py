@@ -1,0 +1,84 @@
+"""Trains a detector or a segmenter: the arguments of MMDetection's tool of the same name."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also from a clone not installed
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    from mmengine.config import DictAction
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('config', help='config file')
+    parser.add_argument('--work-dir', help='folder of logs and checkpoints')
+    parser.add_argument('--amp', action='store_true', help='automatic mixed precision')
+    parser.add_argument(
+        '--auto-scale-lr', action='store_true',
+        help='scale the learning rate from the config\'s base batch size to the actual one',
+    )  # fmt: skip
+    parser.add_argument(
+        '--resume', nargs='?', const='auto',
+        help='resume from this checkpoint; without a value from the latest in the work dir',
+    )  # fmt: skip
+    parser.add_argument(
+        '--cfg-options', nargs='+', action=DictAction,
+        help='override settings of the config: a.b.c=value, key="[a,b]", key="[(a,b),(c,d)]"',
+    )  # fmt: skip
+    parser.add_argument(
+        '--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none',
+        help='how the processes were started',
+    )  # fmt: skip
+    # torch.distributed.launch passes --local-rank
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
+    args = parser.parse_args()
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    return args
+
+
+def configure(args: argparse.Namespace):
+    """The config of this run; raises where something that it needs is missing."""
+    from wsbcn_mm.openmmlab import config, launch
+
+    cfg = config.load_config(args.config, args.cfg_options)
+    cfg.launcher = args.launcher
+    cfg.work_dir = config.work_dir(cfg, args.config, args.work_dir)
+    if args.amp:
+        cfg.optim_wrapper.type = 'AmpOptimWrapper'
+        cfg.optim_wrapper.loss_scale = 'dynamic'
+    if args.auto_scale_lr:
+        if not {'enable', 'base_batch_size'} <= set(cfg.get('auto_scale_lr') or {}):
+            raise ValueError(
+                f'--auto-scale-lr: {args.config} does not say which batch size its learning rate '
+                'is for\n  add auto_scale_lr = dict(enable=False, base_batch_size=...) to it'
+            )
+        cfg.auto_scale_lr.enable = True
+    if args.resume is not None:
+        cfg.resume = True
+        cfg.load_from = None if args.resume == 'auto' else args.resume
+    if cfg.get('load_from'):
+        config.check_checkpoint_file(cfg.load_from)
+    config.check_data(cfg, 'train_dataloader', 'val_dataloader')
+    config.add_hook(cfg, dict(type='CheckpointReportHook'))
+    launch.prepare_distributed(cfg, args.launcher)
+    return cfg
+
+
+def main() -> None:
+    """Reads the config and trains."""
+    try:
+        cfg = configure(parse_args())
+    except (ValueError, ImportError, FileNotFoundError) as error:
+        sys.exit(f'error: {error}')
+    from mmengine.registry import RUNNERS
+    from mmengine.runner import Runner
+
+    runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    runner.train()
+
+
+if __name__ == '__main__':
+    main()

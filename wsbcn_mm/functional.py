@@ -1,0 +1,208 @@
+"""The two operations as functions: check the arguments, then call the implementation."""
+
+import math
+
+from torch import Tensor
+
+from wsbcn_mm.backends import eager
+
+FORMULAS = ('paper', 'std_eps', 'var_eps')
+MODES = ('estimate', 'batch')
+
+
+def weight_standardize(weight: Tensor, eps: float = 1e-5, formula: str = 'paper') -> Tensor:
+    """Standardizes every output channel of a convolution weight over its fan-in.
+
+    ``w_hat[o] = (w[o] - mean(w[o])) / d[o]`` with the mean over the fan-in ``n = I * prod(k)``:
+
+    =========== ============================ ====================================================
+    formula     d                            source
+    =========== ============================ ====================================================
+    ``paper``   sqrt(var_biased + eps)       arXiv 1903.10520 v2, equations 5-7
+    ``std_eps`` std_unbiased + eps           the authors' WS code, mmcv ConvWS, GN+WS checkpoints
+    ``var_eps`` sqrt(var_unbiased + eps)     the authors' BCN code, BCN+WS checkpoints
+    =========== ============================ ====================================================
+
+    Gradients flow through mean and d. There is no difference between training and evaluation.
+
+    Args:
+        weight: (O, I, *k), the output channel first; n >= 2. Floating point; float16 and bfloat16
+            are computed in float32 and rounded once.
+        eps: Added in the denominator where the formula says; >= 0.
+        formula: ``'paper'``, ``'std_eps'`` or ``'var_eps'``. A checkpoint fixes one of them.
+
+    Returns:
+        The standardized weight, with the shape and dtype of ``weight``.
+
+    Raises:
+        TypeError: ``weight`` is not a floating-point tensor.
+        ValueError: fewer than 2 axes, a fan-in below 2, a negative eps, an unknown formula.
+
+    Example:
+        >>> w_hat = weight_standardize(torch.randn(8, 4, 3, 3))
+        >>> bool(w_hat.mean((1, 2, 3)).abs().max() < 1e-6)
+        True
+    """
+    _check_floating(weight, 'weight')
+    if weight.dim() < 2:
+        raise ValueError(
+            'weight must have at least 2 axes (out_channels, in_channels, *kernel_size)\n'
+            f'  got shape {tuple(weight.shape)}'
+        )
+    check_eps(eps)
+    check_choice(formula, FORMULAS, 'formula')
+    if weight.size(0) == 0:
+        return weight.clone()
+    check_fan_in(weight[0].numel())
+    return eager.weight_standardize(weight, eps, formula)
+
+
+def batch_channel_norm(
+    input: Tensor,
+    num_groups: int,
+    running_mean: Tensor,
+    running_var: Tensor,
+    batch_weight: Tensor | None = None,
+    batch_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    mode: str = 'estimate',
+    momentum: float | Tensor = 0.01,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Batch-Channel Normalization (arXiv 1911.09738, equations 13-15).
+
+    Stage 1, per channel c: ``x1 = batch_weight (x - mu) / sqrt(var + eps) + batch_bias``.
+    Stage 2, per sample n and group g: ``y = weight (x1 - m) / sqrt(v + eps) + bias``, with m and v
+    the mean and biased variance of x1 over the group's channels and all positions; always those of
+    the sample itself. What mu and var are:
+
+    - ``training=True, mode='estimate'`` (micro-batches): the running estimates, **updated first**
+      with this input, ``mu <- (1 - r) mu + r mean(x)``, ``var <- (1 - r) var + r mean((x - mu_old)^2)``
+      with r = ``momentum``; no gradient flows through them.
+    - ``training=True, mode='batch'`` (large batches): mean and biased variance of this input, with
+      gradient. The running buffers are updated as in BatchNorm (unbiased variance). One value per
+      channel has no variance: then the running statistics are used and left alone.
+    - ``training=False``: the running statistics, left alone.
+
+    Args:
+        input: (N, C, *), floating point, any memory format (kept). N = 0 gives an empty result and
+            touches nothing.
+        num_groups: G, divides C.
+        running_mean: (C,), updated in place.
+        running_var: (C,), updated in place.
+        batch_weight: (C,), stage 1. None: 1.
+        batch_bias: (C,), stage 1. None: 0.
+        weight: (G,) as in the paper, or (C,); stage 2. None: 1.
+        bias: (G,) or (C,), stage 2. None: 0.
+        training: Whether to update and which statistics to use; see above.
+        mode: ``'estimate'`` or ``'batch'``.
+        momentum: The rate r in [0, 1], or a 0-d tensor.
+        eps: Added to both variances, >= 0.
+
+    Returns:
+        A new tensor with shape, dtype and memory format of ``input``. float16 and bfloat16 are
+        computed in float32; the result does not become float32 under autocast. Differentiable
+        twice.
+
+    Raises:
+        TypeError: ``input`` is not a floating-point tensor.
+        ValueError: a shape, the number of groups, mode, momentum or eps does not fit.
+    """
+    _check_floating(input, 'input')
+    if input.dim() < 2:
+        raise ValueError(
+            'input must have at least 2 axes (N, num_channels, ...)\n'
+            f'  got shape {tuple(input.shape)}'
+        )
+    num_channels = input.size(1)
+    check_groups(num_channels, num_groups)
+    for name, value in (
+        ('running_mean', running_mean), ('running_var', running_var),
+        ('batch_weight', batch_weight), ('batch_bias', batch_bias),
+    ):  # fmt: skip
+        if value is not None and value.shape != (num_channels,):
+            raise ValueError(
+                f'{name} must have shape ({num_channels},), one value per channel of the input\n'
+                f'  got {tuple(value.shape)} for an input of shape {tuple(input.shape)}'
+            )
+    for name, value in (('weight', weight), ('bias', bias)):
+        if value is not None and value.shape not in ((num_groups,), (num_channels,)):
+            raise ValueError(
+                f'{name} must have shape ({num_groups},), one value per group, or '
+                f'({num_channels},), one per channel\n  got {tuple(value.shape)}'
+            )
+    check_choice(mode, MODES, 'mode')
+    if not isinstance(momentum, Tensor):
+        check_rate(momentum)
+    check_eps(eps)
+    return eager.batch_channel_norm(
+        input, num_groups, running_mean, running_var, batch_weight, batch_bias, weight, bias,
+        training, mode, momentum, eps,
+    )  # fmt: skip
+
+
+def check_choice(value: str | None, choices: tuple, name: str) -> None:
+    """Raises ValueError unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise ValueError(f'{name} must be one of {", ".join(map(repr, choices))}\n  got {value!r}')
+
+
+def check_eps(eps: float) -> None:
+    """Raises ValueError unless ``eps`` is a finite number >= 0."""
+    if isinstance(eps, bool) or not isinstance(eps, (int, float)):
+        raise TypeError(f'eps must be a number >= 0\n  got {eps!r} of type {type(eps).__name__}')
+    if not 0 <= eps < math.inf:
+        raise ValueError(f'eps must be finite and >= 0 (usual: 1e-5)\n  got {eps!r}')
+
+
+def check_rate(momentum: float) -> None:
+    """Raises unless ``momentum`` is a number in [0, 1]."""
+    if isinstance(momentum, bool) or not isinstance(momentum, (int, float)):
+        raise TypeError(
+            'momentum must be a number in [0, 1], the weight of the new observation\n'
+            f'  got {momentum!r} of type {type(momentum).__name__}'
+        )
+    if not 0 <= momentum <= 1:
+        raise ValueError(
+            'momentum must lie in [0, 1]; it is the weight of the new observation, as in '
+            f'torch.nn.BatchNorm2d\n  got {momentum!r}'
+        )
+
+
+def check_groups(num_channels: int, num_groups: int) -> None:
+    """Raises ValueError unless ``num_groups`` is a positive divisor of ``num_channels``."""
+    for name, value in (('num_channels', num_channels), ('num_groups', num_groups)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f'{name} must be an int\n  got {value!r} of type {type(value).__name__}')
+        if value < 1:
+            raise ValueError(f'{name} must be at least 1\n  got {value}')
+    if num_channels % num_groups:
+        divisors = [g for g in range(1, num_channels + 1) if num_channels % g == 0]
+        nearest = min(divisors, key=lambda g: abs(g - num_groups))
+        raise ValueError(
+            'num_channels must be divisible by num_groups\n'
+            f'  got num_channels={num_channels}, num_groups={num_groups}\n'
+            f'  for {num_channels} channels num_groups={nearest} would fit'
+        )
+
+
+def check_fan_in(fan_in: int) -> None:
+    """Raises ValueError where there is nothing to standardize over."""
+    if fan_in < 2:
+        raise ValueError(
+            'weight standardization needs at least 2 weights per output channel '
+            '(in_channels / groups * kernel area)\n'
+            f'  got {fan_in}: its standardized value would be 0 whatever the weight is\n'
+            '  use a plain convolution here (depthwise 1x1 convolutions cannot be standardized)'
+        )
+
+
+def _check_floating(value: Tensor, name: str) -> None:
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        found = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f'{name} must be a floating-point tensor\n  got {found}')
+
+
+__all__ = ['FORMULAS', 'MODES', 'batch_channel_norm', 'weight_standardize']

@@ -1,0 +1,319 @@
+"""The layers: parameters, buffers, state dict, training and evaluation. The math is elsewhere.
+
+Why the classes are built as they are (each point is a test in tests/openmmlab):
+
+- They derive **directly** from torch's own class (a mixin supplies the rest), because OpenMMLab's
+  initialisation and weight-decay rules look at direct base classes.
+- `BatchChannelNorm2d` is an `nn.GroupNorm` holding a statistics-only BatchNorm as child ``bn``, so
+  that ``norm_eval``, SyncBN conversion and weight-decay rules reach the right part, and nothing
+  takes the layer for a BatchNorm that it could fuse away. The child has no ``weight``, so that
+  zero-initialising a residual branch does not switch both scales off.
+- A WS convolution offers no way to run with a foreign weight: shortcuts that fold a BatchNorm into
+  the raw weight would be silently wrong.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from wsbcn_mm import functional
+from wsbcn_mm.functional import check_choice, check_eps, check_fan_in, check_groups, check_rate
+
+
+class WeightStandardized:
+    """What the WS convolutions share; a mixin in front of a torch convolution.
+
+    The layer's parameters and state dict are those of torch's convolution: the optimizer updates
+    the raw ``weight``; what convolves is `standardized_weight`.
+    """
+
+    def __init__(self, *args, eps: float = 1e-5, formula: str = 'paper', **kwargs) -> None:
+        check_eps(eps)
+        check_choice(formula, functional.FORMULAS, 'formula')
+        super().__init__(*args, **kwargs)
+        check_fan_in(self.in_channels // self.groups * math.prod(self.kernel_size))
+        self.eps = eps
+        self.formula = formula
+
+    def standardized_weight(self) -> Tensor:
+        """The weight that convolves, in the shape of ``weight``; differentiable."""
+        return functional.weight_standardize(self.weight, self.eps, self.formula)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Convolves with the standardized weight; shapes as in torch's convolution."""
+        return super()._conv_forward(input, self.standardized_weight(), self.bias)
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        # Hosts call this to convolve with a weight of their own making.
+        if weight is self.weight and bias is self.bias:
+            return self.forward(input)
+        raise RuntimeError(
+            f'{type(self).__name__} was asked to convolve with a weight that is not its own\n'
+            '  shortcuts that fold a BatchNorm into the raw weight of a convolution (OpenMMLab\'s '
+            'efficient_conv_bn_eval) are wrong for standardized weights\n'
+            '  switch the shortcut off, or turn the layer into a plain convolution with .to_plain()'
+        )
+
+    def to_plain(self) -> nn.Module:
+        """A torch convolution of the same kind whose weight is this layer's standardized weight.
+
+        Same results in evaluation; training it no longer standardizes. Copies, shares nothing.
+        """
+        # 'modules': the class of a parametrized layer lives in torch.nn.utils.
+        kind = next(c for c in type(self).__mro__ if c.__module__.startswith('torch.nn.modules.'))
+        arguments = dict(
+            stride=self.stride, padding=self.padding, dilation=self.dilation, groups=self.groups,
+            bias=self.bias is not None, padding_mode=self.padding_mode,
+            device=self.weight.device, dtype=self.weight.dtype,
+        )  # fmt: skip
+        if self.transposed:
+            arguments['output_padding'] = self.output_padding
+        plain = kind(self.in_channels, self.out_channels, self.kernel_size, **arguments)
+        with torch.no_grad():
+            plain.weight.copy_(self.standardized_weight())
+            if self.bias is not None:
+                plain.bias.copy_(self.bias)
+        return plain.train(self.training)
+
+    def extra_repr(self) -> str:
+        """torch's line, followed by eps and formula."""
+        return f'{super().extra_repr()}, eps={self.eps}, formula={self.formula!r}'
+
+
+_CONV_DOC = """{name} with Weight Standardization (arXiv 1903.10520, equations 5-7).
+
+    ``y = conv(x, (w - mean) / sqrt(var + eps)) + bias``, mean and biased variance of w per output
+    channel over its fan-in; the same in training and in evaluation. Outputs are about sqrt(fan-in)
+    times larger than those of a freshly initialised plain convolution: use it only where a
+    normalisation follows.
+
+    Args:
+        *args, **kwargs: Exactly those of `torch.nn.{name}`, bias, groups, dilation, padding_mode,
+            device and dtype included.
+        eps: Added in the denominator, >= 0.
+        formula: ``'paper'``, ``'std_eps'`` (mmcv ConvWS, GN+WS checkpoints) or ``'var_eps'`` (the
+            authors' BCN checkpoints); see `wsbcn_mm.functional.weight_standardize`.
+
+    Shapes, dtypes and the state dict are those of `torch.nn.{name}`.
+
+    Raises:
+        ValueError: a fan-in of 1 (depthwise 1x1), a negative eps, an unknown formula.
+    """
+
+
+class WSConv1d(WeightStandardized, nn.Conv1d):
+    __doc__ = _CONV_DOC.format(name='Conv1d')
+
+
+class WSConv2d(WeightStandardized, nn.Conv2d):
+    __doc__ = _CONV_DOC.format(name='Conv2d')
+
+
+class WSConv3d(WeightStandardized, nn.Conv3d):
+    __doc__ = _CONV_DOC.format(name='Conv3d')
+
+
+class WSConvTranspose2d(WeightStandardized, nn.ConvTranspose2d):
+    __doc__ = _CONV_DOC.format(name='ConvTranspose2d')
+
+    def standardized_weight(self) -> Tensor:
+        """The weight that convolves, in the shape of ``weight``; differentiable.
+
+        A transposed weight is (C_in, C_out / groups, *k): an output channel's fan-in are the input
+        channels of its group.
+        """
+        by_group = self.weight.unflatten(0, (self.groups, -1)).transpose(1, 2)
+        rows = functional.weight_standardize(by_group.flatten(0, 1), self.eps, self.formula)
+        return rows.view_as(by_group).transpose(1, 2).flatten(0, 1)
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """Transposed convolution with the standardized weight; shapes as in torch's."""
+        output_padding = self._output_padding(
+            input, output_size, self.stride, self.padding, self.kernel_size, 2, self.dilation
+        )
+        return F.conv_transpose2d(
+            input, self.standardized_weight(), self.bias, self.stride, self.padding,
+            output_padding, self.groups, self.dilation,
+        )  # fmt: skip
+
+
+AFFINES = ('group', 'channel', None)
+DEFAULT_MOMENTUM = {'estimate': 0.01, 'batch': 0.1}
+
+
+class BatchChannelNorm:
+    """What the Batch-Channel Normalization layers share; a mixin in front of nn.GroupNorm."""
+
+    _version = 1
+    _abbr_ = 'bcn'  # attribute name in OpenMMLab's modules (`bcn1`); 'bn' would collide with BN's
+    _bn_class: type
+    _dims: tuple[int, ...]
+
+    def __init__(
+        self,
+        num_channels: int,
+        num_groups: int = 32,
+        eps: float = 1e-5,
+        momentum: float | str | None = None,
+        affine: str | None = 'group',
+        mode: str = 'estimate',
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        check_groups(num_channels, num_groups)
+        check_eps(eps)
+        check_choice(affine, AFFINES, 'affine')
+        check_choice(mode, functional.MODES, 'mode')
+        factory = dict(device=device, dtype=dtype)
+        super().__init__(num_groups, num_channels, eps, affine == 'channel', **factory)
+        if affine == 'group':
+            self.weight = nn.Parameter(torch.ones(num_groups, **factory))
+            self.bias = nn.Parameter(torch.zeros(num_groups, **factory))
+        self.batch_weight = nn.Parameter(torch.ones(num_channels, **factory))
+        self.batch_bias = nn.Parameter(torch.zeros(num_channels, **factory))
+        self.bn = self._bn_class(num_channels, eps, affine=False, **factory)
+        self.affine = affine
+        self.mode = mode
+        self.momentum = DEFAULT_MOMENTUM[mode] if momentum is None else momentum
+
+    @property
+    def momentum(self) -> float | str:
+        """Rate of the running statistics: a number in [0, 1] or ``'cumulative'``; settable.
+
+        Kept in ``bn.momentum`` (None there means cumulative, as in torch), so that whatever sets
+        the momentum of every BatchNorm of a model reaches this layer too.
+        """
+        return 'cumulative' if self.bn.momentum is None else self.bn.momentum
+
+    @momentum.setter
+    def momentum(self, value: float | str) -> None:
+        if value == 'cumulative':
+            self.bn.momentum = None
+        elif isinstance(value, str):
+            raise ValueError(f"momentum must be a number in [0, 1] or 'cumulative'\n  got {value!r}")
+        else:
+            check_rate(value)
+            self.bn.momentum = value
+
+    def reset_parameters(self) -> None:
+        """Scales to 1, shifts to 0, running statistics to mean 0 and variance 1."""
+        super().reset_parameters()
+        # nn.GroupNorm's constructor calls this before the rest exists.
+        if hasattr(self, 'bn'):
+            nn.init.ones_(self.batch_weight)
+            nn.init.zeros_(self.batch_bias)
+            self.bn.reset_running_stats()
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalises ``input``; see the class for shapes and what each mode does."""
+        self._check_input(input)
+        bn = self.bn
+        # norm_eval and frozen stages call eval() on BatchNorm instances only: the child obeys.
+        training = self.training and bn.training
+        momentum = bn.momentum
+        if training and self.mode == 'batch' and _synchronises(bn) and input.numel() > 0:
+            return self._forward_synchronised(input)
+        # Counts updates: batch mode makes none from a single value per channel.
+        if training and input.numel() // self.num_channels > (1 if self.mode == 'batch' else 0):
+            bn.num_batches_tracked.add_(1)
+            if momentum is None:
+                momentum = bn.num_batches_tracked.to(torch.float64).reciprocal()
+        return functional.batch_channel_norm(
+            input, self.num_groups, bn.running_mean, bn.running_var, self.batch_weight,
+            self.batch_bias, self.weight, self.bias, training, self.mode,
+            0.0 if momentum is None else momentum, self.eps,
+        )  # fmt: skip
+
+    def _forward_synchronised(self, input: Tensor) -> Tensor:
+        """Batch mode over all ranks: torch's SyncBatchNorm is stage 1, GroupNorm stage 2."""
+        x = self.bn(input)  # counts the batch, too
+        shape = (-1, *[1] * (input.dim() - 2))
+        x = x * self.batch_weight.to(x.dtype).view(shape) + self.batch_bias.to(x.dtype).view(shape)
+        weight, bias = (
+            None if p is None else p.repeat_interleave(self.num_channels // p.numel())
+            for p in (self.weight, self.bias)
+        )
+        return F.group_norm(x, self.num_groups, weight, bias, self.eps).to(input.dtype)
+
+    def _check_input(self, input: Tensor) -> None:
+        if input.dim() not in self._dims or input.size(1) != self.num_channels:
+            expected = ' or '.join(f'{d}-d' for d in self._dims)
+            raise ValueError(
+                f'{type(self).__name__} expects a {expected} input (N, {self.num_channels}, ...)\n'
+                f'  got shape {tuple(input.shape)}'
+            )
+
+    def extra_repr(self) -> str:
+        """The constructor's arguments."""
+        return (
+            f'{self.num_channels}, num_groups={self.num_groups}, eps={self.eps}, '
+            f'momentum={self.momentum!r}, affine={self.affine!r}, mode={self.mode!r}'
+        )
+
+
+def _synchronises(bn: nn.Module) -> bool:
+    """Whether this is a SyncBatchNorm with other ranks to talk to."""
+    return (
+        isinstance(bn, nn.SyncBatchNorm)
+        and torch.distributed.is_available()
+        and torch.distributed.is_initialized()
+        and torch.distributed.get_world_size(bn.process_group) > 1
+    )
+
+
+_NORM_DOC = """Batch-Channel Normalization over {shape} inputs (arXiv 1911.09738, equations 13-15).
+
+    Stage 1, per channel: ``x1 = batch_weight (x - mu) / sqrt(var + eps) + batch_bias``; stage 2, per
+    sample and group of channels: ``y = weight (x1 - m) / sqrt(v + eps) + bias``, m and v always from
+    the sample itself (a GroupNorm). mu and var:
+
+    - training, ``mode='estimate'`` (1-2 images per GPU): running estimates, updated with this input
+      **before** they are used (second moment around the old mean); constants for the gradient.
+    - training, ``mode='batch'`` (large batches): this batch's statistics, with gradient, as in
+      BatchNorm; those of all ranks when ``bn`` was converted to SyncBatchNorm (SyncBN). With a
+      single value per channel the running statistics are used and not updated.
+    - ``eval()``, of the layer or of its child ``bn`` alone (OpenMMLab's ``norm_eval``): the running
+      statistics, frozen.
+
+    Args:
+        num_channels: C.
+        num_groups: G, a divisor of C.
+        eps: Added to both variances, >= 0.
+        momentum: Rate r of the running statistics in [0, 1] (the weight of the new observation);
+            None: 0.01 in estimate mode, 0.1 in batch mode; ``'cumulative'``: 1/t at step t, the
+            average over all steps.
+        affine: Shape of the outer scale and shift ``weight``, ``bias``: ``'group'`` (G,) as in the
+            paper, ``'channel'`` (C,) as in GroupNorm, None without. ``batch_weight`` and
+            ``batch_bias`` (C,) are always there.
+        mode: ``'estimate'`` or ``'batch'``.
+        device, dtype: As in torch.
+
+    Shape: {shape}, N >= 0; the output has shape, dtype and memory format of the input. float16 and
+    bfloat16 are computed in float32. N = 0 gives an empty result and touches nothing.
+
+    State dict: ``weight, bias, batch_weight, batch_bias, bn.running_mean, bn.running_var,
+    bn.num_batches_tracked``.
+
+    Raises:
+        TypeError, ValueError: an argument or an input that does not fit.
+    """
+
+
+class BatchChannelNorm1d(BatchChannelNorm, nn.GroupNorm):
+    __doc__ = _NORM_DOC.format(shape='(N, C) or (N, C, L)')
+    _bn_class = nn.BatchNorm1d
+    _dims = (2, 3)
+
+
+class BatchChannelNorm2d(BatchChannelNorm, nn.GroupNorm):
+    __doc__ = _NORM_DOC.format(shape='(N, C, H, W)')
+    _bn_class = nn.BatchNorm2d
+    _dims = (4,)
+
+
+class BatchChannelNorm3d(BatchChannelNorm, nn.GroupNorm):
+    __doc__ = _NORM_DOC.format(shape='(N, C, D, H, W)')
+    _bn_class = nn.BatchNorm3d
+    _dims = (5,)

@@ -1,0 +1,130 @@
+"""Gaps between the installed OpenMMLab and this package, closed once when it is imported.
+
+Each function names the gap, and does nothing where it is not there:
+
+- `find_packages_by_import_name`: ``_base_ = 'wsbcn_mm::...'`` and ``'mmdet::...'`` with setuptools
+  >= 82 (no pkg_resources), in editable installs, and in the maintained fork, whose distributions
+  have other names.
+- `allow_checkpoint_globals`: torch >= 2.6 refuses the few harmless classes in mmengine's
+  checkpoints. They go on torch's allow-list; the check itself stays on.
+- `fuse_standardized_weights`: mmcv's fuse_conv_bn would fold a BatchNorm into the raw weight.
+
+`require` tells the user what to install, with the command.
+"""
+
+import importlib
+import re
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from wsbcn_mm.layers import WeightStandardized
+
+# import name -> (oldest version that works, how to get the one we test with)
+PACKAGES = {
+    'mmengine': ('0.10.0', 'pip install mmengine==0.10.7'),
+    'mmcv': ('2.0.0', 'MMCV_WITH_OPS=1 pip install --no-build-isolation mmcv==2.1.0'),
+    'mmdet': ('3.0.0', 'pip install mmdet==3.3.0'),
+    'mmseg': ('1.0.0', 'pip install mmsegmentation==1.2.2 ftfy regex'),
+}
+
+
+def apply() -> None:
+    """Closes every gap; may be called more than once."""
+    find_packages_by_import_name()
+    allow_checkpoint_globals()
+    if find_spec('mmcv') is not None:
+        fuse_standardized_weights()
+
+
+def find_packages_by_import_name() -> None:
+    """Makes ``_base_ = '<package>::...'`` look for what can be imported, ours included."""
+    from mmengine.config import config
+    from mmengine.config.utils import MODULE2PACKAGE
+
+    MODULE2PACKAGE['wsbcn_mm'] = 'wsbcn_mm'
+    config.is_installed = lambda package: find_spec(_import_name(package)) is not None
+    config.get_installed_path = _package_folder
+
+
+def _import_name(distribution: str) -> str:
+    from mmengine.config.utils import MODULE2PACKAGE
+
+    return {value: key for key, value in MODULE2PACKAGE.items()}.get(distribution, distribution)
+
+
+def _package_folder(distribution: str) -> str:
+    name = _import_name(distribution)
+    spec = find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        raise ModuleNotFoundError(f'a config inherits from {name!r}, which is not installed')
+    return str(Path(list(spec.submodule_search_locations)[0]))
+
+
+def allow_checkpoint_globals() -> None:
+    """Puts what mmengine's own checkpoints hold, beside tensors, on torch's allow-list."""
+    if not hasattr(torch.serialization, 'add_safe_globals'):  # torch < 2.4: no allow-list, no gap
+        return
+    import numpy as np
+    from mmengine.logging.history_buffer import HistoryBuffer
+
+    multiarray = importlib.import_module(
+        'numpy._core.multiarray' if find_spec('numpy._core') else 'numpy.core.multiarray'
+    )
+    # Statistics of the log, as numpy arrays and scalars of these types.
+    dtypes = [type(np.dtype(kind)) for kind in ('f8', 'f4', 'f2', 'i8', 'i4', 'u1', '?')]
+    torch.serialization.add_safe_globals(
+        [HistoryBuffer, multiarray._reconstruct, multiarray.scalar, np.ndarray, np.dtype, *dtypes]
+    )
+
+
+def fuse_standardized_weights() -> None:
+    """Lets mmcv's fuse_conv_bn fold a BatchNorm into the *standardized* weight of a WS conv."""
+    # Not an attribute walk: `mmcv.cnn.utils.fuse_conv_bn` is the function of that name.
+    module = importlib.import_module('mmcv.cnn.utils.fuse_conv_bn')
+    original = module._fuse_conv_bn
+    if getattr(original, 'handles_standardized_weights', False):
+        return
+
+    def _fuse_conv_bn(conv, bn):
+        return original(conv.to_plain() if isinstance(conv, WeightStandardized) else conv, bn)
+
+    _fuse_conv_bn.handles_standardized_weights = True
+    module._fuse_conv_bn = _fuse_conv_bn
+
+
+def require(*names: str) -> None:
+    """Raises unless the named packages can be imported and are recent enough.
+
+    Args:
+        *names: Import names out of `PACKAGES`.
+
+    Raises:
+        ModuleNotFoundError: one is missing; the message holds the command that installs it.
+        ImportError: one is too old, or mmcv lacks the compiled ops that mmdet needs.
+    """
+    for name in names:
+        oldest, command = PACKAGES[name]
+        if find_spec(name) is None:
+            raise ModuleNotFoundError(f'{name} is not installed\n  {command}', name=name)
+        found = _version_of(name)
+        if _as_tuple(found) < _as_tuple(oldest):
+            raise ImportError(f'{name} >= {oldest} is needed\n  got {found}\n  {command}')
+    if 'mmdet' in names and find_spec('mmcv._ext') is None:
+        raise ImportError(
+            'mmdet needs the compiled ops of mmcv, and the installed mmcv has none (mmcv-lite, or '
+            f'built without MMCV_WITH_OPS=1)\n  pip uninstall mmcv-lite mmcv; {PACKAGES["mmcv"][1]}'
+        )
+
+
+def _version_of(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:  # a fork: same import name, another distribution
+        return importlib.import_module(name).__version__
+
+
+def _as_tuple(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r'\d+', text)[:3])

@@ -1,0 +1,176 @@
+"""Reading a config file and checking what it needs, before anything expensive starts."""
+
+import difflib
+import importlib
+from pathlib import Path
+
+from mmengine.config import Config, ConfigDict
+
+from wsbcn_mm.openmmlab import compat
+
+PACKAGE_OF_SCOPE = {'mmdet': 'mmdet', 'mmseg': 'mmseg'}
+
+COCO_LAYOUT = """\
+  expected layout (`ln -s /path/to/coco data/coco` puts it there):
+    data/coco/annotations/instances_{train,val}2017.json
+    data/coco/{train,val}2017/*.jpg"""
+VOC_LAYOUT = """\
+  expected layout (`ln -s /path/to/VOCdevkit data/VOCdevkit` puts it there):
+    data/VOCdevkit/VOC2012/ImageSets/Segmentation/{train,val}.txt
+    data/VOCdevkit/VOC2012/{JPEGImages/*.jpg,SegmentationClass/*.png}
+  configs of VOC aug also need ImageSets/Segmentation/aug.txt and SegmentationClassAug/*.png, which
+  mmsegmentation's tools/dataset_converters/voc_aug.py makes from the SBD download"""
+
+
+def load_config(path: str, options: dict | None = None) -> Config:
+    """Reads a config file, applies ``--cfg-options`` and checks that its packages are there.
+
+    Args:
+        path: A config file.
+        options: Overrides, ``{'a.b.c': value}``.
+
+    Raises:
+        FileNotFoundError: no such file; the message names files with a similar name.
+        ImportError: the config's scope needs a package that is missing or too old.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f'no config file {path}{_near_names(path)}')
+    compat.require('mmengine', 'mmcv')
+    cfg = Config.fromfile(path)
+    if options:
+        cfg.merge_from_dict(options)
+    package = PACKAGE_OF_SCOPE.get(cfg.get('default_scope'))
+    if package is not None:
+        compat.require(package)
+    return cfg
+
+
+def _near_names(path: str) -> str:
+    """Configs that the user may have meant: same folder first, then the repository's."""
+    here = Path(__file__).resolve().parents[1] / '.mim' / 'configs'
+    known = {}
+    for folder in (here, Path('configs'), Path(path).parent):
+        if folder.is_dir():
+            for file in folder.rglob('*.py'):
+                if '_base_' not in file.parts:
+                    known[file.stem] = file
+    names = difflib.get_close_matches(Path(path).stem, known, n=3, cutoff=0.5)
+    return ''.join(['\n  did you mean'] + [f'\n    {known[n]}' for n in names]) if names else ''
+
+
+def check_data(cfg: Config, *loaders: str) -> None:
+    """Raises unless the files that the datasets of these loaders name exist.
+
+    Args:
+        cfg: The config.
+        *loaders: Names such as ``'train_dataloader'``; one that the config lacks is passed over.
+
+    Raises:
+        FileNotFoundError: the first annotation file or image folder that is missing, with the
+            layout that is expected.
+    """
+    for loader in loaders:
+        for dataset in _datasets((cfg.get(loader) or {}).get('dataset')):
+            if dataset['type'].startswith('Shapes'):
+                continue  # draws itself
+            root = Path(dataset.get('data_root') or '')
+            prefixes = (dataset.get('data_prefix') or {}).values()
+            wanted = [dataset.get('ann_file') or '', *prefixes]
+            for path in (root / name for name in wanted if name):
+                if not path.exists():
+                    raise FileNotFoundError(
+                        f'{loader}: {dataset["type"]} needs {path}, which does not exist\n'
+                        f'{VOC_LAYOUT if "VOC" in dataset["type"] else COCO_LAYOUT}\n'
+                        f'  or name another place: --cfg-options {loader}.dataset.data_root=...'
+                    )
+
+
+def _datasets(cfg: dict | None) -> list[dict]:
+    """The innermost dataset configs below the wrappers (Repeat, Concat, MultiImageMix)."""
+    if cfg is None:
+        return []
+    if 'datasets' in cfg:
+        return [inner for part in cfg['datasets'] for inner in _datasets(part)]
+    return _datasets(cfg['dataset']) if 'dataset' in cfg else [cfg]
+
+
+def check_checkpoint_file(path: str) -> None:
+    """Raises FileNotFoundError unless the checkpoint is there; addresses are left to mmengine."""
+    if '://' not in path and not Path(path).is_file():
+        folder = Path(path).parent
+        there = sorted(file.name for file in folder.glob('*.pth')) if folder.is_dir() else []
+        raise FileNotFoundError(
+            f'no checkpoint file {path}\n  in {folder}: {", ".join(there) or "no .pth files"}'
+        )
+
+
+def work_dir(cfg: Config, config_path: str, argument: str | None) -> str:
+    """The folder of a run: the argument, else the config's, else work_dirs/<name of config>."""
+    return argument or cfg.get('work_dir') or f'./work_dirs/{Path(config_path).stem}'
+
+
+def add_hook(cfg: Config, hook: dict) -> None:
+    """Appends a hook of ours to the config's custom hooks."""
+    importlib.import_module('wsbcn_mm.openmmlab.checkpoint')  # registers it
+    cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), hook]
+
+
+def draw_pictures(cfg: Config, show: bool, show_dir: str | None, wait_time: float) -> None:
+    """Turns on the visualization hook of detection or segmentation.
+
+    Raises:
+        ValueError: the config has no such hook.
+    """
+    hook = (cfg.get('default_hooks') or {}).get('visualization')
+    if hook is None:
+        raise ValueError(
+            "--show and --show-dir need default_hooks.visualization in the config, such as "
+            "dict(type='DetVisualizationHook') or dict(type='SegVisualizationHook')"
+        )
+    hook['draw'] = True
+    if show:
+        hook['show'], hook['wait_time'] = True, wait_time
+    if show_dir:
+        if 'Det' in hook['type']:
+            hook['test_out_dir'] = show_dir
+        else:
+            cfg.visualizer['save_dir'] = str(Path(cfg.work_dir) / show_dir)
+
+
+def augment_test(cfg: Config) -> None:
+    """Replaces model and test pipeline by those of test-time augmentation (--tta).
+
+    Raises:
+        ValueError: the config lacks ``tta_model`` or ``tta_pipeline``.
+    """
+    if 'tta_model' not in cfg or 'tta_pipeline' not in cfg:
+        raise ValueError(
+            '--tta needs tta_model and tta_pipeline in the config; those of '
+            "'mmdet::_base_/... _tta.py' and mmseg's dataset bases are examples"
+        )
+    cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
+    dataset = cfg.test_dataloader.dataset
+    while 'dataset' in dataset:
+        dataset = dataset['dataset']
+    dataset.pipeline = cfg.tta_pipeline
+
+
+def keep_predictions(cfg: Config, out: str) -> None:
+    """Makes the evaluator keep what the model predicts (--out).
+
+    Args:
+        cfg: Changed in place.
+        out: Segmentation: a folder of masks. Otherwise: a .pkl file.
+
+    Raises:
+        ValueError: not a .pkl file where one is expected.
+    """
+    if cfg.get('default_scope') == 'mmseg':
+        cfg.test_evaluator['output_dir'] = out
+        cfg.test_evaluator['keep_results'] = True
+        return
+    if not out.endswith(('.pkl', '.pickle')):
+        raise ValueError(f'--out must name a .pkl file for detection\n  got {out}')
+    evaluators = cfg.test_evaluator
+    dump = dict(type='DumpDetResults', out_file_path=out)
+    cfg.test_evaluator = [*(evaluators if isinstance(evaluators, list) else [evaluators]), dump]

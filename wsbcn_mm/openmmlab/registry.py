@@ -1,0 +1,19 @@
+"""The names that configs use, in mmengine's root registry: one name serves mmdet, mmseg, mmpretrain.
+
+`BCN` is an alias of `BCN2d`, `WSConv` of `WSConv2d`, as `BN` and `Conv` are in mmcv.
+"""
+
+from mmengine.registry import MODELS
+
+from wsbcn_mm import layers
+
+for names, layer in {
+    ('WSConv1d',): layers.WSConv1d,
+    ('WSConv', 'WSConv2d'): layers.WSConv2d,
+    ('WSConv3d',): layers.WSConv3d,
+    ('WSConvTranspose2d',): layers.WSConvTranspose2d,
+    ('BCN1d',): layers.BatchChannelNorm1d,
+    ('BCN', 'BCN2d'): layers.BatchChannelNorm2d,
+    ('BCN3d',): layers.BatchChannelNorm3d,
+}.items():
+    MODELS.register_module(list(names), module=layer)
