@@ -43,7 +43,7 @@ def weight_standardize(weight: Tensor, eps: float = 1e-5, formula: str = 'paper'
         >>> bool(w_hat.mean((1, 2, 3)).abs().max() < 1e-6)
         True
     """
-    _check_floating(weight, 'weight')
+    check_floating(weight, 'weight')
     if weight.dim() < 2:
         raise ValueError(
             'weight must have at least 2 axes (out_channels, in_channels, *kernel_size)\n'
@@ -79,8 +79,9 @@ def batch_channel_norm(
     the sample itself. What mu and var are:
 
     - ``training=True, mode='estimate'`` (micro-batches): the running estimates, **updated first**
-      with this input, ``mu <- (1 - r) mu + r mean(x)``, ``var <- (1 - r) var + r mean((x - mu_old)^2)``
-      with r = ``momentum``; no gradient flows through them.
+      with this input, ``mu <- (1 - r) mu + r mean(x)`` and
+      ``var <- (1 - r) var + r mean((x - mu_old)^2)``, r = ``momentum``; no gradient flows through
+      them.
     - ``training=True, mode='batch'`` (large batches): mean and biased variance of this input, with
       gradient. The running buffers are updated as in BatchNorm (unbiased variance). One value per
       channel has no variance: then the running statistics are used and left alone.
@@ -110,7 +111,7 @@ def batch_channel_norm(
         TypeError: ``input`` is not a floating-point tensor.
         ValueError: a shape, the number of groups, mode, momentum or eps does not fit.
     """
-    _check_floating(input, 'input')
+    check_floating(input, 'input')
     if input.dim() < 2:
         raise ValueError(
             'input must have at least 2 axes (N, num_channels, ...)\n'
@@ -122,10 +123,13 @@ def batch_channel_norm(
         ('running_mean', running_mean), ('running_var', running_var),
         ('batch_weight', batch_weight), ('batch_bias', batch_bias),
     ):  # fmt: skip
-        if value is not None and value.shape != (num_channels,):
+        if value is None and name.startswith('batch'):
+            continue
+        if not isinstance(value, Tensor) or value.shape != (num_channels,):
+            found = tuple(value.shape) if isinstance(value, Tensor) else repr(value)
             raise ValueError(
                 f'{name} must have shape ({num_channels},), one value per channel of the input\n'
-                f'  got {tuple(value.shape)} for an input of shape {tuple(input.shape)}'
+                f'  got {found} for an input of shape {tuple(input.shape)}'
             )
     for name, value in (('weight', weight), ('bias', bias)):
         if value is not None and value.shape not in ((num_groups,), (num_channels,)):
@@ -175,7 +179,8 @@ def check_groups(num_channels: int, num_groups: int) -> None:
     """Raises ValueError unless ``num_groups`` is a positive divisor of ``num_channels``."""
     for name, value in (('num_channels', num_channels), ('num_groups', num_groups)):
         if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f'{name} must be an int\n  got {value!r} of type {type(value).__name__}')
+            kind = type(value).__name__
+            raise TypeError(f'{name} must be an int\n  got {value!r} of type {kind}')
         if value < 1:
             raise ValueError(f'{name} must be at least 1\n  got {value}')
     if num_channels % num_groups:
@@ -199,7 +204,7 @@ def check_fan_in(fan_in: int) -> None:
         )
 
 
-def _check_floating(value: Tensor, name: str) -> None:
+def check_floating(value: Tensor, name: str) -> None:
     if not isinstance(value, Tensor) or not value.is_floating_point():
         found = value.dtype if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f'{name} must be a floating-point tensor\n  got {found}')

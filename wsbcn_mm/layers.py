@@ -78,7 +78,7 @@ class WeightStandardized:
         return plain.train(self.training)
 
     def extra_repr(self) -> str:
-        """torch's line, followed by eps and formula."""
+        """Torch's line, followed by eps and formula."""
         return f'{super().extra_repr()}, eps={self.eps}, formula={self.formula!r}'
 
 
@@ -192,7 +192,9 @@ class BatchChannelNorm:
         if value == 'cumulative':
             self.bn.momentum = None
         elif isinstance(value, str):
-            raise ValueError(f"momentum must be a number in [0, 1] or 'cumulative'\n  got {value!r}")
+            raise ValueError(
+                f"momentum must be a number in [0, 1] or 'cumulative'\n  got {value!r}"
+            )
         else:
             check_rate(value)
             self.bn.momentum = value
@@ -213,7 +215,8 @@ class BatchChannelNorm:
         # norm_eval and frozen stages call eval() on BatchNorm instances only: the child obeys.
         training = self.training and bn.training
         momentum = bn.momentum
-        if training and self.mode == 'batch' and _synchronises(bn) and input.numel() > 0:
+        if training and self.mode == 'batch' and _synchronises(bn):
+            # Also with an empty input: the other ranks wait for this one's share.
             return self._forward_synchronised(input)
         # Counts updates: batch mode makes none from a single value per channel.
         if training and input.numel() // self.num_channels > (1 if self.mode == 'batch' else 0):
@@ -238,6 +241,7 @@ class BatchChannelNorm:
         return F.group_norm(x, self.num_groups, weight, bias, self.eps).to(input.dtype)
 
     def _check_input(self, input: Tensor) -> None:
+        functional.check_floating(input, 'input')
         if input.dim() not in self._dims or input.size(1) != self.num_channels:
             expected = ' or '.join(f'{d}-d' for d in self._dims)
             raise ValueError(
@@ -265,9 +269,9 @@ def _synchronises(bn: nn.Module) -> bool:
 
 _NORM_DOC = """Batch-Channel Normalization over {shape} inputs (arXiv 1911.09738, equations 13-15).
 
-    Stage 1, per channel: ``x1 = batch_weight (x - mu) / sqrt(var + eps) + batch_bias``; stage 2, per
-    sample and group of channels: ``y = weight (x1 - m) / sqrt(v + eps) + bias``, m and v always from
-    the sample itself (a GroupNorm). mu and var:
+    Stage 1, per channel: ``x1 = batch_weight (x - mu) / sqrt(var + eps) + batch_bias``; stage 2,
+    per sample and group of channels: ``y = weight (x1 - m) / sqrt(v + eps) + bias``, m and v always
+    from the sample itself (a GroupNorm). mu and var:
 
     - training, ``mode='estimate'`` (1-2 images per GPU): running estimates, updated with this input
       **before** they are used (second moment around the old mean); constants for the gradient.

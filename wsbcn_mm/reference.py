@@ -10,7 +10,6 @@ its arguments or changes them in place; every dtype is computed as it comes, so 
 Shapes: ``x`` is (N, C, *), ``C = num_channels``, ``G = num_groups``, ``*`` any number of axes.
 """
 
-import torch
 from torch import Tensor
 
 
@@ -76,8 +75,8 @@ def normalize(
     """Both stages with given channel statistics (1911.09738, eq. 13-15).
 
     1. ``x1 = batch_weight[c] (x - mean[c]) / sqrt(var[c] + eps) + batch_bias[c]``
-    2. ``y = weight[g] (x1 - m[n, g]) / sqrt(v[n, g] + eps) + bias[g]``, where ``m`` and ``v`` are the
-       mean and biased variance of x1 over the sample n and the channels of group g.
+    2. ``y = weight[g] (x1 - m[n, g]) / sqrt(v[n, g] + eps) + bias[g]``, where ``m`` and ``v`` are
+       the mean and biased variance of x1 over the sample n and the channels of group g.
 
     ``weight`` and ``bias`` are (G,) as in the paper, or (C,).
     """

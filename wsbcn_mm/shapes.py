@@ -24,6 +24,7 @@ Every image depends on (seed, split, index, size) only. Shapes are rasterised wi
 no drawing library's version changes the masks. The JPEG bytes do depend on the JPEG library.
 """
 import argparse
+import colorsys
 import functools
 import io
 import json
@@ -70,14 +71,20 @@ _EMPTY_EVERY = 39
 _EMPTY_OFFSET = 1
 
 _MIN_SIDE = 48
-_MAX_OBJECTS = 6
+_MIN_OBJECTS, _MAX_OBJECTS = 3, 8
 _PLACEMENT_TRIES = 40
 _MIN_INSIDE_SHARE = 0.6  # of a new object: the image's border hides more of a shape than a cover
-_LONG_SIDE = (17.0, 90.0)
+_LONG_SIDE = (24.0, 80.0)
 _SUPERSAMPLING = 3
 
 _BACKGROUNDS = ('plain', 'gradient', 'noise', 'blobs', 'stripes')
 _TEXTURES = ('plain', 'gradient', 'noise', 'stripes', 'checkers', 'spots')
+# As in nature, texture and colour tell something about the class, but not all: most objects wear
+# those of their class (in the order of CLASSES), the others any. Light and colour cast of the image
+# come on top, so that a colour means little without its surroundings.
+_OWN_TEXTURES = ('spots', 'checkers', 'stripes', 'plain', 'noise')
+_OWN_TEXTURE_SHARE = 0.8
+_OWN_COLOUR_SHARE = 0.9
 
 Instances = list[tuple[int, np.ndarray]]
 Window = tuple[slice, slice]
@@ -171,7 +178,7 @@ def _background(width: int, height: int, rng: np.random.Generator) -> np.ndarray
     """
     x, y = _pixel_grid(width, height)
     first = _random_colour(rng)
-    first = first.mean() + rng.uniform(0.2, 1) * (first - first.mean())
+    first = first.mean() + rng.uniform(0.1, 0.6) * (first - first.mean())
     kind = _BACKGROUNDS[rng.integers(len(_BACKGROUNDS))]
     # Stripes are sharp: in full contrast they would hide objects better than nature does.
     spread = 0.3 if kind == 'stripes' else 0.5
@@ -310,27 +317,35 @@ def _visible_enough(visible: int, full: int) -> bool:
     return visible >= MIN_VISIBLE_PIXELS and visible >= MIN_VISIBLE_SHARE * full
 
 
-def _contrasting_colours(local: np.ndarray,
+def _class_colour(class_id: int, rng: np.random.Generator) -> np.ndarray:
+    """A colour around the hue of the class; the hues lie evenly on the colour circle."""
+    hue = (class_id / len(CLASSES) + rng.uniform(-0.06, 0.06)) % 1
+    return np.array(colorsys.hsv_to_rgb(hue, rng.uniform(0.65, 1), rng.uniform(0.45, 1)))
+
+
+def _contrasting_colours(class_id: int, local: np.ndarray,
                          rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Returns an object's two colours, mostly well off the colour `local` of what it covers."""
     wanted = 0.55 if rng.random() < 0.9 else 0.3
-    first = max((_random_colour(rng) for _ in range(6)),
+    own = rng.random() < _OWN_COLOUR_SHARE
+    first = max((_class_colour(class_id, rng) if own else _random_colour(rng) for _ in range(6)),
                 key=lambda colour: min(np.linalg.norm(colour - local), wanted))
-    spread = 0.35
-    seconds = (np.clip(first + rng.uniform(-spread, spread, 3), 0.03, 0.97) for _ in range(4))
-    second = max(seconds, key=lambda colour: min(np.linalg.norm(colour - local), wanted))
+    # The texture's second colour is a darker or a paler first one.
+    second = first * rng.uniform(0.3, 0.6) if rng.random() < 0.5 else 1 - 0.5 * (1 - first)
     return first, second
 
 
-def _paint_object(canvas: np.ndarray, window: Window, coverage: np.ndarray,
+def _paint_object(canvas: np.ndarray, window: Window, coverage: np.ndarray, class_id: int,
                   rng: np.random.Generator) -> None:
-    """Paints one textured object. Takes no class, so the look cannot give the class away."""
+    """Paints one textured object."""
     height, width = canvas.shape[:2]
     x, y = _pixel_grid(width, height)
     area = canvas[window]
     local = area[coverage > 0.5].mean(axis=0)
-    first, second = _contrasting_colours(local, rng)
+    first, second = _contrasting_colours(class_id, local, rng)
     kind = _TEXTURES[rng.integers(len(_TEXTURES))]
+    if rng.random() < _OWN_TEXTURE_SHARE:
+        kind = _OWN_TEXTURES[class_id]
     period = _log_uniform(rng, 5, 14)
     share = _texture(kind, x[:, window[1]], y[window[0]], period, rng)
     area[:] = _mix(area, _mix(first, second, share), coverage)
@@ -363,7 +378,7 @@ def _place_objects(canvas: np.ndarray, count: int, rng: np.random.Generator) -> 
             mask[window] = covers
             instances.append((class_id, mask))
             full_areas.append(full)
-            _paint_object(canvas, window, coverage, rng)
+            _paint_object(canvas, window, coverage, class_id, rng)
             break
     return instances
 
@@ -391,15 +406,15 @@ def _photograph(scene: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     Gain, contrast, gamma, cast, blur and noise are drawn once an image and range widely, so that
     the mean and the spread of one image say little about those of another.
     """
-    contrast = _log_uniform(rng, 0.55, 1.6)
+    contrast = _log_uniform(rng, 0.7, 1.6)
     gamma = _log_uniform(rng, 0.7, 1.4)
-    gain = _log_uniform(rng, 0.35, 1.6) * _log_uniform(rng, 0.75, 1.33, 3)
+    gain = _log_uniform(rng, 0.35, 1.6) * _log_uniform(rng, 0.8, 1.25, 3)
     mean = scene.mean()
     image = np.clip(mean + contrast * (scene - mean), 0, None) ** gamma * gain
     if rng.random() < 0.5:
-        image = _blur(image, rng.uniform(0.4, 1.2))
+        image = _blur(image, rng.uniform(0.4, 1.0))
     # A dark image needs less noise than a bright one, else its objects would drown in it.
-    noise = _log_uniform(rng, 0.004, 0.05) * (0.3 + image.mean())
+    noise = _log_uniform(rng, 0.004, 0.035) * (0.3 + image.mean())
     image = np.clip(image + noise * rng.standard_normal(image.shape), 0, None)
     # A soft shoulder instead of a hard clip: bright images keep their objects visible.
     image = image / (1 + image**3) ** (1 / 3)
@@ -468,7 +483,7 @@ def draw_image(split: str, index: int, size: Sequence[int] = (192, 160),
     rng = np.random.default_rng(np.random.SeedSequence([seed, SPLITS.index(split), index]))
     canvas = _background(width, height, rng)
     _paint_clutter(canvas, rng)
-    count = int(rng.integers(1, _MAX_OBJECTS + 1))
+    count = int(rng.integers(_MIN_OBJECTS, _MAX_OBJECTS + 1))
     if index % _EMPTY_EVERY == _EMPTY_OFFSET:
         count = 0
     instances = _place_objects(canvas, count, rng)

@@ -1,5 +1,5 @@
-# DeepLabV3 R101 with WS + BCN on PASCAL VOC 2012 aug (10,582 training images, the authors' set), one
-# image per GPU, from scratch.
+# DeepLabV3 R101 with WS + BCN on PASCAL VOC 2012 aug (10,582 training images, the authors' set),
+# one image per GPU, from scratch.
 _base_ = './deeplabv3_r101_ws-bcn_16xb1-scratch-50e_voc12-513x513.py'
 voc = dict(
     type='PascalVOCDataset',

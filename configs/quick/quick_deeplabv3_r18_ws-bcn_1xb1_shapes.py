@@ -1,6 +1,6 @@
-# DeepLabV3 with WS + BCN at one image per step, ASPP with image pooling (one value per channel, where
-# BatchNorm cannot train), small enough for two CPU cores: the embedded dataset (drawn on first
-# use), from scratch, minutes.
+# DeepLabV3 with WS + BCN at one image per step, ASPP with image pooling (one value per channel,
+# where BatchNorm cannot train), small enough for two CPU cores: the embedded dataset (drawn on
+# first use), from scratch, minutes.
 _base_ = [
     'mmseg::_base_/models/deeplabv3_r50-d8.py',
     'mmseg::_base_/default_runtime.py',
@@ -19,6 +19,10 @@ model = dict(
         type='ResNet',  # plain 7x7 stem; ResNetV1c has another
         depth=18,
         base_channels=32,
+        num_stages=3,  # stride 8, 128 channels: enough for objects of 24 to 80 pixels
+        strides=(1, 2, 1),
+        dilations=(1, 1, 2),
+        out_indices=(0, 1, 2),
         norm_cfg=norm_cfg,
         conv_cfg=conv_cfg,
         norm_eval=False,  # from scratch: there are no statistics yet to freeze
@@ -27,7 +31,8 @@ model = dict(
         contract_dilation=False,
     ),
     decode_head=dict(
-        in_channels=256,
+        in_channels=128,
+        in_index=2,
         channels=64,
         dilations=(1, 3, 6, 9),
         num_classes=num_classes,
@@ -35,7 +40,7 @@ model = dict(
         conv_cfg=conv_cfg,
     ),
     auxiliary_head=dict(
-        in_channels=128, channels=64, num_classes=num_classes, norm_cfg=norm_cfg, conv_cfg=conv_cfg
+        in_channels=64, in_index=1, channels=64, num_classes=num_classes, norm_cfg=norm_cfg, conv_cfg=conv_cfg
     ),
 )
 
@@ -89,7 +94,7 @@ val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 optim_wrapper = dict(
     type='OptimWrapper',
-    optimizer=dict(type='SGD', lr=0.02, momentum=0.9, weight_decay=1e-4),
+    optimizer=dict(type='SGD', lr=0.1, momentum=0.9, weight_decay=1e-4),
     paramwise_cfg=dict(norm_decay_mult=0.0),
     clip_grad=dict(max_norm=10),
 )

@@ -1,1 +1,1 @@
-"""Implementations of the two operations; all equal `wsbcn_mm.reference`, and differ in speed only."""
+"""Implementations of the two operations: equal to `wsbcn_mm.reference`, different in speed."""

@@ -2,9 +2,10 @@
 
 BCN: stage 1 is a per-channel affine map of x, so the first two moments of x per (sample, channel)
 give the statistics of both stages in closed form. One pass over x for the moments, (N, C) algebra,
-one pass for ``y = A[n, c] (x - mean[n, c]) + B[n, c]``. The backward needs the row sums of g and g (x - mean),
-(N, C) algebra, and one pass ``dx = P g + Q (x - mean) + R``. Of full-size tensors only x is saved
-for backward: together with an in-place ReLU twice the input, as with BatchNorm or GroupNorm.
+one pass for ``y = A[n, c] (x - mean[n, c]) + B[n, c]``. The backward needs the row sums of g and
+g (x - mean), (N, C) algebra, and one pass ``dx = P g + Q (x - mean) + R``. Of full-size tensors
+only x is saved for backward: together with an in-place ReLU twice the input, as with BatchNorm or
+GroupNorm.
 
 The algebra is ours; it is checked against `wsbcn_mm.reference`, gradients and buffers included.
 Half precision is computed in float32, float64 in float64; results have the dtype of the input.
@@ -62,7 +63,8 @@ def batch_channel_norm(
             batch_mean = m.mean(0)
             batch_var = (q + (m - batch_mean).square()).mean(0)
             running_mean.copy_(mean.lerp(batch_mean, _as_weight(momentum, mean)))
-            running_var.copy_(var.lerp(batch_var * (count / (count - 1)), _as_weight(momentum, var)))
+            unbiased = batch_var * (count / (count - 1))
+            running_var.copy_(var.lerp(unbiased, _as_weight(momentum, var)))
             mean, var = batch_mean, batch_var
         elif training and mode == 'estimate' and count > 0:
             second_moment = (q + (m - mean).square()).mean(0)  # around the old mean
@@ -82,9 +84,6 @@ def row_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     Centred, not E[x^2] - E[x]^2: at mean 1000 the latter is wrong by a quarter in float32.
     """
     rows = _rows(x).to(compute_dtype(x.dtype))
-    if rows.numel() == 0:  # the mean over nothing would be NaN
-        empty = rows.new_zeros(rows.shape[:2])
-        return empty, empty
     dims = list(range(2, rows.dim()))
     mean = rows.mean(dims)
     # Not torch.var_mean, which takes ten times as long on a CPU.
@@ -234,7 +233,7 @@ def _from_channels(gradient: Tensor, parameter: Tensor) -> Tensor:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """x with at least one axis after (N, C); a view, in any memory format."""
+    """X with at least one axis after (N, C); a view, in any memory format."""
     return x.unsqueeze(-1) if x.dim() == 2 else x
 
 
@@ -244,7 +243,7 @@ def _per_row(values: Tensor, rows: Tensor) -> Tensor:
 
 
 def _as_weight(momentum: float | Tensor, like: Tensor) -> Tensor | float:
-    """lerp wants a number or a tensor of its own dtype."""
+    """Lerp wants a number or a tensor of its own dtype."""
     return momentum.to(like.dtype) if isinstance(momentum, Tensor) else momentum
 
 

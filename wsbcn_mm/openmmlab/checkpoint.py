@@ -67,4 +67,5 @@ class CheckpointReportHook(Hook):
         )
         if self.strict:
             raise CheckpointMismatch(text)
-        print_log(f'{text}\n  those tensors start from their initial values', runner.logger, logging.WARNING)
+        text += '\n  those tensors start from their initial values'
+        print_log(text, runner.logger, logging.WARNING)

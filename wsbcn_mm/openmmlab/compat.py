@@ -13,6 +13,7 @@ Each function names the gap, and does nothing where it is not there:
 """
 
 import importlib
+import pickle
 import re
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -44,9 +45,20 @@ def find_packages_by_import_name() -> None:
     from mmengine.config import config
     from mmengine.config.utils import MODULE2PACKAGE
 
+    if 'wsbcn_mm' in MODULE2PACKAGE:
+        return
     MODULE2PACKAGE['wsbcn_mm'] = 'wsbcn_mm'
     config.is_installed = lambda package: find_spec(_import_name(package)) is not None
     config.get_installed_path = _package_folder
+    original = config.Config._get_cfg_path
+
+    def _get_cfg_path(cfg_path: str, filename: str):
+        # mmengine marks every dict of another package's config with that package's registry scope.
+        # We have none: our layers are in the root registry, our configs name mmdet's or mmseg's.
+        path, scope = original(cfg_path, filename)
+        return path, None if scope == 'wsbcn_mm' else scope
+
+    config.Config._get_cfg_path = staticmethod(_get_cfg_path)
 
 
 def _import_name(distribution: str) -> str:
@@ -78,6 +90,16 @@ def allow_checkpoint_globals() -> None:
     torch.serialization.add_safe_globals(
         [HistoryBuffer, multiarray._reconstruct, multiarray.scalar, np.ndarray, np.dtype, *dtypes]
     )
+
+    def history_buffer_method(owner: type, name: str):
+        # A pickled HistoryBuffer names its methods through getattr. The real getattr on the list
+        # would let a checkpoint reach anything; this stands in for it and knows that one class.
+        if owner is HistoryBuffer and name in HistoryBuffer._statistics_methods:
+            return getattr(HistoryBuffer, name)
+        raise pickle.UnpicklingError(f'a checkpoint may not ask for attribute {name!r} of {owner}')
+
+    HistoryBuffer()  # fills the table of its methods
+    torch.serialization.add_safe_globals([(history_buffer_method, 'builtins.getattr')])
 
 
 def fuse_standardized_weights() -> None:

@@ -1,4 +1,4 @@
-"""The names that configs use, in mmengine's root registry: one name serves mmdet, mmseg, mmpretrain.
+"""The names that configs use, in mmengine's root registry: one name serves every scope.
 
 `BCN` is an alias of `BCN2d`, `WSConv` of `WSConv2d`, as `BN` and `Conv` are in mmcv.
 """

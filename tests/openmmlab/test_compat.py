@@ -1,0 +1,304 @@
+"""The gaps that wsbcn_mm.openmmlab.compat closes, each against the real host."""
+
+import pytest
+
+pytest.importorskip('mmengine', reason='the gaps are mmengine\'s')
+pytest.importorskip('mmcv', reason='layers are built by mmcv')
+
+import importlib
+import os
+import pickle
+import subprocess
+import sys
+
+import torch
+from mmcv.cnn import build_conv_layer, build_norm_layer
+from mmengine.config import Config
+from mmengine.config import config as config_module
+from mmengine.config.utils import MODULE2PACKAGE
+from mmengine.logging.history_buffer import HistoryBuffer
+from mmengine.runner import load_checkpoint
+
+from wsbcn_mm import BatchChannelNorm2d, WSConv2d
+from wsbcn_mm.openmmlab import compat
+
+from .tiny import make_runner, tiny_model
+
+# ---- configs of packages -----------------------------------------------------------------------
+
+INHERITING = """
+_base_ = ['mmdet::_base_/default_runtime.py', 'wsbcn_mm::_base_/wsbcn.py']
+norm_cfg = {{_base_.bcn_cfg}}
+"""
+
+
+def test_a_config_inherits_from_ours_and_from_mmdet_by_package_name(tmp_path):
+    pytest.importorskip('mmdet', reason='inherits from mmdet')
+    file = tmp_path / 'config.py'
+    file.write_text(INHERITING)
+    cfg = Config.fromfile(file)
+    assert (cfg.norm_cfg.type, cfg.norm_cfg.num_groups) == ('BCN', 32)
+    assert cfg.custom_imports.imports == ['wsbcn_mm']
+    assert cfg.default_scope == 'mmdet'
+
+
+def walk(value):
+    """Every dict in a config, at any depth."""
+    if isinstance(value, dict):
+        yield value
+    if isinstance(value, (dict, list, tuple)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from walk(item)
+
+
+@pytest.mark.parametrize('base', ['_base_/wsbcn.py', 'quick'])
+def test_what_is_inherited_by_package_name_can_be_built(base, tmp_path, root):
+    """mmengine marks dicts of another package's config with ``_scope_='wsbcn_mm'``.
+
+    `build_norm_layer` hands that to the layer as an argument; and there is no registry of that
+    scope, so that CocoMetric, ShapesCocoDataset and optimizers are looked for in the wrong one.
+    """
+    pytest.importorskip('mmdet', reason='the quick config inherits from mmdet')
+    if base == 'quick':
+        base = f'quick/{next((root / "configs" / "quick").glob("*mask-rcnn*.py")).name}'
+    file = tmp_path / 'config.py'
+    variables = 'ours = dict(a={{_base_.bcn_cfg}}, b={{_base_.ws_cfg}})'
+    file.write_text(f"_base_ = 'wsbcn_mm::{base}'\n{variables}\n")
+    cfg = Config.fromfile(file)
+    assert type(build_norm_layer(cfg.ours.a, 32)[1]) is BatchChannelNorm2d
+    assert type(build_conv_layer(cfg.ours.b, 4, 8, 3)) is WSConv2d
+    marked = [part for part in walk(cfg.to_dict()) if part.get('_scope_') == 'wsbcn_mm']
+    assert not marked
+
+
+def test_a_whole_config_of_ours_is_found_through_the_model_index(tmp_path, root):
+    """The place where mim, too, looks: ``.mim/model-index.yml`` and the metafiles it names."""
+    pytest.importorskip('mmdet', reason='inherits from mmdet')
+    inner = next((root / 'configs' / 'mask_rcnn').glob('*.py'))
+    file = tmp_path / 'config.py'
+    file.write_text(f"_base_ = 'wsbcn_mm::mask_rcnn/{inner.name}'\n")
+    cfg, expected = Config.fromfile(file), Config.fromfile(inner)
+    assert cfg.model.backbone.norm_cfg == expected.model.backbone.norm_cfg
+
+
+WITHOUT_PKG_RESOURCES = """
+import sys
+
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split('.')[0] == 'pkg_resources':
+            raise ModuleNotFoundError('blocked: ' + name, name=name)
+
+sys.meta_path.insert(0, Block())
+from mmengine.config import Config
+file = sys.argv[1]
+try:
+    Config.fromfile(file)
+except ModuleNotFoundError as error:
+    print('before:', error)
+import wsbcn_mm
+print('after:', Config.fromfile(file).norm_cfg.type)
+print(sorted(m for m in sys.modules if m.startswith('pkg_resources')))
+"""
+
+
+def test_packages_are_found_without_pkg_resources(tmp_path, root):
+    """setuptools >= 82 has none, and mmengine asks it where mmdet is.
+
+    Our own import closes the gap; before it, the same config fails.
+    """
+    pytest.importorskip('mmdet', reason='inherits from mmdet')
+    (tmp_path / 'config.py').write_text(INHERITING)
+    environment = {**os.environ, 'PYTHONPATH': str(root), 'PYTHONWARNINGS': 'ignore'}
+    done = subprocess.run(
+        [sys.executable, '-c', WITHOUT_PKG_RESOURCES, 'config.py'],
+        cwd=tmp_path, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    before, after, loaded = done.stdout.strip().splitlines()[-3:]
+    assert before == 'before: blocked: pkg_resources'
+    assert after == 'after: BCN'
+    assert loaded == '[]'
+
+
+def test_a_missing_package_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(MODULE2PACKAGE, 'no_such_package', 'no-such-package')
+    file = tmp_path / 'config.py'
+    file.write_text("_base_ = 'no_such_package::_base_/x.py'")
+    with pytest.raises(ModuleNotFoundError, match='no-such-package is not installed'):
+        Config.fromfile(file)
+    with pytest.raises(ModuleNotFoundError, match="'no_such_package', which is not installed"):
+        config_module.get_installed_path('no-such-package')
+
+
+# ---- checkpoints -------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def torch_decides(monkeypatch):
+    """No switch that turns torch's check off, whatever the shell says."""
+    for name in ('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD', 'TORCH_FORCE_WEIGHTS_ONLY_LOAD'):
+        monkeypatch.delenv(name, raising=False)
+
+
+needs_allow_list = pytest.mark.skipif(
+    not hasattr(torch.serialization, 'add_safe_globals'), reason='torch < 2.4 has no allow-list'
+)
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    """A work dir after one epoch of two iterations, as the Runner leaves it."""
+    folder = tmp_path_factory.mktemp('trained')
+    runner = make_runner(folder)
+    runner.train()
+    return folder, runner
+
+
+@needs_allow_list
+def test_a_checkpoint_of_the_runner_loads_with_torchs_check_on(trained):
+    """It holds the log's HistoryBuffer with numpy arrays, which torch >= 2.6 refuses.
+
+    Without our entries on torch's allow-list loading raises; with them it works, nothing forced.
+    """
+    folder, runner = trained
+    file = str(folder / 'epoch_1.pth')
+    content = torch.load(file, weights_only=False)
+    scalars = content['message_hub']['log_scalars'].values()
+    assert any(isinstance(value, HistoryBuffer) for value in scalars)
+
+    allowed = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    try:
+        with pytest.raises(pickle.UnpicklingError, match='Weights only load failed'):
+            torch.load(file, weights_only=True)
+        compat.allow_checkpoint_globals()
+        torch.load(file, weights_only=True)
+    finally:
+        torch.serialization.add_safe_globals(allowed)
+
+    model = tiny_model(fill=0.0)
+    load_checkpoint(model, file)
+    for name, value in runner.model.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], value, rtol=0, atol=0)
+
+
+def test_the_runner_resumes(trained, tmp_path):
+    """Epoch, iteration, weights, statistics and the log go on where they ended."""
+    folder, first = trained
+    second = make_runner(tmp_path, epochs=2, load_from=str(folder / 'epoch_1.pth'), resume=True)
+    second.load_or_resume()
+    assert (second.epoch, second.iter) == (1, 2)
+    for name, value in first.model.state_dict().items():
+        torch.testing.assert_close(second.model.state_dict()[name], value, rtol=0, atol=0)
+    second.train()
+    assert (second.epoch, second.iter) == (2, 4)
+    losses = second.message_hub.get_scalar('train/loss').data[0]
+    assert len(losses) == 4
+    assert second.model.bcn.bn.num_batches_tracked == 4
+
+
+class Harmless:
+    """A pickle that runs code when it is loaded; all it does is to create an empty file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, 'w')
+
+
+@needs_allow_list
+def test_a_checkpoint_that_runs_code_is_refused(tmp_path):
+    """The allow-list must not be a way around torch's check."""
+    touched, file = tmp_path / 'touched', str(tmp_path / 'evil.pth')
+    torch.save(dict(state_dict={}, payload=Harmless(str(touched))), file)
+    with pytest.raises(pickle.UnpicklingError):
+        load_checkpoint(tiny_model(), file)
+    assert not touched.exists()
+    torch.load(file, weights_only=False)['payload'].close()
+    assert touched.exists()  # the payload works: it was the check that stopped it
+
+
+class Asks:
+    """A pickle that asks for an attribute, as that of a HistoryBuffer does for its methods."""
+
+    def __init__(self, *arguments):
+        self.arguments = arguments
+
+    def __reduce__(self):
+        return getattr, self.arguments
+
+
+@needs_allow_list
+@pytest.mark.parametrize(
+    'owner, name',
+    [(HistoryBuffer, '__init__'), (HistoryBuffer, '__subclasses__'), (torch.Tensor, 'tofile')],
+)
+def test_getattr_in_a_checkpoint_reaches_nothing_but_the_logs_statistics(owner, name, tmp_path):
+    """The real getattr on the allow-list would hand out the whole interpreter."""
+    file = str(tmp_path / 'asks.pth')
+    torch.save(dict(state_dict={}, payload=Asks(owner, name)), file)
+    with pytest.raises(pickle.UnpicklingError):
+        load_checkpoint(tiny_model(), file)
+
+
+# ---- apply, require ----------------------------------------------------------------------------
+
+
+def test_apply_twice_changes_nothing():
+    """Not a second patch around the first one."""
+    module = importlib.import_module('mmcv.cnn.utils.fuse_conv_bn')
+    compat.apply()
+    fuse, packages = module._fuse_conv_bn, dict(MODULE2PACKAGE)
+    compat.apply()
+    assert module._fuse_conv_bn is fuse
+    assert packages == MODULE2PACKAGE
+    assert fuse.__closure__[0].cell_contents.__module__ == 'mmcv.cnn.utils.fuse_conv_bn'
+
+
+def test_require_accepts_what_is_installed():
+    compat.require('mmengine', 'mmcv')
+
+
+@pytest.mark.parametrize('name', compat.PACKAGES)
+def test_require_says_how_to_install_what_is_missing(name, monkeypatch):
+    find_spec = compat.find_spec
+    monkeypatch.setattr(compat, 'find_spec', lambda n: None if n == name else find_spec(n))
+    with pytest.raises(ModuleNotFoundError) as error:
+        compat.require('mmengine', name)
+    assert str(error.value).startswith(f'{name} is not installed')
+    assert compat.PACKAGES[name][1] in str(error.value)
+    assert error.value.name == name
+
+
+@pytest.mark.parametrize('name, old', [('mmengine', '0.7.4'), ('mmcv', '1.7.2'), ('mmdet', '2.28')])
+def test_require_says_how_to_update_what_is_too_old(name, old, monkeypatch):
+    monkeypatch.setattr(compat, 'find_spec', lambda n: object())
+    monkeypatch.setattr(compat, '_version_of', lambda n: old)
+    with pytest.raises(ImportError) as error:
+        compat.require(name)
+    oldest, command = compat.PACKAGES[name]
+    assert f'{name} >= {oldest}' in str(error.value)
+    assert f'got {old}' in str(error.value)
+    assert command in str(error.value)
+
+
+def test_require_compares_versions_as_numbers(monkeypatch):
+    """'0.10.7' is newer than '0.9.0', and a suffix does not disturb."""
+    monkeypatch.setattr(compat, '_version_of', lambda n: '0.10.7+local')
+    compat.require('mmengine')
+    monkeypatch.setattr(compat, '_version_of', lambda n: '0.9.9')
+    with pytest.raises(ImportError, match='0.9.9'):
+        compat.require('mmengine')
+
+
+def test_require_tells_mmcv_without_ops_from_mmcv(monkeypatch):
+    """mmcv-lite imports, and `import mmdet.models` then fails on a name nobody knows."""
+    monkeypatch.setattr(compat, 'find_spec', lambda n: None if n == 'mmcv._ext' else object())
+    monkeypatch.setattr(compat, '_version_of', lambda n: '9.9.9')
+    compat.require('mmcv')  # mmdet is what needs the ops
+    with pytest.raises(ImportError) as error:
+        compat.require('mmcv', 'mmdet')
+    assert 'mmcv-lite' in str(error.value)
+    assert 'MMCV_WITH_OPS=1 pip install --no-build-isolation mmcv==' in str(error.value)
