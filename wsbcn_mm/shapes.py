@@ -71,10 +71,10 @@ _EMPTY_EVERY = 39
 _EMPTY_OFFSET = 1
 
 _MIN_SIDE = 48
-_MIN_OBJECTS, _MAX_OBJECTS = 3, 8
+_MIN_OBJECTS, _MAX_OBJECTS = 3, 7
 _PLACEMENT_TRIES = 40
 _MIN_INSIDE_SHARE = 0.6  # of a new object: the image's border hides more of a shape than a cover
-_LONG_SIDE = (24.0, 80.0)
+_LONG_SIDE = (28.0, 96.0)
 _SUPERSAMPLING = 3
 
 _BACKGROUNDS = ('plain', 'gradient', 'noise', 'blobs', 'stripes')

@@ -31,30 +31,32 @@ model = dict(
         anchor_generator=dict(scales=[5], strides=[4, 8, 16, 32]),  # objects of 16 to 90 pixels
     ),
     roi_head=dict(
-        bbox_roi_extractor=dict(out_channels=64, roi_layer=dict(sampling_ratio=2)),
+        bbox_roi_extractor=dict(out_channels=64, roi_layer=dict(sampling_ratio=1)),
         bbox_head=dict(
             type='Shared4Conv1FCBBoxHead',  # Shared2FC has no convolution that could take a norm
             in_channels=64,
             conv_out_channels=64,
             fc_out_channels=256,
             num_classes=num_classes,
+            reg_class_agnostic=True,  # minutes are too few to learn five box regressors
             norm_cfg=norm_cfg,
             conv_cfg=conv_cfg,
         ),
-        mask_roi_extractor=dict(out_channels=64, roi_layer=dict(sampling_ratio=2)),
+        mask_roi_extractor=dict(out_channels=64, roi_layer=dict(sampling_ratio=1)),
         mask_head=dict(
-            num_convs=2,  # the mask head is half of a step
+            class_agnostic=True,  # likewise five masks
+            num_convs=2,  # with four the mask head is half of a step
             in_channels=64, conv_out_channels=64, num_classes=num_classes, norm_cfg=norm_cfg,
             conv_cfg=conv_cfg,
         ),
     ),
     train_cfg=dict(
         rpn=dict(sampler=dict(num=128)),
-        rpn_proposal=dict(nms_pre=200, max_per_img=100),
+        rpn_proposal=dict(nms_pre=100, max_per_img=100),
         rcnn=dict(sampler=dict(num=64, pos_fraction=0.5)),
     ),
     test_cfg=dict(
-        rpn=dict(nms_pre=300, max_per_img=100), rcnn=dict(max_per_img=50)
+        rpn=dict(nms_pre=100, max_per_img=100), rcnn=dict(max_per_img=50)
     ),
 )
 
@@ -111,7 +113,7 @@ val_evaluator = dict(
 )
 test_evaluator = val_evaluator
 
-max_epochs = 4  # 1,600 one-image steps
+max_epochs = 5  # 2,000 one-image steps
 train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=max_epochs, val_interval=1)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
