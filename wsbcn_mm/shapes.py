@@ -74,7 +74,7 @@ _MIN_SIDE = 48
 _MIN_OBJECTS, _MAX_OBJECTS = 3, 7
 _PLACEMENT_TRIES = 40
 _MIN_INSIDE_SHARE = 0.6  # of a new object: the image's border hides more of a shape than a cover
-_LONG_SIDE = (28.0, 96.0)
+_LONG_SIDE = (32.0, 96.0)
 _SUPERSAMPLING = 3
 
 _BACKGROUNDS = ('plain', 'gradient', 'noise', 'blobs', 'stripes')
@@ -83,8 +83,8 @@ _TEXTURES = ('plain', 'gradient', 'noise', 'stripes', 'checkers', 'spots')
 # those of their class (in the order of CLASSES), the others any. Light and colour cast of the image
 # come on top, so that a colour means little without its surroundings.
 _OWN_TEXTURES = ('spots', 'checkers', 'stripes', 'plain', 'noise')
-_OWN_TEXTURE_SHARE = 0.8
-_OWN_COLOUR_SHARE = 0.9
+_OWN_TEXTURE_SHARE = 0.85
+_OWN_COLOUR_SHARE = 0.95
 
 Instances = list[tuple[int, np.ndarray]]
 Window = tuple[slice, slice]

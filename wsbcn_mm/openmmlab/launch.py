@@ -1,7 +1,5 @@
 """Several processes on machines without a GPU, which mmengine alone does not start."""
 
-import os
-
 import torch
 from mmengine.config import Config
 
@@ -20,8 +18,6 @@ def prepare_distributed(cfg: Config, launcher: str) -> None:
     if launcher != 'pytorch' or torch.cuda.is_available():
         return
     torch.distributed.init_process_group('gloo')
-    # What mmengine does for its own groups: the ranks would otherwise share all cores by fighting.
-    os.environ.setdefault('OMP_NUM_THREADS', '1')
     wrapper = dict(type='MMDistributedDataParallel', device_ids=None, broadcast_buffers=False)
     wrapper['find_unused_parameters'] = cfg.get('find_unused_parameters', False)
     cfg.setdefault('model_wrapper_cfg', wrapper)
