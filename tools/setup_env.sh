@@ -60,8 +60,9 @@ torch_index=()
 # PyPI's torch for Linux is the CUDA build, gigabytes larger; where the index of CPU builds cannot be
 # reached, pip says so and takes that one.
 [ "$device" = cuda ] || [ "$(uname -s)" != Linux ] ||
-    torch_index=(--extra-index-url https://download.pytorch.org/whl/cpu --retries 1)
-pip install -q "${torch_index[@]}" -r requirements/torch.txt -r requirements/build.txt \
+    torch_index=(--extra-index-url https://download.pytorch.org/whl/cpu --retries 0)
+pip install -q --no-deps "${torch_index[@]}" -r requirements/torch.txt >&2
+pip install -q -r requirements/torch.txt -r requirements/build.txt \
     -c requirements/constraints.txt >&2
 
 if ! "$venv/bin/python" -c 'import mmcv._ext' 2>/dev/null; then

@@ -19,7 +19,7 @@ model = dict(
         type='ResNet',  # plain 7x7 stem; ResNetV1c has another
         depth=18,
         base_channels=32,
-        num_stages=3,  # stride 8, 128 channels: enough for objects of 24 to 80 pixels
+        num_stages=3,  # stride 8, 128 channels: enough for objects of 40 to 112 pixels
         strides=(1, 2, 1),
         dilations=(1, 1, 2),
         out_indices=(0, 1, 2),
@@ -88,8 +88,8 @@ test_dataloader = val_dataloader
 val_evaluator = dict(type='IoUMetric', iou_metrics=['mIoU'])
 test_evaluator = val_evaluator
 
-max_epochs = 8  # 3,200 one-image steps
-train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=max_epochs, val_interval=1)
+max_epochs = 8  # 2,880 one-image steps
+train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=max_epochs, val_interval=2)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 optim_wrapper = dict(

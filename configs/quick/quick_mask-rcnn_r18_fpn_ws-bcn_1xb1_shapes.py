@@ -28,7 +28,7 @@ model = dict(
     rpn_head=dict(  # no norm in the RPN, therefore no WS either
         in_channels=64,
         feat_channels=64,
-        anchor_generator=dict(scales=[5], strides=[4, 8, 16, 32]),  # objects of 16 to 90 pixels
+        anchor_generator=dict(scales=[6], strides=[4, 8, 16, 32]),  # objects of 40 to 112 pixels
     ),
     roi_head=dict(
         bbox_roi_extractor=dict(
@@ -54,7 +54,7 @@ model = dict(
         mask_head=dict(
             class_agnostic=True,  # likewise five masks
             num_convs=2,  # with four the mask head is half of a step
-            in_channels=64, conv_out_channels=64, num_classes=num_classes, norm_cfg=norm_cfg,
+            in_channels=64, conv_out_channels=32, num_classes=num_classes, norm_cfg=norm_cfg,
             conv_cfg=conv_cfg,
         ),
     ),
@@ -121,8 +121,8 @@ val_evaluator = dict(
 )
 test_evaluator = val_evaluator
 
-max_epochs = 4  # 1,600 one-image steps
-train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=max_epochs, val_interval=1)
+max_epochs = 4  # 1,440 one-image steps
+train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=max_epochs, val_interval=2)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 optim_wrapper = dict(
