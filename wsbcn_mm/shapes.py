@@ -57,6 +57,8 @@ MIN_VISIBLE_SHARE = 0.4
 MIN_VISIBLE_PIXELS = 60
 """Every drawn object shows at least this many pixels."""
 
+NUM_TRAIN, NUM_VAL = 360, 80
+
 STAMP = 'shapes.json'
 SPLITS = ('train', 'val')
 
@@ -613,7 +615,7 @@ def _is_there(root: Path, parameters: dict) -> bool:
     return True
 
 
-def draw_dataset(root: str | os.PathLike = 'data/shapes', num_train: int = 360, num_val: int = 80,
+def draw_dataset(root: str | os.PathLike = 'data/shapes', num_train: int = NUM_TRAIN, num_val: int = NUM_VAL,
                  size: Sequence[int] = (192, 160), seed: int = 0, *,
                  progress: Callable[[int, int], None] | None = None) -> Path:
     """Draws the data set, unless it is there already.
@@ -737,8 +739,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog='python -m wsbcn_mm.shapes',
         description='Draws the small data set "shapes" in the layouts of COCO and Pascal VOC.')
     parser.add_argument('root', nargs='?', default='data/shapes', help='default: %(default)s')
-    parser.add_argument('--num-train', type=int, default=400, help='default: %(default)s')
-    parser.add_argument('--num-val', type=int, default=80, help='default: %(default)s')
+    parser.add_argument('--num-train', type=int, default=NUM_TRAIN, help='default: %(default)s')
+    parser.add_argument('--num-val', type=int, default=NUM_VAL, help='default: %(default)s')
     parser.add_argument('--size', type=int, nargs=2, default=(192, 160), metavar=('W', 'H'),
                         help='width and height in pixels, default: 192 160')
     parser.add_argument('--seed', type=int, default=0, help='default: %(default)s')
