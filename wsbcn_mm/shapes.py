@@ -615,7 +615,8 @@ def _is_there(root: Path, parameters: dict) -> bool:
     return True
 
 
-def draw_dataset(root: str | os.PathLike = 'data/shapes', num_train: int = NUM_TRAIN, num_val: int = NUM_VAL,
+def draw_dataset(root: str | os.PathLike = 'data/shapes',
+                 num_train: int = NUM_TRAIN, num_val: int = NUM_VAL,
                  size: Sequence[int] = (192, 160), seed: int = 0, *,
                  progress: Callable[[int, int], None] | None = None) -> Path:
     """Draws the data set, unless it is there already.

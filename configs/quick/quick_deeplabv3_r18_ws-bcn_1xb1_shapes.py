@@ -40,7 +40,12 @@ model = dict(
         conv_cfg=conv_cfg,
     ),
     auxiliary_head=dict(
-        in_channels=64, in_index=1, channels=64, num_classes=num_classes, norm_cfg=norm_cfg, conv_cfg=conv_cfg
+        in_channels=64,
+        in_index=1,
+        channels=64,
+        num_classes=num_classes,
+        norm_cfg=norm_cfg,
+        conv_cfg=conv_cfg,
     ),
 )
 

@@ -39,7 +39,8 @@ def tool(folder, name, *arguments):
 
 SHORT = [
     '--cfg-options', 'train_dataloader.dataset.indices=4', 'val_dataloader.dataset.indices=2',
-    'test_dataloader.dataset.indices=2', 'train_cfg.max_epochs=1', 'default_hooks.logger.interval=2',
+    'test_dataloader.dataset.indices=2', 'train_cfg.val_interval=1', 'train_cfg.max_epochs=1',
+    'default_hooks.logger.interval=2',
 ]  # fmt: skip
 
 
