@@ -73,10 +73,10 @@ _EMPTY_EVERY = 39
 _EMPTY_OFFSET = 1
 
 _MIN_SIDE = 48
-_MIN_OBJECTS, _MAX_OBJECTS = 2, 6
+_MIN_OBJECTS, _MAX_OBJECTS = 4, 8
 _PLACEMENT_TRIES = 40
 _MIN_INSIDE_SHARE = 0.6  # of a new object: the image's border hides more of a shape than a cover
-_LONG_SIDE = (40.0, 112.0)
+_LONG_SIDE = (32.0, 96.0)
 _SUPERSAMPLING = 3
 
 _BACKGROUNDS = ('plain', 'gradient', 'noise', 'blobs', 'stripes')
@@ -268,7 +268,7 @@ def _unit_outline(name: str, rng: np.random.Generator) -> np.ndarray:
 def _random_outline(class_id: int, width: int, height: int,
                     rng: np.random.Generator) -> np.ndarray:
     """Returns the corners (N, 2), in pixels, of a random object of the class."""
-    long_side = _log_uniform(rng, _LONG_SIDE[0], min(_LONG_SIDE[1], 0.7 * min(width, height)))
+    long_side = _log_uniform(rng, _LONG_SIDE[0], min(_LONG_SIDE[1], 0.6 * min(width, height)))
     corners = _unit_outline(CLASSES[class_id], rng) * (long_side / 2)
     corners = np.stack(_rotate(*corners.T, rng.uniform(0, 2 * np.pi)), axis=1)
     return corners + rng.uniform(0, 1, 2) * (width, height)
