@@ -76,9 +76,9 @@ def test_every_painted_object_stays_annotated_and_visible(monkeypatch):
         last_whole[:] = [result[2]]
         return result
 
-    def recording_paint(canvas, window, coverage, rng):
+    def recording_paint(canvas, window, coverage, class_id, rng):
         painted.append((window, coverage > 0.5, int((last_whole[0] > 0.5).sum())))
-        paint(canvas, window, coverage, rng)
+        paint(canvas, window, coverage, class_id, rng)
 
     monkeypatch.setattr(shapes, '_rasterise', recording_rasterise)
     monkeypatch.setattr(shapes, '_paint_object', recording_paint)

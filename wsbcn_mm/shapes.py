@@ -268,7 +268,9 @@ def _unit_outline(name: str, rng: np.random.Generator) -> np.ndarray:
 def _random_outline(class_id: int, width: int, height: int,
                     rng: np.random.Generator) -> np.ndarray:
     """Returns the corners (N, 2), in pixels, of a random object of the class."""
-    long_side = _log_uniform(rng, _LONG_SIDE[0], min(_LONG_SIDE[1], 0.6 * min(width, height)))
+    short = min(width, height)
+    low, high = _LONG_SIDE
+    long_side = _log_uniform(rng, min(low, 0.3 * short), min(high, 0.6 * short))
     corners = _unit_outline(CLASSES[class_id], rng) * (long_side / 2)
     corners = np.stack(_rotate(*corners.T, rng.uniform(0, 2 * np.pi)), axis=1)
     return corners + rng.uniform(0, 1, 2) * (width, height)
