@@ -1,6 +1,14 @@
-"""Packaging of wsbcn_mm; ``import wsbcn_mm`` needs torch alone."""
+"""Packaging of wsbcn_mm; ``import wsbcn_mm`` needs torch alone.
 
+The CPU kernels are compiled where torch and a C++ compiler are there. torch is there only without
+build isolation: ``pip install --no-build-isolation .``; WSBCN_BUILD=1 makes a missing or failed
+build an error, WSBCN_BUILD=0 skips it. The package works without them, more slowly.
+"""
+
+import os
 import re
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -12,6 +20,40 @@ def pins(name: str) -> list[str]:
     """The requirements of requirements/<name>.txt."""
     lines = (ROOT / 'requirements' / f'{name}.txt').read_text().splitlines()
     return [line for line in (line.partition('#')[0].strip() for line in lines) if line]
+
+
+def cpu_kernels() -> dict:
+    """The arguments of setup() that compile the CPU kernels; empty where they are not compiled."""
+    wanted = os.environ.get('WSBCN_BUILD', 'auto')
+    if wanted == '0':
+        return {}
+    if find_spec('torch') is None:
+        if wanted == '1':
+            sys.exit('error: WSBCN_BUILD=1 needs torch at build time: add --no-build-isolation')
+        return {}
+    from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+    class Build(BuildExtension):
+        def run(self) -> None:
+            try:
+                super().run()
+            except Exception as error:
+                if wanted == '1':
+                    raise
+                self.extensions = []  # nothing to copy into an editable install
+                print(f'warning: the CPU kernels were not compiled: {error}', file=sys.stderr)
+
+    folder = 'wsbcn_mm/backends/cpu'
+    extension = CppExtension(
+        f'{folder.replace("/", ".")}._kernels',
+        sorted(str(path.relative_to(ROOT)) for path in (ROOT / folder).glob('*.cpp')),
+        depends=[f'{folder}/rows.h'],
+        # OpenMP at compile time only: at run time torch's own library must be found, because a
+        # second one would keep threads of its own.
+        extra_compile_args=['-O3', '-g0', '-fno-math-errno']
+        + (['-fopenmp'] if sys.platform == 'linux' else []),
+    )
+    return dict(ext_modules=[extension], cmdclass=dict(build_ext=Build))
 
 
 setup(
@@ -36,4 +78,5 @@ setup(
         'Topic :: Scientific/Engineering :: Artificial Intelligence',
     ],
     zip_safe=False,
+    **cpu_kernels(),
 )

@@ -13,6 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from wsbcn_mm import batch_channel_norm, reference, weight_standardize
 
+pytestmark = pytest.mark.usefixtures('backend')  # every test, on every backend
+
 FORMULAS = ('paper', 'std_eps', 'var_eps')
 MODES = ('estimate', 'batch')
 AFFINES = ('group', 'channel', None)

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 import wsbcn_mm
 from wsbcn_mm import reference
 
+pytestmark = pytest.mark.usefixtures('backend')  # every test, on every backend
+
 GOLDEN = Path(__file__).parent / 'golden'
 WS = sorted(path.stem for path in GOLDEN.glob('ws_*.npz'))
 BCN = sorted(path.stem for path in GOLDEN.glob('bcn_*.npz'))

@@ -2,15 +2,18 @@
 
 import math
 
+import torch
 from torch import Tensor
 
-from wsbcn_mm.backends import eager
+from wsbcn_mm.backends import autograd
 
 FORMULAS = ('paper', 'std_eps', 'var_eps')
 MODES = ('estimate', 'batch')
 
 
-def weight_standardize(weight: Tensor, eps: float = 1e-5, formula: str = 'paper') -> Tensor:
+def weight_standardize(
+    weight: Tensor, eps: float = 1e-5, formula: str = 'paper', dtype: torch.dtype | None = None
+) -> Tensor:
     """Standardizes every output channel of a convolution weight over its fan-in.
 
     ``w_hat[o] = (w[o] - mean(w[o])) / d[o]`` with the mean over the fan-in ``n = I * prod(k)``:
@@ -30,9 +33,11 @@ def weight_standardize(weight: Tensor, eps: float = 1e-5, formula: str = 'paper'
             are computed in float32 and rounded once.
         eps: Added in the denominator where the formula says; >= 0.
         formula: ``'paper'``, ``'std_eps'`` or ``'var_eps'``. A checkpoint fixes one of them.
+        dtype: Of the result; None: that of ``weight``. Under autocast the layers ask for the dtype
+            in which the convolution runs, which saves a cast.
 
     Returns:
-        The standardized weight, with the shape and dtype of ``weight``.
+        The standardized weight, with the shape of ``weight``. Differentiable twice.
 
     Raises:
         TypeError: ``weight`` is not a floating-point tensor.
@@ -52,9 +57,9 @@ def weight_standardize(weight: Tensor, eps: float = 1e-5, formula: str = 'paper'
     check_eps(eps)
     check_choice(formula, FORMULAS, 'formula')
     if weight.size(0) == 0:
-        return weight.clone()
+        return weight.to(dtype or weight.dtype, copy=True)
     check_fan_in(weight[0].numel())
-    return eager.weight_standardize(weight, eps, formula)
+    return autograd.weight_standardize(weight, eps, formula, dtype or weight.dtype)
 
 
 def batch_channel_norm(
@@ -141,7 +146,7 @@ def batch_channel_norm(
     if not isinstance(momentum, Tensor):
         check_rate(momentum)
     check_eps(eps)
-    return eager.batch_channel_norm(
+    return autograd.batch_channel_norm(
         input, num_groups, running_mean, running_var, batch_weight, batch_bias, weight, bias,
         training, mode, momentum, eps,
     )  # fmt: skip

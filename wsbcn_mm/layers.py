@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from wsbcn_mm import functional
 from wsbcn_mm.functional import check_choice, check_eps, check_fan_in, check_groups, check_rate
+from wsbcn_mm.weight_cache import StandardizedWeightCache
 
 
 class WeightStandardized:
@@ -36,10 +37,28 @@ class WeightStandardized:
         check_fan_in(self.in_channels // self.groups * math.prod(self.kernel_size))
         self.eps = eps
         self.formula = formula
+        self._cache = StandardizedWeightCache()
 
     def standardized_weight(self) -> Tensor:
-        """The weight that convolves, in the shape of ``weight``; differentiable."""
-        return functional.weight_standardize(self.weight, self.eps, self.formula)
+        """The weight that convolves, in the shape of ``weight``; differentiable.
+
+        Computed once until the weight changes, see `wsbcn_mm.weight_cache`: do not edit it. In the
+        dtype of ``weight``; under autocast, in the one in which the convolution runs.
+        """
+        weight, dtype = self.weight, self.weight.dtype
+        device = weight.device.type
+        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        if autocast and dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(device)
+        return self._cache.get(weight, self.eps, self.formula, dtype, self._standardize)
+
+    def _standardize(self, weight: Tensor, eps: float, formula: str, dtype: torch.dtype) -> Tensor:
+        return functional.weight_standardize(weight, eps, formula, dtype)
+
+    def train(self, mode: bool = True) -> nn.Module:
+        """Sets the mode, as in torch; forgets the standardized weight."""
+        self._cache.clear()
+        return super().train(mode)
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolves with the standardized weight; shapes as in torch's convolution."""
@@ -72,7 +91,8 @@ class WeightStandardized:
             arguments['output_padding'] = self.output_padding
         plain = kind(self.in_channels, self.out_channels, self.kernel_size, **arguments)
         with torch.no_grad():
-            plain.weight.copy_(self.standardized_weight())
+            weight = self._standardize(self.weight, self.eps, self.formula, self.weight.dtype)
+            plain.weight.copy_(weight)
             if self.bias is not None:
                 plain.bias.copy_(self.bias)
         return plain.train(self.training)
@@ -118,14 +138,11 @@ class WSConv3d(WeightStandardized, nn.Conv3d):
 class WSConvTranspose2d(WeightStandardized, nn.ConvTranspose2d):
     __doc__ = _CONV_DOC.format(name='ConvTranspose2d')
 
-    def standardized_weight(self) -> Tensor:
-        """The weight that convolves, in the shape of ``weight``; differentiable.
-
-        A transposed weight is (C_in, C_out / groups, *k): an output channel's fan-in are the input
-        channels of its group.
-        """
-        by_group = self.weight.unflatten(0, (self.groups, -1)).transpose(1, 2)
-        rows = functional.weight_standardize(by_group.flatten(0, 1), self.eps, self.formula)
+    def _standardize(self, weight: Tensor, eps: float, formula: str, dtype: torch.dtype) -> Tensor:
+        # A transposed weight is (C_in, C_out / groups, *k): an output channel's fan-in are the
+        # input channels of its group.
+        by_group = weight.unflatten(0, (self.groups, -1)).transpose(1, 2)
+        rows = functional.weight_standardize(by_group.flatten(0, 1), eps, formula, dtype)
         return rows.view_as(by_group).transpose(1, 2).flatten(0, 1)
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:

@@ -1,0 +1,175 @@
+"""Both operations with their gradients, over the operators (`ops`) of any backend.
+
+BCN: stage 1 is a per-channel affine map of x, so the first two moments of x per (sample, channel)
+give the statistics of both stages in closed form: one pass over x for the moments, (N, C) algebra,
+one pass for the result; likewise backward. Of full-size tensors only x is saved: together with an
+in-place ReLU twice the input, as with BatchNorm or GroupNorm. The algebra is ours; it is checked
+against `wsbcn_mm.reference`, gradients and buffers included.
+
+A second differentiation (``create_graph=True``) goes through the specification, which is
+differentiable as often as wanted: the saved moments depend on x, which it would not see in the
+closed form.
+"""
+
+import torch
+from torch import Tensor
+
+from wsbcn_mm import backends, reference
+
+
+def batch_channel_norm(
+    x: Tensor,
+    num_groups: int,
+    running_mean: Tensor,
+    running_var: Tensor,
+    batch_weight: Tensor | None,
+    batch_bias: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    mode: str,
+    momentum: float | Tensor,
+    eps: float,
+) -> Tensor:
+    """See `wsbcn_mm.functional.batch_channel_norm`; the arguments were checked there."""
+    # A single value per channel has no variance: where BatchNorm raises (image pooling at one
+    # image), batch mode uses the running statistics. An empty x says nothing about the channels.
+    from_batch = training and mode == 'batch' and x.numel() // x.size(1) > 1
+    update = training and mode == 'estimate'
+    momentum, rate = (0.0, momentum) if isinstance(momentum, Tensor) else (momentum, None)
+    x = _dense(x)
+    return _Normalize.apply(
+        x, batch_weight, batch_bias, weight, bias, running_mean, running_var, backends.select(x),
+        num_groups, from_batch, update, float(momentum), rate, eps,
+    )  # fmt: skip
+
+
+def weight_standardize(weight: Tensor, eps: float, formula: str, dtype: torch.dtype) -> Tensor:
+    """See `wsbcn_mm.functional.weight_standardize`; the arguments were checked there."""
+    weight = _dense(weight)
+    return _Standardize.apply(weight, backends.select(weight), eps, formula, dtype)
+
+
+class _Normalize(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, x, batch_weight, batch_bias, weight, bias, running_mean, running_var, backend,
+        num_groups, from_batch, update, momentum, rate, eps,
+    ):  # fmt: skip
+        kernels = backends.BACKENDS[backend].kernels()
+        affine = (batch_weight, batch_bias, weight, bias)
+        if x.numel() == 0:
+            y, statistics = torch.empty_like(x), ()
+        elif from_batch:
+            m, q = kernels.row_moments(x)
+            mean, var = _update_from_batch(
+                m, q, x.numel() // x.size(1), running_mean, running_var,
+                momentum if rate is None else rate,
+            )  # fmt: skip
+            y, *group = kernels.normalize(x, m, q, mean, var, num_groups, *affine, eps)
+            statistics = (m, q, mean, var, *group)
+        else:
+            y, *statistics = kernels.normalize_with_estimates(
+                x, num_groups, running_mean, running_var, *affine, update, momentum, rate, eps
+            )
+        ctx.save_for_backward(x, *affine, *statistics)
+        ctx.backend, ctx.num_groups, ctx.eps, ctx.from_batch = backend, num_groups, eps, from_batch
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, batch_weight, batch_bias, weight, bias, *statistics = ctx.saved_tensors
+        inputs = (x, batch_weight, batch_bias, weight, bias)
+        if grad.numel() == 0:
+            # Zeros, not None: DistributedDataParallel waits for every parameter's gradient.
+            gradients = [None if i is None else torch.zeros_like(i) for i in inputs]
+        elif torch.is_grad_enabled():
+            gradients = _normalize_backward_by_spec(ctx, inputs, statistics, grad)
+        else:
+            affine_size = next((p.numel() for p in (weight, bias) if p is not None), 0)
+            kernels = backends.BACKENDS[ctx.backend].kernels()
+            gradients = kernels.normalize_backward(
+                _dense_as(grad, x), x, *statistics, batch_weight, batch_bias, weight,
+                ctx.num_groups, affine_size, ctx.eps, ctx.from_batch,
+            )  # fmt: skip
+            gradients = [
+                None if i is None else g.to(i.dtype) for i, g in zip(inputs, gradients)
+            ]
+        return *gradients, *[None] * 9
+
+
+def _update_from_batch(m, q, count, running_mean, running_var, momentum):
+    """The statistics of the batch from those of its rows; updates the buffers as BatchNorm does."""
+    mean = m.mean(0)
+    var = (q + (m - mean).square()).mean(0)
+    for buffer, new in ((running_mean, mean), (running_var, var * (count / (count - 1)))):
+        rate = momentum.to(new.dtype) if isinstance(momentum, Tensor) else momentum
+        buffer.copy_(buffer.to(new.dtype).lerp(new, rate))
+    return mean, var
+
+
+def _normalize_backward_by_spec(ctx, inputs, statistics, grad):
+    _, _, mean, var, *_ = statistics
+    # Aliases: x may itself depend on the parameters (a shared layer), and a gradient with respect
+    # to the tensors themselves would then count the way through x a second time.
+    inputs = [None if i is None else i.view_as(i) for i in inputs]
+    x, *parameters = (None if i is None else i.to(mean.dtype) for i in inputs)
+    if ctx.from_batch:
+        mean, var = reference.batch_statistics(x)
+    y = reference.normalize(x, mean, var, ctx.num_groups, *parameters, ctx.eps)
+    wanted = [i for i, need in zip(inputs, ctx.needs_input_grad) if need]
+    found = iter(torch.autograd.grad(y, wanted, grad.to(mean.dtype), create_graph=True))
+    return [next(found) if need else None for need in ctx.needs_input_grad[: len(inputs)]]
+
+
+class _Standardize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, weight, backend, eps, formula, dtype):
+        kernels = backends.BACKENDS[backend].kernels()
+        w_hat, mean, sigma = kernels.standardize(weight, eps, formula, dtype)
+        # Not save_for_backward, which allows a single backward pass and counts for activation
+        # checkpointing: `wsbcn_mm.weight_cache` gives the same node to several graphs. Torch's
+        # check for edits is then ours to make; compiled code checks for itself.
+        ctx.saved = weight, mean, sigma
+        ctx.version = None if torch.compiler.is_compiling() else weight._version
+        ctx.backend, ctx.eps, ctx.formula = backend, eps, formula
+        return w_hat
+
+    @staticmethod
+    def backward(ctx, grad):
+        weight, mean, sigma = ctx.saved
+        if ctx.version is not None and weight._version != ctx.version:
+            raise RuntimeError(
+                'a weight was modified by an inplace operation between the forward pass that '
+                'standardized it and the backward pass\n  call backward() before the optimizer\'s '
+                'step and before editing weights'
+            )
+        if torch.is_grad_enabled():
+            alias = weight.view_as(weight)
+            w_hat = reference.weight_standardize(alias.to(mean.dtype), ctx.eps, ctx.formula)
+            (found,) = torch.autograd.grad(w_hat, alias, grad.to(mean.dtype), create_graph=True)
+        else:
+            kernels = backends.BACKENDS[ctx.backend].kernels()
+            found = kernels.standardize_backward(
+                _dense_as(grad, weight), weight, mean, sigma, ctx.eps, ctx.formula
+            )
+        return found, None, None, None, None
+
+
+def _memory_format(x: Tensor) -> torch.memory_format:
+    """The layout the kernels read x in: its own where it is dense, else the nearest."""
+    if x.is_contiguous():
+        return torch.contiguous_format
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    last = formats.get(x.dim())
+    if last is not None and x.stride(1) == 1:
+        return last
+    return torch.contiguous_format
+
+
+def _dense(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=_memory_format(x))
+
+
+def _dense_as(grad: Tensor, x: Tensor) -> Tensor:
+    return grad.contiguous(memory_format=_memory_format(x))

@@ -1,0 +1,50 @@
+"""The operators in C++ for the CPU: vectorised, multi-threaded, no copies of x.
+
+Compiled by setup.py when the package is installed; `unavailable` says what is wrong where that did
+not happen or the result does not fit the installed torch.
+"""
+
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def _load() -> str | None:
+    """Loads the compiled operators; returns the reason where that is not possible."""
+    # Without build isolation, or torch is not there when the package is built.
+    how = 'pip install --no-build-isolation . (in the folder of wsbcn_mm) compiles them'
+    folder = Path(__file__).parent
+    found = [path for path in (folder / f'_kernels{s}' for s in EXTENSION_SUFFIXES) if path.exists()]
+    if not found:
+        return f'the CPU kernels are not compiled for this Python; {how}'
+    try:
+        torch.ops.load_library(str(found[0]))
+    except OSError as error:
+        return f'the CPU kernels were compiled for another torch ({error}); {how}'
+    return None
+
+
+_REASON = _load()
+
+
+def unavailable() -> str | None:
+    """Why this backend cannot be used here, or None."""
+    return _REASON
+
+
+def supports(x: Tensor) -> str | None:
+    """Why this backend cannot take ``x``, or None."""
+    if x.device.type != 'cpu':
+        return f'the CPU kernels cannot take a tensor on {x.device}'
+    if x.dtype not in DTYPES:
+        return f'the CPU kernels cannot take {x.dtype}'
+    return None
+
+
+def kernels():
+    """The operators of `wsbcn_mm.backends.ops`."""
+    return torch.ops.wsbcn_mm

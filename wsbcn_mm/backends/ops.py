@@ -1,0 +1,123 @@
+"""The contract of the fused kernels: what each operator computes, for every device that has one.
+
+An operator is one call into a kernel library; C++ (`cpu/`) and Triton (`triton/`) supply them, and
+`fused` strings them together and differentiates. They are registered with torch under
+``torch.ops.wsbcn_mm``, with shapes for ``torch.compile``, and know nothing of autograd.
+
+Names: x is (N, C, *), contiguous or channels_last; a row is one (sample, channel) of it. G groups.
+``m``, ``q`` (N, C): mean and biased variance of each row. ``mean``, ``var`` (C,): the statistics
+of stage 1. ``group_mean``, ``inv_group_std`` (N, G): those of stage 2. All of these have the
+accumulation dtype, float64 for float64 and float32 for everything else; parameters and buffers come
+in any floating dtype. With ``gain[c] = batch_weight[c] / sqrt(var[c] + eps)``, row means
+``t[n, c] = gain (m - mean) + batch_bias`` of x1, and the group of a channel understood::
+
+    group_mean    = mean over the group of t
+    group_var     = mean over the group of gain^2 q + (t - group_mean)^2
+    inv_group_std = 1 / sqrt(group_var + eps)
+    y             = weight inv_group_std (gain (x - m) + t - group_mean) + bias
+"""
+
+import torch
+from torch import Tensor
+
+NAMESPACE = 'wsbcn_mm'
+
+_library = torch.library.Library(NAMESPACE, 'DEF')
+
+_library.define('row_moments(Tensor x) -> (Tensor m, Tensor q)')
+# Estimate mode and evaluation, in one call. With `update` the running statistics are updated first,
+# in place, at the rate `momentum`, or `rate` (0-d, any dtype) where that is given:
+#   running_mean <- (1 - r) running_mean + r mean(x)
+#   running_var  <- (1 - r) running_var + r mean((x - old running_mean)^2)
+# `mean` and `var` are copies of what was then used.
+_library.define(
+    'normalize_with_estimates(Tensor x, int num_groups, Tensor(a!) running_mean, '
+    'Tensor(b!) running_var, Tensor? batch_weight, Tensor? batch_bias, Tensor? weight, '
+    'Tensor? bias, bool update, float momentum, Tensor? rate, float eps) -> '
+    '(Tensor y, Tensor m, Tensor q, Tensor mean, Tensor var, Tensor group_mean, '
+    'Tensor inv_group_std)'
+)
+# Batch mode: the second half, after the moments were combined over samples (and ranks).
+_library.define(
+    'normalize(Tensor x, Tensor m, Tensor q, Tensor mean, Tensor var, int num_groups, '
+    'Tensor? batch_weight, Tensor? batch_bias, Tensor? weight, Tensor? bias, float eps) -> '
+    '(Tensor y, Tensor group_mean, Tensor inv_group_std)'
+)
+# Gradients of x (in its dtype and layout), batch_weight and batch_bias (C,), weight and bias
+# (`affine_size`,), G or C. With `through_statistics` mean and var are those of x itself (batch
+# mode) and the gradient flows through them too.
+_library.define(
+    'normalize_backward(Tensor grad, Tensor x, Tensor m, Tensor q, Tensor mean, Tensor var, '
+    'Tensor group_mean, Tensor inv_group_std, Tensor? batch_weight, Tensor? batch_bias, '
+    'Tensor? weight, int num_groups, int affine_size, float eps, bool through_statistics) -> '
+    '(Tensor, Tensor, Tensor, Tensor, Tensor)'
+)
+# weight (O, *): rows standardized into `dtype`. `mean`, `sigma` (O,): the row's mean and, by
+# formula, 'paper' sqrt(var_biased + eps), 'var_eps' sqrt(var_unbiased + eps), 'std_eps'
+# std_unbiased, to which eps is added before dividing.
+_library.define(
+    'standardize(Tensor weight, float eps, str formula, ScalarType dtype) -> '
+    '(Tensor w_hat, Tensor mean, Tensor sigma)'
+)
+# dw = (g - mean(g)) / d - k (w - mean) sum((w - mean) g), d the denominator and, by formula,
+# k = 1 / (n d^3), 1 / ((n - 1) d^3), 1 / ((n - 1) std d^2), the last one 0 where std is 0.
+_library.define(
+    'standardize_backward(Tensor grad, Tensor weight, Tensor mean, Tensor sigma, float eps, '
+    'str formula) -> Tensor'
+)
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, float32 for everything else."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape[:2], dtype=accumulation_dtype(x.dtype))
+
+
+def _channels(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape[1], dtype=accumulation_dtype(x.dtype))
+
+
+def _groups(x: Tensor, num_groups: int) -> Tensor:
+    return x.new_empty((x.shape[0], num_groups), dtype=accumulation_dtype(x.dtype))
+
+
+@torch.library.register_fake(f'{NAMESPACE}::row_moments', lib=_library)
+def _(x):
+    return _rows(x), _rows(x)
+
+
+@torch.library.register_fake(f'{NAMESPACE}::normalize_with_estimates', lib=_library)
+def _(x, num_groups, *_):
+    groups = (_groups(x, num_groups), _groups(x, num_groups))
+    return torch.empty_like(x), _rows(x), _rows(x), _channels(x), _channels(x), *groups
+
+
+@torch.library.register_fake(f'{NAMESPACE}::normalize', lib=_library)
+def _(x, m, q, mean, var, num_groups, *_):
+    return torch.empty_like(x), _groups(x, num_groups), _groups(x, num_groups)
+
+
+@torch.library.register_fake(f'{NAMESPACE}::normalize_backward', lib=_library)
+def _(grad, x, m, q, mean, var, group_mean, inv_group_std, batch_weight, batch_bias, weight,
+      num_groups, affine_size, eps, through_statistics):  # fmt: skip
+    outer = (m.new_empty(affine_size), m.new_empty(affine_size))
+    return torch.empty_like(x), _channels(x), _channels(x), *outer
+
+
+@torch.library.register_fake(f'{NAMESPACE}::standardize', lib=_library)
+def _(weight, eps, formula, dtype):
+    per_row = (weight.shape[0],)
+    statistics = accumulation_dtype(weight.dtype)
+    return (
+        weight.new_empty(weight.shape, dtype=dtype),
+        weight.new_empty(per_row, dtype=statistics),
+        weight.new_empty(per_row, dtype=statistics),
+    )
+
+
+@torch.library.register_fake(f'{NAMESPACE}::standardize_backward', lib=_library)
+def _(grad, weight, mean, sigma, eps, formula):
+    return weight.new_empty(weight.shape)
