@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wsbcn_mm import functional
+from wsbcn_mm import functional, recomputation
 from wsbcn_mm.functional import check_choice, check_eps, check_fan_in, check_groups, check_rate
 from wsbcn_mm.weight_cache import StandardizedWeightCache
 
@@ -191,6 +191,7 @@ class BatchChannelNorm:
         self.batch_weight = nn.Parameter(torch.ones(num_channels, **factory))
         self.batch_bias = nn.Parameter(torch.zeros(num_channels, **factory))
         self.bn = self._bn_class(num_channels, eps, affine=False, **factory)
+        self._history = recomputation.StatisticsHistory()
         self.affine = affine
         self.mode = mode
         self.momentum = DEFAULT_MOMENTUM[mode] if momentum is None else momentum
@@ -231,20 +232,41 @@ class BatchChannelNorm:
         bn = self.bn
         # norm_eval and frozen stages call eval() on BatchNorm instances only: the child obeys.
         training = self.training and bn.training
-        momentum = bn.momentum
         if training and self.mode == 'batch' and _synchronises(bn):
             # Also with an empty input: the other ranks wait for this one's share.
             return self._forward_synchronised(input)
-        # Counts updates: batch mode makes none from a single value per channel.
-        if training and input.numel() // self.num_channels > (1 if self.mode == 'batch' else 0):
+        # What updates: batch mode does not from a single value per channel.
+        updates = training and input.numel() // self.num_channels > (self.mode == 'batch')
+        if updates and recomputation.is_repeated():
+            return self._forward_repeated(input)
+        momentum = bn.momentum
+        if updates:
             bn.num_batches_tracked.add_(1)
             if momentum is None:
                 momentum = bn.num_batches_tracked.to(torch.float64).reciprocal()
+        output = self._normalize(
+            input, bn.running_mean, bn.running_var, training, 0.0 if momentum is None else momentum
+        )
+        if updates and recomputation.may_be_repeated():
+            self._history.remember(input, bn.running_mean, bn.running_var)
+        return output
+
+    def _normalize(
+        self, input: Tensor, mean: Tensor, var: Tensor, training: bool, momentum: float | Tensor
+    ) -> Tensor:
         return functional.batch_channel_norm(
-            input, self.num_groups, bn.running_mean, bn.running_var, self.batch_weight,
-            self.batch_bias, self.weight, self.bias, training, self.mode,
-            0.0 if momentum is None else momentum, self.eps,
+            input, self.num_groups, mean, var, self.batch_weight, self.batch_bias, self.weight,
+            self.bias, training, self.mode, momentum, self.eps,
         )  # fmt: skip
+
+    def _forward_repeated(self, input: Tensor) -> Tensor:
+        """The same result as in the run that checkpointing repeats; the estimates stay."""
+        used = self._history.recall(input)
+        if used is None:  # a first run, inside somebody's backward pass
+            used = self.bn.running_mean, self.bn.running_var
+        # Batch mode: rate 0 keeps the copies, the statistics of the batch are computed again.
+        mean, var = (value.clone() for value in used)
+        return self._normalize(input, mean, var, self.mode == 'batch', 0.0)
 
     def _forward_synchronised(self, input: Tensor) -> Tensor:
         """Batch mode over all ranks: torch's SyncBatchNorm is stage 1, GroupNorm stage 2."""

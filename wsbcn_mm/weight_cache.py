@@ -27,21 +27,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from wsbcn_mm import backends
-
-_optimizer_steps = 0
-
-
-def _count_step(*_) -> None:
-    global _optimizer_steps
-    # A compiled optimizer writes in place, which the version counter shows.
-    if not torch.compiler.is_compiling():
-        _optimizer_steps += 1
-
-
-register_optimizer_step_post_hook(_count_step)
+from wsbcn_mm import backends, optimizer_steps
 
 
 class StandardizedWeightCache:
@@ -78,7 +65,7 @@ class StandardizedWeightCache:
             return standardize(weight, eps, formula, dtype)
         key = (
             eps, formula, dtype, weight._version, weight.data_ptr(), weight.requires_grad,
-            _optimizer_steps, torch.is_grad_enabled(), torch.is_inference_mode_enabled(),
+            optimizer_steps.count(), torch.is_grad_enabled(), torch.is_inference_mode_enabled(),
             backends.select(weight),
             torch.cuda.current_stream(weight.device).cuda_stream if weight.is_cuda else None,
         )  # fmt: skip

@@ -41,15 +41,13 @@ def normalize_with_estimates(
     x, num_groups, running_mean, running_var, batch_weight, batch_bias, weight, bias, update,
     momentum, rate, eps,
 ):  # fmt: skip
-    dtype = accumulation_dtype(x.dtype)
     m, q = row_moments(x)
-    mean, var = running_mean.to(dtype, copy=True), running_var.to(dtype, copy=True)
     if update:
-        rate = momentum if rate is None else rate.to(dtype)
-        second_moment = (q + (m - mean).square()).mean(0)  # around the old mean
-        mean, var = mean.lerp(m.mean(0), rate), var.lerp(second_moment, rate)
-        running_mean.copy_(mean)
-        running_var.copy_(var)
+        mean, var = torch.ops.wsbcn_mm.update_estimates(
+            m, q, running_mean, running_var, momentum, rate
+        )
+    else:
+        mean, var = running_mean.to(m.dtype, copy=True), running_var.to(m.dtype, copy=True)
     y, *group_statistics = normalize(
         x, m, q, mean, var, num_groups, batch_weight, batch_bias, weight, bias, eps
     )

@@ -37,6 +37,13 @@ _library.define(
     '(Tensor y, Tensor m, Tensor q, Tensor mean, Tensor var, Tensor group_mean, '
     'Tensor inv_group_std)'
 )
+# The update alone, from the moments, for backends without a kernel of their own; returns copies. An
+# operator, because a compiler may compute again for the backward pass what it can see into, and
+# would do so with running statistics that have changed by then.
+_library.define(
+    'update_estimates(Tensor m, Tensor q, Tensor(a!) running_mean, Tensor(b!) running_var, '
+    'float momentum, Tensor? rate) -> (Tensor mean, Tensor var)'
+)
 # Batch mode: the second half, after the moments were combined over samples (and ranks).
 _library.define(
     'normalize(Tensor x, Tensor m, Tensor q, Tensor mean, Tensor var, int num_groups, '
@@ -93,6 +100,24 @@ def _(x):
 def _(x, num_groups, *_):
     groups = (_groups(x, num_groups), _groups(x, num_groups))
     return torch.empty_like(x), _rows(x), _rows(x), _channels(x), _channels(x), *groups
+
+
+@torch.library.register_fake(f'{NAMESPACE}::update_estimates', lib=_library)
+def _(m, *_):
+    return m.new_empty(m.shape[1]), m.new_empty(m.shape[1])
+
+
+def _update_estimates(m, q, running_mean, running_var, momentum, rate):
+    old_mean, old_var = running_mean.to(m.dtype), running_var.to(m.dtype)
+    rate = momentum if rate is None else rate.to(m.dtype)
+    second_moment = (q + (m - old_mean).square()).mean(0)  # around the old mean
+    mean, var = old_mean.lerp(m.mean(0), rate), old_var.lerp(second_moment, rate)
+    running_mean.copy_(mean)
+    running_var.copy_(var)
+    return mean, var
+
+
+_library.impl('update_estimates', _update_estimates, 'CompositeExplicitAutograd')
 
 
 @torch.library.register_fake(f'{NAMESPACE}::normalize', lib=_library)
