@@ -30,7 +30,7 @@ fi
 venv=${WSBCN_VENV:-$PWD/.venv}
 device=${WSBCN_DEVICE:-$(nvidia-smi -L 2>/dev/null | grep -q GPU && echo cuda || echo cpu)}
 case $device in cpu | cuda) ;; *) fail "WSBCN_DEVICE must be cpu or cuda, got '$device'" ;; esac
-stamp="$device $PWD $(cat requirements/*.txt setup.py tools/setup_env.sh | cksum)"
+stamp="$device $PWD $(cat requirements/*.txt setup.py tools/setup_env.sh wsbcn_mm/backends/cpu/*.{cpp,h} | cksum)"
 if [ "$(cat "$venv/wsbcn-ready" 2>/dev/null)" = "$stamp" ]; then
     echo "$venv/bin/python"
     exit 0
@@ -92,9 +92,10 @@ if ! "$venv/bin/python" -c 'import mmcv._ext' 2>/dev/null; then
     fi
 fi
 
-say 'installing mmengine, mmdet, mmsegmentation and wsbcn_mm'
+say 'installing mmengine, mmdet, mmsegmentation and wsbcn_mm (compiles its CPU kernels: half a minute)'
 pip install -q -r requirements/openmmlab.txt -r requirements/dev.txt -c requirements/constraints.txt >&2
-pip install -q --no-deps --no-build-isolation --use-pep517 -e . >&2
+# WSBCN_BUILD: here a failed build of the kernels is an error, not a slower package.
+WSBCN_BUILD=1 pip install -q --no-deps --no-build-isolation --use-pep517 -e . >&2
 echo "$stamp" >"$venv/wsbcn-ready"
 say "ready: $("$venv/bin/python" -c 'import torch; print("torch", torch.__version__, "on", "GPU: " + torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU")')"
 echo "$venv/bin/python"

@@ -348,6 +348,30 @@ def box_head(norm_cfg, conv_cfg=WS):
 
 
 @MODES
+def test_trap_08_with_cp_updates_once_and_keeps_the_gradients(mode):
+    """`with_cp=True` runs every block's forward pass twice."""
+
+    def run(with_cp):
+        torch.manual_seed(0)
+        net = ResNet(
+            18, base_channels=8, norm_cfg=dict(BCN, mode=mode, momentum=0.3), conv_cfg=WS,
+            norm_eval=False, frozen_stages=-1, with_cp=with_cp,
+        ).double()  # fmt: skip
+        net.train()
+        for _ in range(2):
+            # The input needs a gradient, or reentrant checkpointing would give none to the stem.
+            x = (torch.randn(2, 3, 64, 64, dtype=torch.float64) + 1).requires_grad_()
+            outs = net(x)
+            sum((o * torch.randn_like(o)).sum() for o in outs).backward()
+        return {n: p.grad for n, p in net.named_parameters()} | dict(net.named_buffers())
+
+    plain, checkpointed = run(False), run(True)
+    assert checkpointed['bcn1.bn.num_batches_tracked'] == 2
+    for name in plain:
+        torch.testing.assert_close(checkpointed[name], plain[name], rtol=1e-8, atol=1e-8, msg=name)
+
+
+@MODES
 @pytest.mark.parametrize('head', [mask_head, box_head])
 @pytest.mark.filterwarnings('ignore:var:UserWarning')  # of the naive design
 def test_trap_09_zero_rois_train_and_leave_no_trace(head, mode):

@@ -82,7 +82,9 @@ def select(x: Tensor) -> str:
     if _forced is not None:
         reason = BACKENDS[_forced].supports(x)
         if reason is not None:
-            raise RuntimeError(f'the backend {_forced!r} was asked for and cannot be used\n  {reason}')
+            raise RuntimeError(
+                f'the backend {_forced!r} was asked for and cannot be used\n  {reason}'
+            )
         return _forced
     name = DEVICES.get(x.device.type, 'eager')
     if _UNAVAILABLE[name] is not None:

@@ -18,7 +18,8 @@ def _load() -> str | None:
     # Without build isolation, or torch is not there when the package is built.
     how = 'pip install --no-build-isolation . (in the folder of wsbcn_mm) compiles them'
     folder = Path(__file__).parent
-    found = [path for path in (folder / f'_kernels{s}' for s in EXTENSION_SUFFIXES) if path.exists()]
+    paths = [folder / f'_kernels{suffix}' for suffix in EXTENSION_SUFFIXES]
+    found = [path for path in paths if path.exists()]
     if not found:
         return f'the CPU kernels are not compiled for this Python; {how}'
     try:

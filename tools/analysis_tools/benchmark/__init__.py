@@ -1,0 +1,1 @@
+"""The parts of benchmark_layers.py: what is timed, how, the check before it, and the output."""

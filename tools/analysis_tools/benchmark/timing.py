@@ -1,0 +1,169 @@
+"""How time and memory are measured; knows nothing of what is measured."""
+
+import contextlib
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+PHASES = ('forward', 'backward', 'both')
+BANDWIDTH_BYTES = 256 * 2**20
+_SAMPLE_MS = 5.0  # a sample is at least about this long: many calls where one takes microseconds
+_MAX_CALLS = 50
+
+
+def _nothing(*_) -> None:
+    pass
+
+
+@dataclass
+class Case:
+    """One thing to time. ``prepare`` is not timed; ``backward`` gets what ``forward`` returned."""
+
+    forward: Callable[[], object]
+    backward: Callable[[object], None] = _nothing
+    prepare: Callable[[], None] = _nothing
+
+
+class Clock:
+    """Marks on the timeline of a device. On CUDA they are events: the time of the GPU itself."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == 'cuda'
+
+    def mark(self) -> torch.cuda.Event | float:
+        """Now."""
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def ms(self, start: torch.cuda.Event | float, end: torch.cuda.Event | float) -> float:
+        """Milliseconds from one mark to another."""
+        if not self.cuda:
+            return (end - start) * 1e3
+        end.synchronize()
+        return start.elapsed_time(end)
+
+    def synchronize(self) -> None:
+        """Waits until the device is idle."""
+        if self.cuda:
+            torch.cuda.synchronize()
+
+
+def _sample(case: Case, clock: Clock, calls: int) -> dict[str, float]:
+    """Milliseconds of one call, the mean over ``calls``."""
+    marks = []
+    clock.synchronize()
+    for _ in range(calls):
+        case.prepare()
+        start = clock.mark()
+        result = case.forward()
+        middle = clock.mark()
+        case.backward(result)
+        marks.append((start, middle, clock.mark()))
+        del result  # not while the next call is timed
+    forward = sum(clock.ms(start, middle) for start, middle, _ in marks) / calls
+    both = sum(clock.ms(start, end) for start, _, end in marks) / calls
+    return {'forward': forward, 'backward': both - forward, 'both': both}
+
+
+def summary(samples: list[float]) -> dict[str, float]:
+    """Median and interquartile range in milliseconds."""
+    low, _, high = statistics.quantiles(samples, n=4) if len(samples) > 1 else [samples[0]] * 3
+    return {'ms': statistics.median(samples), 'iqr_ms': high - low}
+
+
+def round_robin(
+    cases: dict[str, Case], device: torch.device, repeats: int, warm_up: int = 3
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Times all cases, one sample of each per round, so that a slow minute hits every one.
+
+    Args:
+        cases: By name.
+        device: Whose time counts.
+        repeats: Rounds. With one, which only shows that everything runs, little is warmed up.
+        warm_up: Calls before anything counts; the first also compiles what is compiled then.
+
+    Returns:
+        By case and phase (`PHASES`): `summary`.
+    """
+    clock = Clock(device)
+    calls = {}
+    for name, case in cases.items():
+        _sample(case, clock, 1 if repeats == 1 else warm_up)
+        calls[name] = 1
+        if repeats > 1:
+            expected = _sample(case, clock, 1)['both']
+            calls[name] = max(1, min(_MAX_CALLS, round(_SAMPLE_MS / expected)))
+    samples = {name: {phase: [] for phase in PHASES} for name in cases}
+    with _no_garbage_collection():
+        for _ in range(repeats):
+            for name, case in cases.items():
+                for phase, ms in _sample(case, clock, calls[name]).items():
+                    samples[name][phase].append(ms)
+    return {
+        name: {phase: summary(values) for phase, values in phases.items()}
+        for name, phases in samples.items()
+    }
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def add_ratios(times: dict[str, dict], base: str) -> None:
+    """Adds to every phase of every case the ratio of its median to that of ``base``."""
+    for phases in times.values():
+        for phase, found in phases.items():
+            found['ratio'] = found['ms'] / times[base][phase]['ms']
+
+
+def copy_bandwidth(device: torch.device, repeats: int, size: int = BANDWIDTH_BYTES) -> float:
+    """Bytes per second, read plus written, of ``y.copy_(x)`` with tensors of ``size`` bytes."""
+    x = torch.ones(size // 4, device=device)
+    y = torch.ones_like(x)
+    case = Case(lambda: y.copy_(x))
+    times = round_robin({'copy': case}, device, max(repeats, 3))
+    return 2 * size / (times['copy']['forward']['ms'] / 1e3)
+
+
+def saved_bytes(forward: Callable[[], Tensor], module: nn.Module) -> int:
+    """Bytes that ``forward()`` keeps for the backward pass, every storage once.
+
+    Parameters and buffers of ``module`` do not count: they are there anyway.
+    """
+    storages = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = forward()  # kept: a freed address could be given to another tensor
+    for tensor in (*module.parameters(), *module.buffers()):
+        storages.pop(tensor.untyped_storage().data_ptr(), None)
+    del output
+    return sum(storages.values())
+
+
+def peak_bytes(case: Case) -> int:
+    """CUDA memory that one call allocates at its peak, beyond what was allocated before it."""
+    case.prepare()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    case.backward(case.forward())
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
