@@ -68,7 +68,7 @@ CASES = [
     for layout in LAYOUTS
     if layout == 'contiguous' or len(shape) in LAST
 ]
-CUTS = {'as a GPU wants it': {}, 'small': dict(TILE=16, REDUCING=8, APPLYING=32)}
+CUTS = {'as a GPU wants it': {}, 'small': dict(TILE=16, REDUCING=24, APPLYING=32)}
 
 
 @pytest.fixture(autouse=True)
@@ -307,7 +307,7 @@ def test_without_update_the_buffers_are_left_alone(dtype):
 @pytest.mark.parametrize('layout', LAYOUTS)
 def test_moments_far_from_zero(layout, cut):
     """In float32, mean 1000 and standard deviation 1: E[x^2] - E[x]^2 errs by some per cent."""
-    x = in_layout((1000 + rand(2, 6, 12, 11)).float(), layout)
+    x = in_layout((1000 + rand(1, 4, 5, 7)).float(), layout)
     mean, variance = x.double().mean((2, 3)), x.double().var((2, 3), unbiased=False)
     naive = x.square().mean((2, 3)) - x.mean((2, 3)).square()
     assert ((naive - variance) / variance).abs().max() > 1e-2
@@ -318,9 +318,9 @@ def test_moments_far_from_zero(layout, cut):
 
 @pytest.mark.parametrize('mode', MODES)
 def test_bcn_far_from_zero(mode, cut):
-    x, grad = (1000 + rand(2, 6, 12, 11)).float(), rand(2, 6, 12, 11, dtype=torch.float32)
-    buffers = torch.full((6,), 999.0, device=DEVICE), torch.full((6,), 0.5, device=DEVICE)
-    args = x, 3, buffers, make_parameters(6, 3), grad, mode
+    x, grad = (1000 + rand(1, 4, 5, 7)).float(), rand(1, 4, 5, 7, dtype=torch.float32)
+    buffers = torch.full((4,), 999.0, device=DEVICE), torch.full((4,), 0.5, device=DEVICE)
+    args = x, 2, buffers, make_parameters(4, 2), grad, mode
     actual, expected = run(*args), spec(*args)
     for name in ('y', 'grad_x'):  # the means are rounded, to 2^-14
         error = (actual[name].double() - expected[name]).abs().max()
@@ -388,7 +388,8 @@ def test_ws_of_a_constant_row(formula, cut):
     w_hat, mean, sigma = launch.standardize(weight, 1e-4, formula, torch.float32)
     denominator = sigma + 1e-4 if formula == 'std_eps' else sigma
     assert (w_hat == 0).all()
-    assert torch.allclose(denominator, torch.tensor(1e-4 if formula == 'std_eps' else 1e-2))
+    exact = torch.full((2,), 1e-4 if formula == 'std_eps' else 1e-2, device=DEVICE)
+    assert torch.allclose(denominator, exact)
     found = launch.standardize_backward(grad, weight, mean, sigma, 1e-4, formula)
     centred = double(grad) - double(grad).mean(1, keepdim=True)
     assert_close(found, centred / denominator[:, None], torch.float32, 'grad')
@@ -422,8 +423,8 @@ def guarded(monkeypatch):
     assert all(guard.isnan().all() for guard in guards)
 
 
-@pytest.mark.parametrize('mode', MODES)
-@pytest.mark.parametrize('shape, groups, layout', CASES[:4])
+@pytest.mark.parametrize('mode', ['estimate', 'batch'])
+@pytest.mark.parametrize('shape, groups, layout', CASES[:2])
 def test_everything_is_written_and_nothing_around_it(shape, groups, layout, mode, cut, guarded):
     x, grad = (make_input(shape, layout, torch.float32) for _ in range(2))
     parameters = make_parameters(shape[1], groups)
@@ -441,8 +442,8 @@ def test_all_of_a_weight_is_written_and_nothing_around_it(formula, cut, guarded)
 
 @pytest.mark.parametrize('mode', MODES)
 def test_results_are_the_same_bit_for_bit_in_every_run(mode, cut):
-    x, grad = (make_input((2, 6, 12, 11), dtype=torch.float32) for _ in range(2))
-    args = x, 3, make_buffers(6), make_parameters(6, 3), grad, mode
+    x, grad = (make_input((1, 4, 5, 7), dtype=torch.float32) for _ in range(2))
+    args = x, 2, make_buffers(4), make_parameters(4, 2), grad, mode
     first, second = run(*args), run(*args)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -555,46 +556,39 @@ import types
 import torch, triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 from wsbcn_mm.backends.triton import launch
 
-TARGET = GPUTarget('cuda', 90, 32)
-NAMES = {torch.bfloat16: 'bf16', torch.float32: 'fp32', torch.float64: 'fp64'}
-compiled = set()
+class Machine:
+    '''What Triton asks of a GPU before it launches something: an H100 on which nothing runs.'''
+    def get_current_device(self):
+        return 0
+    def get_current_stream(self, device):
+        return 0
+    def get_current_target(self):
+        return GPUTarget('cuda', 90, 32)
+
+class Compiler:
+    '''In place of a kernel: compiles what would be launched.'''
+    def __init__(self, kernel):
+        self.kernel = kernel
+    def __getitem__(self, grid):
+        def launch(*args, **constants):
+            result = self.kernel.warmup(*args, grid=grid, **constants)
+            compiled.add((self.kernel.__name__, result.hash))
+        return launch
 
 @triton.jit
 def probe(x):
     tl.store(x, 1.0)
 
+triton.runtime.driver.set_active(Machine())
 try:
-    triton.compile(ASTSource(probe, {'x': '*fp32'}, {}), TARGET)
+    probe.warmup(torch.empty(1), grid=(1,)).asm['cubin']
 except Exception as error:
     print(f'this Triton cannot compile without a GPU: {error!r}')
     raise SystemExit(77)
 
-class Compiler:
-    '''In place of a kernel: compiles what would be launched, with its arguments' types.'''
-    def __init__(self, kernel):
-        self.kernel = kernel
-    def __getitem__(self, grid):
-        return self.launch
-    def launch(self, *args, num_warps, **constants):
-        names, signature, constexprs = self.kernel.arg_names, {}, {}
-        values = dict(zip(names, args), **constants)
-        assert values.keys() == set(names)
-        for i, name in enumerate(names):
-            value = values[name]
-            if name in constants or value is None:
-                signature[name], constexprs[i,] = 'constexpr', value
-            elif isinstance(value, torch.Tensor):
-                signature[name] = '*' + NAMES[value.dtype]
-            else:
-                signature[name] = 'i32' if -2**31 <= value < 2**31 else 'i64'
-        source = ASTSource(self.kernel, signature, constexprs)
-        result = triton.compile(source, TARGET, dict(num_warps=num_warps))
-        assert '.entry' in result.asm['ptx'] and result.asm['cubin']
-        compiled.add((self.kernel.__name__, *signature.values(), *constexprs.values()))
-
+compiled = set()
 kernels = {k: v for k, v in vars(launch.kernels).items() if isinstance(v, triton.JITFunction)}
 launch.kernels = types.SimpleNamespace(
     **{name: Compiler(kernel) for name, kernel in kernels.items() if name[0] != '_'}
@@ -612,15 +606,20 @@ def bcn(x, groups, outer, update, through_statistics):
         x, x, *statistics, w, None, a, groups, outer, 1e-5, through_statistics
     )
 
-for dtype, formula in zip(NAMES, ('paper', 'std_eps', 'var_eps')):
+for dtype, formula in zip(
+    (torch.float32, torch.bfloat16, torch.float64), ('paper', 'std_eps', 'var_eps')
+):
     bcn(torch.empty(2, 64, 200, 304, dtype=dtype), 32, 32, True, False)
+    before = len(compiled)
+    bcn(torch.empty(2, 64, 192, 328, dtype=dtype), 32, 32, True, False)
+    assert len(compiled) == before, 'another size of image compiled something anew'
     weight = torch.empty(8, 3, 3, 3, dtype=dtype)
     w_hat, mean, sigma = launch.standardize(weight, 1e-5, formula, torch.bfloat16)
     launch.standardize_backward(w_hat, weight, mean, sigma, 1e-5, formula)
 channels_last = torch.empty(2, 6, 25, 27).to(memory_format=torch.channels_last)
 bcn(channels_last, 2, 6, False, True)
 bcn(torch.empty(2, 64), 1, 0, True, True)
-print(len({name for name, *_ in compiled}), len(compiled))
+print(len({name for name, _ in compiled}), len(compiled))
 """
 
 

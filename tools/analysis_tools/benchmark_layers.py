@@ -23,6 +23,7 @@ from benchmark import bars, gate, output, sections  # noqa: E402
 from wsbcn_mm import __version__, backends  # noqa: E402
 
 SECTIONS = ('norm', 'ws', 'backbone', 'detector')
+SHOWN_FAILURES = 20
 DTYPES = {'float32': torch.float32, 'float16': torch.float16, 'bfloat16': torch.bfloat16}
 
 
@@ -62,7 +63,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def describe_machine(device: torch.device) -> dict:
     """What the numbers depend on."""
-    machine = dict(
+    return dict(
         device=device.type,
         name=torch.cuda.get_device_name(device) if device.type == 'cuda' else cpu_name(),
         cpu=cpu_name(),
@@ -75,7 +76,6 @@ def describe_machine(device: torch.device) -> dict:
         backend=backends.select(torch.empty(1, device=device)),
         backends=backends.report().splitlines()[1:],
     )
-    return machine
 
 
 def cpu_name() -> str:
@@ -122,7 +122,7 @@ def main(arguments: list[str] | None = None) -> None:
     checked = gate.run(device, settings.dtypes, settings.layouts, args.quick)
     if checked.failures:
         print(f'\nWRONG: {len(checked.failures)} of {checked.count} results; nothing was timed')
-        print('\n'.join(f'  {line}' for line in checked.failures))
+        print('\n'.join(f'  {line}' for line in checked.failures[:SHOWN_FAILURES]))
         sys.exit(1)
     results['gate'] = dict(results=checked.count, worst_share_of_allowed_error=checked.worst)
     print(

@@ -2,7 +2,8 @@
 
 What we return in half precision may err twice as much as plain torch in that dtype, or one
 rounding of the largest value. What we return in float32, also for half precision inputs
-(gradients of float32 parameters, buffers), is held to 1e-5 of the largest value.
+(gradients of float32 parameters, buffers), is held to 1e-5 of the largest value, twice that for
+gradients of parameters: sums over all positions, in which most cancels.
 """
 
 import copy
@@ -46,7 +47,7 @@ class Gate:
             error = _error(ours[name], expected)
             dtype = ours[name].dtype
             if dtype in (torch.float32, torch.float64):
-                allowed = TOLERANCE * scale
+                allowed = TOLERANCE * scale * (2 if name.startswith('gradient of p') else 1)
             else:
                 theirs = _error(plain[name], expected)
                 floor = torch.finfo(dtype).eps * scale
@@ -78,10 +79,10 @@ def run(
                         for mode in MODES:
                             what = f'BCN {mode}, {shape}, {layout}, {kind}'
                             _check_norm(gate, what, shape, mode, device, dtype, layout)
-                for shape in WEIGHTS[:QUICK] if quick else WEIGHTS:
-                    for formula in functional.FORMULAS:
-                        what = f'WS {formula}, {shape}, {kind}'
-                        _check_weight(gate, what, shape, formula, device, dtype)
+                    for shape in WEIGHTS[:QUICK] if quick else WEIGHTS:
+                        for formula in functional.FORMULAS:
+                            what = f'WS {formula}, {shape}, {layout}, {kind}'
+                            _check_weight(gate, what, shape, formula, device, dtype, layout)
     return gate
 
 
@@ -119,7 +120,7 @@ def _norm_results(norm: nn.Module, forward: Callable, x: Tensor, cotangent: Tens
     x = x.detach().clone().requires_grad_()  # clone keeps the layout
     y = forward(x)
     y.backward(cotangent)
-    gradients = {f'gradient of {name}': p.grad for name, p in norm.named_parameters()}
+    gradients = {f'gradient of parameter {name}': p.grad for name, p in norm.named_parameters()}
     buffers = {name: getattr(norm.bn, name) for name in ('running_mean', 'running_var')}
     return {'y': y.detach(), 'gradient of x': x.grad, **gradients, **buffers}
 
@@ -140,27 +141,28 @@ def _by_torch(norm: nn.Module, x: Tensor) -> Tensor:
     return F.group_norm(x1, norm.num_groups, *outer)
 
 
-def _check_weight(gate, what, shape, formula, device, dtype) -> None:
+def _check_weight(gate, what, shape, formula, device, dtype, layout) -> None:
     generator = torch.Generator().manual_seed(0)
     conv = WSConv2d(shape[1], shape[0], shape[2:], formula=formula)
     with torch.no_grad():
         conv.weight.copy_((torch.randn(shape, generator=generator) * 0.05 + 0.02).to(dtype))
-    conv = conv.to(device)
-    cotangent = torch.randn(shape, generator=generator).to(device, dtype)
+    conv = conv.to(device).to(memory_format=LAYOUTS[layout])
+    cotangent = torch.randn(shape, generator=generator)
+    cotangent = cotangent.to(device, dtype, memory_format=LAYOUTS[layout])
     plain = partial(reference.weight_standardize, formula=formula)
 
     def results(standardize: Callable, precision: torch.dtype) -> Results:
         weight = conv.weight.detach().to(precision).requires_grad_()
         w_hat = standardize(weight)
         w_hat.backward(cotangent.to(w_hat.dtype))
-        return {'weight': w_hat.detach(), 'gradient': weight.grad}
+        return {'weight': w_hat.detach(), 'gradient of parameter weight': weight.grad}
 
     with autocast(device, dtype):
         ours = conv.standardized_weight()
     ours.backward(cotangent)
     gate.compare(
         what,
-        {'weight': ours.detach(), 'gradient': conv.weight.grad},
+        {'weight': ours.detach(), 'gradient of parameter weight': conv.weight.grad},
         results(plain, torch.float64),
         results(plain, dtype),
     )

@@ -1,5 +1,6 @@
 """Tables in Markdown and charts, made of results.json alone."""
 
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -176,7 +177,8 @@ def _draw_norms(rows: list[dict], results: dict, file: Path) -> None:
     )  # fmt: skip
     columns = [[row['peers'][name]['both']['ratio'] for row in rows] for name in names]
     for axis, name, values in zip(axes, names, columns):
-        _draw_bars(axis, name, labels, values, [name.startswith('BCN')] * len(values))
+        title = f'{name}\n{textwrap.fill(NORMS[name], 28)}'
+        _draw_bars(axis, title, labels, values, [name.startswith('BCN')] * len(values))
     _set_scale(axes[0], [value for values in columns for value in values])
     kind = f'{rows[0]["dtype"]} {rows[0]["layout"]}'
     figure.suptitle(
@@ -211,10 +213,11 @@ def _draw_panels(panels: list[tuple[str, dict[str, float]]], results: dict, file
     )
     for axis in grid.flat[len(panels):]:
         axis.set_axis_off()
+    everything = [value for _, ratios in panels for value in ratios.values()]
     for axis, (title, ratios) in zip(grid.flat, panels):
         ours = [name in ('WS', 'WS + GN', 'conv + BCN', 'WS + BCN') for name in ratios]
         _draw_bars(axis, title, list(ratios), list(ratios.values()), ours)
-        _set_scale(axis, list(ratios.values()))
+        _set_scale(axis, everything)  # one scale: panels are compared
     figure.suptitle(_machine(results), fontsize=10)
     figure.savefig(file, dpi=130)
     plt.close(figure)
@@ -231,16 +234,16 @@ def _draw_bars(axis, title: str, labels: list[str], values: list[float], ours: l
     axis.axvline(1, color='black', linewidth=1)
     axis.set_yticks(positions, labels, fontsize=8)
     axis.set_ylim(len(values) - 0.4, -0.6)  # the first on top
-    axis.set_title(title, fontsize=9)
+    axis.set_title(title, fontsize=8)
 
 
 def _set_scale(axis, values: list[float]) -> None:
     from matplotlib.ticker import NullLocator
 
-    axis.set_xlim(min(0.7, 0.8 * min(values)), max(1.8 * max(values), 2.0))  # room for numbers
+    axis.set_xlim(min(0.7, 0.8 * min(values)), max(2.8 * max(values), 2.0))  # room for numbers
     low, high = axis.get_xlim()
     steps = [2.0**power for power in range(-6, 12) if low <= 2.0**power <= high]
-    axis.set_xticks(steps, [f'{step:g}' for step in steps])
+    axis.set_xticks(steps, [f'{step:g}' for step in steps], fontsize=8)
     axis.xaxis.set_minor_locator(NullLocator())
 
 

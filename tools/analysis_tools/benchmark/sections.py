@@ -217,7 +217,10 @@ def backbone(settings: Settings) -> list[dict]:
         models = {}
         for name, make in peers.backbones().items():
             torch.manual_seed(0)
-            models[name] = make().to(device, memory_format=LAYOUTS[layout])
+            models[name] = make().to(device)
+            # mmcv's ConvWS raises with weights in channels_last; its activations can be.
+            if not name.startswith('mmcv'):
+                models[name].to(memory_format=LAYOUTS[layout])
         for dtype in settings.dtypes:
             for size in sizes:
                 total = len(settings.layouts) * len(settings.dtypes) * len(sizes)
@@ -358,7 +361,7 @@ def _replace(cfg: dict, values: dict) -> None:
 
 def _drawn_sample() -> dict:
     import numpy as np
-    from mmdet.structures import DetDataSample, bbox  # noqa: F401  bbox: registers box types
+    from mmdet.structures import DetDataSample
     from mmdet.structures.mask import BitmapMasks
     from mmengine.structures import InstanceData
 
@@ -369,6 +372,6 @@ def _drawn_sample() -> dict:
     masks = BitmapMasks(np.stack([mask for _, mask in instances]).astype(np.uint8), *size)
     labels = torch.tensor([label for label, _ in instances])
     sample = DetDataSample(metainfo=dict(img_shape=size, ori_shape=size, scale_factor=(1.0, 1.0)))
-    sample.gt_instances = InstanceData(masks=masks, bboxes=masks.get_bboxes(), labels=labels)
+    sample.gt_instances = InstanceData(masks=masks, bboxes=masks.get_bboxes('hbox'), labels=labels)
     bgr = np.ascontiguousarray(image[..., ::-1].transpose(2, 0, 1))
     return dict(inputs=[torch.from_numpy(bgr)], data_samples=[sample])

@@ -84,11 +84,11 @@ WSBCN_INLINE void moments_of_row(const T* x, int64_t length, double* mean, doubl
   *squares = std::max(total_squares, 0.0);
 }
 
-template <typename T, typename A>
-WSBCN_INLINE void affine_of_row(const T* x, T* y, int64_t length, A m, A scale, A shift) {
+template <typename T, typename U, typename A>
+WSBCN_INLINE void affine_of_row(const T* x, U* y, int64_t length, A m, A scale, A shift) {
 #pragma omp simd
   for (int64_t i = 0; i < length; ++i) {
-    y[i] = static_cast<T>((static_cast<A>(x[i]) - m) * scale + shift);
+    y[i] = static_cast<U>((static_cast<A>(x[i]) - m) * scale + shift);
   }
 }
 
@@ -205,7 +205,7 @@ WSBCN_INLINE void gradient_of_columns(
     moments_of_row<T, A>(x, length, mean, squares);                                               \
   }                                                                                               \
   WSBCN_CLONES void row_affine(const T* x, T* y, int64_t length, A m, A scale, A shift) {         \
-    affine_of_row<T, A>(x, y, length, m, scale, shift);                                           \
+    affine_of_row(x, y, length, m, scale, shift);                                           \
   }                                                                                               \
   WSBCN_CLONES void row_dots(                                                                     \
       const T* g, const T* x, int64_t length, A m, double* sum_g, double* sum_gx) {               \
@@ -239,5 +239,15 @@ WSBCN_DEFINE(double, double)
 WSBCN_DEFINE(float, float)
 WSBCN_DEFINE(c10::BFloat16, float)
 WSBCN_DEFINE(c10::Half, float)
+
+WSBCN_CLONES void row_affine(
+    const float* x, c10::BFloat16* y, int64_t length, float m, float scale, float shift) {
+  affine_of_row(x, y, length, m, scale, shift);
+}
+
+WSBCN_CLONES void row_affine(
+    const float* x, c10::Half* y, int64_t length, float m, float scale, float shift) {
+  affine_of_row(x, y, length, m, scale, shift);
+}
 
 }  // namespace wsbcn

@@ -50,4 +50,9 @@ WSBCN_ROWS(c10::BFloat16, float)
 WSBCN_ROWS(c10::Half, float)
 #undef WSBCN_ROWS
 
+// A weight is standardized straight into the dtype of autocast.
+void row_affine(
+    const float* x, c10::BFloat16* y, int64_t length, float m, float scale, float shift);
+void row_affine(const float* x, c10::Half* y, int64_t length, float m, float scale, float shift);
+
 }  // namespace wsbcn

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <string_view>
 #include <tuple>
 
 #include "rows.h"
@@ -21,7 +22,7 @@ constexpr int64_t kGrain = 16384;
 
 enum class Formula { paper, var_eps, std_eps };
 
-Formula parse(c10::string_view name) {
+Formula parse(std::string_view name) {
   if (name == "paper") return Formula::paper;
   if (name == "var_eps") return Formula::var_eps;
   TORCH_CHECK(name == "std_eps", "unknown formula ", name);
@@ -42,39 +43,55 @@ void over_rows(const Tensor& w, const Row& row) {
   });
 }
 
+// T: of the weight, U: of the result.
+template <typename T, typename U>
+void standardize_rows(
+    const Tensor& weight, const Tensor& w_hat, const Tensor& mean, const Tensor& sigma, double eps,
+    Formula kind) {
+  using A = Accumulate<T>;
+  const T* w = weight.const_data_ptr<T>();
+  U* out = w_hat.data_ptr<U>();
+  A *means = mean.data_ptr<A>(), *sigmas = sigma.data_ptr<A>();
+  over_rows(weight, [&](int64_t i, int64_t n) {
+    double centre, squares;
+    row_moments(w + i * n, n, &centre, &squares);
+    const double variance = squares / (kind == Formula::paper ? n : n - 1);
+    const double s = std::sqrt(kind == Formula::std_eps ? variance : variance + eps);
+    const double denominator = kind == Formula::std_eps ? s + eps : s;
+    means[i] = static_cast<A>(centre);
+    sigmas[i] = static_cast<A>(s);
+    // (x - m) is exact to A; what m lost by rounding goes into the shift.
+    row_affine(w + i * n, out + i * n, n, means[i], static_cast<A>(1 / denominator),
+               static_cast<A>((means[i] - centre) / denominator));
+  });
+}
+
 std::tuple<Tensor, Tensor, Tensor> standardize(
-    const Tensor& weight, double eps, c10::string_view formula, at::ScalarType dtype) {
+    const Tensor& weight, double eps, std::string_view formula, at::ScalarType dtype) {
   TORCH_CHECK(weight.numel() > 0 && rows_are_dense(weight), "weight must be dense, not empty");
   const Formula kind = parse(formula);
   const auto statistics = weight.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  Tensor w_hat = at::empty_like(weight);
+  const bool lowered = weight.scalar_type() == at::kFloat &&
+      (dtype == at::kBFloat16 || dtype == at::kHalf);
+  Tensor w_hat = at::empty_like(weight, weight.options().dtype(
+      lowered ? dtype : weight.scalar_type()));
   Tensor mean = at::empty({weight.size(0)}, weight.options().dtype(statistics));
   Tensor sigma = at::empty_like(mean);
-  AT_DISPATCH_FLOATING_TYPES_AND2(
-      at::kHalf, at::kBFloat16, weight.scalar_type(), "standardize", [&] {
-    using A = Accumulate<scalar_t>;
-    const scalar_t* w = weight.const_data_ptr<scalar_t>();
-    scalar_t* out = w_hat.data_ptr<scalar_t>();
-    A *means = mean.data_ptr<A>(), *sigmas = sigma.data_ptr<A>();
-    over_rows(weight, [&](int64_t i, int64_t n) {
-      double centre, squares;
-      row_moments(w + i * n, n, &centre, &squares);
-      const double variance = squares / (kind == Formula::paper ? n : n - 1);
-      const double s = std::sqrt(kind == Formula::std_eps ? variance : variance + eps);
-      const double denominator = kind == Formula::std_eps ? s + eps : s;
-      means[i] = static_cast<A>(centre);
-      sigmas[i] = static_cast<A>(s);
-      // (x - m) is exact to A; what m lost by rounding goes into the shift.
-      row_affine(w + i * n, out + i * n, n, means[i], static_cast<A>(1 / denominator),
-                 static_cast<A>((means[i] - centre) / denominator));
-    });
-  });
+  if (lowered && dtype == at::kBFloat16) {
+    standardize_rows<float, c10::BFloat16>(weight, w_hat, mean, sigma, eps, kind);
+  } else if (lowered) {
+    standardize_rows<float, c10::Half>(weight, w_hat, mean, sigma, eps, kind);
+  } else {
+    AT_DISPATCH_FLOATING_TYPES_AND2(
+        at::kHalf, at::kBFloat16, weight.scalar_type(), "standardize",
+        [&] { standardize_rows<scalar_t, scalar_t>(weight, w_hat, mean, sigma, eps, kind); });
+  }
   return {w_hat.to(dtype), mean, sigma};
 }
 
 Tensor standardize_backward(
     const Tensor& grad, const Tensor& weight, const Tensor& mean, const Tensor& sigma, double eps,
-    c10::string_view formula) {
+    std::string_view formula) {
   TORCH_CHECK(weight.numel() > 0 && rows_are_dense(weight), "weight must be dense, not empty");
   const Formula kind = parse(formula);
   Tensor g_like = at::empty_like(weight);

@@ -147,7 +147,10 @@ def _block_of_group(start, channels, width, n, n_inside, BLOCK_C: tl.constexpr):
 
 @triton.jit
 def _stage_1(m, mean, var, batch_weight, batch_bias, c, inside, row, mask, eps):
-    """x1 = gain (x - mean) + batch_bias: 1 / std and gain (C,), the rows' means [N, C] and m."""
+    """Stage 1, x1 = gain (x - mean) + batch_bias.
+
+    1 / std and gain (C,); m - mean and the row means of x1 [N, C].
+    """
     ACC: tl.constexpr = m.dtype.element_ty
     inv_std = 1.0 / tl.sqrt(tl.load(var + c, inside, other=1.0) + eps)
     gain = inv_std * _load(batch_weight, c, inside, 1.0, ACC)
@@ -332,9 +335,7 @@ def forward_algebra(
         sum_t = tl.zeros([BLOCK_N], ACC)
         for start in range(0, width, BLOCK_C):
             c, inside, row, mask = _block_of_group(start, channels, width, n, n_inside, BLOCK_C)
-            _, _, _, t = _stage_1(
-                m, mean, var, batch_weight, batch_bias, c, inside, row, mask, eps
-            )
+            _, _, _, t = _stage_1(m, mean, var, batch_weight, batch_bias, c, inside, row, mask, eps)
             sum_t += tl.sum(tl.where(mask, t, 0.0), 1)
         centre = sum_t / width
         sum_squares = tl.zeros([BLOCK_N], ACC)
@@ -496,9 +497,7 @@ def backward_algebra(
 
     if sums_g is not None:
         for start in range(0, samples * width, BLOCK_R):
-            row, inside = _rows_of_group(
-                start + tl.arange(0, BLOCK_R), 0, samples, channels, width
-            )
+            row, inside = _rows_of_group(start + tl.arange(0, BLOCK_R), 0, samples, channels, width)
             tl.store(sum_g + row, _merged_sums(sums_g, row, inside, splits, BLOCK_K), inside)
             tl.store(sum_gx + row, _merged_sums(sums_gx, row, inside, splits, BLOCK_K), inside)
         tl.debug_barrier()  # other threads of this program read them

@@ -240,9 +240,7 @@ def _cut(x: Tensor, programs: int) -> _Cut:
 
 
 @functools.lru_cache(maxsize=4096)
-def _cut_shape(
-    shape: tuple, contiguous: bool, itemsize: int, programs: int, tile: int
-) -> _Cut:
+def _cut_shape(shape: tuple, contiguous: bool, itemsize: int, programs: int, tile: int) -> _Cut:
     samples, channels, *positions = shape
     length = math.prod(positions)
     channels_last = not contiguous or length == 1
