@@ -253,6 +253,19 @@ def test_large_off_centre_rows_stay_exact():
     torch.testing.assert_close(q.double(), wide.var(2, unbiased=False), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize('backend', ['eager', 'cpu'])
+def test_torch_knows_that_the_buffers_have_changed(backend):
+    if backends.BACKENDS[backend].unavailable() is not None:
+        pytest.skip(backends.BACKENDS[backend].unavailable())
+    mean, var = torch.zeros(4), torch.ones(4)
+    before = mean._version, var._version
+    with backends.use_backend(backend):
+        batch_channel_norm(torch.randn(2, 4, 3), 2, mean, var, training=False)
+        assert (mean._version, var._version) == before
+        batch_channel_norm(torch.randn(2, 4, 3), 2, mean, var, training=True)
+    assert mean._version > before[0] and var._version > before[1]
+
+
 def test_buffers_of_another_dtype_than_the_input():
     for backend in ('eager', 'cpu'):
         if backends.BACKENDS[backend].unavailable() is not None:

@@ -182,6 +182,17 @@ def test_frozen_inputs_get_no_gradient_and_the_others_keep_theirs(mode, frozen):
             assert_equal({name: value.grad}, {name: expected[f'grad_{name}']})
 
 
+@pytest.mark.parametrize('given', [('group', 'channel'), ('channel', 'group')])
+def test_outer_weight_and_bias_may_differ_in_shape(given):
+    """One per group, the other per channel."""
+    sizes = [{'group': 2, 'channel': 6}[kind] for kind in given]
+    args = make_input((2, 6, 4, 3)), make_parameters(6, 2), rand(2, 6, 4, 3), 2, *make_buffers(6)
+    args[1].update(weight=rand(sizes[0]) + 1, bias=rand(sizes[1]))
+    settings = dict(training=True, momentum=0.3)
+    assert_equal(gradients(fast, *args, **settings), gradients(spec, *args, **settings))
+
+
+
 def test_estimate_mode_normalises_with_the_new_estimates_as_constants():
     x, parameters, (mean, var) = make_input((2, 6, 4, 3)), make_parameters(6, 3), make_buffers(6)
     grad_y, settings = rand(*x.shape), dict(training=True, mode='estimate', momentum=0.4)

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wsbcn_mm import functional, recomputation
+from wsbcn_mm.backends import autograd
 from wsbcn_mm.functional import check_choice, check_eps, check_fan_in, check_groups, check_rate
 from wsbcn_mm.weight_cache import StandardizedWeightCache
 
@@ -254,7 +255,9 @@ class BatchChannelNorm:
     def _normalize(
         self, input: Tensor, mean: Tensor, var: Tensor, training: bool, momentum: float | Tensor
     ) -> Tensor:
-        return functional.batch_channel_norm(
+        # Not through `functional`: its checks were made when the layer was, and take as long as a
+        # small map.
+        return autograd.batch_channel_norm(
             input, self.num_groups, mean, var, self.batch_weight, self.batch_bias, self.weight,
             self.bias, training, self.mode, momentum, self.eps,
         )  # fmt: skip

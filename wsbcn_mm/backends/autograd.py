@@ -37,11 +37,13 @@ def batch_channel_norm(
     from_batch = training and mode == 'batch' and x.numel() // x.size(1) > 1
     update = training and mode == 'estimate'
     momentum, rate = (0.0, momentum) if isinstance(momentum, Tensor) else (momentum, None)
-    x = _dense(x)
-    return _Normalize.apply(
-        x, batch_weight, batch_bias, weight, bias, running_mean, running_var, backends.select(x),
-        num_groups, from_batch, update, float(momentum), rate, eps,
+    arguments = (
+        _dense(x), batch_weight, batch_bias, weight, bias, running_mean, running_var,
+        backends.select(x), num_groups, from_batch, update, float(momentum), rate, eps,
     )  # fmt: skip
+    if torch.is_grad_enabled():
+        return _Normalize.apply(*arguments)
+    return _normalize(*arguments)[0]  # without the cost of a node
 
 
 def weight_standardize(weight: Tensor, eps: float, formula: str, dtype: torch.dtype) -> Tensor:
@@ -50,30 +52,39 @@ def weight_standardize(weight: Tensor, eps: float, formula: str, dtype: torch.dt
     return _Standardize.apply(weight, backends.select(weight), eps, formula, dtype)
 
 
+def _normalize(
+    x, batch_weight, batch_bias, weight, bias, running_mean, running_var, backend, num_groups,
+    from_batch, update, momentum, rate, eps,
+):  # fmt: skip
+    """The result, followed by the statistics that the backward pass needs."""
+    if x.numel() == 0:
+        return (torch.empty_like(x),)
+    kernels = backends.BACKENDS[backend].kernels()
+    affine = (batch_weight, batch_bias, weight, bias)
+    if from_batch:
+        m, q = kernels.row_moments(x)
+        mean, var = _update_from_batch(
+            m, q, x.numel() // x.size(1), running_mean, running_var,
+            momentum if rate is None else rate,
+        )  # fmt: skip
+        y, *group = kernels.normalize(x, m, q, mean, var, num_groups, *affine, eps)
+        return y, m, q, mean, var, *group
+    results = kernels.normalize_with_estimates(
+        x, num_groups, running_mean, running_var, *affine, update, momentum, rate, eps
+    )
+    if update and not torch.compiler.is_compiling():
+        # A kernel writes through pointers: torch must know that the buffers have changed.
+        torch.autograd.graph.increment_version((running_mean, running_var))
+    return results
+
+
 class _Normalize(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx, x, batch_weight, batch_bias, weight, bias, running_mean, running_var, backend,
-        num_groups, from_batch, update, momentum, rate, eps,
-    ):  # fmt: skip
-        kernels = backends.BACKENDS[backend].kernels()
-        affine = (batch_weight, batch_bias, weight, bias)
-        if x.numel() == 0:
-            y, statistics = torch.empty_like(x), ()
-        elif from_batch:
-            m, q = kernels.row_moments(x)
-            mean, var = _update_from_batch(
-                m, q, x.numel() // x.size(1), running_mean, running_var,
-                momentum if rate is None else rate,
-            )  # fmt: skip
-            y, *group = kernels.normalize(x, m, q, mean, var, num_groups, *affine, eps)
-            statistics = (m, q, mean, var, *group)
-        else:
-            y, *statistics = kernels.normalize_with_estimates(
-                x, num_groups, running_mean, running_var, *affine, update, momentum, rate, eps
-            )
-        ctx.save_for_backward(x, *affine, *statistics)
-        ctx.backend, ctx.num_groups, ctx.eps, ctx.from_batch = backend, num_groups, eps, from_batch
+    def forward(ctx, *arguments):
+        y, *statistics = _normalize(*arguments)
+        ctx.save_for_backward(*arguments[:5], *statistics)
+        ctx.backend, ctx.num_groups, ctx.from_batch = arguments[7:10]
+        ctx.eps = arguments[-1]
         return y
 
     @staticmethod
@@ -86,16 +97,21 @@ class _Normalize(torch.autograd.Function):
         elif torch.is_grad_enabled():
             gradients = _normalize_backward_by_spec(ctx, inputs, statistics, grad)
         else:
-            affine_size = next((p.numel() for p in (weight, bias) if p is not None), 0)
+            affine_size = max([0] + [p.numel() for p in (weight, bias) if p is not None])
             kernels = backends.BACKENDS[ctx.backend].kernels()
             gradients = kernels.normalize_backward(
                 _dense_as(grad, x), x, *statistics, batch_weight, batch_bias, weight,
                 ctx.num_groups, affine_size, ctx.eps, ctx.from_batch,
             )  # fmt: skip
-            gradients = [
-                None if i is None else g.to(i.dtype) for i, g in zip(inputs, gradients)
-            ]
+            gradients = [None if i is None else _like(g, i) for i, g in zip(inputs, gradients)]
         return *gradients, *[None] * 9
+
+
+def _like(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """In the dtype of its parameter; per channel where the parameter is per group: summed."""
+    if gradient.shape != parameter.shape:
+        gradient = gradient.view(parameter.numel(), -1).sum(1)
+    return gradient.to(parameter.dtype)
 
 
 def _update_from_batch(m, q, count, running_mean, running_var, momentum):

@@ -26,7 +26,8 @@ _library = torch.library.Library(NAMESPACE, 'DEF')
 
 _library.define('row_moments(Tensor x) -> (Tensor m, Tensor q)')
 # Estimate mode and evaluation, in one call. With `update` the running statistics are updated first,
-# in place, at the rate `momentum`, or `rate` (0-d, any dtype) where that is given:
+# in place, at the rate `momentum`, or `rate` (0-d, any dtype, on the device of x or the CPU) where
+# that is given:
 #   running_mean <- (1 - r) running_mean + r mean(x)
 #   running_var  <- (1 - r) running_var + r mean((x - old running_mean)^2)
 # `mean` and `var` are copies of what was then used.
@@ -50,8 +51,8 @@ _library.define(
     'Tensor? batch_weight, Tensor? batch_bias, Tensor? weight, Tensor? bias, float eps) -> '
     '(Tensor y, Tensor group_mean, Tensor inv_group_std)'
 )
-# Gradients of x (in its dtype and layout), batch_weight and batch_bias (C,), weight and bias
-# (`affine_size`,), G or C. With `through_statistics` mean and var are those of x itself (batch
+# grad has the dtype and layout of x. Gradients of x (likewise), batch_weight and batch_bias (C,),
+# weight and bias (`affine_size`,): G, C, or 0 for none. With `through_statistics` mean and var are those of x itself (batch
 # mode) and the gradient flows through them too.
 _library.define(
     'normalize_backward(Tensor grad, Tensor x, Tensor m, Tensor q, Tensor mean, Tensor var, '
@@ -59,13 +60,14 @@ _library.define(
     'Tensor? weight, int num_groups, int affine_size, float eps, bool through_statistics) -> '
     '(Tensor, Tensor, Tensor, Tensor, Tensor)'
 )
-# weight (O, *): rows standardized into `dtype`. `mean`, `sigma` (O,): the row's mean and, by
+# weight (O, *), contiguous or channels_last: rows standardized into `dtype`, in the same layout. `mean`, `sigma` (O,): the row's mean and, by
 # formula, 'paper' sqrt(var_biased + eps), 'var_eps' sqrt(var_unbiased + eps), 'std_eps'
 # std_unbiased, to which eps is added before dividing.
 _library.define(
     'standardize(Tensor weight, float eps, str formula, ScalarType dtype) -> '
     '(Tensor w_hat, Tensor mean, Tensor sigma)'
 )
+# grad has the layout of weight, in any floating dtype.
 # dw = (g - mean(g)) / d - k (w - mean) sum((w - mean) g), d the denominator and, by formula,
 # k = 1 / (n d^3), 1 / ((n - 1) d^3), 1 / ((n - 1) std d^2), the last one 0 where std is 0.
 _library.define(
@@ -137,7 +139,7 @@ def _(weight, eps, formula, dtype):
     per_row = (weight.shape[0],)
     statistics = accumulation_dtype(weight.dtype)
     return (
-        weight.new_empty(weight.shape, dtype=dtype),
+        torch.empty_like(weight, dtype=dtype),
         weight.new_empty(per_row, dtype=statistics),
         weight.new_empty(per_row, dtype=statistics),
     )
@@ -145,4 +147,4 @@ def _(weight, eps, formula, dtype):
 
 @torch.library.register_fake(f'{NAMESPACE}::standardize_backward', lib=_library)
 def _(grad, weight, mean, sigma, eps, formula):
-    return weight.new_empty(weight.shape)
+    return torch.empty_like(weight)

@@ -234,6 +234,7 @@ def _draw_bars(axis, title: str, labels: list[str], values: list[float], ours: l
     axis.axvline(1, color='black', linewidth=1)
     axis.set_yticks(positions, labels, fontsize=8)
     axis.set_ylim(len(values) - 0.4, -0.6)  # the first on top
+    axis.tick_params(labelsize=8)
     axis.set_title(title, fontsize=8)
 
 
@@ -243,7 +244,7 @@ def _set_scale(axis, values: list[float]) -> None:
     axis.set_xlim(min(0.7, 0.8 * min(values)), max(2.8 * max(values), 2.0))  # room for numbers
     low, high = axis.get_xlim()
     steps = [2.0**power for power in range(-6, 12) if low <= 2.0**power <= high]
-    axis.set_xticks(steps, [f'{step:g}' for step in steps], fontsize=8)
+    axis.set_xticks(steps, [f'{step:g}' for step in steps])
     axis.xaxis.set_minor_locator(NullLocator())
 
 

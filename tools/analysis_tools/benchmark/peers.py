@@ -161,23 +161,24 @@ class ResNet50(nn.Module):
     Args:
         conv: Class of the convolutions, used as torch's; none has a bias.
         norm: Makes a norm from a number of channels.
+        width: Channels of the stem; anything but 64 is another network, for quick runs.
     """
 
-    def __init__(self, conv: Callable, norm: Callable) -> None:
+    def __init__(self, conv: Callable, norm: Callable, width: int = 64) -> None:
         super().__init__()
         conv = functools.partial(conv, bias=False)
         self.stem = nn.Sequential(
-            conv(3, 64, 7, stride=2, padding=3), norm(64), nn.ReLU(inplace=True),
+            conv(3, width, 7, stride=2, padding=3), norm(width), nn.ReLU(inplace=True),
             nn.MaxPool2d(3, stride=2, padding=1),
         )  # fmt: skip
         self.stages = nn.ModuleList()
-        inputs = 64
-        for width, depth in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        inputs = width
+        for stage, depth in enumerate((3, 4, 6, 3)):
             blocks = []
             for block in range(depth):
-                stride = 2 if block == 0 and width > 64 else 1
-                blocks.append(Bottleneck(conv, norm, inputs, width, stride))
-                inputs = 4 * width
+                stride = 2 if block == 0 and stage > 0 else 1
+                blocks.append(Bottleneck(conv, norm, inputs, width * 2**stage, stride))
+                inputs = 4 * width * 2**stage
             self.stages.append(nn.Sequential(*blocks))
 
     def forward(self, x: Tensor) -> list[Tensor]:
@@ -200,7 +201,7 @@ def batch_channel_norm(channels: int) -> nn.Module:
     return BatchChannelNorm2d(channels, NUM_GROUPS)
 
 
-def backbones() -> dict[str, Callable[[], nn.Module]]:
+def backbones(width: int = 64) -> dict[str, Callable[[], nn.Module]]:
     """Makers of the ResNet-50s that are compared; ratios are to ``conv + GN``."""
     pairs = {
         'conv + BN': (nn.Conv2d, nn.BatchNorm2d),
@@ -212,7 +213,7 @@ def backbones() -> dict[str, Callable[[], nn.Module]]:
         'WS + BCN': (WSConv2d, batch_channel_norm),
     }
     return {
-        name: functools.partial(ResNet50, *pair) for name, pair in pairs.items() if pair[0]
+        name: functools.partial(ResNet50, *pair, width) for name, pair in pairs.items() if pair[0]
     }
 
 

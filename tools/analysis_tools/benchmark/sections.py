@@ -41,6 +41,7 @@ SHAPES = (
 )  # fmt: skip
 CUDA_SHAPES = ((8, 256, 200, 336),)  # over 256 MB in half precision too: out of every cache
 QUICK_SHAPES = ((1, 64, 8, 8), (2, 64, 5, 6))
+WIDTH, QUICK_WIDTH = 64, 32  # of the ResNet
 
 # Reads and writes of tensors as large as x that a norm cannot do without, for it needs the
 # statistics before it can normalise: forward reads x twice and writes y; backward reads x and the
@@ -82,8 +83,7 @@ def norm(settings: Settings) -> list[dict]:
     device = settings.device
     shapes = SHAPES + (CUDA_SHAPES if device.type == 'cuda' else ())
     shapes = QUICK_SHAPES if settings.quick else shapes
-    size = 2**20 if settings.quick else timing.BANDWIDTH_BYTES
-    bandwidth = timing.copy_bandwidth(device, settings.repeats, size)
+    bandwidth = timing.copy_bandwidth(device, settings.repeats)
     show_progress(f'copy bandwidth {bandwidth / 1e9:.1f} GB/s')
     kinds = [(d, layout) for d in settings.dtypes for layout in settings.layouts]
     rows = []
@@ -150,16 +150,16 @@ def ws(settings: Settings) -> list[dict]:
     rows = []
     for dtype in settings.dtypes:
         show_progress(f'ws {len(rows) + 1}/{len(settings.dtypes)}: {name_of(dtype)}')
-        cases = _ws_cases(settings.device, dtype)
+        cases = _ws_cases(settings.device, dtype, QUICK_WIDTH if settings.quick else WIDTH)
         times = timing.round_robin(cases, settings.device, settings.repeats)
         timing.add_ratios(times, 'WS')
         rows.append(dict(dtype=name_of(dtype), peers=times))
     return rows
 
 
-def _ws_cases(device: torch.device, dtype: torch.dtype) -> dict[str, Case]:
+def _ws_cases(device: torch.device, dtype: torch.dtype, width: int) -> dict[str, Case]:
     torch.manual_seed(0)
-    model = peers.ResNet50(WSConv2d, peers.group_norm).to(device)
+    model = peers.ResNet50(WSConv2d, peers.group_norm, width).to(device)
     convs = [m for m in model.modules() if isinstance(m, WSConv2d)]
     cases = {'WS': standardizing(convs, dtype)}
     by_hand = {'one-call WS': peers.one_call_standardize}
@@ -215,7 +215,8 @@ def backbone(settings: Settings) -> list[dict]:
     rows = []
     for layout in settings.layouts:
         models = {}
-        for name, make in peers.backbones().items():
+        makers = peers.backbones(QUICK_WIDTH if settings.quick else WIDTH)
+        for name, make in makers.items():
             torch.manual_seed(0)
             models[name] = make().to(device)
             # mmcv's ConvWS raises with weights in channels_last; its activations can be.

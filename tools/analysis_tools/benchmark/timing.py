@@ -130,13 +130,13 @@ def add_ratios(times: dict[str, dict], base: str) -> None:
             found['ratio'] = found['ms'] / times[base][phase]['ms']
 
 
-def copy_bandwidth(device: torch.device, repeats: int, size: int = BANDWIDTH_BYTES) -> float:
-    """Bytes per second, read plus written, of ``y.copy_(x)`` with tensors of ``size`` bytes."""
-    x = torch.ones(size // 4, device=device)
+def copy_bandwidth(device: torch.device, repeats: int) -> float:
+    """Bytes per second, read plus written, of ``y.copy_(x)`` with tensors of 256 MB."""
+    x = torch.ones(BANDWIDTH_BYTES // 4, device=device)
     y = torch.ones_like(x)
     case = Case(lambda: y.copy_(x))
     times = round_robin({'copy': case}, device, max(repeats, 3))
-    return 2 * size / (times['copy']['forward']['ms'] / 1e3)
+    return 2 * BANDWIDTH_BYTES / (times['copy']['forward']['ms'] / 1e3)
 
 
 def saved_bytes(forward: Callable[[], Tensor], module: nn.Module) -> int:

@@ -1,9 +1,10 @@
 // Batch-Channel Normalization on the CPU; the contract and the formulas stand in backends/ops.py.
 //
-// Everything a group needs is in the group: its rows of x, in all samples. So with rows in memory
-// (NCHW) one thread takes one group through moments, algebra and result while its rows are in the
-// cache, and x is read from memory once. With channels_last, or more threads than groups, the three
-// steps are three parallel loops over the whole tensor.
+// With rows in memory (NCHW), what stage 2 needs lies in one group of one sample, and one thread
+// takes it through statistics and result while it is in the cache: x is read from memory once. Only
+// the statistics of a channel over several samples (the update of the estimates, batch mode
+// backward) need a pass of their own before. With channels_last every step is a pass over all
+// columns.
 #include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
@@ -73,51 +74,32 @@ std::vector<double> per_channel(const OptionalTensor& values, int64_t channels, 
   return result;
 }
 
-// Runs the three steps of a pass. `first(n, c)` and `last(n, c)` treat one row, `algebra(g)` one
-// group; `first_chunk(n, k)` and `last_chunk(n, k)` treat chunk k of sample n in channels_last, and
-// `merge(n)` joins what the chunks of a sample found.
-template <typename First, typename Algebra, typename Last, typename FirstChunk, typename Merge,
-          typename LastChunk>
-void run(const Shape& s, const First& first, const Algebra& algebra, const Last& last,
-         const FirstChunk& first_chunk, const Merge& merge, const LastChunk& last_chunk) {
-  if (!s.rows) {
-    const int64_t chunks = s.chunks(), all = s.samples * chunks;
-    const int64_t grain = std::max<int64_t>(1, kGrain / (s.chunk() * s.channels));
-    at::parallel_for(0, all, grain, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) first_chunk(i / chunks, i % chunks);
-    });
-    for (int64_t n = 0; n < s.samples; ++n) merge(n);
-    for (int64_t g = 0; g < s.groups; ++g) algebra(g);
-    at::parallel_for(0, all, grain, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) last_chunk(i / chunks, i % chunks);
-    });
-    return;
-  }
-  const int64_t per_group = s.samples * s.per_group * s.length;
-  const int64_t threads = at::get_num_threads();
-  if (s.groups % threads == 0 || s.groups >= 4 * threads || per_group * s.groups < kGrain) {
-    at::parallel_for(0, s.groups, std::max<int64_t>(1, kGrain / per_group),
-                     [&](int64_t begin, int64_t end) {
-      for (int64_t g = begin; g < end; ++g) {
-        const int64_t c0 = g * s.per_group, c1 = c0 + s.per_group;
-        for (int64_t n = 0; n < s.samples; ++n)
-          for (int64_t c = c0; c < c1; ++c) first(n, c);
-        algebra(g);
-        for (int64_t n = 0; n < s.samples; ++n)
-          for (int64_t c = c0; c < c1; ++c) last(n, c);
-      }
-    });
-    return;
-  }
-  const auto over_rows = [&](const auto& step) {
-    at::parallel_for(0, s.samples * s.channels, std::max<int64_t>(1, kGrain / s.length),
-                     [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) step(i / s.channels, i % s.channels);
-    });
-  };
-  over_rows(first);
-  for (int64_t g = 0; g < s.groups; ++g) algebra(g);
-  over_rows(last);
+// Calls step(i) for i in [0, count), in parallel; each is about `elements` values of work.
+template <typename Step>
+void parallel(int64_t count, int64_t elements, const Step& step) {
+  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, elements));
+  at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) step(i);
+  });
+}
+
+// Calls step(n, g) for every sample and group, in the order of memory.
+template <typename Step>
+void over_groups(const Shape& s, const Step& step) {
+  parallel(s.samples * s.groups, s.per_group * s.length,
+           [&](int64_t i) { step(i / s.groups, i % s.groups); });
+}
+
+// Calls step(n, start, length, slot) for every chunk of columns: its first position in x, its
+// length, and the place of its accumulators.
+template <typename Step>
+void over_chunks(const Shape& s, const Step& step) {
+  const int64_t chunks = s.chunks(), chunk = s.chunk();
+  parallel(s.samples * chunks, chunk * s.channels, [&](int64_t i) {
+    const int64_t n = i / chunks, first = (i % chunks) * chunk;
+    step(n, (n * s.length + first) * s.channels, std::min(chunk, s.length - first),
+         i * s.channels);
+  });
 }
 
 // Moments of rows from those of the chunks of a sample (Chan et al.), in the order of the chunks.
@@ -152,97 +134,121 @@ struct Forward {
   double eps;
   bool update = false;
   double rate = 0;
-  std::vector<A> scale, shift;  // (N, C)
+  std::vector<double> gain;      // (C,)
+  std::vector<A> scale, shift;   // (N, C)
 
-  void moments(int64_t n, int64_t c) const {
-    const int64_t row = n * s.channels + c;
-    double centre, squares;
-    row_moments(x + row * s.length, s.length, &centre, &squares);
-    m[row] = static_cast<A>(centre);
-    q[row] = static_cast<A>(squares / s.length);
+  // Moments of the rows of a group.
+  void moments(int64_t n, int64_t g) const {
+    const int64_t row = n * s.channels + g * s.per_group;
+    std::vector<double> centre(s.per_group), variance(s.per_group);
+    rows_moments(x + row * s.length, s.per_group, s.length, centre.data(), variance.data());
+    for (int64_t i = 0; i < s.per_group; ++i) {
+      m[row + i] = static_cast<A>(centre[i]);
+      q[row + i] = static_cast<A>(variance[i]);
+    }
   }
 
-  void update_estimates(int64_t c) const {
-    double centre = 0, square = 0;
-    const double old = mean[c];
+  // All moments, where they are needed before anything else.
+  void all_moments() const {
+    if (s.rows) {
+      over_groups(s, [&](int64_t n, int64_t g) { moments(n, g); });
+      return;
+    }
+    std::vector<A> means(s.samples * s.chunks() * s.channels), squares(means.size());
+    over_chunks(s, [&](int64_t, int64_t start, int64_t length, int64_t slot) {
+      column_moments(x + start, length, s.channels, means.data() + slot, squares.data() + slot);
+    });
     for (int64_t n = 0; n < s.samples; ++n) {
-      const int64_t row = n * s.channels + c;
-      const double delta = m[row] - old;  // around the old mean
-      centre += m[row];
-      square += q[row] + delta * delta;
-    }
-    mean[c] = static_cast<A>(old + rate * (centre / s.samples - old));
-    var[c] = static_cast<A>(var[c] + rate * (square / s.samples - var[c]));
-  }
-
-  void algebra(int64_t g) {
-    const int64_t c0 = g * s.per_group, c1 = c0 + s.per_group;
-    if (update)
-      for (int64_t c = c0; c < c1; ++c) update_estimates(c);
-    std::vector<double> gain(s.per_group), t(s.per_group);  // of stage 1; row means of x1
-    for (int64_t c = c0; c < c1; ++c) gain[c - c0] = batch_weight[c] / std::sqrt(var[c] + eps);
-    for (int64_t n = 0; n < s.samples; ++n) {
-      const int64_t row = n * s.channels;
-      double centre = 0, square = 0;
-      for (int64_t i = 0, c = c0; c < c1; ++i, ++c) {
-        t[i] = gain[i] * (static_cast<double>(m[row + c]) - mean[c]) + batch_bias[c];
-        centre += t[i];
-      }
-      centre /= s.per_group;
-      for (int64_t i = 0, c = c0; c < c1; ++i, ++c) {
-        square += gain[i] * gain[i] * q[row + c] + (t[i] - centre) * (t[i] - centre);
-      }
-      const double inverse = 1 / std::sqrt(square / s.per_group + eps);
-      group_mean[n * s.groups + g] = static_cast<A>(centre);
-      inv_group_std[n * s.groups + g] = static_cast<A>(inverse);
-      for (int64_t i = 0, c = c0; c < c1; ++i, ++c) {
-        scale[row + c] = static_cast<A>(weight[c] * inverse * gain[i]);
-        shift[row + c] = static_cast<A>(weight[c] * inverse * (t[i] - centre) + bias[c]);
-      }
-    }
-  }
-
-  void run_all(bool moments_are_there) {
-    scale.resize(s.samples * s.channels);
-    shift.resize(s.samples * s.channels);
-    std::vector<A> means, squares;
-    if (!s.rows && !moments_are_there) {
-      means.resize(s.samples * s.chunks() * s.channels);
-      squares.resize(means.size());
-    }
-    const auto nothing = [](auto...) {};
-    const auto last = [&](int64_t n, int64_t c) {
-      const int64_t i = n * s.channels + c;
-      row_affine(x + i * s.length, y + i * s.length, s.length, m[i], scale[i], shift[i]);
-    };
-    const auto last_chunk = [&](int64_t n, int64_t k) {
-      const int64_t start = (n * s.length + k * s.chunk()) * s.channels, row = n * s.channels;
-      column_affine(x + start, y + start, std::min(s.chunk(), s.length - k * s.chunk()),
-                    s.channels, m + row, scale.data() + row, shift.data() + row);
-    };
-    const auto step = [&](int64_t g) { algebra(g); };
-    if (moments_are_there) {
-      run(s, nothing, step, last, nothing, nothing, last_chunk);
-    } else {
-      run(s, [&](int64_t n, int64_t c) { moments(n, c); }, step, last, chunk_moments(means, squares),
-          merged(means, squares), last_chunk);
-    }
-  }
-
-  auto chunk_moments(std::vector<A>& means, std::vector<A>& squares) {
-    return [&](int64_t n, int64_t k) {
-      const int64_t start = (n * s.length + k * s.chunk()) * s.channels;
-      const int64_t slot = (n * s.chunks() + k) * s.channels;
-      column_moments(x + start, std::min(s.chunk(), s.length - k * s.chunk()), s.channels,
-                     means.data() + slot, squares.data() + slot);
-    };
-  }
-
-  auto merged(std::vector<A>& means, std::vector<A>& squares) {
-    return [&](int64_t n) {
       const int64_t slot = n * s.chunks() * s.channels, row = n * s.channels;
       merge_moments(s, means.data() + slot, squares.data() + slot, m + row, q + row);
-    };
+    }
+  }
+
+  // Statistics of the channels of a group, updated before they are used.
+  void channel_stage(int64_t g) {
+    for (int64_t c = g * s.per_group; c < (g + 1) * s.per_group; ++c) {
+      if (update) {
+        double centre = 0, square = 0;
+        const double old = mean[c];
+        for (int64_t n = 0; n < s.samples; ++n) {
+          const int64_t row = n * s.channels + c;
+          const double delta = m[row] - old;  // around the old mean
+          centre += m[row];
+          square += q[row] + delta * delta;
+        }
+        mean[c] = static_cast<A>(old + rate * (centre / s.samples - old));
+        var[c] = static_cast<A>(var[c] + rate * (square / s.samples - var[c]));
+      }
+      gain[c] = batch_weight[c] / std::sqrt(var[c] + eps);
+    }
+  }
+
+  // Statistics of a group of a sample, and the coefficients of its rows.
+  void group_stage(int64_t n, int64_t g) {
+    const int64_t c0 = g * s.per_group, row = n * s.channels;
+    std::vector<double> t(s.per_group);  // row means of x1
+    double centre = 0, square = 0;
+    for (int64_t i = 0, c = c0; i < s.per_group; ++i, ++c) {
+      t[i] = gain[c] * (static_cast<double>(m[row + c]) - mean[c]) + batch_bias[c];
+      centre += t[i];
+    }
+    centre /= s.per_group;
+    for (int64_t i = 0, c = c0; i < s.per_group; ++i, ++c) {
+      square += gain[c] * gain[c] * q[row + c] + (t[i] - centre) * (t[i] - centre);
+    }
+    const double inverse = 1 / std::sqrt(square / s.per_group + eps);
+    group_mean[n * s.groups + g] = static_cast<A>(centre);
+    inv_group_std[n * s.groups + g] = static_cast<A>(inverse);
+    for (int64_t i = 0, c = c0; i < s.per_group; ++i, ++c) {
+      scale[row + c] = static_cast<A>(weight[c] * inverse * gain[c]);
+      shift[row + c] = static_cast<A>(weight[c] * inverse * (t[i] - centre) + bias[c]);
+    }
+  }
+
+  void apply(int64_t n, int64_t g) const {
+    const int64_t row = n * s.channels + g * s.per_group, start = row * s.length;
+    rows_affine(x + start, y + start, s.per_group, s.length, m + row, scale.data() + row,
+                shift.data() + row);
+  }
+
+  void run(bool moments_are_there) {
+    gain.resize(s.channels);
+    scale.resize(s.samples * s.channels);
+    shift.resize(s.samples * s.channels);
+    if (s.rows && update && s.samples > 1 && s.per_group * s.length >= kColumnChunk / 2) {
+      // Large groups stay in the cache over all samples.
+      parallel(s.groups, s.samples * s.per_group * s.length, [&](int64_t g) {
+        for (int64_t n = 0; n < s.samples; ++n) moments(n, g);
+        channel_stage(g);
+        for (int64_t n = 0; n < s.samples; ++n) {
+          group_stage(n, g);
+          apply(n, g);
+        }
+      });
+      return;
+    }
+    // Statistics over samples come first; of a single sample they are the group's own business.
+    const bool first_pass = !moments_are_there && (!s.rows || (update && s.samples > 1));
+    if (first_pass) all_moments();
+    const bool with_group = update && !first_pass;
+    if (!with_group)
+      parallel(s.groups, s.samples * s.per_group, [&](int64_t g) { channel_stage(g); });
+    if (s.rows) {
+      over_groups(s, [&](int64_t n, int64_t g) {
+        if (!first_pass && !moments_are_there) moments(n, g);
+        if (with_group) channel_stage(g);
+        group_stage(n, g);
+        apply(n, g);
+      });
+      return;
+    }
+    parallel(s.samples * s.groups, s.per_group,
+             [&](int64_t i) { group_stage(i / s.groups, i % s.groups); });
+    over_chunks(s, [&](int64_t n, int64_t start, int64_t length, int64_t) {
+      const int64_t row = n * s.channels;
+      column_affine(x + start, y + start, length, s.channels, m + row, scale.data() + row,
+                    shift.data() + row);
+    });
   }
 };
 
@@ -255,14 +261,7 @@ std::tuple<Tensor, Tensor> row_moments_op(const Tensor& x) {
     Forward<scalar_t> f{Shape(x, 1), x.const_data_ptr<scalar_t>()};
     f.m = m.data_ptr<A>();
     f.q = q.data_ptr<A>();
-    std::vector<A> means, squares;
-    if (!f.s.rows) {
-      means.resize(f.s.samples * f.s.chunks() * f.s.channels);
-      squares.resize(means.size());
-    }
-    const auto nothing = [](auto...) {};
-    run(f.s, [&](int64_t n, int64_t c) { f.moments(n, c); }, nothing, nothing,
-        f.chunk_moments(means, squares), f.merged(means, squares), nothing);
+    f.all_moments();
   });
   return {m, q};
 }
@@ -284,7 +283,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(
         group_mean.data_ptr<A>(), inv_group_std.data_ptr<A>(),
         per_channel(batch_weight, channels, 1), per_channel(batch_bias, channels, 0),
         per_channel(weight, channels, 1), per_channel(bias, channels, 0), eps, update, rate};
-    f.run_all(moments_are_there);
+    f.run(moments_are_there);
   });
   return {y, group_mean, inv_group_std};
 }
@@ -331,112 +330,149 @@ struct Backward {
   bool through_statistics;
   A *d_batch_weight, *d_batch_bias, *d_weight, *d_bias;
   int64_t affine_size;
-  std::vector<double> sum_g, sum_gx;   // (N, C)
-  std::vector<A> p, slope, r;          // (N, C): dx = p g + slope (x - m) + r
+  std::vector<double> inv_std, gain;    // (C,)
+  std::vector<double> sum_g, sum_gx;    // (N, C)
+  std::vector<double> mean_h, mean_hz;  // (N, G)
+  std::vector<A> p, slope, r;           // (N, C): dx = p g + slope (x - m) + r
 
-  void algebra(int64_t g) {
-    const int64_t c0 = g * s.per_group, c1 = c0 + s.per_group;
-    const double length = static_cast<double>(s.length), group_length = length * s.per_group;
-    std::vector<double> d_bw(s.per_group), d_bb(s.per_group), d_w(s.per_group), d_b(s.per_group);
-    std::vector<double> inv_std(s.per_group), gain(s.per_group), t(s.per_group);
-    for (int64_t i = 0, c = c0; c < c1; ++i, ++c) {
-      inv_std[i] = 1 / std::sqrt(var[c] + eps);
-      gain[i] = batch_weight[c] * inv_std[i];
+  void dots(int64_t n, int64_t g) {
+    const int64_t row = n * s.channels + g * s.per_group, start = row * s.length;
+    rows_dots(grad + start, x + start, s.per_group, s.length, m + row, sum_g.data() + row,
+              sum_gx.data() + row);
+  }
+
+  // Row mean of x1, centred in its group.
+  double centred(int64_t n, int64_t c, int64_t g) const {
+    return gain[c] * (static_cast<double>(m[n * s.channels + c]) - mean[c]) + batch_bias[c] -
+        group_mean[n * s.groups + g];
+  }
+
+  // Row sum of grad times z, the normalised x1 before the outer affine.
+  double sum_gz(int64_t n, int64_t c, int64_t g) const {
+    const int64_t row = n * s.channels + c;
+    return inv_group_std[n * s.groups + g] *
+        (gain[c] * sum_gx[row] + centred(n, c, g) * sum_g[row]);
+  }
+
+  // dx1 = inverse (h - mean(h) - z mean(h z)) with h = weight grad, the means over a group.
+  void group_stage(int64_t n, int64_t g) {
+    const int64_t c0 = g * s.per_group, c1 = c0 + s.per_group, row = n * s.channels;
+    const double inverse = inv_group_std[n * s.groups + g];
+    double h = 0, hz = 0;
+    for (int64_t c = c0; c < c1; ++c) {
+      h += weight[c] * sum_g[row + c];
+      hz += weight[c] * sum_gz(n, c, g);
     }
-    for (int64_t n = 0; n < s.samples; ++n) {
-      const int64_t row = n * s.channels;
-      const double inverse = inv_group_std[n * s.groups + g];
-      double mean_h = 0, mean_hz = 0;
-      for (int64_t i = 0, c = c0; c < c1; ++i, ++c) {
-        // Row mean of x1, centred in its group; z is the normalised x1, before the outer affine.
-        t[i] = gain[i] * (static_cast<double>(m[row + c]) - mean[c]) + batch_bias[c] -
-            group_mean[n * s.groups + g];
-        const double sum_gz = inverse * (gain[i] * sum_gx[row + c] + t[i] * sum_g[row + c]);
-        d_b[i] += sum_g[row + c];
-        d_w[i] += sum_gz;
-        mean_h += weight[c] * sum_g[row + c];
-        mean_hz += weight[c] * sum_gz;
-      }
-      mean_h /= group_length;
-      mean_hz /= group_length;
-      // dx1 = inverse (h - mean(h) - z mean(h z)) with h = weight g; its row sums give the rest.
-      for (int64_t i = 0, c = c0; c < c1; ++i, ++c) {
-        const double offset = mean_h + inverse * mean_hz * t[i];
-        const double sum_dx1 = inverse * (weight[c] * sum_g[row + c] - length * offset);
-        const double sum_dx1_x = inverse *
-            (weight[c] * sum_gx[row + c] - inverse * mean_hz * gain[i] * length * q[row + c]);
-        d_bb[i] += sum_dx1;
-        d_bw[i] +=
-            (sum_dx1_x + (static_cast<double>(m[row + c]) - mean[c]) * sum_dx1) * inv_std[i];
-        p[row + c] = static_cast<A>(gain[i] * inverse * weight[c]);
-        slope[row + c] = static_cast<A>(-gain[i] * gain[i] * inverse * inverse * mean_hz);
-        r[row + c] = static_cast<A>(-gain[i] * inverse * offset);
-      }
+    const double values = static_cast<double>(s.length) * s.per_group;
+    mean_h[n * s.groups + g] = h /= values;
+    mean_hz[n * s.groups + g] = hz /= values;
+    for (int64_t c = c0; c < c1; ++c) {
+      p[row + c] = static_cast<A>(gain[c] * inverse * weight[c]);
+      slope[row + c] = static_cast<A>(-gain[c] * gain[c] * inverse * inverse * hz);
+      r[row + c] = static_cast<A>(-gain[c] * inverse * (h + inverse * hz * centred(n, c, g)));
     }
-    for (int64_t i = 0, c = c0; c < c1; ++i, ++c) {
-      d_batch_weight[c] = static_cast<A>(d_bw[i]);
-      d_batch_bias[c] = static_cast<A>(d_bb[i]);
+  }
+
+  // Gradients of the parameters of a group; the row sums of dx1 give those of stage 1.
+  void parameters(int64_t g) {
+    const double length = static_cast<double>(s.length);
+    double group_weight = 0, group_bias = 0;
+    for (int64_t c = g * s.per_group; c < (g + 1) * s.per_group; ++c) {
+      double d_bw = 0, d_bb = 0, d_w = 0, d_b = 0;
+      for (int64_t n = 0; n < s.samples; ++n) {
+        const int64_t row = n * s.channels + c, group = n * s.groups + g;
+        const double inverse = inv_group_std[group], hz = mean_hz[group];
+        const double sum_dx1 = inverse *
+            (weight[c] * sum_g[row] - length * (mean_h[group] + inverse * hz * centred(n, c, g)));
+        const double sum_dx1_x =
+            inverse * (weight[c] * sum_gx[row] - inverse * hz * gain[c] * length * q[row]);
+        d_b += sum_g[row];
+        d_w += sum_gz(n, c, g);
+        d_bb += sum_dx1;
+        d_bw += (sum_dx1_x + (static_cast<double>(m[row]) - mean[c]) * sum_dx1) * inv_std[c];
+      }
+      d_batch_weight[c] = static_cast<A>(d_bw);
+      d_batch_bias[c] = static_cast<A>(d_bb);
+      group_weight += d_w;
+      group_bias += d_b;
       if (affine_size == s.channels) {
-        d_weight[c] = static_cast<A>(d_w[i]);
-        d_bias[c] = static_cast<A>(d_b[i]);
-      } else if (i > 0) {
-        d_w[0] += d_w[i];
-        d_b[0] += d_b[i];
+        d_weight[c] = static_cast<A>(d_w);
+        d_bias[c] = static_cast<A>(d_b);
       }
       if (!through_statistics) continue;
       // BatchNorm's own two terms
-      const double count = length * s.samples, towards_var = gain[i] * inv_std[i] * d_bw[i] / count;
+      const double count = length * s.samples, towards_var = gain[c] * inv_std[c] * d_bw / count;
       for (int64_t n = 0; n < s.samples; ++n) {
         const int64_t row = n * s.channels + c;
         slope[row] -= static_cast<A>(towards_var);
         r[row] -= static_cast<A>(
-            gain[i] * d_bb[i] / count + towards_var * (static_cast<double>(m[row]) - mean[c]));
+            gain[c] * d_bb / count + towards_var * (static_cast<double>(m[row]) - mean[c]));
       }
     }
     if (affine_size == s.groups && affine_size != s.channels) {
-      d_weight[g] = static_cast<A>(d_w[0]);
-      d_bias[g] = static_cast<A>(d_b[0]);
+      d_weight[g] = static_cast<A>(group_weight);
+      d_bias[g] = static_cast<A>(group_bias);
     }
   }
 
-  void run_all() {
-    const int64_t all = s.samples * s.channels, slots = s.samples * s.chunks() * s.channels;
-    for (auto* values : {&sum_g, &sum_gx}) values->resize(all);
-    for (auto* values : {&p, &slope, &r}) values->resize(all);
-    std::vector<A> parts_g(s.rows ? 0 : slots), parts_gx(s.rows ? 0 : slots);
-    run(
-        s,
-        [&](int64_t n, int64_t c) {
-          const int64_t i = n * s.channels + c;
-          row_dots(grad + i * s.length, x + i * s.length, s.length, m[i], &sum_g[i], &sum_gx[i]);
-        },
-        [&](int64_t g) { algebra(g); },
-        [&](int64_t n, int64_t c) {
-          const int64_t i = n * s.channels + c, start = i * s.length;
-          row_gradient(grad + start, x + start, dx + start, s.length, m[i], p[i], slope[i], r[i]);
-        },
-        [&](int64_t n, int64_t k) {
-          const int64_t start = (n * s.length + k * s.chunk()) * s.channels;
-          const int64_t slot = (n * s.chunks() + k) * s.channels;
-          column_dots(grad + start, x + start, std::min(s.chunk(), s.length - k * s.chunk()),
-                      s.channels, m + n * s.channels, parts_g.data() + slot,
-                      parts_gx.data() + slot);
-        },
-        [&](int64_t n) {
-          for (int64_t k = 0; k < s.chunks(); ++k) {
-            const int64_t slot = (n * s.chunks() + k) * s.channels;
-            for (int64_t c = 0; c < s.channels; ++c) {
-              sum_g[n * s.channels + c] += parts_g[slot + c];
-              sum_gx[n * s.channels + c] += parts_gx[slot + c];
-            }
-          }
-        },
-        [&](int64_t n, int64_t k) {
-          const int64_t start = (n * s.length + k * s.chunk()) * s.channels, row = n * s.channels;
-          column_gradient(grad + start, x + start, dx + start,
-                          std::min(s.chunk(), s.length - k * s.chunk()), s.channels, m + row,
-                          p.data() + row, slope.data() + row, r.data() + row);
-        });
+  void gradient(int64_t n, int64_t g) {
+    const int64_t row = n * s.channels + g * s.per_group, start = row * s.length;
+    rows_gradient(grad + start, x + start, dx + start, s.per_group, s.length, m + row,
+                  p.data() + row, slope.data() + row, r.data() + row);
+  }
+
+  void all_dots() {
+    std::vector<A> parts_g(s.samples * s.chunks() * s.channels), parts_gx(parts_g.size());
+    over_chunks(s, [&](int64_t n, int64_t start, int64_t length, int64_t slot) {
+      column_dots(grad + start, x + start, length, s.channels, m + n * s.channels,
+                  parts_g.data() + slot, parts_gx.data() + slot);
+    });
+    for (int64_t k = 0; k < s.samples * s.chunks(); ++k) {
+      const int64_t row = k / s.chunks() * s.channels;
+      for (int64_t c = 0; c < s.channels; ++c) {
+        sum_g[row + c] += parts_g[k * s.channels + c];
+        sum_gx[row + c] += parts_gx[k * s.channels + c];
+      }
+    }
+  }
+
+  void run() {
+    for (auto* values : {&inv_std, &gain}) values->resize(s.channels);
+    for (auto* values : {&sum_g, &sum_gx}) values->resize(s.samples * s.channels);
+    for (auto* values : {&mean_h, &mean_hz}) values->resize(s.samples * s.groups);
+    for (auto* values : {&p, &slope, &r}) values->resize(s.samples * s.channels);
+    for (int64_t c = 0; c < s.channels; ++c) {
+      inv_std[c] = 1 / std::sqrt(var[c] + eps);
+      gain[c] = batch_weight[c] * inv_std[c];
+    }
+    const auto all_parameters = [&] {
+      parallel(s.groups, s.samples * s.per_group, [&](int64_t g) { parameters(g); });
+    };
+    if (s.rows && !through_statistics) {
+      over_groups(s, [&](int64_t n, int64_t g) {
+        dots(n, g);
+        group_stage(n, g);
+        gradient(n, g);
+      });
+      all_parameters();
+    } else if (s.rows) {
+      over_groups(s, [&](int64_t n, int64_t g) {
+        dots(n, g);
+        group_stage(n, g);
+      });
+      all_parameters();
+      over_groups(s, [&](int64_t n, int64_t g) { gradient(n, g); });
+    } else {
+      all_dots();
+      parallel(s.samples * s.groups, s.per_group,
+               [&](int64_t i) { group_stage(i / s.groups, i % s.groups); });
+      all_parameters();
+      over_chunks(s, [&](int64_t n, int64_t start, int64_t length, int64_t) {
+        const int64_t row = n * s.channels;
+        column_gradient(grad + start, x + start, dx + start, length, s.channels, m + row,
+                        p.data() + row, slope.data() + row, r.data() + row);
+      });
+    }
   }
 };
 
@@ -468,7 +504,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> normalize_backward(
         per_channel(batch_bias, channels, 0), per_channel(weight, channels, 1), eps,
         through_statistics, d_batch_weight.data_ptr<A>(), d_batch_bias.data_ptr<A>(),
         d_weight.data_ptr<A>(), d_bias.data_ptr<A>(), affine_size};
-    b.run_all();
+    b.run();
   });
   return {dx, d_batch_weight, d_batch_bias, d_weight, d_bias};
 }

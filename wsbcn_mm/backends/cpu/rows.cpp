@@ -9,20 +9,34 @@
 #define WSBCN_CLONES
 #endif
 // Into the clones, or it would be compiled for the oldest machine only.
-#define WSBCN_INLINE static inline __attribute__((always_inline))
+#define WSBCN_INLINED __attribute__((always_inline))
+#define WSBCN_INLINE static inline WSBCN_INLINED
 
 namespace wsbcn {
 
-// Sums are kept in this many lanes, joined in double: several registers add side by side, and a lane
-// of single precision sees few values, so that its rounding stays as small as torch's own.
+// A chunk of a long row stays in the first-level cache between two passes over it.
+constexpr int64_t kChunk = 2048;
+
+// Sums of a long row are kept in this many lanes and joined in double: several registers add side
+// by side, and a lane of single precision sees few values, so that its rounding stays small.
 constexpr int64_t kLanes = 64;
 
-template <typename A>
+// A row with fewer values has one register of lanes, and no second loop for what is left over.
+constexpr int64_t kShortRow = 4 * kLanes;
+constexpr int64_t kShortLanes = 16;
+
+template <int64_t kCount, typename A>
 WSBCN_INLINE double joined(const A* lanes) {
-  double sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t j = 0; j < kLanes; ++j) sum += static_cast<double>(lanes[j]);
-  return sum;
+  double sums[kCount];
+#pragma omp simd
+  for (int64_t j = 0; j < kCount; ++j) sums[j] = static_cast<double>(lanes[j]);
+  // By halves: one sum after the other would wait for each addition.
+#pragma GCC unroll 8
+  for (int64_t half = kCount / 2; half > 0; half /= 2) {
+#pragma omp simd
+    for (int64_t j = 0; j < half; ++j) sums[j] += sums[j + half];
+  }
+  return sums[0];
 }
 
 // Calls add(j, i) for every i in [0, count), lane j = i % kLanes.
@@ -36,44 +50,70 @@ WSBCN_INLINE void in_lanes(int64_t count, const Add& add) {
   for (int64_t j = 0; i + j < count; ++j) add(j, i + j);
 }
 
-// A row too short for lanes: its sums are kept in double.
-constexpr int64_t kShortRow = 4 * kLanes;
-
-template <typename T, typename A>
-WSBCN_INLINE void moments_of_short_row(
-    const T* x, int64_t length, double* mean, double* squares) {
-  double sum = 0, square = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < length; ++i) sum += static_cast<double>(static_cast<A>(x[i]));
-  const double centre = sum / length;
-#pragma omp simd reduction(+ : square)
-  for (int64_t i = 0; i < length; ++i) {
-    const double d = static_cast<double>(static_cast<A>(x[i])) - centre;
-    square += d * d;
+// Calls add(j, i, keep) so that every i in [0, count) is kept once: the last turn takes the last
+// values of the row, and of those only the ones not seen. For count >= kShortLanes.
+template <typename A, typename Add>
+WSBCN_INLINE void in_short_lanes(int64_t count, const Add& add) {
+  int64_t i = 0;
+  for (; i + kShortLanes <= count; i += kShortLanes) {
+#pragma omp simd
+    for (int64_t j = 0; j < kShortLanes; ++j) add(j, i + j, A(1));
   }
-  *mean = centre;
-  *squares = square;
+  if (i == count) return;
+  const int64_t last = count - kShortLanes, seen = i - last;
+#pragma omp simd
+  for (int64_t j = 0; j < kShortLanes; ++j) add(j, last + j, j < seen ? A(0) : A(1));
 }
 
 template <typename T, typename A>
-WSBCN_INLINE void moments_of_row(const T* x, int64_t length, double* mean, double* squares) {
-  if (length < kShortRow) return moments_of_short_row<T, A>(x, length, mean, squares);
+WSBCN_INLINE void moments_of_short_row(
+    const T* x, int64_t length, double inverse, double* mean, double* variance) {
+  A sum[kShortLanes] = {}, rest[kShortLanes] = {}, square[kShortLanes] = {};
+  if (length < kShortLanes) {
+    for (int64_t i = 0; i < length; ++i) sum[i] = static_cast<A>(x[i]);
+  } else {
+    in_short_lanes<A>(length, [&](int64_t j, int64_t i, A keep) WSBCN_INLINED {
+      sum[j] += keep * static_cast<A>(x[i]);
+    });
+  }
+  // Rounded: what is left over corrects both moments.
+  const A centre = static_cast<A>(joined<kShortLanes>(sum) * inverse);
+  if (length < kShortLanes) {
+    for (int64_t i = 0; i < length; ++i) {
+      rest[i] = static_cast<A>(x[i]) - centre;
+      square[i] = rest[i] * rest[i];
+    }
+  } else {
+    in_short_lanes<A>(length, [&](int64_t j, int64_t i, A keep) WSBCN_INLINED {
+      const A d = keep * (static_cast<A>(x[i]) - centre);
+      rest[j] += d;
+      square[j] += d * d;
+    });
+  }
+  const double left = joined<kShortLanes>(rest) * inverse;
+  *mean = static_cast<double>(centre) + left;
+  *variance = std::max(joined<kShortLanes>(square) * inverse - left * left, 0.0);
+}
+
+template <typename T, typename A>
+WSBCN_INLINE void moments_of_long_row(
+    const T* x, int64_t length, double* mean, double* variance) {
   double total_mean = 0, total_squares = 0;
-  for (int64_t start = 0; start < length; start += kRowChunk) {
-    const int64_t count = std::min(kRowChunk, length - start);
+  for (int64_t start = 0; start < length; start += kChunk) {
+    const int64_t count = std::min(kChunk, length - start);
     const T* chunk = x + start;
     A sum[kLanes] = {}, rest[kLanes] = {}, square[kLanes] = {};
-    in_lanes(count, [&](int64_t j, int64_t i) { sum[j] += static_cast<A>(chunk[i]); });
-    // Rounded: what is left over corrects both moments.
-    const A centre = static_cast<A>(joined(sum) / count);
-    in_lanes(count, [&](int64_t j, int64_t i) {
+    in_lanes(count, [&](int64_t j, int64_t i) WSBCN_INLINED { sum[j] += static_cast<A>(chunk[i]); });
+    // Rounded, as above.
+    const A centre = static_cast<A>(joined<kLanes>(sum) / count);
+    in_lanes(count, [&](int64_t j, int64_t i) WSBCN_INLINED {
       const A d = static_cast<A>(chunk[i]) - centre;
       rest[j] += d;
       square[j] += d * d;
     });
-    const double left = joined(rest);
+    const double left = joined<kLanes>(rest);
     const double exact = static_cast<double>(centre) + left / count;
-    const double around = joined(square) - left * left / count;
+    const double around = joined<kLanes>(square) - left * left / count;
     // Chan et al.: moments of the union of what was seen and this chunk.
     const double delta = exact - total_mean;
     const double share = static_cast<double>(count) / (start + count);
@@ -81,51 +121,86 @@ WSBCN_INLINE void moments_of_row(const T* x, int64_t length, double* mean, doubl
     total_squares += around + delta * delta * share * start;
   }
   *mean = total_mean;
-  *squares = std::max(total_squares, 0.0);
+  *variance = std::max(total_squares / length, 0.0);
+}
+
+template <typename T, typename A>
+WSBCN_INLINE void moments_of_rows(
+    const T* x, int64_t rows, int64_t length, double* mean, double* variance) {
+  const double inverse = 1.0 / length;
+  for (int64_t k = 0; k < rows; ++k) {
+    if (length < kShortRow) {
+      moments_of_short_row<T, A>(x + k * length, length, inverse, mean + k, variance + k);
+    } else {
+      moments_of_long_row<T, A>(x + k * length, length, mean + k, variance + k);
+    }
+  }
 }
 
 template <typename T, typename U, typename A>
-WSBCN_INLINE void affine_of_row(const T* x, U* y, int64_t length, A m, A scale, A shift) {
+WSBCN_INLINE void affine_of_rows(
+    const T* x, U* y, int64_t rows, int64_t length, const A* m, const A* scale, const A* shift) {
+  for (int64_t k = 0; k < rows; ++k, x += length, y += length) {
+    const A centre = m[k], slope = scale[k], offset = shift[k];
 #pragma omp simd
-  for (int64_t i = 0; i < length; ++i) {
-    y[i] = static_cast<U>((static_cast<A>(x[i]) - m) * scale + shift);
-  }
-}
-
-template <typename T, typename A>
-WSBCN_INLINE void dots_of_row(
-    const T* g, const T* x, int64_t length, A m, double* sum_g, double* sum_gx) {
-  double total_g = 0, total_gx = 0;
-  if (length < kShortRow) {
-#pragma omp simd reduction(+ : total_g, total_gx)
     for (int64_t i = 0; i < length; ++i) {
-      const double gi = static_cast<double>(static_cast<A>(g[i]));
-      total_g += gi;
-      total_gx += gi * static_cast<double>(static_cast<A>(x[i]) - m);
+      y[i] = static_cast<U>((static_cast<A>(x[i]) - centre) * slope + offset);
     }
-    length = 0;
   }
-  for (int64_t start = 0; start < length; start += kRowChunk) {
-    const T *grad = g + start, *chunk = x + start;
-    A part_g[kLanes] = {}, part_gx[kLanes] = {};
-    in_lanes(std::min(kRowChunk, length - start), [&](int64_t j, int64_t i) {
-      const A gi = static_cast<A>(grad[i]);
-      part_g[j] += gi;
-      part_gx[j] += gi * (static_cast<A>(chunk[i]) - m);
-    });
-    total_g += joined(part_g);
-    total_gx += joined(part_gx);
-  }
-  *sum_g = total_g;
-  *sum_gx = total_gx;
 }
 
 template <typename T, typename A>
-WSBCN_INLINE void gradient_of_row(
-    const T* g, const T* x, T* dx, int64_t length, A m, A p, A q, A r) {
+WSBCN_INLINE void dots_of_rows(
+    const T* g, const T* x, int64_t rows, int64_t length, const A* m, double* sum_g,
+    double* sum_gx) {
+  for (int64_t k = 0; k < rows; ++k, x += length, g += length) {
+    const A centre = m[k];
+    double total_g = 0, total_gx = 0;
+    if (length < kShortRow) {
+      A part_g[kShortLanes] = {}, part_gx[kShortLanes] = {};
+      if (length < kShortLanes) {
+        for (int64_t i = 0; i < length; ++i) {
+          part_g[i] = static_cast<A>(g[i]);
+          part_gx[i] = part_g[i] * (static_cast<A>(x[i]) - centre);
+        }
+      } else {
+        in_short_lanes<A>(length, [&](int64_t j, int64_t i, A keep) WSBCN_INLINED {
+          const A gi = keep * static_cast<A>(g[i]);
+          part_g[j] += gi;
+          part_gx[j] += gi * (static_cast<A>(x[i]) - centre);
+        });
+      }
+      total_g = joined<kShortLanes>(part_g);
+      total_gx = joined<kShortLanes>(part_gx);
+    } else {
+      for (int64_t start = 0; start < length; start += kChunk) {
+        const T *grad = g + start, *chunk = x + start;
+        A part_g[kLanes] = {}, part_gx[kLanes] = {};
+        in_lanes(std::min(kChunk, length - start), [&](int64_t j, int64_t i) WSBCN_INLINED {
+          const A gi = static_cast<A>(grad[i]);
+          part_g[j] += gi;
+          part_gx[j] += gi * (static_cast<A>(chunk[i]) - centre);
+        });
+        total_g += joined<kLanes>(part_g);
+        total_gx += joined<kLanes>(part_gx);
+      }
+    }
+    sum_g[k] = total_g;
+    sum_gx[k] = total_gx;
+  }
+}
+
+template <typename T, typename A>
+WSBCN_INLINE void gradient_of_rows(
+    const T* g, const T* x, T* dx, int64_t rows, int64_t length, const A* m, const A* p,
+    const A* q, const A* r) {
+  for (int64_t k = 0; k < rows; ++k, x += length, g += length, dx += length) {
+    const A centre = m[k], of_g = p[k], of_x = q[k], offset = r[k];
 #pragma omp simd
-  for (int64_t i = 0; i < length; ++i) {
-    dx[i] = static_cast<T>(p * static_cast<A>(g[i]) + q * (static_cast<A>(x[i]) - m) + r);
+    for (int64_t i = 0; i < length; ++i) {
+      dx[i] = static_cast<T>(
+          of_g * static_cast<A>(g[i]) + of_x * (static_cast<A>(x[i]) - centre) + offset);
+    }
   }
 }
 
@@ -201,19 +276,24 @@ WSBCN_INLINE void gradient_of_columns(
 
 // Not templates themselves: a clone needs a function of its own.
 #define WSBCN_DEFINE(T, A)                                                                        \
-  WSBCN_CLONES void row_moments(const T* x, int64_t length, double* mean, double* squares) {      \
-    moments_of_row<T, A>(x, length, mean, squares);                                               \
+  WSBCN_CLONES void rows_moments(                                                                 \
+      const T* x, int64_t rows, int64_t length, double* mean, double* variance) {                 \
+    moments_of_rows<T, A>(x, rows, length, mean, variance);                                       \
   }                                                                                               \
-  WSBCN_CLONES void row_affine(const T* x, T* y, int64_t length, A m, A scale, A shift) {         \
-    affine_of_row(x, y, length, m, scale, shift);                                           \
+  WSBCN_CLONES void rows_affine(                                                                  \
+      const T* x, T* y, int64_t rows, int64_t length, const A* m, const A* scale,                 \
+      const A* shift) {                                                                           \
+    affine_of_rows(x, y, rows, length, m, scale, shift);                                          \
   }                                                                                               \
-  WSBCN_CLONES void row_dots(                                                                     \
-      const T* g, const T* x, int64_t length, A m, double* sum_g, double* sum_gx) {               \
-    dots_of_row<T, A>(g, x, length, m, sum_g, sum_gx);                                            \
+  WSBCN_CLONES void rows_dots(                                                                    \
+      const T* g, const T* x, int64_t rows, int64_t length, const A* m, double* sum_g,            \
+      double* sum_gx) {                                                                           \
+    dots_of_rows<T, A>(g, x, rows, length, m, sum_g, sum_gx);                                     \
   }                                                                                               \
-  WSBCN_CLONES void row_gradient(                                                                 \
-      const T* g, const T* x, T* dx, int64_t length, A m, A p, A q, A r) {                        \
-    gradient_of_row<T, A>(g, x, dx, length, m, p, q, r);                                          \
+  WSBCN_CLONES void rows_gradient(                                                                \
+      const T* g, const T* x, T* dx, int64_t rows, int64_t length, const A* m, const A* p,        \
+      const A* q, const A* r) {                                                                   \
+    gradient_of_rows<T, A>(g, x, dx, rows, length, m, p, q, r);                                   \
   }                                                                                               \
   WSBCN_CLONES void column_moments(                                                               \
       const T* x, int64_t length, int64_t channels, A* mean, A* squares) {                        \
@@ -240,14 +320,16 @@ WSBCN_DEFINE(float, float)
 WSBCN_DEFINE(c10::BFloat16, float)
 WSBCN_DEFINE(c10::Half, float)
 
-WSBCN_CLONES void row_affine(
-    const float* x, c10::BFloat16* y, int64_t length, float m, float scale, float shift) {
-  affine_of_row(x, y, length, m, scale, shift);
+WSBCN_CLONES void rows_affine(
+    const float* x, c10::BFloat16* y, int64_t rows, int64_t length, const float* m,
+    const float* scale, const float* shift) {
+  affine_of_rows(x, y, rows, length, m, scale, shift);
 }
 
-WSBCN_CLONES void row_affine(
-    const float* x, c10::Half* y, int64_t length, float m, float scale, float shift) {
-  affine_of_row(x, y, length, m, scale, shift);
+WSBCN_CLONES void rows_affine(
+    const float* x, c10::Half* y, int64_t rows, int64_t length, const float* m, const float* scale,
+    const float* shift) {
+  affine_of_rows(x, y, rows, length, m, scale, shift);
 }
 
 }  // namespace wsbcn

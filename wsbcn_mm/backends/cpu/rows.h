@@ -1,8 +1,8 @@
 // The loops over memory that everything else is made of, once per dtype.
 //
-// Two families, one per memory layout of x (N, C, *): `row` functions see one (sample, channel) as
-// `length` values in a row (NCHW); `column` functions see `length` positions of `channels` values
-// each (channels_last) and work on all channels at once.
+// Two families, one per memory layout of x (N, C, *): `rows` functions see consecutive (sample,
+// channel) rows of `length` values each (NCHW); `column` functions see `length` positions of
+// `channels` values each (channels_last) and work on all channels at once.
 //
 // Accumulation is in float, for double in double: within a chunk by SIMD lanes, across chunks in
 // double. Chunks depend on the shape alone, so results do not depend on the number of threads.
@@ -19,21 +19,23 @@ namespace wsbcn {
 template <typename T>
 using Accumulate = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-// A chunk of a row stays in the first-level cache between two passes over it.
-constexpr int64_t kRowChunk = 2048;
-
 // Every function below exists for these dtypes. WSBCN_ROWS(T, A) declares them for one.
 #define WSBCN_ROWS(T, A)                                                                          \
-  /* Mean and sum of squared deviations from it, in one pass over memory. */                      \
-  void row_moments(const T* x, int64_t length, double* mean, double* squares);                    \
+  /* Mean and mean squared deviation from it, in one pass over memory. */                         \
+  void rows_moments(const T* x, int64_t rows, int64_t length, double* mean, double* variance);    \
   /* y = (x - m) scale + shift */                                                                 \
-  void row_affine(const T* x, T* y, int64_t length, A m, A scale, A shift);                       \
+  void rows_affine(                                                                               \
+      const T* x, T* y, int64_t rows, int64_t length, const A* m, const A* scale,                 \
+      const A* shift);                                                                            \
   /* sum(g) and sum(g (x - m)) */                                                                 \
-  void row_dots(const T* g, const T* x, int64_t length, A m, double* sum_g, double* sum_gx);      \
+  void rows_dots(                                                                                 \
+      const T* g, const T* x, int64_t rows, int64_t length, const A* m, double* sum_g,            \
+      double* sum_gx);                                                                            \
   /* dx = p g + q (x - m) + r */                                                                  \
-  void row_gradient(const T* g, const T* x, T* dx, int64_t length, A m, A p, A q, A r);           \
-  /* The same for `channels` columns; per-channel arrays instead of numbers. A chunk of columns */\
-  /* is as long as the caller makes it: accumulators are written, not added to. */                \
+  void rows_gradient(                                                                             \
+      const T* g, const T* x, T* dx, int64_t rows, int64_t length, const A* m, const A* p,        \
+      const A* q, const A* r);                                                                    \
+  /* The same for columns: mean and sum of squared deviations, ... */                             \
   void column_moments(const T* x, int64_t length, int64_t channels, A* mean, A* squares);         \
   void column_affine(                                                                             \
       const T* x, T* y, int64_t length, int64_t channels, const A* m, const A* scale,             \
@@ -51,8 +53,11 @@ WSBCN_ROWS(c10::Half, float)
 #undef WSBCN_ROWS
 
 // A weight is standardized straight into the dtype of autocast.
-void row_affine(
-    const float* x, c10::BFloat16* y, int64_t length, float m, float scale, float shift);
-void row_affine(const float* x, c10::Half* y, int64_t length, float m, float scale, float shift);
+void rows_affine(
+    const float* x, c10::BFloat16* y, int64_t rows, int64_t length, const float* m,
+    const float* scale, const float* shift);
+void rows_affine(
+    const float* x, c10::Half* y, int64_t rows, int64_t length, const float* m, const float* scale,
+    const float* shift);
 
 }  // namespace wsbcn

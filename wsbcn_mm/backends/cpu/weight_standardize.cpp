@@ -53,16 +53,17 @@ void standardize_rows(
   U* out = w_hat.data_ptr<U>();
   A *means = mean.data_ptr<A>(), *sigmas = sigma.data_ptr<A>();
   over_rows(weight, [&](int64_t i, int64_t n) {
-    double centre, squares;
-    row_moments(w + i * n, n, &centre, &squares);
-    const double variance = squares / (kind == Formula::paper ? n : n - 1);
+    double centre, variance;
+    rows_moments(w + i * n, 1, n, &centre, &variance);
+    if (kind != Formula::paper) variance *= static_cast<double>(n) / (n - 1);
     const double s = std::sqrt(kind == Formula::std_eps ? variance : variance + eps);
     const double denominator = kind == Formula::std_eps ? s + eps : s;
     means[i] = static_cast<A>(centre);
     sigmas[i] = static_cast<A>(s);
     // (x - m) is exact to A; what m lost by rounding goes into the shift.
-    row_affine(w + i * n, out + i * n, n, means[i], static_cast<A>(1 / denominator),
-               static_cast<A>((means[i] - centre) / denominator));
+    const A scale = static_cast<A>(1 / denominator);
+    const A shift = static_cast<A>((means[i] - centre) / denominator);
+    rows_affine(w + i * n, out + i * n, 1, n, &means[i], &scale, &shift);
   });
 }
 
@@ -109,12 +110,13 @@ Tensor standardize_backward(
     const A *means = mean.const_data_ptr<A>(), *sigmas = sigma.const_data_ptr<A>();
     over_rows(weight, [&](int64_t i, int64_t n) {
       double sum_g, sum_gw;
-      row_dots(gs + i * n, w + i * n, n, means[i], &sum_g, &sum_gw);
+      rows_dots(gs + i * n, w + i * n, 1, n, &means[i], &sum_g, &sum_gw);
       const double s = sigmas[i], d = kind == Formula::std_eps ? s + eps : s;
       const double freedom = kind == Formula::paper ? n : n - 1;
       const double k = s > 0 ? 1 / (freedom * s * d * d) : 0;
-      row_gradient(gs + i * n, w + i * n, out + i * n, n, means[i], static_cast<A>(1 / d),
-                   static_cast<A>(-k * sum_gw), static_cast<A>(-sum_g / (n * d)));
+      const A of_g = static_cast<A>(1 / d), of_w = static_cast<A>(-k * sum_gw);
+      const A offset = static_cast<A>(-sum_g / (n * d));
+      rows_gradient(gs + i * n, w + i * n, out + i * n, 1, n, &means[i], &of_g, &of_w, &offset);
     });
   });
   return dw;
