@@ -50,7 +50,8 @@ def cpu_kernels() -> dict:
         depends=[f'{folder}/rows.h'],
         # OpenMP at compile time only: at run time torch's own library must be found, because a
         # second one would keep threads of its own.
-        extra_compile_args=['-O3', '-g0', '-fno-math-errno']
+        # Wno-psabi: vectors are passed between inlined functions only.
+        extra_compile_args=['-O3', '-g0', '-fno-math-errno', '-Wno-psabi']
         + (['-fopenmp'] if sys.platform == 'linux' else []),
     )
     return dict(ext_modules=[extension], cmdclass=dict(build_ext=Build))

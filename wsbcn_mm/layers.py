@@ -284,7 +284,7 @@ class BatchChannelNorm:
 
     def _check_input(self, input: Tensor) -> None:
         functional.check_floating(input, 'input')
-        if input.dim() not in self._dims or input.size(1) != self.num_channels:
+        if input.dim() not in self._dims or input.shape[1] != self.num_channels:
             expected = ' or '.join(f'{d}-d' for d in self._dims)
             raise ValueError(
                 f'{type(self).__name__} expects a {expected} input (N, {self.num_channels}, ...)\n'

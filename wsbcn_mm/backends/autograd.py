@@ -184,6 +184,8 @@ def _memory_format(x: Tensor) -> torch.memory_format:
 
 
 def _dense(x: Tensor) -> Tensor:
+    if x.is_contiguous():
+        return x
     return x.contiguous(memory_format=_memory_format(x))
 
 

@@ -65,10 +65,12 @@ std::vector<double> per_channel(const OptionalTensor& values, int64_t channels, 
   std::vector<double> result(channels, otherwise);
   if (values.has_value()) {
     const Tensor dense = values->contiguous();
-    const int64_t repeat = channels / dense.numel();
+    const int64_t count = dense.numel(), repeat = channels / count;
     WSBCN_DISPATCH(dense.scalar_type(), [&] {
       const scalar_t* source = dense.const_data_ptr<scalar_t>();
-      for (int64_t c = 0; c < channels; ++c) result[c] = static_cast<double>(source[c / repeat]);
+      for (int64_t i = 0; i < count; ++i) {
+        std::fill_n(result.data() + i * repeat, repeat, static_cast<double>(source[i]));
+      }
     });
   }
   return result;
@@ -296,8 +298,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> normalize_wit
   check_layout(x);
   const auto options = x.options().dtype(accumulation(x));
   Tensor m = at::empty({x.size(0), x.size(1)}, options), q = at::empty_like(m);
-  Tensor mean = at::empty({x.size(1)}, options).copy_(running_mean);
-  Tensor var = at::empty({x.size(1)}, options).copy_(running_var);
+  Tensor mean = running_mean.to(options.dtype(), /*non_blocking=*/false, /*copy=*/true).contiguous();
+  Tensor var = running_var.to(options.dtype(), /*non_blocking=*/false, /*copy=*/true).contiguous();
   const double r = rate.has_value() ? rate->item<double>() : momentum;
   auto [y, group_mean, inv_group_std] = forward(
       x, m, q, false, mean, var, num_groups, batch_weight, batch_bias, weight, bias, update, r,

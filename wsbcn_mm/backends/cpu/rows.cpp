@@ -1,6 +1,7 @@
 #include "rows.h"
 
 #include <algorithm>
+#include <type_traits>
 
 // One binary for every x86-64: the loader picks the widest version the machine can run.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__linux__)
@@ -25,14 +26,14 @@ constexpr int64_t kLanes = 64;
 constexpr int64_t kShortRow = 4 * kLanes;
 constexpr int64_t kShortLanes = 16;
 
-template <int64_t kCount, typename A>
+template <typename A>
 WSBCN_INLINE double joined(const A* lanes) {
-  double sums[kCount];
+  double sums[kLanes];
 #pragma omp simd
-  for (int64_t j = 0; j < kCount; ++j) sums[j] = static_cast<double>(lanes[j]);
+  for (int64_t j = 0; j < kLanes; ++j) sums[j] = static_cast<double>(lanes[j]);
   // By halves: one sum after the other would wait for each addition.
 #pragma GCC unroll 8
-  for (int64_t half = kCount / 2; half > 0; half /= 2) {
+  for (int64_t half = kLanes / 2; half > 0; half /= 2) {
 #pragma omp simd
     for (int64_t j = 0; j < half; ++j) sums[j] += sums[j + half];
   }
@@ -50,49 +51,88 @@ WSBCN_INLINE void in_lanes(int64_t count, const Add& add) {
   for (int64_t j = 0; i + j < count; ++j) add(j, i + j);
 }
 
-// Calls add(j, i, keep) so that every i in [0, count) is kept once: the last turn takes the last
-// values of the row, and of those only the ones not seen. For count >= kShortLanes.
-template <typename A, typename Add>
-WSBCN_INLINE void in_short_lanes(int64_t count, const Add& add) {
-  int64_t i = 0;
-  for (; i + kShortLanes <= count; i += kShortLanes) {
-#pragma omp simd
-    for (int64_t j = 0; j < kShortLanes; ++j) add(j, i + j, A(1));
+// One register of values: the compiler splits it where a machine's are narrower.
+template <typename A>
+struct LanesOf;
+template <>
+struct LanesOf<float> {
+  typedef float Values __attribute__((vector_size(kShortLanes * sizeof(float))));
+  typedef int32_t Mask __attribute__((vector_size(kShortLanes * sizeof(int32_t))));
+};
+template <>
+struct LanesOf<double> {
+  typedef double Values __attribute__((vector_size(kShortLanes * sizeof(double))));
+  typedef int64_t Mask __attribute__((vector_size(kShortLanes * sizeof(int64_t))));
+};
+template <typename A>
+using Lanes = typename LanesOf<A>::Values;
+
+template <typename A, typename T>
+WSBCN_INLINE Lanes<A> load(const T* x) {
+  Lanes<A> lanes;
+  if constexpr (std::is_same_v<A, T>) {
+    __builtin_memcpy(&lanes, x, sizeof(lanes));
+  } else {
+    for (int64_t j = 0; j < kShortLanes; ++j) lanes[j] = static_cast<A>(x[j]);
   }
-  if (i == count) return;
-  const int64_t last = count - kShortLanes, seen = i - last;
-#pragma omp simd
-  for (int64_t j = 0; j < kShortLanes; ++j) add(j, last + j, j < seen ? A(0) : A(1));
+  return lanes;
+}
+
+template <typename A>
+WSBCN_INLINE A sum_of(Lanes<A> v) {
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+  const auto by_8 = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
+      __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+  const auto by_4 = __builtin_shufflevector(by_8, by_8, 0, 1, 2, 3) +
+      __builtin_shufflevector(by_8, by_8, 4, 5, 6, 7);
+  return (by_4[0] + by_4[2]) + (by_4[1] + by_4[3]);
+#endif
+#endif
+  A sum = 0;
+  for (int64_t j = 0; j < kShortLanes; ++j) sum += v[j];
+  return sum;
+}
+
+// Calls take(i, keep) for kShortLanes values from x[i] on, until each of `count` was kept once: the
+// last turn takes the last values of the row, and keeps those not seen. For count >= kShortLanes.
+template <typename A, typename Take>
+WSBCN_INLINE void in_turns(int64_t count, const Take& take) {
+  typename LanesOf<A>::Mask lane;
+  for (int64_t j = 0; j < kShortLanes; ++j) lane[j] = j;
+  int64_t i = 0;
+  for (; i + kShortLanes <= count; i += kShortLanes) take(i, lane >= 0);
+  if (i < count) take(count - kShortLanes, lane >= static_cast<int>(i - (count - kShortLanes)));
 }
 
 template <typename T, typename A>
 WSBCN_INLINE void moments_of_short_row(
     const T* x, int64_t length, double inverse, double* mean, double* variance) {
-  A sum[kShortLanes] = {}, rest[kShortLanes] = {}, square[kShortLanes] = {};
   if (length < kShortLanes) {
-    for (int64_t i = 0; i < length; ++i) sum[i] = static_cast<A>(x[i]);
-  } else {
-    in_short_lanes<A>(length, [&](int64_t j, int64_t i, A keep) WSBCN_INLINED {
-      sum[j] += keep * static_cast<A>(x[i]);
-    });
-  }
-  // Rounded: what is left over corrects both moments.
-  const A centre = static_cast<A>(joined<kShortLanes>(sum) * inverse);
-  if (length < kShortLanes) {
+    double sum = 0, square = 0;
+    for (int64_t i = 0; i < length; ++i) sum += static_cast<A>(x[i]);
+    *mean = sum * inverse;
     for (int64_t i = 0; i < length; ++i) {
-      rest[i] = static_cast<A>(x[i]) - centre;
-      square[i] = rest[i] * rest[i];
+      square += (static_cast<A>(x[i]) - *mean) * (static_cast<A>(x[i]) - *mean);
     }
-  } else {
-    in_short_lanes<A>(length, [&](int64_t j, int64_t i, A keep) WSBCN_INLINED {
-      const A d = keep * (static_cast<A>(x[i]) - centre);
-      rest[j] += d;
-      square[j] += d * d;
-    });
+    *variance = square * inverse;
+    return;
   }
-  const double left = joined<kShortLanes>(rest) * inverse;
+  const Lanes<A> zero = {};
+  Lanes<A> sum = {}, rest = {}, square = {};
+  in_turns<A>(length, [&](int64_t i, auto keep) WSBCN_INLINED {
+    sum += keep ? load<A>(x + i) : zero;
+  });
+  // Rounded: what is left over corrects both moments.
+  const A centre = static_cast<A>(sum_of<A>(sum) * inverse);
+  in_turns<A>(length, [&](int64_t i, auto keep) WSBCN_INLINED {
+    const Lanes<A> d = keep ? load<A>(x + i) - centre : zero;
+    rest += d;
+    square += d * d;
+  });
+  const double left = sum_of<A>(rest) * inverse;
   *mean = static_cast<double>(centre) + left;
-  *variance = std::max(joined<kShortLanes>(square) * inverse - left * left, 0.0);
+  *variance = std::max(sum_of<A>(square) * inverse - left * left, 0.0);
 }
 
 template <typename T, typename A>
@@ -105,15 +145,15 @@ WSBCN_INLINE void moments_of_long_row(
     A sum[kLanes] = {}, rest[kLanes] = {}, square[kLanes] = {};
     in_lanes(count, [&](int64_t j, int64_t i) WSBCN_INLINED { sum[j] += static_cast<A>(chunk[i]); });
     // Rounded, as above.
-    const A centre = static_cast<A>(joined<kLanes>(sum) / count);
+    const A centre = static_cast<A>(joined(sum) / count);
     in_lanes(count, [&](int64_t j, int64_t i) WSBCN_INLINED {
       const A d = static_cast<A>(chunk[i]) - centre;
       rest[j] += d;
       square[j] += d * d;
     });
-    const double left = joined<kLanes>(rest);
+    const double left = joined(rest);
     const double exact = static_cast<double>(centre) + left / count;
-    const double around = joined<kLanes>(square) - left * left / count;
+    const double around = joined(square) - left * left / count;
     // Chan et al.: moments of the union of what was seen and this chunk.
     const double delta = exact - total_mean;
     const double share = static_cast<double>(count) / (start + count);
@@ -156,22 +196,21 @@ WSBCN_INLINE void dots_of_rows(
   for (int64_t k = 0; k < rows; ++k, x += length, g += length) {
     const A centre = m[k];
     double total_g = 0, total_gx = 0;
-    if (length < kShortRow) {
-      A part_g[kShortLanes] = {}, part_gx[kShortLanes] = {};
-      if (length < kShortLanes) {
-        for (int64_t i = 0; i < length; ++i) {
-          part_g[i] = static_cast<A>(g[i]);
-          part_gx[i] = part_g[i] * (static_cast<A>(x[i]) - centre);
-        }
-      } else {
-        in_short_lanes<A>(length, [&](int64_t j, int64_t i, A keep) WSBCN_INLINED {
-          const A gi = keep * static_cast<A>(g[i]);
-          part_g[j] += gi;
-          part_gx[j] += gi * (static_cast<A>(x[i]) - centre);
-        });
+    if (length < kShortLanes) {
+      for (int64_t i = 0; i < length; ++i) {
+        total_g += static_cast<A>(g[i]);
+        total_gx += static_cast<A>(g[i]) * (static_cast<A>(x[i]) - centre);
       }
-      total_g = joined<kShortLanes>(part_g);
-      total_gx = joined<kShortLanes>(part_gx);
+    } else if (length < kShortRow) {
+      const Lanes<A> zero = {};
+      Lanes<A> part_g = {}, part_gx = {};
+      in_turns<A>(length, [&](int64_t i, auto keep) WSBCN_INLINED {
+        const Lanes<A> gi = keep ? load<A>(g + i) : zero;
+        part_g += gi;
+        part_gx += gi * (load<A>(x + i) - centre);
+      });
+      total_g = sum_of<double>(__builtin_convertvector(part_g, Lanes<double>));
+      total_gx = sum_of<double>(__builtin_convertvector(part_gx, Lanes<double>));
     } else {
       for (int64_t start = 0; start < length; start += kChunk) {
         const T *grad = g + start, *chunk = x + start;
@@ -181,8 +220,8 @@ WSBCN_INLINE void dots_of_rows(
           part_g[j] += gi;
           part_gx[j] += gi * (static_cast<A>(chunk[i]) - centre);
         });
-        total_g += joined<kLanes>(part_g);
-        total_gx += joined<kLanes>(part_gx);
+        total_g += joined(part_g);
+        total_gx += joined(part_gx);
       }
     }
     sum_g[k] = total_g;
