@@ -52,7 +52,7 @@ def test_a_quick_run_writes_everything(tmp_path):
 
     row = results['norm'][0]
     assert set(row['peers']) == set(peers.NORMS)
-    assert set(row['peers']['BCN']['both']) == {'ms', 'iqr_ms', 'ratio'}
+    assert set(row['peers']['BCN']['both']) == {'ms', 'iqr_ms', 'samples_ms', 'ratio'}
     assert set(row['share_of_copy_bandwidth']) == set(timing.PHASES)
     assert {'WS', 'one-call WS'} <= set(results['ws'][0]['peers'])
     row = results['backbone'][0]

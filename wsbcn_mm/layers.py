@@ -233,11 +233,13 @@ class BatchChannelNorm:
         bn = self.bn
         # norm_eval and frozen stages call eval() on BatchNorm instances only: the child obeys.
         training = self.training and bn.training
-        if training and self.mode == 'batch' and _synchronises(bn):
+        if not training:
+            return self._normalize(input, bn.running_mean, bn.running_var, False, 0.0)
+        if self.mode == 'batch' and _synchronises(bn):
             # Also with an empty input: the other ranks wait for this one's share.
             return self._forward_synchronised(input)
         # What updates: batch mode does not from a single value per channel.
-        updates = training and input.numel() // self.num_channels > (self.mode == 'batch')
+        updates = input.numel() // self.num_channels > (self.mode == 'batch')
         if updates and recomputation.is_repeated():
             return self._forward_repeated(input)
         momentum = bn.momentum
@@ -246,7 +248,7 @@ class BatchChannelNorm:
             if momentum is None:
                 momentum = bn.num_batches_tracked.to(torch.float64).reciprocal()
         output = self._normalize(
-            input, bn.running_mean, bn.running_var, training, 0.0 if momentum is None else momentum
+            input, bn.running_mean, bn.running_var, True, 0.0 if momentum is None else momentum
         )
         if updates and recomputation.may_be_repeated():
             self._history.remember(input, bn.running_mean, bn.running_var)

@@ -69,13 +69,11 @@ class StandardizedWeightCache:
             backends.select(weight),
             torch.cuda.current_stream(weight.device).cuda_stream if weight.is_cuda else None,
         )  # fmt: skip
-        # Identity, not address: both are kept alive, so that neither can be replaced by another
-        # object in the same place.
-        storage = weight.untyped_storage()
-        same = self._weight is weight and self._storage._cdata == storage._cdata
-        if not same or self._key != key:
-            value = standardize(weight, eps, formula, dtype)
-            self._key, self._weight, self._storage, self._value = key, weight, storage, value
+        if self._weight is not weight or self._key != key:
+            self._value = standardize(weight, eps, formula, dtype)
+            # Both are kept alive: nothing else can come to lie at their addresses.
+            self._weight, self._storage = weight, weight.untyped_storage()
+            self._key = key
         return self._value
 
     # A copy of the layer has weights of its own, and a graph cannot be copied.

@@ -73,15 +73,15 @@ def _sample(case: Case, clock: Clock, calls: int) -> dict[str, float]:
     return {'forward': forward, 'backward': both - forward, 'both': both}
 
 
-def summary(samples: list[float]) -> dict[str, float]:
-    """Median and interquartile range in milliseconds."""
+def summary(samples: list[float]) -> dict:
+    """Median and interquartile range in milliseconds, and the samples, one per round."""
     low, _, high = statistics.quantiles(samples, n=4) if len(samples) > 1 else [samples[0]] * 3
-    return {'ms': statistics.median(samples), 'iqr_ms': high - low}
+    return {'ms': statistics.median(samples), 'iqr_ms': high - low, 'samples_ms': samples}
 
 
 def round_robin(
     cases: dict[str, Case], device: torch.device, repeats: int, warm_up: int = 3
-) -> dict[str, dict[str, dict[str, float]]]:
+) -> dict[str, dict[str, dict]]:
     """Times all cases, one sample of each per round, so that a slow minute hits every one.
 
     Args:
@@ -124,10 +124,15 @@ def _no_garbage_collection() -> Iterator[None]:
 
 
 def add_ratios(times: dict[str, dict], base: str) -> None:
-    """Adds to every phase of every case the ratio of its median to that of ``base``."""
+    """Adds to every phase of every case its ratio to ``base``.
+
+    The median over the rounds of the ratio within a round: a machine whose speed drifts changes
+    both times of a round, and not their ratio.
+    """
     for phases in times.values():
         for phase, found in phases.items():
-            found['ratio'] = found['ms'] / times[base][phase]['ms']
+            pairs = zip(found['samples_ms'], times[base][phase]['samples_ms'])
+            found['ratio'] = statistics.median(mine / theirs for mine, theirs in pairs)
 
 
 def copy_bandwidth(device: torch.device, repeats: int) -> float:
