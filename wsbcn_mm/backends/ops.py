@@ -52,17 +52,17 @@ _library.define(
     '(Tensor y, Tensor group_mean, Tensor inv_group_std)'
 )
 # grad has the dtype and layout of x. Gradients of x (likewise), batch_weight and batch_bias (C,),
-# weight and bias (`affine_size`,): G, C, or 0 for none. With `through_statistics` mean and var are those of x itself (batch
-# mode) and the gradient flows through them too.
+# weight and bias (`affine_size`,): G, C, or 0 for none. With `through_statistics` mean and var are
+# those of x itself (batch mode) and the gradient flows through them too.
 _library.define(
     'normalize_backward(Tensor grad, Tensor x, Tensor m, Tensor q, Tensor mean, Tensor var, '
     'Tensor group_mean, Tensor inv_group_std, Tensor? batch_weight, Tensor? batch_bias, '
     'Tensor? weight, int num_groups, int affine_size, float eps, bool through_statistics) -> '
     '(Tensor, Tensor, Tensor, Tensor, Tensor)'
 )
-# weight (O, *), contiguous or channels_last: rows standardized into `dtype`, in the same layout. `mean`, `sigma` (O,): the row's mean and, by
-# formula, 'paper' sqrt(var_biased + eps), 'var_eps' sqrt(var_unbiased + eps), 'std_eps'
-# std_unbiased, to which eps is added before dividing.
+# weight (O, *), contiguous or channels_last: rows standardized into `dtype`, in the same layout.
+# `mean`, `sigma` (O,): the row's mean and, by formula, 'paper' sqrt(var_biased + eps), 'var_eps'
+# sqrt(var_unbiased + eps), 'std_eps' std_unbiased, to which eps is added before dividing.
 _library.define(
     'standardize(Tensor weight, float eps, str formula, ScalarType dtype) -> '
     '(Tensor w_hat, Tensor mean, Tensor sigma)'

@@ -268,26 +268,33 @@ std::tuple<Tensor, Tensor> row_moments_op(const Tensor& x) {
   return {m, q};
 }
 
-std::tuple<Tensor, Tensor, Tensor> forward(
-    const Tensor& x, const Tensor& m, const Tensor& q, bool moments_are_there, const Tensor& mean,
+// What `forward` writes. The large tensor first: memory that lies at the end of the heap when it is
+// freed is given back to the system, and costs a page fault per page when it is asked for again.
+struct Results {
+  Tensor y, group_mean, inv_group_std;
+
+  Results(const Tensor& x, int64_t num_groups)
+      : y(at::empty_like(x)),
+        group_mean(at::empty({x.size(0), num_groups}, x.options().dtype(accumulation(x)))),
+        inv_group_std(at::empty_like(group_mean)) {}
+};
+
+void forward(
+    Results& results, const Tensor& x, const Tensor& m, const Tensor& q, bool moments_are_there, const Tensor& mean,
     const Tensor& var, int64_t num_groups, const OptionalTensor& batch_weight,
     const OptionalTensor& batch_bias, const OptionalTensor& weight, const OptionalTensor& bias,
     bool update, double rate, double eps) {
-  Tensor y = at::empty_like(x);
-  Tensor group_mean = at::empty({x.size(0), num_groups}, m.options());
-  Tensor inv_group_std = at::empty_like(group_mean);
   WSBCN_DISPATCH(x.scalar_type(), [&] {
     using A = Accumulate<scalar_t>;
     const int64_t channels = x.size(1);
     Forward<scalar_t> f{
-        Shape(x, num_groups), x.const_data_ptr<scalar_t>(), y.data_ptr<scalar_t>(),
+        Shape(x, num_groups), x.const_data_ptr<scalar_t>(), results.y.data_ptr<scalar_t>(),
         m.data_ptr<A>(), q.data_ptr<A>(), mean.data_ptr<A>(), var.data_ptr<A>(),
-        group_mean.data_ptr<A>(), inv_group_std.data_ptr<A>(),
+        results.group_mean.data_ptr<A>(), results.inv_group_std.data_ptr<A>(),
         per_channel(batch_weight, channels, 1), per_channel(batch_bias, channels, 0),
         per_channel(weight, channels, 1), per_channel(bias, channels, 0), eps, update, rate};
     f.run(moments_are_there);
   });
-  return {y, group_mean, inv_group_std};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> normalize_with_estimates(
@@ -296,19 +303,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> normalize_wit
     const OptionalTensor& weight, const OptionalTensor& bias, bool update, double momentum,
     const OptionalTensor& rate, double eps) {
   check_layout(x);
+  Results results(x, num_groups);
   const auto options = x.options().dtype(accumulation(x));
   Tensor m = at::empty({x.size(0), x.size(1)}, options), q = at::empty_like(m);
   Tensor mean = running_mean.to(options.dtype(), /*non_blocking=*/false, /*copy=*/true).contiguous();
   Tensor var = running_var.to(options.dtype(), /*non_blocking=*/false, /*copy=*/true).contiguous();
   const double r = rate.has_value() ? rate->item<double>() : momentum;
-  auto [y, group_mean, inv_group_std] = forward(
-      x, m, q, false, mean, var, num_groups, batch_weight, batch_bias, weight, bias, update, r,
-      eps);
+  forward(results, x, m, q, false, mean, var, num_groups, batch_weight, batch_bias, weight, bias,
+          update, r, eps);
   if (update) {
     running_mean.copy_(mean);
     running_var.copy_(var);
   }
-  return {y, m, q, mean, var, group_mean, inv_group_std};
+  return {results.y, m, q, mean, var, results.group_mean, results.inv_group_std};
 }
 
 std::tuple<Tensor, Tensor, Tensor> normalize(
@@ -316,8 +323,10 @@ std::tuple<Tensor, Tensor, Tensor> normalize(
     int64_t num_groups, const OptionalTensor& batch_weight, const OptionalTensor& batch_bias,
     const OptionalTensor& weight, const OptionalTensor& bias, double eps) {
   check_layout(x);
-  return forward(x, m.contiguous(), q.contiguous(), true, mean.contiguous(), var.contiguous(),
-                 num_groups, batch_weight, batch_bias, weight, bias, false, 0, eps);
+  Results results(x, num_groups);
+  forward(results, x, m.contiguous(), q.contiguous(), true, mean.contiguous(), var.contiguous(),
+          num_groups, batch_weight, batch_bias, weight, bias, false, 0, eps);
+  return {results.y, results.group_mean, results.inv_group_std};
 }
 
 template <typename T>

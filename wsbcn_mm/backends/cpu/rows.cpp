@@ -18,51 +18,25 @@ namespace wsbcn {
 // A chunk of a long row stays in the first-level cache between two passes over it.
 constexpr int64_t kChunk = 2048;
 
-// Sums of a long row are kept in this many lanes and joined in double: several registers add side
-// by side, and a lane of single precision sees few values, so that its rounding stays small.
-constexpr int64_t kLanes = 64;
-
-// A row with fewer values has one register of lanes, and no second loop for what is left over.
-constexpr int64_t kShortRow = 4 * kLanes;
-constexpr int64_t kShortLanes = 16;
-
-template <typename A>
-WSBCN_INLINE double joined(const A* lanes) {
-  double sums[kLanes];
-#pragma omp simd
-  for (int64_t j = 0; j < kLanes; ++j) sums[j] = static_cast<double>(lanes[j]);
-  // By halves: one sum after the other would wait for each addition.
-#pragma GCC unroll 8
-  for (int64_t half = kLanes / 2; half > 0; half /= 2) {
-#pragma omp simd
-    for (int64_t j = 0; j < half; ++j) sums[j] += sums[j + half];
-  }
-  return sums[0];
-}
-
-// Calls add(j, i) for every i in [0, count), lane j = i % kLanes.
-template <typename Add>
-WSBCN_INLINE void in_lanes(int64_t count, const Add& add) {
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-#pragma omp simd
-    for (int64_t j = 0; j < kLanes; ++j) add(j, i + j);
-  }
-  for (int64_t j = 0; i + j < count; ++j) add(j, i + j);
-}
+// Sums are kept in the lanes of registers. A row shorter than kShortRow uses one register; a longer
+// one uses four, joined in double: they add side by side, and a lane of single precision sees few
+// values, so that its rounding stays small.
+constexpr int64_t kLanes = 16;
+constexpr int64_t kRegisters = 4;
+constexpr int64_t kShortRow = 4 * kRegisters * kLanes;
 
 // One register of values: the compiler splits it where a machine's are narrower.
 template <typename A>
 struct LanesOf;
 template <>
 struct LanesOf<float> {
-  typedef float Values __attribute__((vector_size(kShortLanes * sizeof(float))));
-  typedef int32_t Mask __attribute__((vector_size(kShortLanes * sizeof(int32_t))));
+  typedef float Values __attribute__((vector_size(kLanes * sizeof(float))));
+  typedef int32_t Mask __attribute__((vector_size(kLanes * sizeof(int32_t))));
 };
 template <>
 struct LanesOf<double> {
-  typedef double Values __attribute__((vector_size(kShortLanes * sizeof(double))));
-  typedef int64_t Mask __attribute__((vector_size(kShortLanes * sizeof(int64_t))));
+  typedef double Values __attribute__((vector_size(kLanes * sizeof(double))));
+  typedef int64_t Mask __attribute__((vector_size(kLanes * sizeof(int64_t))));
 };
 template <typename A>
 using Lanes = typename LanesOf<A>::Values;
@@ -73,7 +47,7 @@ WSBCN_INLINE Lanes<A> load(const T* x) {
   if constexpr (std::is_same_v<A, T>) {
     __builtin_memcpy(&lanes, x, sizeof(lanes));
   } else {
-    for (int64_t j = 0; j < kShortLanes; ++j) lanes[j] = static_cast<A>(x[j]);
+    for (int64_t j = 0; j < kLanes; ++j) lanes[j] = static_cast<A>(x[j]);
   }
   return lanes;
 }
@@ -90,25 +64,49 @@ WSBCN_INLINE A sum_of(Lanes<A> v) {
 #endif
 #endif
   A sum = 0;
-  for (int64_t j = 0; j < kShortLanes; ++j) sum += v[j];
+  for (int64_t j = 0; j < kLanes; ++j) sum += v[j];
   return sum;
 }
 
-// Calls take(i, keep) for kShortLanes values from x[i] on, until each of `count` was kept once: the
-// last turn takes the last values of the row, and keeps those not seen. For count >= kShortLanes.
+// The four registers of a sum as one number.
+template <typename A>
+WSBCN_INLINE double joined(const Lanes<A>* registers) {
+  const auto wide = [&](int64_t k) WSBCN_INLINED {
+    return __builtin_convertvector(registers[k], Lanes<double>);
+  };
+  return sum_of<double>((wide(0) + wide(1)) + (wide(2) + wide(3)));
+}
+
+// Calls take(i, keep) for kLanes values from i on, until each i in [first, count) was kept once: the
+// last turn takes the last values before `count`, and keeps those not seen. For count >= kLanes.
 template <typename A, typename Take>
-WSBCN_INLINE void in_turns(int64_t count, const Take& take) {
+WSBCN_INLINE void in_turns(int64_t first, int64_t count, const Take& take) {
   typename LanesOf<A>::Mask lane;
-  for (int64_t j = 0; j < kShortLanes; ++j) lane[j] = j;
-  int64_t i = 0;
-  for (; i + kShortLanes <= count; i += kShortLanes) take(i, lane >= 0);
-  if (i < count) take(count - kShortLanes, lane >= static_cast<int>(i - (count - kShortLanes)));
+  for (int64_t j = 0; j < kLanes; ++j) lane[j] = j;
+  int64_t i = first;
+  for (; i + kLanes <= count; i += kLanes) take(i, lane >= 0);
+  if (i < count) take(count - kLanes, lane >= static_cast<int>(i - (count - kLanes)));
+}
+
+// The same for a chunk [first, end) of a long row, with the register k that shall be used.
+template <typename A, typename Take>
+WSBCN_INLINE void in_registers(int64_t first, int64_t end, const Take& take) {
+  typename LanesOf<A>::Mask lane;
+  for (int64_t j = 0; j < kLanes; ++j) lane[j] = j;
+  int64_t i = first;
+  for (; i + kRegisters * kLanes <= end; i += kRegisters * kLanes) {
+    take(0, i, lane >= 0);
+    take(1, i + kLanes, lane >= 0);
+    take(2, i + 2 * kLanes, lane >= 0);
+    take(3, i + 3 * kLanes, lane >= 0);
+  }
+  in_turns<A>(i, end, [&](int64_t from, auto keep) WSBCN_INLINED { take(0, from, keep); });
 }
 
 template <typename T, typename A>
 WSBCN_INLINE void moments_of_short_row(
     const T* x, int64_t length, double inverse, double* mean, double* variance) {
-  if (length < kShortLanes) {
+  if (length < kLanes) {
     double sum = 0, square = 0;
     for (int64_t i = 0; i < length; ++i) sum += static_cast<A>(x[i]);
     *mean = sum * inverse;
@@ -120,12 +118,12 @@ WSBCN_INLINE void moments_of_short_row(
   }
   const Lanes<A> zero = {};
   Lanes<A> sum = {}, rest = {}, square = {};
-  in_turns<A>(length, [&](int64_t i, auto keep) WSBCN_INLINED {
+  in_turns<A>(0, length, [&](int64_t i, auto keep) WSBCN_INLINED {
     sum += keep ? load<A>(x + i) : zero;
   });
   // Rounded: what is left over corrects both moments.
   const A centre = static_cast<A>(sum_of<A>(sum) * inverse);
-  in_turns<A>(length, [&](int64_t i, auto keep) WSBCN_INLINED {
+  in_turns<A>(0, length, [&](int64_t i, auto keep) WSBCN_INLINED {
     const Lanes<A> d = keep ? load<A>(x + i) - centre : zero;
     rest += d;
     square += d * d;
@@ -138,25 +136,27 @@ WSBCN_INLINE void moments_of_short_row(
 template <typename T, typename A>
 WSBCN_INLINE void moments_of_long_row(
     const T* x, int64_t length, double* mean, double* variance) {
+  const Lanes<A> zero = {};
   double total_mean = 0, total_squares = 0;
   for (int64_t start = 0; start < length; start += kChunk) {
-    const int64_t count = std::min(kChunk, length - start);
-    const T* chunk = x + start;
-    A sum[kLanes] = {}, rest[kLanes] = {}, square[kLanes] = {};
-    in_lanes(count, [&](int64_t j, int64_t i) WSBCN_INLINED { sum[j] += static_cast<A>(chunk[i]); });
-    // Rounded, as above.
-    const A centre = static_cast<A>(joined(sum) / count);
-    in_lanes(count, [&](int64_t j, int64_t i) WSBCN_INLINED {
-      const A d = static_cast<A>(chunk[i]) - centre;
-      rest[j] += d;
-      square[j] += d * d;
+    const int64_t end = std::min(start + kChunk, length), count = end - start;
+    Lanes<A> sum[kRegisters] = {}, rest[kRegisters] = {}, square[kRegisters] = {};
+    in_registers<A>(start, end, [&](int64_t k, int64_t i, auto keep) WSBCN_INLINED {
+      sum[k] += keep ? load<A>(x + i) : zero;
     });
-    const double left = joined(rest);
+    // Rounded, as above.
+    const A centre = static_cast<A>(joined<A>(sum) / count);
+    in_registers<A>(start, end, [&](int64_t k, int64_t i, auto keep) WSBCN_INLINED {
+      const Lanes<A> d = keep ? load<A>(x + i) - centre : zero;
+      rest[k] += d;
+      square[k] += d * d;
+    });
+    const double left = joined<A>(rest);
     const double exact = static_cast<double>(centre) + left / count;
-    const double around = joined(square) - left * left / count;
+    const double around = joined<A>(square) - left * left / count;
     // Chan et al.: moments of the union of what was seen and this chunk.
     const double delta = exact - total_mean;
-    const double share = static_cast<double>(count) / (start + count);
+    const double share = static_cast<double>(count) / end;
     total_mean += delta * share;
     total_squares += around + delta * delta * share * start;
   }
@@ -196,7 +196,7 @@ WSBCN_INLINE void dots_of_rows(
   for (int64_t k = 0; k < rows; ++k, x += length, g += length) {
     const A centre = m[k];
     double total_g = 0, total_gx = 0;
-    if (length < kShortLanes) {
+    if (length < kLanes) {
       for (int64_t i = 0; i < length; ++i) {
         total_g += static_cast<A>(g[i]);
         total_gx += static_cast<A>(g[i]) * (static_cast<A>(x[i]) - centre);
@@ -204,7 +204,7 @@ WSBCN_INLINE void dots_of_rows(
     } else if (length < kShortRow) {
       const Lanes<A> zero = {};
       Lanes<A> part_g = {}, part_gx = {};
-      in_turns<A>(length, [&](int64_t i, auto keep) WSBCN_INLINED {
+      in_turns<A>(0, length, [&](int64_t i, auto keep) WSBCN_INLINED {
         const Lanes<A> gi = keep ? load<A>(g + i) : zero;
         part_g += gi;
         part_gx += gi * (load<A>(x + i) - centre);
@@ -212,16 +212,18 @@ WSBCN_INLINE void dots_of_rows(
       total_g = sum_of<double>(__builtin_convertvector(part_g, Lanes<double>));
       total_gx = sum_of<double>(__builtin_convertvector(part_gx, Lanes<double>));
     } else {
+      const Lanes<A> zero = {};
       for (int64_t start = 0; start < length; start += kChunk) {
-        const T *grad = g + start, *chunk = x + start;
-        A part_g[kLanes] = {}, part_gx[kLanes] = {};
-        in_lanes(std::min(kChunk, length - start), [&](int64_t j, int64_t i) WSBCN_INLINED {
-          const A gi = static_cast<A>(grad[i]);
-          part_g[j] += gi;
-          part_gx[j] += gi * (static_cast<A>(chunk[i]) - centre);
-        });
-        total_g += joined(part_g);
-        total_gx += joined(part_gx);
+        Lanes<A> part_g[kRegisters] = {}, part_gx[kRegisters] = {};
+        in_registers<A>(
+            start, std::min(start + kChunk, length),
+            [&](int64_t j, int64_t i, auto keep) WSBCN_INLINED {
+              const Lanes<A> gi = keep ? load<A>(g + i) : zero;
+              part_g[j] += gi;
+              part_gx[j] += gi * (load<A>(x + i) - centre);
+            });
+        total_g += joined<A>(part_g);
+        total_gx += joined<A>(part_gx);
       }
     }
     sum_g[k] = total_g;
