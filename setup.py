@@ -71,7 +71,7 @@ setup(
     # an installed package.
     package_data={'wsbcn_mm': ['.mim/model-index.yml', '.mim/configs/**/*', '.mim/tools/**/*']},
     include_package_data=False,
-    install_requires=['torch>=2.1'],
+    install_requires=['torch>=2.4'],
     extras_require={'openmmlab': pins('openmmlab'), 'dev': pins('dev')},
     classifiers=[
         'License :: OSI Approved :: Apache Software License',

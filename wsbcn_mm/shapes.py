@@ -48,10 +48,10 @@ CLASSES = ('ellipse', 'rectangle', 'triangle', 'star', 'cross')
 PALETTE = ((0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0), (0, 0, 128), (128, 0, 128))
 """RGB colours of the VOC masks, background first: the first colours of Pascal VOC's palette."""
 
-VERSION = 1
+VERSION = 2
 """Raised whenever the same parameters would give other files, so that old data is noticed."""
 
-MIN_VISIBLE_SHARE = 0.4
+MIN_VISIBLE_SHARE = 0.55
 """Every drawn object shows at least this share of its area, which counts what the image cuts."""
 
 MIN_VISIBLE_PIXELS = 60

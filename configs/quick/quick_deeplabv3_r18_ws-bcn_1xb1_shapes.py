@@ -65,8 +65,8 @@ test_pipeline = [
 prefix = dict(img_path='JPEGImages', seg_map_path='SegmentationClass')
 train_dataloader = dict(
     batch_size=1,
-    num_workers=1,
-    persistent_workers=True,
+    num_workers=0,  # a worker would take one of two cores from the training
+    persistent_workers=False,
     sampler=dict(type='DefaultSampler', shuffle=True),
     dataset=dict(
         type='ShapesVOCDataset',
@@ -78,8 +78,8 @@ train_dataloader = dict(
 )
 val_dataloader = dict(
     batch_size=1,
-    num_workers=1,
-    persistent_workers=True,
+    num_workers=0,
+    persistent_workers=False,
     sampler=dict(type='DefaultSampler', shuffle=False),
     dataset=dict(
         type='ShapesVOCDataset',
