@@ -109,9 +109,9 @@ class _Normalize(torch.autograd.Function):
 
 def _like(gradient: Tensor, parameter: Tensor) -> Tensor:
     """In the dtype of its parameter; per channel where the parameter is per group: summed."""
-    if gradient.shape != parameter.shape:
+    if gradient.numel() != parameter.numel():
         gradient = gradient.view(parameter.numel(), -1).sum(1)
-    return gradient.to(parameter.dtype)
+    return gradient if gradient.dtype is parameter.dtype else gradient.to(parameter.dtype)
 
 
 def _update_from_batch(m, q, count, running_mean, running_var, momentum):

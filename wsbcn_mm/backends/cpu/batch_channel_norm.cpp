@@ -136,8 +136,8 @@ struct Forward {
   double eps;
   bool update = false;
   double rate = 0;
-  std::vector<double> gain;      // (C,)
-  std::vector<A> scale, shift;   // (N, C)
+  std::vector<double> inv_std, gain;  // (C,)
+  std::vector<A> scale, shift;        // (N, C)
 
   // Moments of the rows of a group.
   void moments(int64_t n, int64_t g) const {
@@ -168,21 +168,21 @@ struct Forward {
 
   // Statistics of the channels of a group, updated before they are used.
   void channel_stage(int64_t g) {
-    for (int64_t c = g * s.per_group; c < (g + 1) * s.per_group; ++c) {
-      if (update) {
-        double centre = 0, square = 0;
-        const double old = mean[c];
-        for (int64_t n = 0; n < s.samples; ++n) {
-          const int64_t row = n * s.channels + c;
-          const double delta = m[row] - old;  // around the old mean
-          centre += m[row];
-          square += q[row] + delta * delta;
-        }
-        mean[c] = static_cast<A>(old + rate * (centre / s.samples - old));
-        var[c] = static_cast<A>(var[c] + rate * (square / s.samples - var[c]));
+    const int64_t c0 = g * s.per_group;
+    for (int64_t c = c0; update && c < c0 + s.per_group; ++c) {
+      double centre = 0, square = 0;
+      const double old = mean[c];
+      for (int64_t n = 0; n < s.samples; ++n) {
+        const int64_t row = n * s.channels + c;
+        const double delta = m[row] - old;  // around the old mean
+        centre += m[row];
+        square += q[row] + delta * delta;
       }
-      gain[c] = batch_weight[c] / std::sqrt(var[c] + eps);
+      mean[c] = static_cast<A>(old + rate * (centre / s.samples - old));
+      var[c] = static_cast<A>(var[c] + rate * (square / s.samples - var[c]));
     }
+    channel_gains(var + c0, batch_weight.data() + c0, eps, s.per_group, inv_std.data() + c0,
+                  gain.data() + c0);
   }
 
   // Statistics of a group of a sample, and the coefficients of its rows.
@@ -214,7 +214,7 @@ struct Forward {
   }
 
   void run(bool moments_are_there) {
-    gain.resize(s.channels);
+    for (auto* values : {&inv_std, &gain}) values->resize(s.channels);
     scale.resize(s.samples * s.channels);
     shift.resize(s.samples * s.channels);
     if (s.rows && update && s.samples > 1 && s.per_group * s.length >= kColumnChunk / 2) {
@@ -452,10 +452,7 @@ struct Backward {
     for (auto* values : {&sum_g, &sum_gx}) values->resize(s.samples * s.channels);
     for (auto* values : {&mean_h, &mean_hz}) values->resize(s.samples * s.groups);
     for (auto* values : {&p, &slope, &r}) values->resize(s.samples * s.channels);
-    for (int64_t c = 0; c < s.channels; ++c) {
-      inv_std[c] = 1 / std::sqrt(var[c] + eps);
-      gain[c] = batch_weight[c] * inv_std[c];
-    }
+    channel_gains(var, batch_weight.data(), eps, s.channels, inv_std.data(), gain.data());
     const auto all_parameters = [&] {
       parallel(s.groups, s.samples * s.per_group, [&](int64_t g) { parameters(g); });
     };

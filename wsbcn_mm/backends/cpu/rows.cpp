@@ -1,6 +1,7 @@
 #include "rows.h"
 
 #include <algorithm>
+#include <cmath>
 #include <type_traits>
 
 // One binary for every x86-64: the loader picks the widest version the machine can run.
@@ -360,6 +361,29 @@ WSBCN_DEFINE(double, double)
 WSBCN_DEFINE(float, float)
 WSBCN_DEFINE(c10::BFloat16, float)
 WSBCN_DEFINE(c10::Half, float)
+
+template <typename A>
+WSBCN_INLINE void gains_of_channels(
+    const A* var, const double* weight, double eps, int64_t count, double* inv_std,
+    double* gain) {
+#pragma omp simd
+  for (int64_t c = 0; c < count; ++c) {
+    inv_std[c] = 1 / std::sqrt(static_cast<double>(var[c]) + eps);
+    gain[c] = weight[c] * inv_std[c];
+  }
+}
+
+WSBCN_CLONES void channel_gains(
+    const float* var, const double* weight, double eps, int64_t count, double* inv_std,
+    double* gain) {
+  gains_of_channels(var, weight, eps, count, inv_std, gain);
+}
+
+WSBCN_CLONES void channel_gains(
+    const double* var, const double* weight, double eps, int64_t count, double* inv_std,
+    double* gain) {
+  gains_of_channels(var, weight, eps, count, inv_std, gain);
+}
 
 WSBCN_CLONES void rows_affine(
     const float* x, c10::BFloat16* y, int64_t rows, int64_t length, const float* m,
