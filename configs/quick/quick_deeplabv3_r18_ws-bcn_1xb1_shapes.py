@@ -118,6 +118,7 @@ default_hooks = dict(
     param_scheduler=dict(type='ParamSchedulerHook'),
     checkpoint=dict(type='CheckpointHook', interval=1, max_keep_ckpts=1),
     sampler_seed=dict(type='DistSamplerSeedHook'),
-    visualization=dict(type='SegVisualizationHook'),
+    visualization=dict(type='SegVisualizationHook', interval=1),  # every image, where asked to draw
 )
+visualizer = dict(alpha=0.5)  # the black of the background class would hide the image
 randomness = dict(seed=0)
