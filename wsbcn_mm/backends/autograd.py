@@ -46,6 +46,13 @@ def batch_channel_norm(
     return _normalize(*arguments)[0]  # without the cost of a node
 
 
+def channel_means(x: Tensor) -> Tensor:
+    """The mean of every channel of x (N, C, *), without gradient and without a copy of x."""
+    with torch.no_grad():
+        kernels = backends.BACKENDS[backends.select(x)].kernels()
+        return kernels.row_moments(_dense(x.detach()))[0].mean(0)
+
+
 def weight_standardize(weight: Tensor, eps: float, formula: str, dtype: torch.dtype) -> Tensor:
     """See `wsbcn_mm.functional.weight_standardize`; the arguments were checked there."""
     weight = _dense(weight)
