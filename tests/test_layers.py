@@ -595,3 +595,14 @@ def test_sync_batch_norm_conversion(norm_class, shape, mode, momentum):
         assert torch.equal(converted(x), original(x))
     for name, value in original.state_dict().items():
         assert torch.equal(converted.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize('value', [-0.1, 1.5])
+def test_norm_rejects_a_wrong_momentum_set_on_its_bn(value):
+    """Past the setter, as a hook that sets every BatchNorm's momentum does; nothing is updated."""
+    norm = BatchChannelNorm2d(4, 2)
+    norm.bn.momentum = value
+    with pytest.raises(ValueError, match='momentum must lie in'):
+        norm(torch.randn(1, 4, 3, 3))
+    assert norm.bn.num_batches_tracked == 0 and norm.bn.running_mean.abs().max() == 0
+    norm.eval()(torch.randn(1, 4, 3, 3))  # no rate is used

@@ -297,7 +297,7 @@ def test_copies_and_pickles_do_not_carry_the_weight():
     conv = make()
     conv(X)
     for other in (copy.deepcopy(conv), pickle.loads(pickle.dumps(conv))):
-        assert other._cache._value is None
+        assert other._cache._entry is None
         other.weight.data.normal_()
         assert torch.equal(other(X), uncached(other))
     buffer = io.BytesIO()

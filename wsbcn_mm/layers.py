@@ -243,6 +243,8 @@ class BatchChannelNorm:
         if updates and recomputation.is_repeated():
             return self._forward_repeated(input)
         momentum = bn.momentum
+        if momentum is not None:
+            check_rate(momentum)  # may have been set on bn, past the setter
         if updates:
             bn.num_batches_tracked.add_(1)
             if momentum is None:

@@ -39,10 +39,8 @@ class StandardizedWeightCache:
 
     def clear(self) -> None:
         """Forgets the weight."""
-        self._key: tuple | None = None
-        self._weight: nn.Parameter | None = None
-        self._storage: torch.UntypedStorage | None = None
-        self._value: Tensor | None = None
+        # One object, replaced as a whole: threads that share a layer never see half of a change.
+        self._entry: tuple[tuple, nn.Parameter, torch.UntypedStorage, Tensor] | None = None
 
     def get(
         self,
@@ -69,12 +67,12 @@ class StandardizedWeightCache:
             backends.select(weight),
             torch.cuda.current_stream(weight.device).cuda_stream if weight.is_cuda else None,
         )  # fmt: skip
-        if self._weight is not weight or self._key != key:
-            self._value = standardize(weight, eps, formula, dtype)
-            # Both are kept alive: nothing else can come to lie at their addresses.
-            self._weight, self._storage = weight, weight.untyped_storage()
-            self._key = key
-        return self._value
+        entry = self._entry
+        if entry is None or entry[1] is not weight or entry[0] != key:
+            value = standardize(weight, eps, formula, dtype)
+            # Weight and storage are kept alive: nothing else can come to lie at their addresses.
+            self._entry = entry = (key, weight, weight.untyped_storage(), value)
+        return entry[3]
 
     # A copy of the layer has weights of its own, and a graph cannot be copied.
     def __deepcopy__(self, memo: dict) -> StandardizedWeightCache:
