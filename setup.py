@@ -47,7 +47,7 @@ def cpu_kernels() -> dict:
     extension = CppExtension(
         f'{folder.replace("/", ".")}._kernels',
         sorted(str(path.relative_to(ROOT)) for path in (ROOT / folder).glob('*.cpp')),
-        depends=[f'{folder}/rows.h'],
+        depends=[f'{folder}/{name}.h' for name in ('clones', 'groups', 'rows')],
         # OpenMP at compile time only: at run time torch's own library must be found, because a
         # second one would keep threads of its own.
         # Wno-psabi: vectors are passed between inlined functions only.

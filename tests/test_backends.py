@@ -120,6 +120,7 @@ def every_operator(kernels, layout, dtype=torch.float32, shape=(2, 12, 7, 9)):
     """Calls each operator once; its results, and the buffers, by name."""
     args = bcn_arguments(layout, dtype, shape)
     x, groups, mean, var, bw, bb, w, b, *_, eps = args
+    frozen = kernels.evaluate(x, groups, mean, var, bw, bb, w, b, eps)
     m, q = kernels.row_moments(x)
     y, m2, q2, used_mean, used_var, gm, gs = kernels.normalize_with_estimates(*args)
     y3, gm3, gs3 = kernels.normalize(x, m, q, used_mean, used_var, groups, bw, bb, w, b, eps)
@@ -138,7 +139,7 @@ def every_operator(kernels, layout, dtype=torch.float32, shape=(2, 12, 7, 9)):
         dw = kernels.standardize_backward(g, weight, w_mean, sigma, 1e-3, formula)
         standardized += [w_hat, w_mean, sigma, dw]
     return [
-        m, q, y, m2, q2, used_mean, used_var, gm, gs, y3, gm3, gs3, mean, var,
+        frozen, m, q, y, m2, q2, used_mean, used_var, gm, gs, y3, gm3, gs3, mean, var,
         *(t for result in backward for t in result), *standardized,
     ]  # fmt: skip
 
@@ -194,6 +195,7 @@ def test_opcheck(layout):
     for name, arguments in {
         'row_moments': (x,),
         'normalize_with_estimates': args,
+        'evaluate': (x, groups, mean, var, bw, bb, w, b, eps),
         'normalize': (x, m, q, mean, var, groups, bw, None, w, None, eps),
         'normalize_backward': backward,
         'standardize': (weight, 1e-5, 'paper', torch.bfloat16),

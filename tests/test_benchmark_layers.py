@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from wsbcn_mm import BatchChannelNorm2d, WSConv2d, backends, reference
-from wsbcn_mm.backends import triton
+from wsbcn_mm.backends import eager
 
 REPOSITORY = Path(__file__).parents[1]
 TOOL = REPOSITORY / 'tools/analysis_tools/benchmark_layers.py'
@@ -112,12 +113,35 @@ def without_update(operator, _):
     return wrong
 
 
+@pytest.fixture
+def replace_operator(monkeypatch):
+    """Calls ``replace(name, make)``: the backend's operator becomes make(the eager one)."""
+    library = torch.library.Library('wsbcn_mm', 'IMPL')
+    chosen = backends.select(torch.empty(1))
+    table = SimpleNamespace(**vars(eager.kernels()))
+    if chosen == 'eager':
+        monkeypatch.setattr(eager, '_KERNELS', table)
+
+    def replace(name, make):
+        new = make(getattr(eager.kernels(), name))
+        if chosen == 'eager':
+            setattr(table, name, new)
+        else:
+            with warnings.catch_warnings():
+                warnings.filterwarnings('ignore', 'Warning only once for all operators')
+                library.impl(name, new, 'CPU', allow_override=True)
+
+    yield replace
+    library._destroy()
+
+
 @pytest.mark.parametrize(
     'name, index, breaks, expected',
     [
         ('normalize_with_estimates', 0, scaled, 'BCN estimate.*: y:'),
         ('normalize_with_estimates', 0, scaled, 'BCN eval.*: y:'),
         ('normalize_with_estimates', None, without_update, 'BCN estimate.*: running_var:'),
+        ('evaluate', None, scaled, 'BCN eval.*: y without gradient:'),
         ('normalize', 0, scaled, 'BCN batch.*: y:'),
         ('row_moments', 0, scaled, 'BCN batch.*: running_mean:'),
         ('normalize_backward', 0, scaled, 'BCN estimate.*: gradient of x:'),
@@ -127,12 +151,10 @@ def without_update(operator, _):
         ('standardize_backward', None, scaled, 'WS var_eps.*: gradient of parameter weight:'),
     ],
 )
-def test_wrong_layers_are_not_timed(tmp_path, capsys, monkeypatch, name, index, breaks, expected):
-    module = backends.BACKENDS[backends.select(torch.empty(1))]
-    right = module.kernels()
-    kernels = SimpleNamespace(**{name: getattr(right, name) for name in triton.OPERATORS})
-    setattr(kernels, name, breaks(getattr(right, name), index))
-    monkeypatch.setattr(module, 'kernels', lambda: kernels)
+def test_wrong_layers_are_not_timed(
+    tmp_path, capsys, replace_operator, name, index, breaks, expected
+):
+    replace_operator(name, lambda right: breaks(right, index))
     with pytest.raises(SystemExit) as stopped:
         benchmark_layers.main(['--device', 'cpu', '--quick', '-o', str(tmp_path / 'out')])
     assert stopped.value.code == 1
@@ -159,17 +181,17 @@ def test_not_a_number_is_wrong():
 # What is timed
 
 
-def test_every_training_step_standardizes_again(monkeypatch):
-    module = backends.BACKENDS[backends.select(torch.empty(1))]
-    right, calls = module.kernels(), []
+def test_every_training_step_standardizes_again(replace_operator):
+    calls = []
 
-    def counted(*args):
-        calls.append(args)
-        return right.standardize(*args)
+    def counted(standardize):
+        def run(*args):
+            calls.append(args)
+            return standardize(*args)
 
-    kernels = SimpleNamespace(**{name: getattr(right, name) for name in triton.OPERATORS})
-    kernels.standardize = counted
-    monkeypatch.setattr(module, 'kernels', lambda: kernels)
+        return run
+
+    replace_operator('standardize', counted)
     convs = [WSConv2d(3, 4, 3), WSConv2d(4, 4, 3)]
 
     class Model(nn.Sequential):

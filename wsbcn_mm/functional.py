@@ -56,9 +56,8 @@ def weight_standardize(
         )
     check_eps(eps)
     check_choice(formula, FORMULAS, 'formula')
-    if weight.size(0) == 0:
-        return weight.to(dtype or weight.dtype, copy=True)
-    check_fan_in(weight[0].numel())
+    if weight.size(0) > 0:
+        check_fan_in(weight[0].numel())
     return autograd.weight_standardize(weight, eps, formula, dtype or weight.dtype)
 
 

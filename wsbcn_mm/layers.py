@@ -54,7 +54,8 @@ class WeightStandardized:
         return self._cache.get(weight, self.eps, self.formula, dtype, self._standardize)
 
     def _standardize(self, weight: Tensor, eps: float, formula: str, dtype: torch.dtype) -> Tensor:
-        return functional.weight_standardize(weight, eps, formula, dtype)
+        # Not through `functional`: its checks were made when the layer was.
+        return autograd.weight_standardize(weight, eps, formula, dtype)
 
     def train(self, mode: bool = True) -> nn.Module:
         """Sets the mode, as in torch; forgets the standardized weight."""
@@ -229,7 +230,9 @@ class BatchChannelNorm:
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalises ``input``; see the class for shapes and what each mode does."""
-        self._check_input(input)
+        # Every line here is paid once per layer and step: what is looked up twice is kept.
+        if not self._fits(input):
+            self._refuse(input)
         bn = self.bn
         # norm_eval and frozen stages call eval() on BatchNorm instances only: the child obeys.
         training = self.training and bn.training
@@ -242,7 +245,7 @@ class BatchChannelNorm:
         updates = input.numel() // self.num_channels > (self.mode == 'batch')
         if updates and recomputation.is_repeated():
             return self._forward_repeated(input)
-        momentum = bn.momentum
+        momentum, running_mean, running_var = bn.momentum, bn.running_mean, bn.running_var
         if momentum is not None:
             check_rate(momentum)  # may have been set on bn, past the setter
         if updates:
@@ -250,10 +253,10 @@ class BatchChannelNorm:
             if momentum is None:
                 momentum = bn.num_batches_tracked.to(torch.float64).reciprocal()
         output = self._normalize(
-            input, bn.running_mean, bn.running_var, True, 0.0 if momentum is None else momentum
+            input, running_mean, running_var, True, 0.0 if momentum is None else momentum
         )
         if updates and recomputation.may_be_repeated():
-            self._history.remember(input, bn.running_mean, bn.running_var)
+            self._history.remember(input, running_mean, running_var)
         return output
 
     def _normalize(
@@ -286,14 +289,19 @@ class BatchChannelNorm:
         )
         return F.group_norm(x, self.num_groups, weight, bias, self.eps).to(input.dtype)
 
-    def _check_input(self, input: Tensor) -> None:
+    def _fits(self, input: Tensor) -> bool:
+        if not isinstance(input, Tensor) or not input.is_floating_point():
+            return False
+        shape = input.shape
+        return len(shape) in self._dims and shape[1] == self.num_channels
+
+    def _refuse(self, input: Tensor) -> None:
         functional.check_floating(input, 'input')
-        if input.dim() not in self._dims or input.shape[1] != self.num_channels:
-            expected = ' or '.join(f'{d}-d' for d in self._dims)
-            raise ValueError(
-                f'{type(self).__name__} expects a {expected} input (N, {self.num_channels}, ...)\n'
-                f'  got shape {tuple(input.shape)}'
-            )
+        expected = ' or '.join(f'{d}-d' for d in self._dims)
+        raise ValueError(
+            f'{type(self).__name__} expects a {expected} input (N, {self.num_channels}, ...)\n'
+            f'  got shape {tuple(input.shape)}'
+        )
 
     def extra_repr(self) -> str:
         """The constructor's arguments."""

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from wsbcn_mm import backends, reference
+from wsbcn_mm.backends import ops
+from wsbcn_mm.backends.ops import accumulation_dtype
 
 
 def batch_channel_norm(
@@ -36,13 +38,23 @@ def batch_channel_norm(
     # image), batch mode uses the running statistics. An empty x says nothing about the channels.
     from_batch = training and mode == 'batch' and x.numel() // x.size(1) > 1
     update = training and mode == 'estimate'
-    momentum, rate = (0.0, momentum) if isinstance(momentum, Tensor) else (momentum, None)
+    momentum, rate = (0.0, momentum) if isinstance(momentum, Tensor) else (float(momentum), None)
+    x = _dense(x)
+    backend = backends.select(x)
+    parameters = (batch_weight, batch_bias, weight, bias)
+    if _has_nodes(backend) and not from_batch and x.numel() > 0:
+        return torch.ops.wsbcn_mm.batch_channel_norm.default(
+            x, *parameters, running_mean, running_var, num_groups, update, momentum, rate, eps
+        )
     arguments = (
-        _dense(x), batch_weight, batch_bias, weight, bias, running_mean, running_var,
-        backends.select(x), num_groups, from_batch, update, float(momentum), rate, eps,
+        x, *parameters, running_mean, running_var, backend, num_groups, from_batch, update,
+        momentum, rate, eps,
     )  # fmt: skip
     if torch.is_grad_enabled():
         return _Normalize.apply(*arguments)
+    if not training and x.numel() > 0:
+        kernels = backends.BACKENDS[backend].kernels()
+        return kernels.evaluate(x, num_groups, running_mean, running_var, *parameters, eps)
     return _normalize(*arguments)[0]  # without the cost of a node
 
 
@@ -55,8 +67,18 @@ def channel_means(x: Tensor) -> Tensor:
 
 def weight_standardize(weight: Tensor, eps: float, formula: str, dtype: torch.dtype) -> Tensor:
     """See `wsbcn_mm.functional.weight_standardize`; the arguments were checked there."""
+    if weight.numel() == 0:
+        return weight.to(dtype, copy=True)
     weight = _dense(weight)
-    return _Standardize.apply(weight, backends.select(weight), eps, formula, dtype)
+    backend = backends.select(weight)
+    if _has_nodes(backend):
+        return torch.ops.wsbcn_mm.weight_standardize.default(weight, eps, formula, dtype)
+    return _Standardize.apply(weight, backend, eps, formula, dtype)
+
+
+def _has_nodes(backend: str) -> bool:
+    """Whether the backend brings autograd nodes of its own, which a compiler cannot look into."""
+    return backend == 'cpu' and not torch.compiler.is_compiling()
 
 
 def _normalize(
@@ -102,7 +124,9 @@ class _Normalize(torch.autograd.Function):
             # Zeros, not None: DistributedDataParallel waits for every parameter's gradient.
             gradients = [None if i is None else torch.zeros_like(i) for i in inputs]
         elif torch.is_grad_enabled():
-            gradients = _normalize_backward_by_spec(ctx, inputs, statistics, grad)
+            mean, var = (None, None) if ctx.from_batch else statistics[2:4]
+            found = iter(_normalize_twice(grad, *inputs, mean, var, ctx.num_groups, ctx.eps))
+            gradients = [next(found) if need else None for need in ctx.needs_input_grad[:5]]
         else:
             affine_size = max([0] + [p.numel() for p in (weight, bias) if p is not None])
             kernels = backends.BACKENDS[ctx.backend].kernels()
@@ -131,18 +155,31 @@ def _update_from_batch(m, q, count, running_mean, running_var, momentum):
     return mean, var
 
 
-def _normalize_backward_by_spec(ctx, inputs, statistics, grad):
-    _, _, mean, var, *_ = statistics
+def _normalize_twice(
+    grad, x, batch_weight, batch_bias, weight, bias, mean, var, num_groups, eps
+):
+    """Differentiable gradients of those inputs that require one; mean None: the batch's own."""
+    dtype = accumulation_dtype(x.dtype)
     # Aliases: x may itself depend on the parameters (a shared layer), and a gradient with respect
     # to the tensors themselves would then count the way through x a second time.
+    inputs = (x, batch_weight, batch_bias, weight, bias)
     inputs = [None if i is None else i.view_as(i) for i in inputs]
-    x, *parameters = (None if i is None else i.to(mean.dtype) for i in inputs)
-    if ctx.from_batch:
+    x, *parameters = (None if i is None else i.to(dtype) for i in inputs)
+    if mean is None:
         mean, var = reference.batch_statistics(x)
-    y = reference.normalize(x, mean, var, ctx.num_groups, *parameters, ctx.eps)
-    wanted = [i for i, need in zip(inputs, ctx.needs_input_grad) if need]
-    found = iter(torch.autograd.grad(y, wanted, grad.to(mean.dtype), create_graph=True))
-    return [next(found) if need else None for need in ctx.needs_input_grad[: len(inputs)]]
+    y = reference.normalize(x, mean, var, num_groups, *parameters, eps)
+    wanted = [i for i in inputs if i is not None and i.requires_grad]
+    return list(torch.autograd.grad(y, wanted, grad.to(dtype), create_graph=True))
+
+
+def _standardize_twice(grad, weight, eps, formula):
+    alias = weight.view_as(weight)
+    dtype = accumulation_dtype(weight.dtype)
+    w_hat = reference.weight_standardize(alias.to(dtype), eps, formula)
+    return torch.autograd.grad(w_hat, alias, grad.to(dtype), create_graph=True)[0]
+
+
+ops.implement_twice(_normalize_twice, _standardize_twice)
 
 
 class _Standardize(torch.autograd.Function):
@@ -168,9 +205,7 @@ class _Standardize(torch.autograd.Function):
                 'step and before editing weights'
             )
         if torch.is_grad_enabled():
-            alias = weight.view_as(weight)
-            w_hat = reference.weight_standardize(alias.to(mean.dtype), ctx.eps, ctx.formula)
-            (found,) = torch.autograd.grad(w_hat, alias, grad.to(mean.dtype), create_graph=True)
+            found = _standardize_twice(grad, weight, ctx.eps, ctx.formula)
         else:
             kernels = backends.BACKENDS[ctx.backend].kernels()
             found = kernels.standardize_backward(

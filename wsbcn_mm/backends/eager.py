@@ -54,6 +54,15 @@ def normalize_with_estimates(
     return y, m, q, mean, var, *group_statistics
 
 
+def evaluate(
+    x, num_groups, running_mean, running_var, batch_weight, batch_bias, weight, bias, eps
+):
+    affine = (batch_weight, batch_bias, weight, bias)
+    return normalize_with_estimates(
+        x, num_groups, running_mean, running_var, *affine, False, 0.0, None, eps
+    )[0]
+
+
 def normalize(x, m, q, mean, var, num_groups, batch_weight, batch_bias, weight, bias, eps):
     inv_std = (var + eps).rsqrt()
     gain, t = _channel_stage(m, mean, inv_std, batch_weight, batch_bias)
@@ -150,6 +159,7 @@ def standardize_backward(grad, weight, mean, sigma, eps, formula):
 _KERNELS = SimpleNamespace(
     row_moments=row_moments,
     normalize_with_estimates=normalize_with_estimates,
+    evaluate=evaluate,
     normalize=normalize,
     normalize_backward=normalize_backward,
     standardize=standardize,

@@ -1,7 +1,7 @@
 """The contract of the fused kernels: what each operator computes, for every device that has one.
 
 An operator is one call into a kernel library; C++ (`cpu/`) and Triton (`triton/`) supply them, and
-`fused` strings them together and differentiates. They are registered with torch under
+`autograd` strings them together and differentiates. They are registered with torch under
 ``torch.ops.wsbcn_mm``, with shapes for ``torch.compile``, and know nothing of autograd.
 
 Names: x is (N, C, *), contiguous or channels_last; a row is one (sample, channel) of it. G groups.
@@ -16,6 +16,8 @@ in any floating dtype. With ``gain[c] = batch_weight[c] / sqrt(var[c] + eps)``, 
     inv_group_std = 1 / sqrt(group_var + eps)
     y             = weight inv_group_std (gain (x - m) + t - group_mean) + bias
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -37,6 +39,11 @@ _library.define(
     'Tensor? bias, bool update, float momentum, Tensor? rate, float eps) -> '
     '(Tensor y, Tensor m, Tensor q, Tensor mean, Tensor var, Tensor group_mean, '
     'Tensor inv_group_std)'
+)
+# Evaluation when nothing is differentiated: the same without an update, y alone.
+_library.define(
+    'evaluate(Tensor x, int num_groups, Tensor running_mean, Tensor running_var, '
+    'Tensor? batch_weight, Tensor? batch_bias, Tensor? weight, Tensor? bias, float eps) -> Tensor'
 )
 # The update alone, from the moments, for backends without a kernel of their own; returns copies. An
 # operator, because a compiler may compute again for the backward pass what it can see into, and
@@ -75,6 +82,33 @@ _library.define(
     'str formula) -> Tensor'
 )
 
+# The two operations as a whole, differentiable, for a backend that brings nodes of autograd's graph
+# of its own (the CPU's, in C++): estimate mode and evaluation of a dense x that is not empty, and a
+# dense weight. The others are differentiated by `autograd`.
+_library.define(
+    'batch_channel_norm(Tensor x, Tensor? batch_weight, Tensor? batch_bias, Tensor? weight, '
+    'Tensor? bias, Tensor(a!) running_mean, Tensor(b!) running_var, int num_groups, bool update, '
+    'float momentum, Tensor? rate, float eps) -> Tensor'
+)
+_library.define(
+    'weight_standardize(Tensor weight, float eps, str formula, ScalarType dtype) -> Tensor'
+)
+# What such nodes call to be differentiated again: differentiable gradients of those inputs that
+# require one, in order.
+_library.define(
+    'normalize_twice(Tensor grad, Tensor x, Tensor? batch_weight, Tensor? batch_bias, '
+    'Tensor? weight, Tensor? bias, Tensor mean, Tensor var, int num_groups, float eps) -> Tensor[]'
+)
+_library.define(
+    'standardize_twice(Tensor grad, Tensor weight, float eps, str formula) -> Tensor'
+)
+
+
+def implement_twice(normalize_twice: Callable, standardize_twice: Callable) -> None:
+    """Supplies `normalize_twice` and `standardize_twice` in operations that autograd knows."""
+    _library.impl('normalize_twice', normalize_twice, 'CompositeImplicitAutograd')
+    _library.impl('standardize_twice', standardize_twice, 'CompositeImplicitAutograd')
+
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64, float32 for everything else."""
@@ -102,6 +136,11 @@ def _(x):
 def _(x, num_groups, *_):
     groups = (_groups(x, num_groups), _groups(x, num_groups))
     return torch.empty_like(x), _rows(x), _rows(x), _channels(x), _channels(x), *groups
+
+
+@torch.library.register_fake(f'{NAMESPACE}::evaluate', lib=_library)
+def _(x, *_):
+    return torch.empty_like(x)
 
 
 @torch.library.register_fake(f'{NAMESPACE}::update_estimates', lib=_library)
@@ -148,3 +187,13 @@ def _(weight, eps, formula, dtype):
 @torch.library.register_fake(f'{NAMESPACE}::standardize_backward', lib=_library)
 def _(grad, weight, mean, sigma, eps, formula):
     return torch.empty_like(weight)
+
+
+@torch.library.register_fake(f'{NAMESPACE}::batch_channel_norm', lib=_library)
+def _(x, *_):
+    return torch.empty_like(x)
+
+
+@torch.library.register_fake(f'{NAMESPACE}::weight_standardize', lib=_library)
+def _(weight, eps, formula, dtype):
+    return torch.empty_like(weight, dtype=dtype)

@@ -120,9 +120,13 @@ def _norm_results(norm: nn.Module, forward: Callable, x: Tensor, cotangent: Tens
     x = x.detach().clone().requires_grad_()  # clone keeps the layout
     y = forward(x)
     y.backward(cotangent)
+    more = {}
+    if not norm.training:  # another way through the backend: nothing is kept for a gradient
+        with torch.no_grad():
+            more['y without gradient'] = forward(x)
     gradients = {f'gradient of parameter {name}': p.grad for name, p in norm.named_parameters()}
     buffers = {name: getattr(norm.bn, name) for name in ('running_mean', 'running_var')}
-    return {'y': y.detach(), 'gradient of x': x.grad, **gradients, **buffers}
+    return {'y': y.detach(), **more, 'gradient of x': x.grad, **gradients, **buffers}
 
 
 def _by_torch(norm: nn.Module, x: Tensor) -> Tensor:

@@ -11,10 +11,11 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <cmath>
+#include <memory>
 #include <tuple>
 #include <vector>
 
+#include "groups.h"
 #include "rows.h"
 
 #define WSBCN_DISPATCH(dtype, ...) \
@@ -60,21 +61,65 @@ void check_layout(const Tensor& x) {
       "x must be contiguous or channels_last");
 }
 
-// An optional parameter, one value per channel or per group, as doubles per channel.
-std::vector<double> per_channel(const OptionalTensor& values, int64_t channels, double otherwise) {
-  std::vector<double> result(channels, otherwise);
-  if (values.has_value()) {
-    const Tensor dense = values->contiguous();
-    const int64_t count = dense.numel(), repeat = channels / count;
-    WSBCN_DISPATCH(dense.scalar_type(), [&] {
-      const scalar_t* source = dense.const_data_ptr<scalar_t>();
-      for (int64_t i = 0; i < count; ++i) {
-        std::fill_n(result.data() + i * repeat, repeat, static_cast<double>(source[i]));
-      }
-    });
+// Memory for the time of a call, not initialised.
+template <typename V>
+struct Scratch {
+  std::unique_ptr<V[]> values;
+
+  explicit Scratch(int64_t count) : values(new V[count]) {}
+  operator V*() const { return values.get(); }
+};
+
+// The values of a parameter or buffer as dense A: its own memory wherever it is that already.
+template <typename A>
+struct Values {
+  Tensor kept;
+  const A* data = nullptr;
+
+  explicit Values(const OptionalTensor& source) {
+    if (!source.has_value() || !source->defined()) return;
+    kept = source->contiguous().to(c10::CppTypeToScalarType<A>::value);
+    data = kept.const_data_ptr<A>();
   }
-  return result;
-}
+};
+
+// The parameters of a call; `at(g)`: those of a group.
+template <typename A>
+struct Parameters {
+  Values<A> batch_weight, batch_bias, weight, bias;
+  int64_t per_group;
+  bool per_channel;
+
+  Parameters(const OptionalTensor& batch_weight_, const OptionalTensor& batch_bias_,
+             const OptionalTensor& weight_, const OptionalTensor& bias_, int64_t channels,
+             int64_t groups)
+      : batch_weight(batch_weight_),
+        batch_bias(batch_bias_),
+        weight(expanded(weight_, bias_, channels)),
+        bias(expanded(bias_, weight_, channels)),
+        per_group(channels / groups),
+        per_channel(count(weight_) == channels || count(bias_) == channels) {}
+
+  Affine<A> at(int64_t g) const {
+    const int64_t c = g * per_group, outer = per_channel ? c : g;
+    return {from(batch_weight, c), from(batch_bias, c), from(weight, outer), from(bias, outer),
+            per_channel};
+  }
+
+ private:
+  static const A* from(const Values<A>& values, int64_t i) {
+    return values.data ? values.data + i : nullptr;
+  }
+  static int64_t count(const OptionalTensor& values) {
+    return values.has_value() && values->defined() ? values->numel() : 0;
+  }
+  // One of scale and shift per channel, the other per group: both per channel.
+  static OptionalTensor expanded(
+      const OptionalTensor& values, const OptionalTensor& other, int64_t channels) {
+    if (count(values) == 0 || count(values) >= count(other)) return values;
+    return values->repeat_interleave(channels / count(values));
+  }
+};
 
 // Calls step(i) for i in [0, count), in parallel; each is about `elements` values of work.
 template <typename Step>
@@ -124,36 +169,32 @@ void merge_moments(const Shape& s, const A* means, const A* squares, A* m, A* q)
   }
 }
 
-// What the forward passes have in common: x, the tensors that the contract names, the coefficients.
+// The moments of the rows of x.
 template <typename T>
-struct Forward {
+struct Moments {
   using A = Accumulate<T>;
-  Shape s;
+  const Shape& s;
   const T* x;
-  T* y;
-  A *m, *q, *mean, *var, *group_mean, *inv_group_std;
-  std::vector<double> batch_weight, batch_bias, weight, bias;
-  double eps;
-  bool update = false;
-  double rate = 0;
-  std::vector<double> inv_std, gain;  // (C,)
-  std::vector<A> scale, shift;        // (N, C)
+  A *m, *q;
 
-  // Moments of the rows of a group.
-  void moments(int64_t n, int64_t g) const {
-    const int64_t row = n * s.channels + g * s.per_group;
-    std::vector<double> centre(s.per_group), variance(s.per_group);
-    rows_moments(x + row * s.length, s.per_group, s.length, centre.data(), variance.data());
-    for (int64_t i = 0; i < s.per_group; ++i) {
-      m[row + i] = static_cast<A>(centre[i]);
-      q[row + i] = static_cast<A>(variance[i]);
+  void of_group(int64_t n, int64_t g) const {
+    constexpr int64_t kRows = 64;
+    double centre[kRows], variance[kRows];
+    const int64_t first = n * s.channels + g * s.per_group, end = first + s.per_group;
+    for (int64_t row = first; row < end; row += kRows) {
+      const int64_t rows = std::min(kRows, end - row);
+      rows_moments(x + row * s.length, rows, s.length, centre, variance);
+      for (int64_t i = 0; i < rows; ++i) {
+        m[row + i] = static_cast<A>(centre[i]);
+        q[row + i] = static_cast<A>(variance[i]);
+      }
     }
   }
 
-  // All moments, where they are needed before anything else.
-  void all_moments() const {
+  // All of them, where they are needed before anything else.
+  void of_all() const {
     if (s.rows) {
-      over_groups(s, [&](int64_t n, int64_t g) { moments(n, g); });
+      over_groups(s, [&](int64_t n, int64_t g) { of_group(n, g); });
       return;
     }
     std::vector<A> means(s.samples * s.chunks() * s.channels), squares(means.size());
@@ -165,62 +206,53 @@ struct Forward {
       merge_moments(s, means.data() + slot, squares.data() + slot, m + row, q + row);
     }
   }
+};
+
+// What the forward passes have in common: x, the tensors that the contract names, the coefficients.
+template <typename T>
+struct Forward {
+  using A = Accumulate<T>;
+  Shape s;
+  const T* x;
+  T* y;
+  A *m, *q, *mean, *var, *group_mean, *inv_group_std;
+  const Parameters<A>& parameters;
+  double eps;
+  bool update;
+  double rate;
+  Scratch<double> inv_std{s.channels}, gain{s.channels};
+  Scratch<double> space{2 * s.samples * s.channels};
+  Scratch<A> scale{s.samples * s.channels}, shift{s.samples * s.channels};
 
   // Statistics of the channels of a group, updated before they are used.
   void channel_stage(int64_t g) {
-    const int64_t c0 = g * s.per_group;
-    for (int64_t c = c0; update && c < c0 + s.per_group; ++c) {
-      double centre = 0, square = 0;
-      const double old = mean[c];
-      for (int64_t n = 0; n < s.samples; ++n) {
-        const int64_t row = n * s.channels + c;
-        const double delta = m[row] - old;  // around the old mean
-        centre += m[row];
-        square += q[row] + delta * delta;
-      }
-      mean[c] = static_cast<A>(old + rate * (centre / s.samples - old));
-      var[c] = static_cast<A>(var[c] + rate * (square / s.samples - var[c]));
+    const int64_t c = g * s.per_group;
+    if (update) {
+      update_channels(m + c, q + c, s.samples, s.channels, rate, s.per_group, mean + c, var + c,
+                      space + 2 * c);
     }
-    channel_gains(var + c0, batch_weight.data() + c0, eps, s.per_group, inv_std.data() + c0,
-                  gain.data() + c0);
+    channel_gains(var + c, parameters.at(g).batch_weight, eps, s.per_group, inv_std + c, gain + c);
   }
 
   // Statistics of a group of a sample, and the coefficients of its rows.
   void group_stage(int64_t n, int64_t g) {
-    const int64_t c0 = g * s.per_group, row = n * s.channels;
-    std::vector<double> t(s.per_group);  // row means of x1
-    double centre = 0, square = 0;
-    for (int64_t i = 0, c = c0; i < s.per_group; ++i, ++c) {
-      t[i] = gain[c] * (static_cast<double>(m[row + c]) - mean[c]) + batch_bias[c];
-      centre += t[i];
-    }
-    centre /= s.per_group;
-    for (int64_t i = 0, c = c0; i < s.per_group; ++i, ++c) {
-      square += gain[c] * gain[c] * q[row + c] + (t[i] - centre) * (t[i] - centre);
-    }
-    const double inverse = 1 / std::sqrt(square / s.per_group + eps);
-    group_mean[n * s.groups + g] = static_cast<A>(centre);
-    inv_group_std[n * s.groups + g] = static_cast<A>(inverse);
-    for (int64_t i = 0, c = c0; i < s.per_group; ++i, ++c) {
-      scale[row + c] = static_cast<A>(weight[c] * inverse * gain[c]);
-      shift[row + c] = static_cast<A>(weight[c] * inverse * (t[i] - centre) + bias[c]);
-    }
+    const int64_t c = g * s.per_group, row = n * s.channels + c, group = n * s.groups + g;
+    group_coefficients(m + row, q + row, mean + c, gain + c, parameters.at(g), eps, s.per_group,
+                       {scale + row, shift + row, group_mean + group, inv_group_std + group},
+                       space + row);
   }
 
   void apply(int64_t n, int64_t g) const {
     const int64_t row = n * s.channels + g * s.per_group, start = row * s.length;
-    rows_affine(x + start, y + start, s.per_group, s.length, m + row, scale.data() + row,
-                shift.data() + row);
+    rows_affine(x + start, y + start, s.per_group, s.length, m + row, scale + row, shift + row);
   }
 
   void run(bool moments_are_there) {
-    for (auto* values : {&inv_std, &gain}) values->resize(s.channels);
-    scale.resize(s.samples * s.channels);
-    shift.resize(s.samples * s.channels);
+    const Moments<T> moments{s, x, m, q};
     if (s.rows && update && s.samples > 1 && s.per_group * s.length >= kColumnChunk / 2) {
       // Large groups stay in the cache over all samples.
       parallel(s.groups, s.samples * s.per_group * s.length, [&](int64_t g) {
-        for (int64_t n = 0; n < s.samples; ++n) moments(n, g);
+        for (int64_t n = 0; n < s.samples; ++n) moments.of_group(n, g);
         channel_stage(g);
         for (int64_t n = 0; n < s.samples; ++n) {
           group_stage(n, g);
@@ -231,25 +263,26 @@ struct Forward {
     }
     // Statistics over samples come first; of a single sample they are the group's own business.
     const bool first_pass = !moments_are_there && (!s.rows || (update && s.samples > 1));
-    if (first_pass) all_moments();
-    const bool with_group = update && !first_pass;
+    if (first_pass) moments.of_all();
+    const bool with_group = s.samples == 1 && !first_pass;
     if (!with_group)
       parallel(s.groups, s.samples * s.per_group, [&](int64_t g) { channel_stage(g); });
     if (s.rows) {
       over_groups(s, [&](int64_t n, int64_t g) {
-        if (!first_pass && !moments_are_there) moments(n, g);
+        if (!first_pass && !moments_are_there) moments.of_group(n, g);
         if (with_group) channel_stage(g);
         group_stage(n, g);
         apply(n, g);
       });
       return;
     }
-    parallel(s.samples * s.groups, s.per_group,
-             [&](int64_t i) { group_stage(i / s.groups, i % s.groups); });
+    parallel(s.samples * s.groups, s.per_group, [&](int64_t i) {
+      if (with_group) channel_stage(i);
+      group_stage(i / s.groups, i % s.groups);
+    });
     over_chunks(s, [&](int64_t n, int64_t start, int64_t length, int64_t) {
       const int64_t row = n * s.channels;
-      column_affine(x + start, y + start, length, s.channels, m + row, scale.data() + row,
-                    shift.data() + row);
+      column_affine(x + start, y + start, length, s.channels, m + row, scale + row, shift + row);
     });
   }
 };
@@ -260,10 +293,9 @@ std::tuple<Tensor, Tensor> row_moments_op(const Tensor& x) {
   Tensor m = at::empty({x.size(0), x.size(1)}, options), q = at::empty_like(m);
   WSBCN_DISPATCH(x.scalar_type(), [&] {
     using A = Accumulate<scalar_t>;
-    Forward<scalar_t> f{Shape(x, 1), x.const_data_ptr<scalar_t>()};
-    f.m = m.data_ptr<A>();
-    f.q = q.data_ptr<A>();
-    f.all_moments();
+    const Shape shape(x, 1);
+    Moments<scalar_t>{shape, x.const_data_ptr<scalar_t>(), m.data_ptr<A>(), q.data_ptr<A>()}
+        .of_all();
   });
   return {m, q};
 }
@@ -280,19 +312,18 @@ struct Results {
 };
 
 void forward(
-    Results& results, const Tensor& x, const Tensor& m, const Tensor& q, bool moments_are_there, const Tensor& mean,
-    const Tensor& var, int64_t num_groups, const OptionalTensor& batch_weight,
+    Results& results, const Tensor& x, const Tensor& m, const Tensor& q, bool moments_are_there,
+    const Tensor& mean, const Tensor& var, int64_t num_groups, const OptionalTensor& batch_weight,
     const OptionalTensor& batch_bias, const OptionalTensor& weight, const OptionalTensor& bias,
     bool update, double rate, double eps) {
   WSBCN_DISPATCH(x.scalar_type(), [&] {
     using A = Accumulate<scalar_t>;
-    const int64_t channels = x.size(1);
+    const Parameters<A> parameters(batch_weight, batch_bias, weight, bias, x.size(1), num_groups);
     Forward<scalar_t> f{
         Shape(x, num_groups), x.const_data_ptr<scalar_t>(), results.y.data_ptr<scalar_t>(),
         m.data_ptr<A>(), q.data_ptr<A>(), mean.data_ptr<A>(), var.data_ptr<A>(),
-        results.group_mean.data_ptr<A>(), results.inv_group_std.data_ptr<A>(),
-        per_channel(batch_weight, channels, 1), per_channel(batch_bias, channels, 0),
-        per_channel(weight, channels, 1), per_channel(bias, channels, 0), eps, update, rate};
+        results.group_mean.data_ptr<A>(), results.inv_group_std.data_ptr<A>(), parameters, eps,
+        update, rate};
     f.run(moments_are_there);
   });
 }
@@ -306,8 +337,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> normalize_wit
   Results results(x, num_groups);
   const auto options = x.options().dtype(accumulation(x));
   Tensor m = at::empty({x.size(0), x.size(1)}, options), q = at::empty_like(m);
-  Tensor mean = running_mean.to(options.dtype(), /*non_blocking=*/false, /*copy=*/true).contiguous();
-  Tensor var = running_var.to(options.dtype(), /*non_blocking=*/false, /*copy=*/true).contiguous();
+  Tensor mean = at::empty({x.size(1)}, options).copy_(running_mean);
+  Tensor var = at::empty({x.size(1)}, options).copy_(running_var);
   const double r = rate.has_value() ? rate->item<double>() : momentum;
   forward(results, x, m, q, false, mean, var, num_groups, batch_weight, batch_bias, weight, bias,
           update, r, eps);
@@ -329,6 +360,29 @@ std::tuple<Tensor, Tensor, Tensor> normalize(
   return {results.y, results.group_mean, results.inv_group_std};
 }
 
+// The result alone: nothing is copied and no statistics are kept.
+Tensor evaluate(
+    const Tensor& x, int64_t num_groups, const Tensor& running_mean, const Tensor& running_var,
+    const OptionalTensor& batch_weight, const OptionalTensor& batch_bias,
+    const OptionalTensor& weight, const OptionalTensor& bias, double eps) {
+  check_layout(x);
+  Tensor y = at::empty_like(x);
+  WSBCN_DISPATCH(x.scalar_type(), [&] {
+    using A = Accumulate<scalar_t>;
+    const Parameters<A> parameters(batch_weight, batch_bias, weight, bias, x.size(1), num_groups);
+    const Shape s(x, num_groups);
+    const Scratch<A> m(s.samples * s.channels), q(s.samples * s.channels);
+    const Scratch<A> group_mean(s.samples * s.groups), inv_group_std(s.samples * s.groups);
+    const Values<A> mean(running_mean), var(running_var);
+    // Without an update they are only read.
+    Forward<scalar_t> f{
+        s, x.const_data_ptr<scalar_t>(), y.data_ptr<scalar_t>(), m, q, const_cast<A*>(mean.data),
+        const_cast<A*>(var.data), group_mean, inv_group_std, parameters, eps, false, 0};
+    f.run(false);
+  });
+  return y;
+}
+
 template <typename T>
 struct Backward {
   using A = Accumulate<T>;
@@ -336,103 +390,82 @@ struct Backward {
   const T *grad, *x;
   T* dx;
   const A *m, *q, *mean, *var, *group_mean, *inv_group_std;
-  std::vector<double> batch_weight, batch_bias, weight;
+  const Parameters<A>& parameters;
   double eps;
   bool through_statistics;
   A *d_batch_weight, *d_batch_bias, *d_weight, *d_bias;
   int64_t affine_size;
-  std::vector<double> inv_std, gain;    // (C,)
-  std::vector<double> sum_g, sum_gx;    // (N, C)
-  std::vector<double> mean_h, mean_hz;  // (N, G)
-  std::vector<A> p, slope, r;           // (N, C): dx = p g + slope (x - m) + r
+  Scratch<double> inv_std{s.channels}, gain{s.channels};
+  Scratch<double> sums{4 * s.channels};                                        // per parameter
+  Scratch<double> sum_g{s.samples * s.channels}, sum_gx{s.samples * s.channels};
+  Scratch<double> mean_h{s.samples * s.groups}, mean_hz{s.samples * s.groups};
+  // dx = p g + slope (x - m) + r
+  Scratch<A> p{s.samples * s.channels}, slope{s.samples * s.channels}, r{s.samples * s.channels};
 
   void dots(int64_t n, int64_t g) {
     const int64_t row = n * s.channels + g * s.per_group, start = row * s.length;
-    rows_dots(grad + start, x + start, s.per_group, s.length, m + row, sum_g.data() + row,
-              sum_gx.data() + row);
+    rows_dots(grad + start, x + start, s.per_group, s.length, m + row, sum_g + row, sum_gx + row);
   }
 
-  // Row mean of x1, centred in its group.
-  double centred(int64_t n, int64_t c, int64_t g) const {
-    return gain[c] * (static_cast<double>(m[n * s.channels + c]) - mean[c]) + batch_bias[c] -
-        group_mean[n * s.groups + g];
-  }
-
-  // Row sum of grad times z, the normalised x1 before the outer affine.
-  double sum_gz(int64_t n, int64_t c, int64_t g) const {
-    const int64_t row = n * s.channels + c;
-    return inv_group_std[n * s.groups + g] *
-        (gain[c] * sum_gx[row] + centred(n, c, g) * sum_g[row]);
-  }
-
-  // dx1 = inverse (h - mean(h) - z mean(h z)) with h = weight grad, the means over a group.
   void group_stage(int64_t n, int64_t g) {
-    const int64_t c0 = g * s.per_group, c1 = c0 + s.per_group, row = n * s.channels;
-    const double inverse = inv_group_std[n * s.groups + g];
-    double h = 0, hz = 0;
-    for (int64_t c = c0; c < c1; ++c) {
-      h += weight[c] * sum_g[row + c];
-      hz += weight[c] * sum_gz(n, c, g);
-    }
-    const double values = static_cast<double>(s.length) * s.per_group;
-    mean_h[n * s.groups + g] = h /= values;
-    mean_hz[n * s.groups + g] = hz /= values;
-    for (int64_t c = c0; c < c1; ++c) {
-      p[row + c] = static_cast<A>(gain[c] * inverse * weight[c]);
-      slope[row + c] = static_cast<A>(-gain[c] * gain[c] * inverse * inverse * hz);
-      r[row + c] = static_cast<A>(-gain[c] * inverse * (h + inverse * hz * centred(n, c, g)));
-    }
+    const int64_t c = g * s.per_group, row = n * s.channels + c, group = n * s.groups + g;
+    gradient_coefficients(
+        m + row, mean + c, gain + c, parameters.at(g), group_mean[group], inv_group_std[group],
+        sum_g + row, sum_gx + row, s.length, s.per_group, p + row, slope + row, r + row,
+        mean_h + group, mean_hz + group);
   }
 
-  // Gradients of the parameters of a group; the row sums of dx1 give those of stage 1.
-  void parameters(int64_t g) {
-    const double length = static_cast<double>(s.length);
+  // Gradients of the parameters of a group.
+  void parameter_stage(int64_t g) {
+    const int64_t c0 = g * s.per_group;
+    double* d_bw = sums + 4 * c0;
+    double *d_bb = d_bw + s.per_group, *d_w = d_bb + s.per_group, *d_b = d_w + s.per_group;
+    std::fill_n(d_bw, 4 * s.per_group, 0.0);
+    for (int64_t n = 0; n < s.samples; ++n) {
+      const int64_t row = n * s.channels + c0, group = n * s.groups + g;
+      add_parameter_gradients(
+          m + row, q + row, mean + c0, gain + c0, inv_std + c0, parameters.at(g),
+          group_mean[group], inv_group_std[group], sum_g + row, sum_gx + row, mean_h[group],
+          mean_hz[group], s.length, s.per_group, d_bw, d_bb, d_w, d_b);
+    }
     double group_weight = 0, group_bias = 0;
-    for (int64_t c = g * s.per_group; c < (g + 1) * s.per_group; ++c) {
-      double d_bw = 0, d_bb = 0, d_w = 0, d_b = 0;
-      for (int64_t n = 0; n < s.samples; ++n) {
-        const int64_t row = n * s.channels + c, group = n * s.groups + g;
-        const double inverse = inv_group_std[group], hz = mean_hz[group];
-        const double sum_dx1 = inverse *
-            (weight[c] * sum_g[row] - length * (mean_h[group] + inverse * hz * centred(n, c, g)));
-        const double sum_dx1_x =
-            inverse * (weight[c] * sum_gx[row] - inverse * hz * gain[c] * length * q[row]);
-        d_b += sum_g[row];
-        d_w += sum_gz(n, c, g);
-        d_bb += sum_dx1;
-        d_bw += (sum_dx1_x + (static_cast<double>(m[row]) - mean[c]) * sum_dx1) * inv_std[c];
-      }
-      d_batch_weight[c] = static_cast<A>(d_bw);
-      d_batch_bias[c] = static_cast<A>(d_bb);
-      group_weight += d_w;
-      group_bias += d_b;
+    for (int64_t i = 0, c = c0; i < s.per_group; ++i, ++c) {
+      d_batch_weight[c] = static_cast<A>(d_bw[i]);
+      d_batch_bias[c] = static_cast<A>(d_bb[i]);
       if (affine_size == s.channels) {
-        d_weight[c] = static_cast<A>(d_w);
-        d_bias[c] = static_cast<A>(d_b);
+        d_weight[c] = static_cast<A>(d_w[i]);
+        d_bias[c] = static_cast<A>(d_b[i]);
       }
-      if (!through_statistics) continue;
-      // BatchNorm's own two terms
-      const double count = length * s.samples, towards_var = gain[c] * inv_std[c] * d_bw / count;
-      for (int64_t n = 0; n < s.samples; ++n) {
-        const int64_t row = n * s.channels + c;
-        slope[row] -= static_cast<A>(towards_var);
-        r[row] -= static_cast<A>(
-            gain[c] * d_bb / count + towards_var * (static_cast<double>(m[row]) - mean[c]));
-      }
+      group_weight += d_w[i];
+      group_bias += d_b[i];
     }
     if (affine_size == s.groups && affine_size != s.channels) {
       d_weight[g] = static_cast<A>(group_weight);
       d_bias[g] = static_cast<A>(group_bias);
     }
+    if (!through_statistics) return;
+    // BatchNorm's own two terms
+    const double count = static_cast<double>(s.length) * s.samples;
+    for (int64_t i = 0, c = c0; i < s.per_group; ++i, ++c) {
+      const double towards_var = gain[c] * inv_std[c] * d_bw[i] / count;
+      for (int64_t n = 0; n < s.samples; ++n) {
+        const int64_t row = n * s.channels + c;
+        slope[row] -= static_cast<A>(towards_var);
+        r[row] -= static_cast<A>(
+            gain[c] * d_bb[i] / count + towards_var * (static_cast<double>(m[row]) - mean[c]));
+      }
+    }
   }
 
   void gradient(int64_t n, int64_t g) {
     const int64_t row = n * s.channels + g * s.per_group, start = row * s.length;
-    rows_gradient(grad + start, x + start, dx + start, s.per_group, s.length, m + row,
-                  p.data() + row, slope.data() + row, r.data() + row);
+    rows_gradient(grad + start, x + start, dx + start, s.per_group, s.length, m + row, p + row,
+                  slope + row, r + row);
   }
 
   void all_dots() {
+    std::fill_n(static_cast<double*>(sum_g), s.samples * s.channels, 0.0);
+    std::fill_n(static_cast<double*>(sum_gx), s.samples * s.channels, 0.0);
     std::vector<A> parts_g(s.samples * s.chunks() * s.channels), parts_gx(parts_g.size());
     over_chunks(s, [&](int64_t n, int64_t start, int64_t length, int64_t slot) {
       column_dots(grad + start, x + start, length, s.channels, m + n * s.channels,
@@ -448,18 +481,24 @@ struct Backward {
   }
 
   void run() {
-    for (auto* values : {&inv_std, &gain}) values->resize(s.channels);
-    for (auto* values : {&sum_g, &sum_gx}) values->resize(s.samples * s.channels);
-    for (auto* values : {&mean_h, &mean_hz}) values->resize(s.samples * s.groups);
-    for (auto* values : {&p, &slope, &r}) values->resize(s.samples * s.channels);
-    channel_gains(var, batch_weight.data(), eps, s.channels, inv_std.data(), gain.data());
-    const auto all_parameters = [&] {
-      parallel(s.groups, s.samples * s.per_group, [&](int64_t g) { parameters(g); });
+    // Of a single sample, a group's parameters are its own business.
+    const bool with_group = s.samples == 1;
+    const auto channels = [&](int64_t g) {
+      const int64_t c = g * s.per_group;
+      channel_gains(var + c, parameters.at(g).batch_weight, eps, s.per_group, inv_std + c,
+                    gain + c);
     };
-    if (s.rows && !through_statistics) {
+    const auto all_parameters = [&] {
+      if (!with_group)
+        parallel(s.groups, s.samples * s.per_group, [&](int64_t g) { parameter_stage(g); });
+    };
+    if (!with_group) parallel(s.groups, s.per_group, channels);
+    if (s.rows && (with_group || !through_statistics)) {
       over_groups(s, [&](int64_t n, int64_t g) {
+        if (with_group) channels(g);
         dots(n, g);
         group_stage(n, g);
+        if (with_group) parameter_stage(g);
         gradient(n, g);
       });
       all_parameters();
@@ -472,13 +511,16 @@ struct Backward {
       over_groups(s, [&](int64_t n, int64_t g) { gradient(n, g); });
     } else {
       all_dots();
-      parallel(s.samples * s.groups, s.per_group,
-               [&](int64_t i) { group_stage(i / s.groups, i % s.groups); });
+      parallel(s.samples * s.groups, s.per_group, [&](int64_t i) {
+        if (with_group) channels(i);
+        group_stage(i / s.groups, i % s.groups);
+        if (with_group) parameter_stage(i);
+      });
       all_parameters();
       over_chunks(s, [&](int64_t n, int64_t start, int64_t length, int64_t) {
         const int64_t row = n * s.channels;
-        column_gradient(grad + start, x + start, dx + start, length, s.channels, m + row,
-                        p.data() + row, slope.data() + row, r.data() + row);
+        column_gradient(grad + start, x + start, dx + start, length, s.channels, m + row, p + row,
+                        slope + row, r + row);
       });
     }
   }
@@ -504,14 +546,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> normalize_backward(
   WSBCN_DISPATCH(x.scalar_type(), [&] {
     using A = Accumulate<scalar_t>;
     const int64_t channels = x.size(1);
+    const Parameters<A> parameters(
+        batch_weight, batch_bias, weight, std::nullopt, channels, num_groups);
     Backward<scalar_t> b{
         Shape(x, num_groups), grad.const_data_ptr<scalar_t>(), x.const_data_ptr<scalar_t>(),
         dx.data_ptr<scalar_t>(), m.const_data_ptr<A>(), q.const_data_ptr<A>(),
         mean.const_data_ptr<A>(), var.const_data_ptr<A>(), group_mean.const_data_ptr<A>(),
-        inv_group_std.const_data_ptr<A>(), per_channel(batch_weight, channels, 1),
-        per_channel(batch_bias, channels, 0), per_channel(weight, channels, 1), eps,
-        through_statistics, d_batch_weight.data_ptr<A>(), d_batch_bias.data_ptr<A>(),
-        d_weight.data_ptr<A>(), d_bias.data_ptr<A>(), affine_size};
+        inv_group_std.const_data_ptr<A>(), parameters, eps, through_statistics,
+        d_batch_weight.data_ptr<A>(), d_batch_bias.data_ptr<A>(), d_weight.data_ptr<A>(),
+        d_bias.data_ptr<A>(), affine_size};
     b.run();
   });
   return {dx, d_batch_weight, d_batch_bias, d_weight, d_bias};
@@ -520,6 +563,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> normalize_backward(
 TORCH_LIBRARY_IMPL(wsbcn_mm, CPU, library) {
   library.impl("row_moments", row_moments_op);
   library.impl("normalize_with_estimates", normalize_with_estimates);
+  library.impl("evaluate", evaluate);
   library.impl("normalize", normalize);
   library.impl("normalize_backward", normalize_backward);
 }

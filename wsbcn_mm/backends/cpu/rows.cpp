@@ -4,15 +4,7 @@
 #include <cmath>
 #include <type_traits>
 
-// One binary for every x86-64: the loader picks the widest version the machine can run.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__linux__)
-#define WSBCN_CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
-#else
-#define WSBCN_CLONES
-#endif
-// Into the clones, or it would be compiled for the oldest machine only.
-#define WSBCN_INLINED __attribute__((always_inline))
-#define WSBCN_INLINE static inline WSBCN_INLINED
+#include "clones.h"
 
 namespace wsbcn {
 
@@ -51,6 +43,15 @@ WSBCN_INLINE Lanes<A> load(const T* x) {
     for (int64_t j = 0; j < kLanes; ++j) lanes[j] = static_cast<A>(x[j]);
   }
   return lanes;
+}
+
+template <typename A, typename T>
+WSBCN_INLINE void store(Lanes<A> lanes, T* y) {
+  if constexpr (std::is_same_v<A, T>) {
+    __builtin_memcpy(y, &lanes, sizeof(lanes));
+  } else {
+    for (int64_t j = 0; j < kLanes; ++j) y[j] = static_cast<T>(lanes[j]);
+  }
 }
 
 template <typename A>
@@ -183,6 +184,12 @@ WSBCN_INLINE void affine_of_rows(
     const T* x, U* y, int64_t rows, int64_t length, const A* m, const A* scale, const A* shift) {
   for (int64_t k = 0; k < rows; ++k, x += length, y += length) {
     const A centre = m[k], slope = scale[k], offset = shift[k];
+    if (length >= kLanes && length < kShortRow) {
+      in_turns<A>(0, length, [&](int64_t i, auto) WSBCN_INLINED {
+        store<A>((load<A>(x + i) - centre) * slope + offset, y + i);
+      });
+      continue;
+    }
 #pragma omp simd
     for (int64_t i = 0; i < length; ++i) {
       y[i] = static_cast<U>((static_cast<A>(x[i]) - centre) * slope + offset);
@@ -238,6 +245,12 @@ WSBCN_INLINE void gradient_of_rows(
     const A* q, const A* r) {
   for (int64_t k = 0; k < rows; ++k, x += length, g += length, dx += length) {
     const A centre = m[k], of_g = p[k], of_x = q[k], offset = r[k];
+    if (length >= kLanes && length < kShortRow) {
+      in_turns<A>(0, length, [&](int64_t i, auto) WSBCN_INLINED {
+        store<A>(of_g * load<A>(g + i) + of_x * (load<A>(x + i) - centre) + offset, dx + i);
+      });
+      continue;
+    }
 #pragma omp simd
     for (int64_t i = 0; i < length; ++i) {
       dx[i] = static_cast<T>(
@@ -361,29 +374,6 @@ WSBCN_DEFINE(double, double)
 WSBCN_DEFINE(float, float)
 WSBCN_DEFINE(c10::BFloat16, float)
 WSBCN_DEFINE(c10::Half, float)
-
-template <typename A>
-WSBCN_INLINE void gains_of_channels(
-    const A* var, const double* weight, double eps, int64_t count, double* inv_std,
-    double* gain) {
-#pragma omp simd
-  for (int64_t c = 0; c < count; ++c) {
-    inv_std[c] = 1 / std::sqrt(static_cast<double>(var[c]) + eps);
-    gain[c] = weight[c] * inv_std[c];
-  }
-}
-
-WSBCN_CLONES void channel_gains(
-    const float* var, const double* weight, double eps, int64_t count, double* inv_std,
-    double* gain) {
-  gains_of_channels(var, weight, eps, count, inv_std, gain);
-}
-
-WSBCN_CLONES void channel_gains(
-    const double* var, const double* weight, double eps, int64_t count, double* inv_std,
-    double* gain) {
-  gains_of_channels(var, weight, eps, count, inv_std, gain);
-}
 
 WSBCN_CLONES void rows_affine(
     const float* x, c10::BFloat16* y, int64_t rows, int64_t length, const float* m,

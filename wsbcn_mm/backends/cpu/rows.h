@@ -52,14 +52,6 @@ WSBCN_ROWS(c10::BFloat16, float)
 WSBCN_ROWS(c10::Half, float)
 #undef WSBCN_ROWS
 
-// inv_std = 1 / sqrt(var + eps), gain = weight inv_std, of `count` channels.
-void channel_gains(
-    const float* var, const double* weight, double eps, int64_t count, double* inv_std,
-    double* gain);
-void channel_gains(
-    const double* var, const double* weight, double eps, int64_t count, double* inv_std,
-    double* gain);
-
 // A weight is standardized straight into the dtype of autocast.
 void rows_affine(
     const float* x, c10::BFloat16* y, int64_t rows, int64_t length, const float* m,

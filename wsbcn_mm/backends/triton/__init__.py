@@ -18,6 +18,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 OPERATORS = (
     'row_moments',
     'normalize_with_estimates',
+    'evaluate',
     'normalize',
     'normalize_backward',
     'standardize',

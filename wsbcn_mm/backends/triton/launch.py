@@ -56,6 +56,18 @@ def normalize_with_estimates(
     return y, m, q, mean, var, *group_statistics
 
 
+def evaluate(
+    x: Tensor, num_groups: int, running_mean: Tensor, running_var: Tensor,
+    batch_weight: Tensor | None, batch_bias: Tensor | None, weight: Tensor | None,
+    bias: Tensor | None, eps: float,
+) -> Tensor:  # fmt: skip
+    """See `wsbcn_mm.backends.ops`."""
+    return normalize_with_estimates(
+        x, num_groups, running_mean, running_var, batch_weight, batch_bias, weight, bias, False,
+        0.0, None, eps,
+    )[0]  # fmt: skip
+
+
 def normalize(
     x: Tensor, m: Tensor, q: Tensor, mean: Tensor, var: Tensor, num_groups: int,
     batch_weight: Tensor | None, batch_bias: Tensor | None, weight: Tensor | None,

@@ -1,0 +1,194 @@
+#include "groups.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "clones.h"
+
+namespace wsbcn {
+
+template <typename A>
+WSBCN_INLINE void updated_channels(
+    const A* m, const A* q, int64_t samples, int64_t stride, double rate, int64_t count, A* mean,
+    A* var, double* sums) {
+  double *centre = sums, *square = sums + count;
+  std::fill_n(sums, 2 * count, 0.0);
+  for (int64_t n = 0; n < samples; ++n, m += stride, q += stride) {
+#pragma omp simd
+    for (int64_t c = 0; c < count; ++c) {
+      const double delta = static_cast<double>(m[c]) - mean[c];  // around the old mean
+      centre[c] += m[c];
+      square[c] += q[c] + delta * delta;
+    }
+  }
+#pragma omp simd
+  for (int64_t c = 0; c < count; ++c) {
+    const double old_mean = mean[c], old_var = var[c];
+    mean[c] = static_cast<A>(old_mean + rate * (centre[c] / samples - old_mean));
+    var[c] = static_cast<A>(old_var + rate * (square[c] / samples - old_var));
+  }
+}
+
+template <typename A>
+WSBCN_INLINE void gains_of_channels(
+    const A* var, const A* batch_weight, double eps, int64_t count, double* inv_std,
+    double* gain) {
+#pragma omp simd
+  for (int64_t c = 0; c < count; ++c) {
+    inv_std[c] = 1 / std::sqrt(static_cast<double>(var[c]) + eps);
+    gain[c] = inv_std[c];
+  }
+  if (!batch_weight) return;
+#pragma omp simd
+  for (int64_t c = 0; c < count; ++c) gain[c] *= batch_weight[c];
+}
+
+// Row mean of x1 less `group_mean`.
+template <typename A>
+WSBCN_INLINE double centred(
+    int64_t c, const A* m, const A* mean, const double* gain, const A* batch_bias,
+    double group_mean) {
+  const double t = gain[c] * (static_cast<double>(m[c]) - mean[c]);
+  return (batch_bias ? t + batch_bias[c] : t) - group_mean;
+}
+
+// Calls body(c, weight) for every channel with the outer scale there.
+template <typename A, typename Body>
+WSBCN_INLINE void with_weight(const Affine<A>& affine, int64_t count, const Body& body) {
+  if (affine.weight && affine.per_channel) {
+#pragma omp simd
+    for (int64_t c = 0; c < count; ++c) body(c, static_cast<double>(affine.weight[c]));
+  } else {
+    const double weight = affine.weight ? *affine.weight : 1;
+#pragma omp simd
+    for (int64_t c = 0; c < count; ++c) body(c, weight);
+  }
+}
+
+template <typename A>
+WSBCN_INLINE void coefficients_of_group(
+    const A* m, const A* q, const A* mean, const double* gain, const Affine<A>& affine, double eps,
+    int64_t count, const Coefficients<A>& result, double* t) {
+  double sum = 0, square = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t c = 0; c < count; ++c) {
+    t[c] = centred(c, m, mean, gain, affine.batch_bias, 0);
+    sum += t[c];
+  }
+  const double centre = sum / count;
+#pragma omp simd reduction(+ : square)
+  for (int64_t c = 0; c < count; ++c) {
+    t[c] -= centre;
+    square += gain[c] * gain[c] * q[c] + t[c] * t[c];
+  }
+  const double inverse = 1 / std::sqrt(square / count + eps);
+  *result.group_mean = static_cast<A>(centre);
+  *result.inv_group_std = static_cast<A>(inverse);
+  with_weight(affine, count, [&](int64_t c, double weight) WSBCN_INLINED {
+    result.scale[c] = static_cast<A>(weight * inverse * gain[c]);
+    t[c] *= weight * inverse;
+  });
+  if (affine.bias && affine.per_channel) {
+#pragma omp simd
+    for (int64_t c = 0; c < count; ++c) result.shift[c] = static_cast<A>(t[c] + affine.bias[c]);
+  } else {
+    const double bias = affine.bias ? *affine.bias : 0;
+#pragma omp simd
+    for (int64_t c = 0; c < count; ++c) result.shift[c] = static_cast<A>(t[c] + bias);
+  }
+}
+
+// dx1 = inverse (h - mean(h) - z mean(h z)) with h = weight grad, the means over a group.
+template <typename A>
+WSBCN_INLINE void gradient_of_group(
+    const A* m, const A* mean, const double* gain, const Affine<A>& affine, double group_mean,
+    double inverse, const double* sum_g, const double* sum_gx, int64_t length, int64_t count, A* p,
+    A* slope, A* r, double* mean_h, double* mean_hz) {
+  double h = 0, hz = 0;
+  const A* batch_bias = affine.batch_bias;
+  const double group_weight = affine.weight && !affine.per_channel ? *affine.weight : 1;
+  if (affine.weight && affine.per_channel) {
+#pragma omp simd reduction(+ : h, hz)
+    for (int64_t c = 0; c < count; ++c) {
+      h += affine.weight[c] * sum_g[c];
+      hz += affine.weight[c] *
+          (gain[c] * sum_gx[c] + centred(c, m, mean, gain, batch_bias, group_mean) * sum_g[c]);
+    }
+  } else {
+#pragma omp simd reduction(+ : h, hz)
+    for (int64_t c = 0; c < count; ++c) {
+      h += sum_g[c];
+      hz += gain[c] * sum_gx[c] + centred(c, m, mean, gain, batch_bias, group_mean) * sum_g[c];
+    }
+  }
+  const double values = static_cast<double>(length) * count;
+  *mean_h = h *= group_weight / values;
+  *mean_hz = hz *= group_weight * inverse / values;
+  const double towards_z = inverse * hz;
+  with_weight(affine, count, [&](int64_t c, double weight) WSBCN_INLINED {
+    p[c] = static_cast<A>(gain[c] * inverse * weight);
+    slope[c] = static_cast<A>(-gain[c] * gain[c] * inverse * towards_z);
+    r[c] = static_cast<A>(
+        -gain[c] * inverse *
+        (h + towards_z * centred(c, m, mean, gain, batch_bias, group_mean)));
+  });
+}
+
+// The row sums of dx1 give the gradients of stage 1.
+template <typename A>
+WSBCN_INLINE void parameters_of_group(
+    const A* m, const A* q, const A* mean, const double* gain, const double* inv_std,
+    const Affine<A>& affine, double group_mean, double inverse, const double* sum_g,
+    const double* sum_gx, double mean_h, double mean_hz, int64_t length, int64_t count,
+    double* d_batch_weight, double* d_batch_bias, double* d_weight, double* d_bias) {
+  const double towards_z = inverse * mean_hz, values = static_cast<double>(length);
+  const A* batch_bias = affine.batch_bias;
+  with_weight(affine, count, [&](int64_t c, double weight) WSBCN_INLINED {
+    const double t = centred(c, m, mean, gain, batch_bias, group_mean);
+    const double dx1 = inverse * (weight * sum_g[c] - values * (mean_h + towards_z * t));
+    const double dx1_x = inverse * (weight * sum_gx[c] - towards_z * gain[c] * values * q[c]);
+    d_bias[c] += sum_g[c];
+    d_weight[c] += inverse * (gain[c] * sum_gx[c] + t * sum_g[c]);
+    d_batch_bias[c] += dx1;
+    d_batch_weight[c] += (dx1_x + (static_cast<double>(m[c]) - mean[c]) * dx1) * inv_std[c];
+  });
+}
+
+#define WSBCN_DEFINE(A)                                                                           \
+  WSBCN_CLONES void update_channels(                                                              \
+      const A* m, const A* q, int64_t samples, int64_t stride, double rate, int64_t count,        \
+      A* mean, A* var, double* sums) {                                                            \
+    updated_channels(m, q, samples, stride, rate, count, mean, var, sums);                        \
+  }                                                                                               \
+  WSBCN_CLONES void channel_gains(                                                                \
+      const A* var, const A* batch_weight, double eps, int64_t count, double* inv_std,            \
+      double* gain) {                                                                             \
+    gains_of_channels(var, batch_weight, eps, count, inv_std, gain);                              \
+  }                                                                                               \
+  WSBCN_CLONES void group_coefficients(                                                           \
+      const A* m, const A* q, const A* mean, const double* gain, const Affine<A>& affine,         \
+      double eps, int64_t count, const Coefficients<A>& result, double* t) {                      \
+    coefficients_of_group(m, q, mean, gain, affine, eps, count, result, t);                       \
+  }                                                                                               \
+  WSBCN_CLONES void gradient_coefficients(                                                        \
+      const A* m, const A* mean, const double* gain, const Affine<A>& affine, A group_mean,       \
+      A inv_group_std, const double* sum_g, const double* sum_gx, int64_t length, int64_t count,  \
+      A* p, A* slope, A* r, double* mean_h, double* mean_hz) {                                    \
+    gradient_of_group<A>(                                                                         \
+        m, mean, gain, affine, group_mean, inv_group_std, sum_g, sum_gx, length, count, p, slope, \
+        r, mean_h, mean_hz);                                                                      \
+  }                                                                                               \
+  WSBCN_CLONES void add_parameter_gradients(                                                      \
+      const A* m, const A* q, const A* mean, const double* gain, const double* inv_std,           \
+      const Affine<A>& affine, A group_mean, A inv_group_std, const double* sum_g,                \
+      const double* sum_gx, double mean_h, double mean_hz, int64_t length, int64_t count,         \
+      double* d_batch_weight, double* d_batch_bias, double* d_weight, double* d_bias) {           \
+    parameters_of_group<A>(                                                                       \
+        m, q, mean, gain, inv_std, affine, group_mean, inv_group_std, sum_g, sum_gx, mean_h,      \
+        mean_hz, length, count, d_batch_weight, d_batch_bias, d_weight, d_bias);                  \
+  }
+
+WSBCN_DEFINE(float)
+WSBCN_DEFINE(double)
+
+}  // namespace wsbcn
