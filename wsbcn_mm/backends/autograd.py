@@ -58,11 +58,19 @@ def batch_channel_norm(
     return _normalize(*arguments)[0]  # without the cost of a node
 
 
-def channel_means(x: Tensor) -> Tensor:
-    """The mean of every channel of x (N, C, *), without gradient and without a copy of x."""
+def row_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of every (sample, channel) of x (N, C, *): (N, C), (N, C).
+
+    Without gradient and without a copy of x.
+    """
     with torch.no_grad():
         kernels = backends.BACKENDS[backends.select(x)].kernels()
-        return kernels.row_moments(_dense(x.detach()))[0].mean(0)
+        return kernels.row_moments(_dense(x.detach()))
+
+
+def channel_means(x: Tensor) -> Tensor:
+    """The mean of every channel of x (N, C, *), without gradient and without a copy of x."""
+    return row_moments(x)[0].mean(0)
 
 
 def weight_standardize(weight: Tensor, eps: float, formula: str, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,97 @@
+"""Estimates the running statistics of a checkpoint again, over N training images as tested."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # also from a clone not installed
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    from mmengine.config import DictAction
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('config', help='config file of the model')
+    parser.add_argument('checkpoint', help='checkpoint file')
+    parser.add_argument('-n', '--num-images', type=int, default=200, help='images, over all ranks')
+    parser.add_argument(
+        '-o', '--out', help='file to write; default: <checkpoint>_recalibrated.pth beside it'
+    )
+    parser.add_argument('--batch-size', type=int, default=1, help='images per forward call')
+    parser.add_argument('--passes', type=int, default=4, help='the most passes over the images')
+    parser.add_argument(
+        '--cfg-options', nargs='+', action=DictAction,
+        help='override settings of the config: a.b.c=value, key="[a,b]", key="[(a,b),(c,d)]"',
+    )  # fmt: skip
+    parser.add_argument(
+        '--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none',
+        help='how the processes were started',
+    )  # fmt: skip
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
+    args = parser.parse_args()
+    for name in ('num_images', 'batch_size', 'passes'):
+        if getattr(args, name) < 1:
+            parser.error(f'--{name.replace("_", "-")} must be at least 1')
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    return args
+
+
+def run(args: argparse.Namespace) -> None:
+    """Loads, measures, writes."""
+    from mmengine.dist import get_dist_info, init_dist, is_distributed
+    from mmengine.registry import MODELS, init_default_scope
+    from mmengine.runner import load_checkpoint
+
+    from wsbcn_mm.openmmlab import config, files, launch, recalibration
+    from wsbcn_mm.openmmlab.checkpoint import CheckpointMismatch, missing_tensors
+
+    cfg = config.load_config(args.config, args.cfg_options)
+    config.check_checkpoint_file(args.checkpoint)
+    config.check_data(cfg, 'train_dataloader')
+    launch.prepare_distributed(cfg, args.launcher)
+    if args.launcher != 'none' and not is_distributed():
+        init_dist(args.launcher)
+    init_default_scope(cfg.get('default_scope') or 'mmengine')
+    dataset = recalibration.training_images_as_tested(cfg)
+
+    for part in (cfg.model, cfg.model.get('backbone') or {}):  # all weights come from the file
+        part.pop('init_cfg', None)
+        part.pop('pretrained', None)
+    model = MODELS.build(cfg.model).to(recalibration.device())
+    checkpoint = load_checkpoint(model, args.checkpoint, map_location='cpu', logger='silent')
+    missing, total = missing_tensors(model, checkpoint.get('state_dict', checkpoint))
+    if missing:
+        raise CheckpointMismatch(
+            f'{args.checkpoint} does not fill {len(missing)} of the {total} conv and norm tensors '
+            f'of {args.config}\n  first missing: {", ".join(missing[:4])}'
+        )
+    batches = recalibration.loader(dataset, args.num_images, args.batch_size)
+    done = recalibration.recalibrate_model(model, batches, args.passes, progress=True)
+    if get_dist_info()[0] != 0:
+        return
+    keys = recalibration.write_statistics(model, checkpoint)
+    source = Path(args.checkpoint)
+    out = Path(args.out or source.with_name(f'{source.stem}_recalibrated.pth'))
+    files.save_atomically(checkpoint, out)
+    for name in done.unreached:
+        print(f'not used by these images, unchanged: {name}')
+    images = min(args.num_images, len(batches.dataset.dataset))
+    drift = 'not known after one pass' if done.drift is None else f'{done.drift:.4f}'
+    print(
+        f'{out}: {len(keys)} statistics of {len(done.samples)} layers over {images} images, '
+        f'{done.passes} passes, last change {drift} standard deviations'
+    )
+
+
+def main() -> None:
+    """Runs, and turns mistakes of the user into one message."""
+    try:
+        run(parse_args())
+    except (ValueError, KeyError, ImportError, OSError) as error:
+        sys.exit(f'error: {error.args[0] if isinstance(error, KeyError) else error}')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,31 @@
+"""The one collective: several tensors summed over all ranks in a single all-reduce."""
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+
+def world_size(group: dist.ProcessGroup | None = None) -> int:
+    """Number of ranks; 1 where no process group was started."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return 1
+    return dist.get_world_size(group)
+
+
+def sum_over_ranks(tensors: list[Tensor], group: dist.ProcessGroup | None = None) -> list[Tensor]:
+    """The sums over all ranks, as new tensors; one all-reduce for all of them together.
+
+    Every rank must call it with tensors of the same shapes, in the same order; the results are the
+    same bits everywhere. With one rank, or without a process group: copies, no collective.
+
+    Args:
+        tensors: Any shapes, one dtype and device.
+        group: The ranks; None: all.
+    """
+    if not tensors:
+        return []
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    if world_size(group) > 1:
+        dist.all_reduce(flat, group=group)
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors)]

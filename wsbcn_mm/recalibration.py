@@ -1,0 +1,244 @@
+"""Estimates the running statistics of a model again: the exact mean over given images.
+
+The running statistics of a trained model are averages over its last steps, during which the weights
+moved; those of a converted model may be unknown. Here they become what they stand for: mean and
+biased variance of what each layer gets **in evaluation**, over a set of images.
+
+What a layer gets depends on the statistics of the layers in front of it, so that they cannot all be
+measured at once. Every layer therefore keeps the latest moments of every image and normalises with
+their mean: in the first pass over the images with that of those so far; in every further pass each
+image replaces what was measured of it before. This goes on until a pass changes nothing more: then
+the statistics are those of the very inputs that they produce.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from wsbcn_mm import distributed
+from wsbcn_mm.backends.autograd import row_moments
+from wsbcn_mm.layers import BatchChannelNorm
+
+
+@dataclass
+class Recalibration:
+    """What `recalibrate` did.
+
+    Attributes:
+        passes: Passes over the images.
+        samples: By layer name, how many samples its statistics are the mean of, over all ranks.
+        drift: The largest change by the last pass, of a mean in standard deviations or of a
+            variance relative to itself: how well the statistics and the inputs that they produce
+            agree. None after a single pass, which has nothing to compare with.
+        unreached: Names of layers that no forward call used; they keep their statistics.
+    """
+
+    passes: int
+    samples: dict[str, int]
+    drift: float | None
+    unreached: list[str]
+
+
+@torch.no_grad()
+def recalibrate(
+    model: nn.Module,
+    batches: Iterable,
+    forward: Callable | None = None,
+    passes: int = 4,
+    tolerance: float = 0.01,
+    layers: Iterable[BatchChannelNorm] | None = None,
+) -> Recalibration:
+    """Replaces the running statistics of BatchChannelNorm layers by those of the given batches.
+
+    ``running_mean`` and ``running_var`` become mean and biased variance over all samples, each
+    sample with the same weight whatever its size (a sample is an image, or a RoI), as measured in
+    evaluation with the very statistics that come out; see the module. Sums are centred and in
+    float64. The model runs in evaluation mode and without gradients, and has its own mode again
+    afterwards; nothing else of it changes, ``num_batches_tracked`` included.
+
+    With a process group every rank must call this, each with its share of the images (shares may
+    differ, or be empty); all ranks end with the same statistics.
+
+    Needs 16 bytes per channel and forward call: 0.4 MB per image for a ResNet-50.
+
+    Args:
+        model: Any model with BatchChannelNorm layers. With DistributedDataParallel: its module.
+        batches: Something to iterate over several times: a DataLoader, a list. All are used; it
+            converges fastest where they come in the same order each time.
+        forward: Called with each batch; None: ``model``.
+        passes: The most passes over the batches, at least 1.
+        tolerance: Stops when a pass changes no statistic by more than this; see
+            `Recalibration.drift`.
+        layers: Those to treat; None: all of the model, in either mode, frozen ones too.
+
+    Returns:
+        What was done. A drift above the tolerance says that the passes ran out.
+
+    Raises:
+        TypeError: ``batches`` is an iterator, which gives its batches only once.
+        ValueError: no layer, no batch on any rank, a bad ``passes`` or ``tolerance``, or a layer
+            that gets values that are not finite, by name. The statistics are then as before.
+    """
+    _check(batches, passes, tolerance)
+    chosen = None if layers is None else {id(layer) for layer in layers}
+    accounts = {
+        name: _Moments(module)
+        for name, module in model.named_modules()
+        if isinstance(module, BatchChannelNorm) and (chosen is None or id(module) in chosen)
+    }
+    if not accounts:
+        raise ValueError('recalibrate: the model has no BatchChannelNorm layer')
+    before = [(account, _statistics(account.layer)) for account in accounts.values()]
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    drift, done = None, 0
+    try:
+        while done < passes and (drift is None or drift > tolerance):
+            old = [_statistics(account.layer) for account in accounts.values()]
+            _run(accounts.values(), batches, model if forward is None else forward)
+            _combine(accounts)
+            drift = _drift(accounts.values(), old) if done else None
+            done += 1
+    except BaseException:
+        for account, statistics in before:
+            account.write(*statistics)
+        raise
+    finally:
+        for module, mode in modes.items():
+            module.training = mode  # not train(): it has side effects in some hosts
+    return Recalibration(
+        passes=done,
+        samples={name: account.total for name, account in accounts.items() if account.total},
+        drift=drift,
+        unreached=[name for name, account in accounts.items() if not account.total],
+    )
+
+
+def _check(batches: Iterable, passes: int, tolerance: float) -> None:
+    if isinstance(batches, Iterator):
+        raise TypeError(
+            'batches must be something to iterate over several times (a DataLoader, a list)\n'
+            f'  got the iterator {type(batches).__name__}'
+        )
+    if isinstance(passes, bool) or not isinstance(passes, int) or passes < 1:
+        raise ValueError(f'passes must be an int >= 1\n  got {passes!r}')
+    if not tolerance >= 0:
+        raise ValueError(f'tolerance must be a number >= 0\n  got {tolerance!r}')
+
+
+def _statistics(layer: BatchChannelNorm) -> tuple[Tensor, Tensor]:
+    return layer.bn.running_mean.clone(), layer.bn.running_var.clone()
+
+
+def _run(accounts: Iterable['_Moments'], batches: Iterable, forward: Callable) -> None:
+    """One pass: every layer measures what it gets, and uses it at once."""
+    handles = []
+    try:
+        for account in accounts:
+            account.calls = 0
+            handles.append(account.layer.register_forward_pre_hook(account.add))
+        for batch in batches:
+            forward(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _combine(accounts: dict[str, '_Moments']) -> None:
+    """Joins what all ranks measured in a pass, and writes it; two collectives for all layers."""
+    measured = [account.measured() for account in accounts.values()]
+    sums = distributed.sum_over_ranks(
+        [torch.cat([count * mean, mean.new_tensor([count])]) for count, mean, _ in measured]
+    )
+    totals = [int(total) for total in torch.stack([row[-1] for row in sums]).tolist()]
+    if not any(totals):
+        raise ValueError('recalibrate: no call reached a BatchChannelNorm layer (no images?)')
+    means = [row[:-1] / max(total, 1) for row, total in zip(sums, totals)]
+    squares = distributed.sum_over_ranks(
+        [square + n * (own - mean).square() for (n, own, square), mean in zip(measured, means)]
+    )
+    for name, mean, square in zip(accounts, means, squares):
+        if not torch.isfinite(torch.stack([mean, square])).all():
+            raise ValueError(
+                f'recalibrate: {name} got values that are not finite\n'
+                '  the weights or the images are damaged; the statistics were left as they were'
+            )
+    for account, total, mean, square in zip(accounts.values(), totals, means, squares):
+        account.total = total
+        if total:
+            account.rebase(mean, square)
+            account.write(mean, square / total)
+
+
+def _drift(accounts: Iterable['_Moments'], old: list[tuple[Tensor, Tensor]]) -> float:
+    """The largest change of a mean in standard deviations, or of a variance by itself."""
+    changes = []
+    for account, (mean, var) in zip(accounts, old):
+        bn, scale = account.layer.bn, var + account.layer.eps
+        changes.append(((bn.running_mean - mean).abs() / scale.sqrt()).max())
+        changes.append(((bn.running_var - var).abs() / scale).max())
+    return torch.stack(changes).max().item()
+
+
+class _Moments:
+    """What a layer got: an entry per call of a pass, which the same call of the next one replaces.
+
+    An entry holds the number of samples of a call and the sums of their values and of their squares
+    around ``centre``. That is near the mean, so that nothing is lost in differences of sums.
+    """
+
+    def __init__(self, layer: BatchChannelNorm) -> None:
+        self.layer = layer
+        self.total = 0  # samples on all ranks in the last pass
+        self.calls = 0  # in this pass
+        buffer = layer.bn.running_mean
+        dtype = torch.float32 if buffer.device.type == 'mps' else torch.float64
+        self.centre = torch.zeros_like(buffer, dtype=dtype)
+        self.entries: list[tuple[int, Tensor, Tensor]] = []
+        # Over the entries, and those that other ranks had at the end of the last pass.
+        self.sums = 0, torch.zeros_like(self.centre), torch.zeros_like(self.centre)
+
+    def add(self, module: nn.Module, inputs: tuple[Tensor]) -> None:
+        """A forward pre-hook: takes the input in and sets the statistics that the layer uses."""
+        if not inputs[0].numel():
+            return
+        m, q = (value.to(self.centre.dtype) for value in row_moments(inputs[0]))
+        if not self.sums[0]:
+            self.centre = m.mean(0)
+        m = m - self.centre
+        entry = len(m), m.sum(0), (q + m.square()).sum(0)
+        if self.calls < len(self.entries):
+            self.sums = tuple(a - b for a, b in zip(self.sums, self.entries[self.calls]))
+            self.entries[self.calls] = entry
+        else:
+            self.entries.append(entry)
+        self.calls += 1
+        self.sums = tuple(a + b for a, b in zip(self.sums, entry))
+        count, first, second = self.sums
+        offset = first / count
+        self.write(self.centre + offset, (second / count - offset.square()).clamp_min_(0))
+
+    def measured(self) -> tuple[int, Tensor, Tensor]:
+        """Samples, mean and sum of squares around the mean, of this rank in this pass."""
+        del self.entries[self.calls :]  # left from a longer pass
+        if not self.entries:
+            return 0, torch.zeros_like(self.centre), torch.zeros_like(self.centre)
+        counts, firsts, seconds = zip(*self.entries)
+        count, first, second = sum(counts), torch.stack(firsts).sum(0), torch.stack(seconds).sum(0)
+        return count, self.centre + first / count, second - first.square() / count
+
+    def rebase(self, mean: Tensor, squares: Tensor) -> None:
+        """Makes the mean over all ranks the centre, and theirs the sums to go on from."""
+        shift = self.centre - mean
+        self.entries = [
+            (n, first + n * shift, second + 2 * shift * first + n * shift.square())
+            for n, first, second in self.entries
+        ]
+        self.centre, self.sums = mean, (self.total, torch.zeros_like(mean), squares)
+
+    def write(self, mean: Tensor, var: Tensor) -> None:
+        """Sets the layer's running statistics."""
+        self.layer.bn.running_mean.copy_(mean)
+        self.layer.bn.running_var.copy_(var)
