@@ -88,6 +88,8 @@ LEVELS = {
     'openmmlab': 5,
     'convert': 4, 'fuse': 4, 'audit': 4, 'diagnostics': 4, 'recalibration': 4, 'shapes': 4,
     'layers': 3,
+    'convert': 4, 'fuse': 4, 'audit': 4, 'diagnostics': 4, 'shapes': 4,
+    'layers': 3, 'structure': 3,
     'functional': 2, 'weight_cache': 2, 'recomputation': 2,
     'backends': 1, 'distributed': 1, 'optimizer_steps': 1,
     'reference': 0, 'version': 0,

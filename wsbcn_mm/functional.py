@@ -197,6 +197,20 @@ def check_groups(num_channels: int, num_groups: int) -> None:
         )
 
 
+def auto_groups(num_channels: int, most: int = 32) -> int:
+    """The number of groups for a width: the largest divisor, at most 32, that leaves two channels.
+
+    A group of a single channel would be an instance normalisation. 64 and more channels of the
+    usual widths get the paper's 32; 48 get 24, 32 get 16, a prime number 1.
+
+    Args:
+        num_channels: C.
+        most: The paper's number of groups.
+    """
+    fitting = (g for g in range(min(most, num_channels // 2), 1, -1) if num_channels % g == 0)
+    return next(fitting, 1)
+
+
 def check_fan_in(fan_in: int) -> None:
     """Raises ValueError where there is nothing to standardize over."""
     if fan_in < 2:

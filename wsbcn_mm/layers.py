@@ -173,7 +173,7 @@ class BatchChannelNorm:
     def __init__(
         self,
         num_channels: int,
-        num_groups: int = 32,
+        num_groups: int | str = 32,
         eps: float = 1e-5,
         momentum: float | str | None = None,
         affine: str | None = 'group',
@@ -181,6 +181,8 @@ class BatchChannelNorm:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        if num_groups == 'auto':
+            num_groups = functional.auto_groups(num_channels)
         check_groups(num_channels, num_groups)
         check_eps(eps)
         check_choice(affine, AFFINES, 'affine')
@@ -337,7 +339,8 @@ _NORM_DOC = """Batch-Channel Normalization over {shape} inputs (arXiv 1911.09738
 
     Args:
         num_channels: C.
-        num_groups: G, a divisor of C.
+        num_groups: G, a divisor of C. ``'auto'``: 32 or the largest divisor below it that leaves two
+            channels per group (`wsbcn_mm.functional.auto_groups`), for networks of odd widths.
         eps: Added to both variances, >= 0.
         momentum: Rate r of the running statistics in [0, 1] (the weight of the new observation);
             None: 0.01 in estimate mode, 0.1 in batch mode; ``'cumulative'``: 1/t at step t, the

@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+from importlib.util import find_spec
 from pathlib import Path
 
 from mmengine.config import Config, ConfigDict
@@ -43,6 +44,48 @@ def load_config(path: str, options: dict | None = None) -> Config:
     if package is not None:
         compat.require(package)
     return cfg
+
+
+def find_config(source: str) -> tuple[Path, str | None]:
+    """The file of a config that is given by path or by name.
+
+    Args:
+        source: A path, or ``'mmdet::...'``, ``'mmseg::...'``, ``'wsbcn_mm::...'`` with the path
+            below the package's configs; ``.py`` may be missing.
+
+    Returns:
+        The file, and the name by which another config inherits from it; None for a plain path, and
+        for the names that mmengine does not read (those with a ``+``).
+
+    Raises:
+        FileNotFoundError: no such file; the message names similar ones.
+        ImportError: the package is not installed.
+    """
+    package, separator, name = source.partition('::')
+    if not separator:
+        if not Path(source).is_file():
+            raise FileNotFoundError(f'no config file {source}{_near_names(source)}')
+        return Path(source), None
+    if package not in (*PACKAGE_OF_SCOPE, 'wsbcn_mm'):
+        raise ValueError(
+            f'{source!r} names no known package\n  expected mmdet::..., mmseg::... or wsbcn_mm::...'
+        )
+    if package in compat.PACKAGES:
+        compat.require(package)
+    name = name if name.endswith('.py') else f'{name}.py'
+    folder = package_configs(package)
+    if not (folder / name).is_file():
+        known = {f.stem: f for f in folder.rglob('*.py') if '_base_' not in f.parts}
+        near = difflib.get_close_matches(Path(name).stem, known, n=3, cutoff=0.5)
+        names = [f'\n    {package}::{known[n].relative_to(folder).as_posix()}' for n in near]
+        hint = ''.join(['\n  did you mean', *names]) if names else ''
+        raise FileNotFoundError(f'{package} has no config {name}{hint}')
+    return folder / name, None if '+' in name else f'{package}::{name}'
+
+
+def package_configs(package: str) -> Path:
+    """The folder of the configs that an installed package ships."""
+    return Path(find_spec(package).submodule_search_locations[0]) / '.mim' / 'configs'
 
 
 def _near_names(path: str) -> str:

@@ -1,0 +1,43 @@
+"""Turns a config of MMDetection or MMSegmentation into one that trains with WS + BCN."""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # also from a clone not installed
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('source', help='config file, or mmdet::... / mmseg::... name')
+    parser.add_argument('-o', '--out', help='config file to write; without it nothing is written')
+    parser.add_argument('--norm', default='BCN', help='BCN or GN')
+    parser.add_argument('--conv', default='WSConv2d', help='WSConv2d, or none for norms alone')
+    parser.add_argument('--images-per-gpu', type=int, default=1, help='batch size of one process')
+    parser.add_argument('--keep-lr', action='store_true', help='do not scale the learning rate')
+    parser.add_argument(
+        '--checkpoint', help='backbone weights that were trained with these layers'
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Converts, prints the difference, writes."""
+    args = parse_args()
+    try:
+        from wsbcn_mm.openmmlab import convert_config
+
+        conversion = convert_config.convert_config(
+            args.source, args.norm, args.conv, args.images_per_gpu, args.keep_lr, args.checkpoint
+        )
+        if args.out is not None:
+            convert_config.write_config(conversion, args.out)
+    except (ValueError, TypeError, ImportError, FileNotFoundError) as error:
+        sys.exit(f'error: {error}')
+    print(conversion)
+    print(f'written: {args.out}' if args.out else 'nothing written: give -o FILE')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,340 @@
+"""Turns Conv + BatchNorm (or GroupNorm) of any torch model into WS + BCN, in place.
+
+Which convolutions are meant is decided by `wsbcn_mm.structure`: only those that a normalisation
+follows, because a standardized convolution without one multiplies activations by sqrt(fan-in).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from wsbcn_mm import layers
+from wsbcn_mm.functional import FORMULAS, MODES, auto_groups, check_choice
+from wsbcn_mm.structure import Follower, followers, is_norm, num_channels
+
+STANDARDIZED = {
+    nn.Conv1d: layers.WSConv1d,
+    nn.Conv2d: layers.WSConv2d,
+    nn.Conv3d: layers.WSConv3d,
+    nn.ConvTranspose2d: layers.WSConvTranspose2d,
+}
+# Subclasses that compute the same as torch's own class, by name: they need not be installed.
+# mmcv's wrappers accept empty inputs, which torch does by itself today. ConvWS standardizes.
+SAME_AS_TORCH = {'mmcv.cnn.bricks.wrappers', 'mmcv.cnn.bricks.conv_ws.ConvWS2d'}
+BATCH_CHANNEL_NORM = {
+    1: layers.BatchChannelNorm1d,
+    2: layers.BatchChannelNorm2d,
+    3: layers.BatchChannelNorm3d,
+}
+
+
+@dataclass(frozen=True)
+class Changed:
+    """A layer that was replaced: its name, what it was, what it is."""
+
+    name: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class Left:
+    """A convolution or normalisation that stays as it is, and why."""
+
+    name: str
+    layer: str
+    reason: str
+
+
+@dataclass
+class ConversionReport:
+    """What `convert_model` did; ``str()`` is a table.
+
+    Attributes:
+        changed: The layers that were replaced.
+        left: The convolutions and normalisations that were not, with the reason.
+    """
+
+    changed: list[Changed] = field(default_factory=list)
+    left: list[Left] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [f'changed: {len(self.changed)} layers']
+        lines += [f'  {c.name}: {c.before} -> {c.after}' for c in self.changed]
+        lines.append(f'left as they are: {len(self.left)} layers')
+        lines += [f'  {item.name}: {item.layer}: {item.reason}' for item in self.left]
+        return '\n'.join(lines)
+
+
+def convert_model(
+    model: nn.Module,
+    example_input: object = None,
+    *,
+    standardize: bool = True,
+    num_groups: int | str | Callable[[int], int] = 'auto',
+    mode: str = 'estimate',
+    momentum: float | str | None = None,
+    formula: str = 'paper',
+) -> ConversionReport:
+    """Replaces conv -> norm pairs of a model by WS convolutions and BCN, in place.
+
+    - A BatchNorm, SyncBatchNorm, GroupNorm or FrozenBatchNorm2d behind a convolution becomes a
+      `BatchChannelNorm1d/2d/3d` of its width. Its scale and shift are kept: those of a BatchNorm
+      become ``batch_weight``, ``batch_bias``; those of a GroupNorm become the outer ``weight``,
+      ``bias`` with ``affine='channel'``, so that nothing of it is lost.
+    - Its convolution becomes the WS convolution of its kind, with its weight and bias.
+    - Parameters stay the same objects (an optimizer that holds them, or layers that share them,
+      still do). Running statistics are kept where the convolution stays as it is, and start anew
+      where it is standardized: they describe the outputs of the raw weight.
+
+    This is the start of a training, not an equal network: for a function-preserving start estimate
+    the statistics first (`tools/model_converters/recalibrate.py`).
+
+    Args:
+        model: Changed in place; mode, device, dtype, ``requires_grad`` and hooks stay.
+        example_input: What to call the model with (a tensor, or a tuple of arguments), once, in
+            eval mode without gradients. What is seen decides what follows what; without it the
+            structure does, see `wsbcn_mm.structure`.
+        standardize: Whether convolutions become WS; False: norms alone.
+        num_groups: G of every layer, ``'auto'`` (see `BatchChannelNorm2d`), or a function of the
+            width.
+        mode: As in `BatchChannelNorm2d`.
+        momentum: As in `BatchChannelNorm2d`.
+        formula: As in `WSConv2d`; convolutions that are mmcv's ConvWS keep their own, 'std_eps'.
+
+    Returns:
+        What changed, and what was left and why. Converting a second time changes nothing.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+        ValueError: the model is itself a single convolution or normalisation, an unknown mode or
+            formula, groups that do not divide a width (nothing was changed then).
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64), nn.Conv2d(64, 2, 1))
+        >>> report = convert_model(model)
+        >>> [c.after for c in report.changed]
+        ['WSConv2d', 'BatchChannelNorm2d']
+        >>> report.left[0].reason
+        'no normalisation follows'
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f'model must be a torch.nn.Module\n  got {type(model).__name__}')
+    if is_norm(model) or isinstance(model, nn.modules.conv._ConvNd):
+        raise ValueError(
+            f'model must hold the layers that are to be replaced\n  got a {type(model).__name__} '
+            'itself\n  put it into a torch.nn.Sequential'
+        )
+    check_choice(mode, MODES, 'mode')
+    check_choice(formula, FORMULAS, 'formula')
+    run = None if example_input is None else lambda: _run(model, example_input)
+    found = followers(model, run)
+    modules = dict(model.named_modules(remove_duplicate=False))
+
+    # Everything is made before anything is replaced: an error leaves the model as it was.
+    report = ConversionReport()
+    replacement: dict[int, nn.Module] = {}
+    dims: dict[int, int] = {}  # of the normalisations behind convolutions
+    for follower in found:
+        for name in follower.norms:
+            dims[id(modules[name])] = len(follower.conv.kernel_size)
+    norm_lines = _convert_norms(
+        model, modules, dims, replacement, num_groups, mode, momentum, report
+    )
+    tied = _tied_to_bare(found)
+    conv_lines = [
+        _convert_conv(follower, modules, replacement, standardize, formula, tied)
+        for follower in found
+    ]
+    order = {name: i for i, name in enumerate(modules)}
+    for line in sorted([*norm_lines, *conv_lines], key=lambda line: order[line.name]):
+        (report.changed if isinstance(line, Changed) else report.left).append(line)
+    for follower in found:  # statistics of a raw weight's outputs say nothing about the new ones
+        if id(follower.conv) in replacement:
+            for name in follower.norms:
+                new = replacement.get(id(modules[name]))
+                if isinstance(new, layers.BatchChannelNorm):
+                    new.bn.reset_running_stats()
+    for module in list(model.modules()):
+        for name, child in list(module._modules.items()):
+            if id(child) in replacement:
+                module._modules[name] = replacement[id(child)]
+    return report
+
+
+def _run(model: nn.Module, example_input: object) -> None:
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            model(*example_input) if isinstance(example_input, tuple) else model(example_input)
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+# ---- normalisations ----------------------------------------------------------------------------
+
+
+def _convert_norms(
+    model, modules, dims, replacement, num_groups, mode, momentum, report
+) -> list[Changed | Left]:
+    lines = []
+    for name, norm in model.named_modules():
+        if not is_norm(norm) or isinstance(norm, layers.BatchChannelNorm):
+            continue
+        parent = modules[name.rpartition('.')[0]]
+        if is_norm(parent):  # the statistics of a BatchChannelNorm
+            continue
+        kind = type(norm).__name__
+        reason = _why_not_norm(norm, dims)
+        if reason is not None:
+            lines.append(Left(name, kind, reason))
+            continue
+        try:
+            new = _batch_channel_norm(norm, dims[id(norm)], num_groups, mode, momentum)
+        except ValueError as error:
+            raise ValueError(f'{name}: {error}') from None
+        replacement[id(norm)] = _with_activation(norm, new)
+        lines.append(Changed(name, kind, type(new).__name__))
+    return lines
+
+
+def _why_not_norm(norm: nn.Module, dims: dict[int, int]) -> str | None:
+    if isinstance(norm, nn.LayerNorm):
+        return 'normalises each position by itself; batch size does not matter to it'
+    if isinstance(norm, nn.modules.instancenorm._InstanceNorm):
+        return 'normalises each sample by itself; batch size does not matter to it'
+    if isinstance(norm, nn.modules.lazy.LazyModuleMixin) and norm.has_uninitialized_params():
+        return 'has no width yet: run the model once before'
+    if id(norm) not in dims:
+        return 'no convolution was found before it'
+    if dims[id(norm)] not in BATCH_CHANNEL_NORM:
+        return f'no BCN for {dims[id(norm)]}-d convolutions'
+    return None
+
+
+def _batch_channel_norm(norm, dim, num_groups, mode, momentum) -> layers.BatchChannelNorm:
+    width = num_channels(norm)
+    groups = num_groups
+    if callable(num_groups):
+        groups = num_groups(width)
+    elif num_groups == 'auto':
+        # A GroupNorm's own groups are part of what it learned.
+        groups = norm.num_groups if isinstance(norm, nn.GroupNorm) else auto_groups(width)
+    grouped = isinstance(norm, nn.GroupNorm)
+    scale, shift = norm.weight, norm.bias  # None without affine
+    reference = next((t for t in (scale, norm._buffers.get('running_mean')) if t is not None), None)
+    new = BATCH_CHANNEL_NORM[dim](
+        width, groups, eps=norm.eps, momentum=momentum, mode=mode,
+        affine='channel' if grouped and scale is not None else 'group',
+        device=None if reference is None else reference.device,
+        dtype=None if reference is None else reference.dtype,
+    )  # fmt: skip
+    names = ('weight', 'bias') if grouped else ('batch_weight', 'batch_bias')
+    for target, value in zip(names, (scale, shift)):
+        if isinstance(value, nn.Parameter):
+            setattr(new, target, value)
+        elif value is not None:  # FrozenBatchNorm2d keeps buffers
+            getattr(new, target).data.copy_(value)
+    if getattr(norm, 'running_mean', None) is not None:
+        new.bn.running_mean.copy_(norm.running_mean)
+        new.bn.running_var.copy_(norm.running_var)
+    frozen = [not p.requires_grad for p in norm.parameters()]
+    if frozen and all(frozen):
+        new.requires_grad_(False)
+    _take_over(norm, new)
+    return new
+
+
+def _with_activation(norm: nn.Module, new: nn.Module) -> nn.Module:
+    """The norm followed by what a norm-with-activation (timm's BatchNormAct2d) does after it."""
+    rest = {name: norm._modules[name] for name in ('drop', 'act') if name in norm._modules}
+    if not rest:
+        return new
+    both = nn.Sequential()
+    both.add_module('norm', new)
+    for name, module in rest.items():
+        both.add_module(name, module)
+    return both.train(norm.training)
+
+
+# ---- convolutions ------------------------------------------------------------------------------
+
+
+def _tied_to_bare(found: list[Follower]) -> set[int]:
+    """Weights that some convolution uses without a normalisation behind it, by id."""
+    return {id(f.conv.weight) for f in found if not f.normalised}
+
+
+def _convert_conv(follower, modules, replacement, standardize, formula, tied) -> Changed | Left:
+    conv, name = follower.conv, follower.names[0]
+    kind = type(conv).__name__
+    reason = _why_not_conv(follower, modules, replacement, standardize, tied)
+    if reason is not None:
+        return Left(name, kind, reason)
+    target = STANDARDIZED[_torch_class(conv)]
+    arguments = dict(
+        stride=conv.stride, padding=conv.padding, dilation=conv.dilation, groups=conv.groups,
+        bias=conv.bias is not None, padding_mode=conv.padding_mode,
+        device='meta',  # its parameters are replaced below
+    )  # fmt: skip
+    if conv.transposed:
+        arguments['output_padding'] = conv.output_padding
+    own = 'std_eps' if kind == 'ConvWS2d' else formula
+    new = target(conv.in_channels, conv.out_channels, conv.kernel_size, formula=own, **arguments)
+    new.weight, new.bias = conv.weight, conv.bias
+    _take_over(conv, new)
+    replacement[id(conv)] = new
+    return Changed(name, kind, target.__name__)
+
+
+def _why_not_conv(follower, modules, replacement, standardize, tied) -> str | None:
+    conv = follower.conv
+    if isinstance(conv, layers.WeightStandardized):
+        return 'is standardized already'
+    if not follower.norms:
+        return 'no normalisation follows'
+    if follower.bare:
+        return f'not only a normalisation follows: also {", ".join(follower.bare)}'
+    left = [n for n in follower.norms if id(modules[n]) not in replacement]
+    left = [n for n in left if not isinstance(modules[n], layers.BatchChannelNorm)]
+    if left:
+        return f'the normalisation behind it, {left[0]}, stays as it is'
+    if not standardize:
+        return 'standardize=False'
+    if id(conv.weight) in tied:
+        return 'shares its weight with a convolution that no normalisation follows'
+    if hasattr(conv, 'parametrizations') or any(
+        hasattr(hook, 'compute_weight') for hook in conv._forward_pre_hooks.values()
+    ):
+        return 'its weight is computed by another parametrization'
+    if _torch_class(conv) is None:
+        return f'{type(conv).__name__} is not torch\'s own convolution, or has no WS version'
+    fan_in = conv.weight[0].numel() if not conv.transposed else (
+        conv.in_channels // conv.groups * math.prod(conv.kernel_size)
+    )  # fmt: skip
+    if fan_in < 2:
+        return 'a fan-in of 1 has no variance'
+    return None
+
+
+def _torch_class(conv: nn.Module) -> type | None:
+    """The torch class that computes the same as this convolution."""
+    kind = type(conv)
+    name = f'{kind.__module__}.{kind.__qualname__}'
+    if kind.__module__ in SAME_AS_TORCH or name in SAME_AS_TORCH:
+        kind = next(base for base in kind.__mro__ if base in STANDARDIZED or base is nn.Module)
+    return kind if kind in STANDARDIZED else None
+
+
+def _take_over(old: nn.Module, new: nn.Module) -> None:
+    """Mode and hooks of the old layer."""
+    new.train(old.training)
+    for name in ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks'):
+        getattr(new, name).update(getattr(old, name))

@@ -1,0 +1,198 @@
+"""Looks into the model of a config: its nodes, what each one accepts, and which layers it builds.
+
+A *node* is a dict with a ``type`` that builds a module. Constructors have defaults for ``norm_cfg``
+and friends that no config shows, and pass them to parts of their own: what a config really builds
+is known only when it is built. Nothing is initialised here, which makes it cheap.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from unittest import mock
+
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, DefaultScope, Registry
+from torch import nn
+
+# Dicts under these keys are built by mmcv's own builders, with arguments of their parents'.
+LAYER_KEYS = {'norm_cfg', 'conv_cfg', 'act_cfg', 'upsample_cfg', 'init_cfg', 'loss'}
+
+
+@dataclass
+class Node:
+    """A dict of the config that builds a module.
+
+    Attributes:
+        path: Keys and list positions from the config's root, ``('model', 'backbone')``.
+        cfg: The dict itself.
+        kind: The class that is built.
+        defaults: What the class' constructor takes, with the defaults (``inspect._empty`` where
+            there is none).
+    """
+
+    path: tuple
+    cfg: dict
+    kind: type
+    defaults: dict[str, object]
+
+    @property
+    def where(self) -> str:
+        """The path as one writes it, ``model.backbone``."""
+        return dotted(self.path)
+
+    def accepts(self, name: str) -> bool:
+        """Whether the constructor has an argument of this name."""
+        return name in self.defaults
+
+    def get(self, name: str) -> object:
+        """The value in the config, else the constructor's default; None where there is neither."""
+        value = self.cfg.get(name, self.defaults.get(name))
+        return None if value is inspect.Parameter.empty else value
+
+
+def dotted(path: tuple) -> str:
+    """``('model', 'bbox_head', 0, 'norm_cfg')`` as ``model.bbox_head[0].norm_cfg``."""
+    text = ''.join(f'[{key}]' if isinstance(key, int) else f'.{key}' for key in path)
+    return text.removeprefix('.')
+
+
+def register_hosts(cfg: Config) -> None:
+    """Imports the models of the config's packages, so that their names are known."""
+    import wsbcn_mm  # noqa: F401  registers the layers
+
+    scope = cfg.get('default_scope')
+    if scope == 'mmdet':
+        import mmdet.models
+    if scope == 'mmseg':
+        import mmseg.models  # noqa: F401
+
+
+def nodes(cfg: Config) -> list[Node]:
+    """The nodes of ``cfg.model``, from the outside to the inside.
+
+    Raises:
+        ValueError: the config has no model.
+    """
+    model = cfg.get('model')
+    if not isinstance(model, dict) or 'type' not in model:
+        raise ValueError(
+            f'{cfg.filename or "the config"} has no model: no top-level `model = dict(type=...)`\n'
+            '  is it a file of _base_ parts, or of a dataset?'
+        )
+    register_hosts(cfg)
+    with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
+        return list(_nodes(model, ('model',), None))
+
+
+def _nodes(value: object, path: tuple, scope: str | None) -> Iterator[Node]:
+    if isinstance(value, dict):
+        scope = value.get('_scope_', scope)
+        kind = _class_of(value.get('type'), scope)
+        if kind is not None:
+            yield Node(path, value, kind, constructor_defaults(kind))
+        for key, item in value.items():
+            if key not in LAYER_KEYS:
+                yield from _nodes(item, (*path, key), scope)
+    elif isinstance(value, (list, tuple)):
+        for i, item in enumerate(value):
+            yield from _nodes(item, (*path, i), scope)
+
+
+def _class_of(kind: object, scope: str | None) -> type | None:
+    if isinstance(kind, str):
+        with MODELS.switch_scope_and_registry(scope) as registry:
+            kind = registry.get(kind)
+    return kind if inspect.isclass(kind) and issubclass(kind, nn.Module) else None
+
+
+def constructor_defaults(kind: type) -> dict[str, object]:
+    """The arguments of a class, those that ``**kwargs`` hands to its bases included."""
+    found: dict[str, object] = {}
+    for base in kind.__mro__:
+        if '__init__' not in vars(base) or base is nn.Module:
+            continue
+        parameters = list(inspect.signature(base.__init__).parameters.values())[1:]
+        for p in parameters:
+            if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY):
+                found.setdefault(p.name, p.default)
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
+    return found
+
+
+# ---- building ----------------------------------------------------------------------------------
+
+
+class _Tagged(str):
+    """A type name that knows its place in the config; survives copies of the dict around it."""
+
+    path: tuple
+
+
+def build(cfg: Config) -> nn.Module:
+    """Builds the model without initialising its weights.
+
+    Every module that was built from a node of the config has the node's path as ``config_path``.
+
+    Raises:
+        Whatever the host's constructors raise.
+    """
+    register_hosts(cfg)
+    model = _tag(cfg.model, ('model',))
+    original = Registry.build
+
+    def build_and_mark(self, cfg, *args, **kwargs):
+        module = original(self, cfg, *args, **kwargs)
+        kind = cfg.get('type') if isinstance(cfg, dict) else None
+        if isinstance(kind, _Tagged) and isinstance(module, nn.Module):
+            module.config_path = kind.path
+        return module
+
+    with (
+        warnings.catch_warnings(action='ignore'),  # the hosts' own deprecations
+        mock.patch.object(Registry, 'build', build_and_mark),
+        without_initialisation(),
+        DefaultScope.overwrite_default_scope(cfg.get('default_scope')),
+    ):
+        return MODELS.build(model)
+
+
+def _tag(value: object, path: tuple) -> object:
+    if isinstance(value, dict):
+        copy = type(value)()
+        for key, item in value.items():
+            copy[key] = _tag(item, (*path, key))
+        if isinstance(copy.get('type'), str):
+            kind = _Tagged(copy['type'])
+            kind.path = path
+            copy['type'] = kind
+        return copy
+    if isinstance(value, (list, tuple)):
+        return type(value)(_tag(item, (*path, i)) for i, item in enumerate(value))
+    return value
+
+
+@contextmanager
+def without_initialisation() -> Iterator[None]:
+    """Skips torch's random initialisation: what it would fill is not looked at."""
+
+    def nothing(tensor, *args, **kwargs):
+        return tensor
+
+    names = [n for n in vars(torch.nn.init) if n.endswith('_') and not n.startswith('_')]
+    with mock.patch.multiple(torch.nn.init, **dict.fromkeys(names, nothing)):
+        yield
+
+
+def owners(model: nn.Module) -> dict[str, tuple]:
+    """For each module name of a model from `build`: the path of the node that it belongs to."""
+    found: dict[str, tuple] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        own = getattr(module, 'config_path', None)
+        found[name] = own or found.get(name.rpartition('.')[0], ('model',))
+    return found
