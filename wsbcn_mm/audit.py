@@ -93,7 +93,8 @@ def audit_model(
 
 
 def _norms(model: nn.Module, images: int, processes: int):
-    parts = {id(c) for m in model.modules() if isinstance(m, BatchChannelNorm) for c in m.children()}
+    layers = [m for m in model.modules() if isinstance(m, BatchChannelNorm)]
+    parts = {id(child) for layer in layers for child in layer.children()}
     for name, module in model.named_modules():
         if isinstance(module, BatchChannelNorm):
             yield from _batch_channel_norm(name, module, images * processes)

@@ -339,8 +339,8 @@ _NORM_DOC = """Batch-Channel Normalization over {shape} inputs (arXiv 1911.09738
 
     Args:
         num_channels: C.
-        num_groups: G, a divisor of C. ``'auto'``: 32 or the largest divisor below it that leaves two
-            channels per group (`wsbcn_mm.functional.auto_groups`), for networks of odd widths.
+        num_groups: G, a divisor of C. ``'auto'``: 32, or the largest divisor below it that leaves
+            two channels per group (`wsbcn_mm.functional.auto_groups`), for networks of odd widths.
         eps: Added to both variances, >= 0.
         momentum: Rate r of the running statistics in [0, 1] (the weight of the new observation);
             None: 0.01 in estimate mode, 0.1 in batch mode; ``'cumulative'``: 1/t at step t, the

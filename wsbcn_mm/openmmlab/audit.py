@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import re
 from pathlib import Path
 
@@ -64,10 +65,15 @@ def audit_config(
     else:
         cfg = Config.fromfile(find_config(str(source))[0])
     nodes = probe.nodes(cfg)
-    findings = _groups(cfg, nodes)
-    if findings:  # mended in this copy, so that the model can be built and the rest be found
-        nodes = probe.nodes(cfg)
-    model = probe.build(cfg)
+    findings = []
+    try:
+        model = probe.build(cfg)
+    except ValueError as error:
+        if 'num_groups' not in str(error):
+            raise
+        # Mended in this copy, so that the model can be built and the rest be found.
+        findings = _groups(cfg, nodes)
+        nodes, model = probe.nodes(cfg), probe.build(cfg)
     images = images_per_gpu or _images(cfg) or 1
     processes = gpus or _processes(cfg) or 1
     owner = {name: dotted(path) for name, path in probe.owners(model).items()}
@@ -161,8 +167,6 @@ def _groups(cfg: Config, nodes: list[Node]) -> list[Finding]:
     """Groups that do not divide a width; mends ``cfg`` so that it can be built."""
     grouped = [n for n in nodes if isinstance(n.cfg.get('norm_cfg'), dict)
                and isinstance(n.cfg['norm_cfg'].get('num_groups'), int)]  # fmt: skip
-    if not grouped:
-        return []
     trial = copy.deepcopy(cfg)
     for node in probe.nodes(trial):
         if any(node.path == other.path for other in grouped):
@@ -182,8 +186,8 @@ def _groups(cfg: Config, nodes: list[Node]) -> list[Finding]:
         kind = node.cfg['norm_cfg']['type']
         fitted = {auto_groups(width) for width in widths}
         ours = str(kind).startswith('BCN')
-        value = "'auto'" if ours else str(auto_groups(_gcd(widths)))
-        node.cfg['norm_cfg']['num_groups'] = 'auto' if ours else auto_groups(_gcd(widths))
+        value = "'auto'" if ours else str(auto_groups(math.gcd(*widths)))
+        node.cfg['norm_cfg']['num_groups'] = 'auto' if ours else auto_groups(math.gcd(*widths))
         why = (
             f'{groups} groups do not divide {wrong[0]} channels of {widths[wrong[0]]} '
             f'(widths {sorted(widths)}, which fit {sorted(fitted)}): the model cannot be built'
@@ -193,12 +197,6 @@ def _groups(cfg: Config, nodes: list[Node]) -> list[Finding]:
                     _line(f'{node.where}.norm_cfg.num_groups', value))
         )  # fmt: skip
     return findings
-
-
-def _gcd(widths: dict[int, str]) -> int:
-    import math
-
-    return math.gcd(*widths)
 
 
 def _frozen(nodes: list[Node], model: nn.Module, owner: dict[str, str]) -> list[Finding]:
@@ -258,7 +256,7 @@ def _unscaled_child(cfg: Config, images: int, lr: float, base: int | None) -> Fi
         rate = ((old.get('optim_wrapper') or {}).get('optimizer') or {}).get('lr')
         same_base = (old.get('auto_scale_lr') or {}).get('base_batch_size') == base
         if size and size != images and rate == lr and same_base:
-            why = f'lr = {lr} is the one of {parent}, which trains {size} images per GPU, not {images}'
+            why = f'lr = {lr} is that of {parent}, for {size} images per GPU instead of {images}'
             new = f'{lr * images / size:.6g}'
             fix = _line('optim_wrapper.optimizer.lr', new)
             return Finding('warning', 'learning-rate', 'optim_wrapper.optimizer.lr', why, fix)

@@ -67,7 +67,7 @@ def register_hosts(cfg: Config) -> None:
 
     scope = cfg.get('default_scope')
     if scope == 'mmdet':
-        import mmdet.models
+        import mmdet.models  # noqa: F401
     if scope == 'mmseg':
         import mmseg.models  # noqa: F401
 

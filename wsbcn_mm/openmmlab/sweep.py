@@ -1,0 +1,281 @@
+"""Converts one upstream config and sees what comes of it: built, audited, run forward, read back.
+
+`examine` is what tools/analysis_tools/sweep_upstream.py calls for every config that the installed
+mmdet and mmseg ship, and what a sample of them goes through in the tests.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import time
+import warnings
+from pathlib import Path
+
+import torch
+from mmengine.config import Config
+from mmengine.registry import DefaultScope
+from torch import nn
+
+from wsbcn_mm.audit import has_problems
+from wsbcn_mm.layers import BatchChannelNorm, WeightStandardized
+from wsbcn_mm.openmmlab import convert_config, probe
+from wsbcn_mm.openmmlab.audit import audit_config
+from wsbcn_mm.openmmlab.config import find_config, package_configs
+from wsbcn_mm.structure import is_norm, trace
+
+# What a config may need beside the installed packages, by what the message of its failure holds.
+NEEDS = {
+    'mmpretrain': ('mmpretrain',), 'timm': ('timm',), 'transformers': ('transformers',),
+    'a file of its own (a teacher, an embedding)': ('No such file', 'does not exist', 'not found'),
+    'a download': ('HTTP', 'urlopen', 'Connection', 'resolve', 'Name or service', 'download'),
+}  # fmt: skip
+OUTCOMES = ('converted', 'without WS', 'nothing to convert', 'refused', 'needs', 'failed')
+
+
+def upstream_configs(package: str) -> list[str]:
+    """Names of all configs outside of _base_ that an installed package ships."""
+    folder = package_configs(package)
+    files = sorted(folder.rglob('*.py'))
+    return [
+        f'{package}::{file.relative_to(folder).as_posix()}'
+        for file in files if '_base_' not in file.relative_to(folder).parts
+    ]  # fmt: skip
+
+
+def examine(source: str, forward: bool = True, written: Path | None = None) -> dict:
+    """Converts a config and records what happens, as a dict for JSON.
+
+    Args:
+        source: ``mmdet::...`` or ``mmseg::...``.
+        forward: Run the converted model once, at 64x64 pixels.
+        written: Write the config to this file and read it back.
+
+    Returns:
+        ``config``, ``outcome`` (see `OUTCOMES`), ``reason``, ``seconds``; for a converted one also
+        ``layers`` (numbers of BCN, WS, remaining BN and plain conv -> norm pairs), ``left``,
+        ``findings`` of the audit, ``forward`` (what ran, or why nothing did) and ``bare`` (WS
+        convolutions that were seen, in the run, to have no norm behind them).
+    """
+    start = time.perf_counter()
+    record = dict(config=source, outcome='failed', reason='')
+    try:
+        record.update(_examine(source, forward, written))
+    except convert_config.NothingToConvert as error:
+        record.update(outcome='nothing to convert', reason=_first_line(error))
+    except Upstream as error:
+        record.update(_upstream(error.__cause__))
+    except Exception as error:  # noqa: BLE001  recorded, and counted as ours
+        record.update(reason=f'{type(error).__name__}: {_first_line(error)}')
+    record['seconds'] = round(time.perf_counter() - start, 2)
+    return record
+
+
+class Upstream(Exception):
+    """The config as shipped cannot be read or built here; the cause says why."""
+
+
+def _examine(source: str, forward: bool, written: Path | None) -> dict:
+    try:
+        original = Config.fromfile(find_config(source)[0])
+        if isinstance(original.get('model'), dict) and 'type' in original.model:
+            probe.nodes(original)
+            probe.build(original)
+    except Exception as error:
+        raise Upstream from error
+    outcome, reason = 'converted', ''
+    try:
+        conversion = convert_config.convert_config(source)
+    except convert_config.UnsupportedConfig as error:
+        outcome, reason = 'without WS', _first_line(error)
+        conversion = convert_config.convert_config(source, conv='none')
+    except convert_config.NothingToConvert:
+        raise
+    except ValueError as error:
+        if 'has no model' in str(error):
+            raise convert_config.NothingToConvert('has no model of its own') from None
+        raise
+    if written is not None:
+        convert_config.write_config(conversion, written)
+    cfg = conversion.cfg
+    _few_proposals(cfg.model)
+    model = probe.build(cfg)
+    findings = audit_config(cfg)
+    record = dict(
+        outcome=outcome, reason=reason, layers=_count(model), left=conversion.left,
+        findings=[f'{f.level} {f.code} {f.where}' for f in findings],
+        clean=not has_problems(findings), model=_fingerprint(cfg),
+    )  # fmt: skip
+    if forward:
+        record.update(run_once(model, cfg))
+    return record
+
+
+def _upstream(error: BaseException) -> dict:
+    text = f'{type(error).__name__}: {_first_line(error)}'
+    for needed, words in NEEDS.items():
+        if any(word in text for word in words):
+            return dict(outcome='needs', reason=f'{needed}: {text}')
+    return dict(outcome='needs', reason=f'the original cannot be built here: {text}')
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [''])[0][:200]
+
+
+def _count(model: nn.Module) -> dict[str, int]:
+    modules = list(model.modules())
+    parts = {id(c) for m in modules if isinstance(m, BatchChannelNorm) for c in m.children()}
+    return dict(
+        bcn=sum(isinstance(m, BatchChannelNorm) for m in modules),
+        ws=sum(isinstance(m, WeightStandardized) for m in modules),
+        bn=sum(isinstance(m, nn.modules.batchnorm._BatchNorm) and id(m) not in parts
+               for m in modules),
+        gn=sum(type(m) is nn.GroupNorm for m in modules),
+    )  # fmt: skip
+
+
+# What a config may say differently without changing which layers are built.
+NOT_STRUCTURE = ('num_classes', 'test_cfg', 'train_cfg', 'data_preprocessor', 'init_cfg',
+                 'pretrained', '_scope_')  # fmt: skip
+
+
+def _fingerprint(cfg: Config) -> str:
+    """The same for models of the same layers; losses, classes and thresholds do not matter."""
+
+    def structure(value):
+        if isinstance(value, dict):
+            return {k: structure(v) for k, v in value.items()
+                    if k not in NOT_STRUCTURE and not str(k).startswith('loss')}  # fmt: skip
+        return [structure(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+    text = json.dumps(structure(cfg.model.to_dict()), sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _few_proposals(value: object) -> None:
+    """Eight proposals instead of a thousand: the heads of detectors run once for each."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if key == 'rpn' and isinstance(item, dict) and 'max_per_img' in item:
+                item['max_per_img'] = item['nms_pre'] = 8
+            _few_proposals(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            _few_proposals(item)
+
+
+# ---- one run -----------------------------------------------------------------------------------
+
+
+def run_once(model: nn.Module, cfg: Config, size: int = 64) -> dict:
+    """Runs a model from `probe.build` once, and looks at what follows its WS convolutions.
+
+    The whole network where it can be called so (mode ``'tensor'``), else backbone and neck.
+
+    Returns:
+        ``forward``: ``'whole'``, ``'features'`` or the reason why neither ran; ``bare``: names of
+        WS convolutions that something else than a norm read.
+    """
+    _fill(model)
+    image = torch.randn(1, 3, size, size)
+    attempts = {
+        'whole': lambda: model(image, _samples(cfg, size), mode='tensor'),
+        'features': lambda: model.extract_feat(image),
+    }
+    names = {id(module): name for name, module in model.named_modules()}
+    modules = {id(module): module for module in model.modules()}
+    reason = ''
+    # Training mode: estimates move, and nothing is taken from running statistics of nothing.
+    model.train()
+    with DefaultScope.overwrite_default_scope(cfg.get('default_scope')), torch.no_grad():
+        for kind, attempt in attempts.items():
+            try:
+                seen = trace(model, attempt)
+            except Exception as error:  # noqa: BLE001  what cannot run so is recorded
+                reason = reason or f'{type(error).__name__}: {_first_line(error)}'
+                continue
+            bare = [names[key] for key, (norms, others) in seen.items()
+                    if isinstance(modules[key], WeightStandardized) and (others or not norms)]
+            return dict(forward=kind, bare=bare)
+    return dict(forward=reason, bare=[])
+
+
+# ---- many, one worker at a time ----------------------------------------------------------------
+
+
+def work(pipe) -> None:
+    """Examines what comes through a pipe: (name, forward, file or None); None ends it."""
+    torch.set_num_threads(1)
+    warnings.simplefilter('ignore')
+    while (job := pipe.recv()) is not None:
+        source, forward, written = job
+        pipe.send(examine(source, forward, written))
+
+
+class Worker:
+    """A process that examines one config after another, and may be killed at any time."""
+
+    JOBS = 150  # then a fresh process: hosts keep registries and caches
+
+    def __init__(self) -> None:
+        self.process = None
+
+    def examine(self, source: str, forward: bool, written: Path | None, timeout: float) -> dict:
+        """As the function of that name; a timeout or a crash is recorded as a failure."""
+        if self.process is None or self.jobs >= self.JOBS:
+            self.start()
+        self.jobs += 1
+        self.pipe.send((source, forward, written))
+        reason = f'more than {timeout:.0f} s'
+        if self.pipe.poll(timeout):
+            try:
+                return self.pipe.recv()
+            except EOFError:
+                reason = 'the process died'
+        self.stop()
+        return dict(config=source, outcome='failed', reason=reason, seconds=timeout)
+
+    def start(self) -> None:
+        """Starts the process; imports of the hosts are part of the first job."""
+        self.stop()
+        context = multiprocessing.get_context('spawn')
+        self.pipe, other = context.Pipe()
+        self.process = context.Process(target=work, args=(other,), daemon=True)
+        self.process.start()
+        other.close()
+        self.jobs = 0
+
+    def stop(self) -> None:
+        """Kills the process."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.join()
+            self.process = None
+
+
+def _samples(cfg: Config, size: int) -> list | None:
+    if cfg.get('default_scope') != 'mmdet':
+        return None
+    from mmdet.structures import DetDataSample
+
+    shape = (size, size)
+    meta = dict(img_shape=shape, ori_shape=shape, pad_shape=shape, batch_input_shape=shape,
+                scale_factor=(1.0, 1.0), img_id=0)  # fmt: skip
+    return [DetDataSample(metainfo=meta)]
+
+
+def _fill(model: nn.Module) -> None:
+    """Small random weights in a model that was built without any."""
+    with torch.no_grad():
+        for module in model.modules():
+            for name, p in module._parameters.items():
+                if p is None:
+                    continue
+                if p.dim() > 1:
+                    p.normal_(std=0.02)
+                else:
+                    p.fill_(float(is_norm(module) and name in ('weight', 'batch_weight')))
+
+
