@@ -1,0 +1,154 @@
+"""Turns a trained model with WS and BCN into one that stock MMDetection or MMSegmentation load.
+
+Writes DST/<config>_folded.py and DST/<config>_folded.pth: convolutions with constant weights,
+BatchNorm and GroupNorm, no import of wsbcn_mm. `mmcv.cnn.fuse_conv_bn(model)` there, or
+`wsbcn_mm.fold(model)` here, leaves a convolution with bias and a GroupNorm. Nothing is written
+unless the new model gives the same results.
+"""
+
+import argparse
+import copy
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # also from a clone not installed
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    from mmengine.config import DictAction
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('config', help='config file')
+    parser.add_argument('checkpoint', help='checkpoint file')
+    parser.add_argument('-o', '--output', type=Path, required=True, metavar='DST', help='folder')
+    parser.add_argument(
+        '--images', nargs='+', metavar='FILE', help='compare on these; default: two random images'
+    )
+    parser.add_argument(
+        '--shape', nargs=2, type=int, default=(256, 320), metavar=('H', 'W'),
+        help='size of the random images; default: 256 320',
+    )  # fmt: skip
+    parser.add_argument(
+        '--tolerance', type=float, default=1e-5,
+        help='largest error allowed, relative to the largest value; default: %(default)s',
+    )  # fmt: skip
+    parser.add_argument(
+        '--evaluate', action='store_true', help='evaluate both models on the test data first'
+    )
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, help='as in test.py')
+    return parser.parse_args()
+
+
+def read_images(args: argparse.Namespace) -> dict:
+    """Images to compare on, by name."""
+    import mmcv
+
+    from wsbcn_mm.openmmlab.inference import random_image
+
+    if not args.images:
+        return {f'random image {seed}': random_image(*args.shape, seed) for seed in range(2)}
+    images = {}
+    for path in args.images:
+        if not Path(path).is_file():
+            raise FileNotFoundError(f'no image {path}')
+        images[path] = mmcv.imread(path)
+        if images[path] is None:
+            raise ValueError(f'{path} is not an image that OpenCV can read')
+    return images
+
+
+def evaluate(cfg, checkpoint: str, folder: str) -> dict:
+    """Metrics of a checkpoint on the config's test data."""
+    from mmengine.runner import Runner
+
+    cfg = copy.deepcopy(cfg)
+    cfg.load_from, cfg.work_dir, cfg.launcher = checkpoint, folder, 'none'
+    return Runner.from_cfg(cfg).test()
+
+
+def print_metrics(before: dict, after: dict) -> float:
+    """A table; returns the largest difference."""
+    width = max(map(len, before))
+    print(f'{"":<{width}}  original   folded')
+    for name, value in before.items():
+        print(f'{name:<{width}}  {value:8.4f} {after[name]:8.4f}')
+    return max(abs(value - after[name]) for name, value in before.items())
+
+
+def main() -> None:
+    """Builds, compares, writes."""
+    args = parse_args()
+    from wsbcn_mm.openmmlab.checkpoint import CheckpointMismatch
+    from wsbcn_mm.openmmlab.plain import CannotBePlain
+
+    try:
+        convert(args)
+    except (FileNotFoundError, ImportError, CheckpointMismatch, CannotBePlain, ValueError) as error:
+        sys.exit(f'error: {error}')
+
+
+def convert(args: argparse.Namespace) -> None:
+    """Raises before anything is written where something is wrong."""
+    import torch
+    from mmcv.cnn import fuse_conv_bn
+
+    from wsbcn_mm import fuse
+    from wsbcn_mm.openmmlab import config, inference, plain
+
+    cfg = config.load_config(args.config, args.cfg_options)
+    config.check_checkpoint_file(args.checkpoint)
+    if args.evaluate:
+        config.check_data(cfg, 'test_dataloader')
+    images = read_images(args)
+    checkpoint = inference.read_checkpoint(args.checkpoint)
+    model = inference.load_model(cfg, checkpoint)
+    steps = fuse.plan(model, run=inference.run_on(cfg, next(iter(images.values()))))
+    print(steps)
+    plain_cfg = plain.plain_config(cfg)
+    plain_model = inference.build_model(plain_cfg)
+    plain.load_plain(plain_model, model, steps)
+    candidates = {
+        'written': plain_model,
+        'written, after fuse_conv_bn': fuse_conv_bn(copy.deepcopy(plain_model)),
+        'wsbcn_mm.fold': steps.apply(model),
+    }
+    for name, image in images.items():
+        x = inference.preprocess(model, cfg, image)
+        parts = inference.tensor_parts(model, x)
+        print(f'{name}, {image.shape[0]}x{image.shape[1]}: {", ".join(p.name for p in parts)}')
+        for kind, candidate in candidates.items():
+            error = inference.relative_error(parts, inference.tensor_parts(candidate, x))
+            print(f'  {kind}: largest relative error {error:.2g}')
+            if not error <= args.tolerance:
+                raise ValueError(
+                    f'{kind} differs from the original by {error:.2g}, more than '
+                    f'{args.tolerance:.2g}; nothing was written'
+                )
+
+    args.output.mkdir(parents=True, exist_ok=True)
+    stem = f'{Path(args.config).stem}_folded'
+    with tempfile.TemporaryDirectory(dir=args.output, prefix='.') as folder:
+        files = [Path(folder) / f'{stem}{suffix}' for suffix in ('.pth', '.py')]
+        meta = {
+            key: value for key, value in checkpoint.get('meta', {}).items()
+            if key in ('dataset_meta', 'epoch', 'iter')
+        }  # fmt: skip
+        meta['cfg'] = plain_cfg.pretty_text
+        torch.save(dict(meta=meta, state_dict=plain_model.state_dict()), files[0])
+        plain_cfg.dump(str(files[1]))
+        if args.evaluate:
+            before = evaluate(cfg, args.checkpoint, f'{folder}/original')
+            after = evaluate(plain_cfg, str(files[0]), f'{folder}/folded')
+            difference = print_metrics(before, after)
+            if difference > 1e-3 * max(1.0, *map(abs, before.values())):
+                raise ValueError(f'metrics differ by {difference:.4f}; nothing was written')
+        for file in files:
+            os.replace(file, args.output / file.name)
+            print(args.output / file.name)
+
+
+if __name__ == '__main__':
+    main()

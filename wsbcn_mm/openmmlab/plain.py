@@ -1,0 +1,251 @@
+"""A trained model as checkpoint and config that stock MMDetection or MMSegmentation load.
+
+Stock blocks build their convolutions without bias in front of a norm, and no config can change
+that. But a ``conv_cfg`` may name any registered layer, mmcv's ConvModule too: one that holds a
+convolution and a BatchNorm. In evaluation that BatchNorm is BCN's batch stage exactly, and the
+GroupNorm behind it the channel stage:
+
+    conv_cfg=dict(type='ConvModule', norm_cfg=dict(type='BN'), act_cfg=None)
+    norm_cfg=dict(type='GN', num_groups=32)
+
+The weights are the standardized ones. ``mmcv.cnn.fuse_conv_bn(model)`` moves the BatchNorm into the
+convolution and leaves a convolution with bias and a GroupNorm, as `wsbcn_mm.fold` does.
+"""
+
+import copy
+import math
+import re
+from collections.abc import Iterator
+
+import torch
+from mmcv.cnn import ConvModule
+from mmengine.config import Config, ConfigDict
+from mmengine.registry import HOOKS
+from torch import Tensor, nn
+
+from wsbcn_mm.fuse import Plan
+from wsbcn_mm.layers import BatchChannelNorm, WeightStandardized
+
+NORMS = {'BCN': 'BN', 'BCN1d': 'BN1d', 'BCN2d': 'BN', 'BCN3d': 'BN3d'}
+CONVS = {'WSConv': None, 'WSConv1d': 'Conv1d', 'WSConv2d': None, 'WSConv3d': 'Conv3d',
+         'WSConvTranspose2d': 'deconv'}  # fmt: skip
+
+
+class CannotBePlain(ValueError):
+    """Something of this package has no equal among stock layers."""
+
+
+# ----------------------------------------------------------------------------------------------
+# Config
+
+
+def plain_config(cfg: Config) -> Config:
+    """The config with stock layers, without anything of this package.
+
+    What is of use in training alone (where initial weights come from, hooks of this package) is
+    left out: the checkpoint holds every weight.
+
+    Raises:
+        CannotBePlain: something of this package is left; the message says where.
+    """
+    plain = copy.deepcopy(cfg)
+    _replace_layers(plain.model)
+    plain.model.pop('pretrained', None)
+    _drop_pretrained(plain.model)
+    plain.load_from, plain.resume = None, False
+    for key in ('custom_imports', 'custom_hooks'):
+        plain.pop(key, None)
+    imports = [n for n in (cfg.get('custom_imports') or {}).get('imports', ()) if not _ours(n)]
+    if imports:
+        plain.custom_imports = dict(cfg.custom_imports, imports=imports)
+    hooks = [hook for hook in cfg.get('custom_hooks') or () if not _is_our_type(hook, HOOKS)]
+    if hooks:
+        plain.custom_hooks = hooks
+    for dataset in _dicts(plain._cfg_dict):
+        _replace_dataset(dataset)
+    # Variables of the config file that nothing reads.
+    for key in [k for k, v in plain.items() if k != 'model' and isinstance(v, dict)
+                and v.get('type') in (*NORMS, *CONVS)]:  # fmt: skip
+        plain.pop(key)
+    left = sorted(_places_of_ours(plain._cfg_dict))
+    if left:
+        raise CannotBePlain(
+            'these settings name something of wsbcn_mm that has no equal among stock layers\n  '
+            + '\n  '.join(left)
+        )
+    return plain
+
+
+def _ours(name: str) -> bool:
+    return name.partition('.')[0] == 'wsbcn_mm'
+
+
+def _is_our_type(value: dict, registry) -> bool:
+    kind = registry.get(value['type']) if isinstance(value['type'], str) else value['type']
+    return kind is not None and _ours(kind.__module__)
+
+
+def _dicts(value: object) -> Iterator[dict]:
+    if isinstance(value, dict):
+        yield value
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _dicts(item)
+
+
+def _places_of_ours(value: object, path: str = '') -> Iterator[str]:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _places_of_ours(item, f'{path}.{key}'.lstrip('.'))
+    elif isinstance(value, (list, tuple)):
+        for i, item in enumerate(value):
+            yield from _places_of_ours(item, f'{path}[{i}]')
+    elif value in (*NORMS, *CONVS) or (isinstance(value, str) and 'wsbcn_mm' in value):
+        yield f'{path}={value!r}'
+
+
+def _replace_layers(model: dict) -> None:
+    for part in _dicts(model):
+        norm_cfg, conv_cfg = part.get('norm_cfg'), part.get('conv_cfg')
+        conv = None if conv_cfg is None else _plain_conv_cfg(conv_cfg)
+        if norm_cfg is not None and norm_cfg.get('type') in NORMS:
+            if norm_cfg.get('affine', 'group') is None:
+                kept = dict(affine=False)
+            else:
+                kept = {}
+            kept |= {
+                k: norm_cfg[k] for k in ('num_groups', 'eps', 'requires_grad') if k in norm_cfg
+            }
+            kept.setdefault('num_groups', 32)
+            inner = {k: norm_cfg[k] for k in ('eps', 'requires_grad') if k in norm_cfg}
+            part['norm_cfg'] = ConfigDict(type='GN', **kept)
+            part['conv_cfg'] = ConfigDict(
+                type='ConvModule',
+                conv_cfg=conv,
+                norm_cfg=dict(type=NORMS[norm_cfg['type']], **inner),
+                act_cfg=None,
+            )
+        elif conv_cfg is not None:
+            part['conv_cfg'] = conv
+        for key, value in part.items():  # predictors and others that take a layer under other names
+            if key != 'conv_cfg' and isinstance(value, dict) and value.get('type') in CONVS:
+                part[key] = _plain_conv_cfg(value) or ConfigDict(type='Conv2d')
+
+
+def _plain_conv_cfg(conv_cfg: dict) -> dict | None:
+    if conv_cfg.get('type') not in CONVS:
+        return conv_cfg
+    kind = CONVS[conv_cfg['type']]
+    rest = {k: v for k, v in conv_cfg.items() if k not in ('type', 'eps', 'formula')}
+    return ConfigDict(type=kind or 'Conv2d', **rest) if kind or rest else None
+
+
+def _drop_pretrained(model: dict) -> None:
+    for part in _dicts(model):
+        init = part.get('init_cfg')
+        if isinstance(init, dict) and init.get('type') == 'Pretrained':
+            part['init_cfg'] = None
+
+
+def _replace_dataset(dataset: dict) -> None:
+    """The drawn datasets are in COCO's and VOC's layout: stock classes read what was drawn."""
+    if dataset.get('type') == 'ShapesCocoDataset':
+        from wsbcn_mm.openmmlab.shapes_coco import ShapesCocoDataset
+
+        meta = ShapesCocoDataset.METAINFO
+        dataset.update(type='CocoDataset', metainfo={k: list(v) for k, v in meta.items()})
+    elif dataset.get('type') == 'ShapesVOCDataset':
+        from wsbcn_mm.openmmlab.shapes_voc import ShapesVOCDataset
+
+        meta = ShapesVOCDataset.METAINFO
+        dataset.update(
+            type='BaseSegDataset', metainfo={k: list(v) for k, v in meta.items()},
+            img_suffix='.jpg', seg_map_suffix='.png',
+        )  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------
+# Weights
+
+
+@torch.no_grad()
+def load_plain(plain: nn.Module, model: nn.Module, plan: Plan) -> None:
+    """Fills a model built from `plain_config` with the weights of the original.
+
+    Args:
+        plain: The stock model; changed in place.
+        model: The original, with its trained weights.
+        plan: What `wsbcn_mm.fuse.plan` found in the original: which norm follows which convolution.
+
+    Raises:
+        CannotBePlain: a layer has no place in the stock model; the message names it.
+    """
+    norms = {name: m for name, m in model.named_modules() if isinstance(m, BatchChannelNorm)}
+    left = {name: reason for name, reason in plan.left.items() if name in norms}
+    if left:
+        raise CannotBePlain(
+            'stock layers can stand for a BCN behind a convolution only\n  '
+            + '\n  '.join(f'{name}: {reason}' for name, reason in left.items())
+        )
+    behind = {conv: norms[f.norm] for f in plan.folds if f.norm in norms for conv in f.convs}
+    state = {}
+    for name, module in model.named_modules():
+        target = _plain_name(name)
+        own = {k: v for k, v in module.state_dict().items() if '.' not in k}
+        if isinstance(module, nn.modules.conv._ConvNd):
+            own = _plain_conv_state(name, module, behind.get(name), _get(plain, target))
+        elif isinstance(module, BatchChannelNorm):
+            own = {
+                key: own[key].repeat_interleave(module.num_channels // own[key].numel())
+                for key in ('weight', 'bias') if key in own
+            }  # fmt: skip
+        elif name.endswith('.bn') and name.removesuffix('.bn') in norms:
+            continue
+        state |= {f'{target}.{key}'.lstrip('.'): value for key, value in own.items()}
+    found = {key: tuple(value.shape) for key, value in state.items()}
+    wanted = {key: tuple(value.shape) for key, value in plain.state_dict().items()}
+    wrong = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
+    if wrong:
+        raise CannotBePlain(
+            'the stock model has other tensors than the weights need\n  first: '
+            + '\n  '.join(f'{k}: {found.get(k)} for {wanted.get(k)}' for k in wrong[:4])
+        )
+    plain.load_state_dict(state)
+
+
+def _plain_name(name: str) -> str:
+    """Attribute names that mmcv makes of the norm's class: `bcn1` of a BCN is `gn1` of a GN."""
+    return '.'.join(re.sub(r'^bcn(\d*)$', r'gn\1', part) for part in name.split('.'))
+
+
+def _get(model: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return None
+
+
+def _plain_conv_state(
+    name: str, conv: nn.Module, norm: BatchChannelNorm | None, target: nn.Module | None
+) -> dict[str, Tensor]:
+    """State of the stock layer that stands for a convolution and the batch stage behind it."""
+    plain = conv.to_plain() if isinstance(conv, WeightStandardized) else conv
+    if not isinstance(target, ConvModule):
+        if norm is not None:
+            raise CannotBePlain(
+                f'{name}: this block does not build its convolution by conv_cfg, so there is no '
+                'place for the batch stage of the BCN behind it'
+            )
+        return dict(plain.state_dict())
+    state = {f'conv.{key}': value for key, value in plain.state_dict().items()}
+    stage = target.norm
+    if norm is not None:
+        batch = dict(norm.bn.state_dict(), weight=norm.batch_weight, bias=norm.batch_bias)
+    else:  # a convolution of this block without a norm: a BatchNorm that changes nothing
+        batch = dict(stage.state_dict())
+        batch['running_mean'] = torch.zeros_like(batch['running_mean'])
+        batch['running_var'] = torch.ones_like(batch['running_var'])
+        batch['weight'] = torch.full_like(batch['weight'], math.sqrt(1 + stage.eps))
+        batch['bias'] = torch.zeros_like(batch['bias'])
+    return state | {f'{target.norm_name}.{key}': value for key, value in batch.items()}
