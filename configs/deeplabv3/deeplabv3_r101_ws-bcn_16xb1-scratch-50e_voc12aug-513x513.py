@@ -1,26 +1,8 @@
-# DeepLabV3 R101 with WS + BCN on PASCAL VOC 2012 aug (10,582 training images, the authors' set),
-# one image per GPU, from scratch.
-_base_ = './deeplabv3_r101_ws-bcn_16xb1-scratch-50e_voc12-513x513.py'
-voc = dict(
-    type='PascalVOCDataset',
-    data_root='data/VOCdevkit/VOC2012',
-    pipeline={{_base_.train_pipeline}},
-)
-train_dataloader = dict(
-    dataset=dict(
-        _delete_=True,  # the base's keys of a single dataset
-        type='ConcatDataset',
-        datasets=[
-            dict(
-                ann_file='ImageSets/Segmentation/train.txt',
-                data_prefix=dict(img_path='JPEGImages', seg_map_path='SegmentationClass'),
-                **voc,
-            ),
-            dict(
-                ann_file='ImageSets/Segmentation/aug.txt',
-                data_prefix=dict(img_path='JPEGImages', seg_map_path='SegmentationClassAug'),
-                **voc,
-            ),
-        ],
-    )
-)
+# DeepLabV3 R101 with WS + BCN on VOC 2012 aug from scratch; one image on each of 16 GPUs.
+_base_ = [
+    '../_base_/models/deeplabv3_ws-bcn.py',
+    '../_base_/backbones/r101_scratch.py',
+    '../_base_/regimes/voc12aug_16xb1.py',
+    '../_base_/schedules/50e.py',
+]
+model = {{_base_.start}}

@@ -1,11 +1,8 @@
-# DeepLabV3 R101 with WS + BCN on PASCAL VOC 2012 aug, two images per GPU, from scratch.
-_base_ = './deeplabv3_r101_ws-bcn_16xb1-scratch-50e_voc12aug-513x513.py'
-# The total batch of 16 stays, so the learning rate does. The estimates see two images per update:
-# twice the rate keeps their memory, counted in images, the same.
-train_dataloader = dict(batch_size=2)
-rate = dict(momentum=0.02)
-model = dict(
-    backbone=dict(norm_cfg=rate),
-    decode_head=dict(norm_cfg=rate),
-    auxiliary_head=dict(norm_cfg=rate),
-)
+# DeepLabV3 R101 with WS + BCN on VOC 2012 aug from scratch; two images on each of 8 GPUs.
+_base_ = [
+    '../_base_/models/deeplabv3_ws-bcn_2-images.py',
+    '../_base_/backbones/r101_scratch.py',
+    '../_base_/regimes/voc12aug_8xb2.py',
+    '../_base_/schedules/50e.py',
+]
+model = {{_base_.start}}

@@ -12,6 +12,7 @@ Each function names the gap, and does nothing where it is not there:
 `require` tells the user what to install, with the command.
 """
 
+import difflib
 import importlib
 import pickle
 import re
@@ -53,12 +54,34 @@ def find_packages_by_import_name() -> None:
     original = config.Config._get_cfg_path
 
     def _get_cfg_path(cfg_path: str, filename: str):
+        scope, _, name = cfg_path.rpartition('::')
+        if scope not in MODULE2PACKAGE or name.count('/') == 0:
+            return original(cfg_path, filename)
+        # mmengine reads every metafile of the package first, a fifth of a second for each base, and
+        # then takes this file all the same.
+        configs = Path(_package_folder(MODULE2PACKAGE[scope])) / '.mim' / 'configs'
+        if not (configs / name).is_file():
+            raise FileNotFoundError(
+                f'{filename} inherits from {cfg_path!r}: {scope} has no such config'
+                + near_names(name, configs)
+            )
         # mmengine marks every dict of another package's config with that package's registry scope.
         # We have none: our layers are in the root registry, our configs name mmdet's or mmseg's.
-        path, scope = original(cfg_path, filename)
-        return path, None if scope == 'wsbcn_mm' else scope
+        return str(configs / name), None if scope == 'wsbcn_mm' else scope
 
     config.Config._get_cfg_path = staticmethod(_get_cfg_path)
+
+
+def near_names(path: str | Path, *folders: Path) -> str:
+    """Lines that name the configs below the folders whose names resemble that of ``path``."""
+    known = {}
+    for folder in folders:
+        if folder.is_dir():
+            for file in folder.rglob('*.py'):
+                if '_base_' not in file.parts:
+                    known[file.stem] = file
+    names = difflib.get_close_matches(Path(path).stem, known, n=3, cutoff=0.5)
+    return ''.join(['\n  did you mean'] + [f'\n    {known[n]}' for n in names]) if names else ''
 
 
 def _import_name(distribution: str) -> str:

@@ -1,6 +1,5 @@
 """Reading a config file and checking what it needs, before anything expensive starts."""
 
-import difflib
 import importlib
 from importlib.util import find_spec
 from pathlib import Path
@@ -34,8 +33,7 @@ def load_config(path: str, options: dict | None = None) -> Config:
         FileNotFoundError: no such file; the message names files with a similar name.
         ImportError: the config's scope needs a package that is missing or too old.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f'no config file {path}{_near_names(path)}')
+    path, _ = find_config(path)
     compat.require('mmengine', 'mmcv')
     cfg = Config.fromfile(path)
     if options:
@@ -64,7 +62,10 @@ def find_config(source: str) -> tuple[Path, str | None]:
     package, separator, name = source.partition('::')
     if not separator:
         if not Path(source).is_file():
-            raise FileNotFoundError(f'no config file {source}{_near_names(source)}')
+            # Same folder first, then the repository's, then the package's.
+            ours = Path(__file__).resolve().parents[1] / '.mim' / 'configs'
+            near = compat.near_names(source, ours, Path('configs'), Path(source).parent)
+            raise FileNotFoundError(f'no config file {source}{near}')
         return Path(source), None
     if package not in (*PACKAGE_OF_SCOPE, 'wsbcn_mm'):
         raise ValueError(
@@ -75,30 +76,14 @@ def find_config(source: str) -> tuple[Path, str | None]:
     name = name if name.endswith('.py') else f'{name}.py'
     folder = package_configs(package)
     if not (folder / name).is_file():
-        known = {f.stem: f for f in folder.rglob('*.py') if '_base_' not in f.parts}
-        near = difflib.get_close_matches(Path(name).stem, known, n=3, cutoff=0.5)
-        names = [f'\n    {package}::{known[n].relative_to(folder).as_posix()}' for n in near]
-        hint = ''.join(['\n  did you mean', *names]) if names else ''
-        raise FileNotFoundError(f'{package} has no config {name}{hint}')
+        near = compat.near_names(name, folder).replace(f'{folder}/', f'{package}::')
+        raise FileNotFoundError(f'{package} has no config {name}{near}')
     return folder / name, None if '+' in name else f'{package}::{name}'
 
 
 def package_configs(package: str) -> Path:
     """The folder of the configs that an installed package ships."""
     return Path(find_spec(package).submodule_search_locations[0]) / '.mim' / 'configs'
-
-
-def _near_names(path: str) -> str:
-    """Configs that the user may have meant: same folder first, then the repository's."""
-    here = Path(__file__).resolve().parents[1] / '.mim' / 'configs'
-    known = {}
-    for folder in (here, Path('configs'), Path(path).parent):
-        if folder.is_dir():
-            for file in folder.rglob('*.py'):
-                if '_base_' not in file.parts:
-                    known[file.stem] = file
-    names = difflib.get_close_matches(Path(path).stem, known, n=3, cutoff=0.5)
-    return ''.join(['\n  did you mean'] + [f'\n    {known[n]}' for n in names]) if names else ''
 
 
 def check_data(cfg: Config, *loaders: str) -> None:

@@ -6,6 +6,7 @@
 from mmengine.registry import MODELS
 
 from wsbcn_mm import layers
+from wsbcn_mm.openmmlab import micro_bn  # noqa: F401  registers
 
 for names, layer in {
     ('WSConv1d',): layers.WSConv1d,

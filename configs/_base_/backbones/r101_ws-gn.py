@@ -1,0 +1,8 @@
+# ResNet-101, pretrained with WS + GN by the authors, therefore with their formula.
+start = dict(
+    backbone=dict(
+        depth=101,
+        conv_cfg=dict(formula='std_eps'),
+        init_cfg=dict(type='Pretrained', checkpoint='open-mmlab://jhu/resnet101_gn_ws'),
+    )
+)

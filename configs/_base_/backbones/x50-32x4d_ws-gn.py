@@ -1,0 +1,9 @@
+# ResNeXt-50 32x4d, pretrained with WS + GN by the authors, therefore with their formula.
+start = dict(
+    backbone=dict(
+        type='ResNeXt',
+        depth=50, groups=32, base_width=4,
+        conv_cfg=dict(formula='std_eps'),
+        init_cfg=dict(type='Pretrained', checkpoint='open-mmlab://jhu/resnext50_32x4d_gn_ws'),
+    )
+)

@@ -1,0 +1,9 @@
+# Faster R-CNN FPN with GN in backbone, neck and box head. The RPN has no norm.
+_base_ = ['./faster-rcnn_fpn_frozen-bn.py', '../norms/gn.py']
+model = dict(
+    backbone=dict(norm_cfg={{_base_.norm}}, conv_cfg={{_base_.conv}}, norm_eval=False),
+    neck=dict(norm_cfg={{_base_.norm}}, conv_cfg={{_base_.conv}}),
+    roi_head=dict(
+        bbox_head=dict(norm_cfg={{_base_.norm}}, conv_cfg={{_base_.conv}}),
+    ),
+)

@@ -1,0 +1,3 @@
+# Weight Standardization and Group Normalization: what each normalised place of a model gets.
+norm = dict(type='GN', num_groups=32)
+conv = dict(type='WSConv2d')

@@ -1,0 +1,8 @@
+# DeepLabV3 R101 with BN on VOC 2012 aug; two images at a time on one GPU, 16 per step.
+_base_ = [
+    '../_base_/models/deeplabv3_bn.py',
+    '../_base_/backbones/r101_bn.py',
+    '../_base_/regimes/voc12aug_1xb2-accu8.py',
+    '../_base_/schedules/50e.py',
+]
+model = {{_base_.start}}

@@ -1,0 +1,8 @@
+# DeepLabV3 R50 with WS + GN on VOC 2012 aug; one image on each of 16 GPUs.
+_base_ = [
+    '../_base_/models/deeplabv3_ws-gn.py',
+    '../_base_/backbones/r50_ws-gn.py',
+    '../_base_/regimes/voc12aug_16xb1.py',
+    '../_base_/schedules/50e.py',
+]
+model = {{_base_.start}}

@@ -1,0 +1,8 @@
+# Faster R-CNN R101-FPN with WS + BCN; one image per GPU.
+_base_ = [
+    '../_base_/models/faster-rcnn_fpn_ws-bcn.py',
+    '../_base_/backbones/r101_ws-bcn.py',
+    '../_base_/regimes/coco-detection_4xb1.py',
+    '../_base_/schedules/1x.py',
+]
+model = {{_base_.start}}

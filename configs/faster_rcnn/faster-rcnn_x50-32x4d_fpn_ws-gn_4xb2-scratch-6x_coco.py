@@ -1,0 +1,9 @@
+# Faster R-CNN X50-32x4d-FPN with WS + GN from scratch; two images per GPU.
+_base_ = [
+    '../_base_/models/faster-rcnn_fpn_ws-gn.py',
+    '../_base_/backbones/x50-32x4d_scratch.py',
+    '../_base_/regimes/coco-detection_4xb2.py',
+    '../_base_/schedules/6x.py',
+]
+model = {{_base_.start}}
+optim_wrapper = dict(paramwise_cfg=dict(norm_decay_mult=0.0))  # as MMDetection from scratch

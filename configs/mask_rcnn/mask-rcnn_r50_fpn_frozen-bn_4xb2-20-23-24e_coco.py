@@ -1,0 +1,8 @@
+# Mask R-CNN R50-FPN with frozen BN; two images per GPU.
+_base_ = [
+    '../_base_/models/mask-rcnn_fpn_frozen-bn.py',
+    '../_base_/backbones/r50_bn.py',
+    '../_base_/regimes/coco-instance_4xb2.py',
+    '../_base_/schedules/20-23-24e.py',
+]
+model = {{_base_.start}}

@@ -1,0 +1,8 @@
+# Mask R-CNN R50-FPN with frozen BN; one image per GPU.
+_base_ = [
+    '../_base_/models/mask-rcnn_fpn_frozen-bn.py',
+    '../_base_/backbones/r50_bn.py',
+    '../_base_/regimes/coco-instance_8xb1.py',
+    '../_base_/schedules/2x.py',
+]
+model = {{_base_.start}}

@@ -1,0 +1,9 @@
+# Mask R-CNN R50-FPN with WS + GN from scratch; one image per GPU.
+_base_ = [
+    '../_base_/models/mask-rcnn_fpn_ws-gn.py',
+    '../_base_/backbones/r50_scratch.py',
+    '../_base_/regimes/coco-instance_8xb1.py',
+    '../_base_/schedules/6x.py',
+]
+model = {{_base_.start}}
+optim_wrapper = dict(paramwise_cfg=dict(norm_decay_mult=0.0))  # as MMDetection from scratch

@@ -1,0 +1,8 @@
+# Mask R-CNN X101-32x4d-FPN with WS + GN; one image per GPU.
+_base_ = [
+    '../_base_/models/mask-rcnn_fpn_ws-gn.py',
+    '../_base_/backbones/x101-32x4d_ws-gn.py',
+    '../_base_/regimes/coco-instance_4xb1.py',
+    '../_base_/schedules/20-23-24e.py',
+]
+model = {{_base_.start}}

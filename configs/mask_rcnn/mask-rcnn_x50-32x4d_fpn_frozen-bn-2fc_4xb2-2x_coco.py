@@ -1,0 +1,9 @@
+# Mask R-CNN X50-32x4d-FPN with frozen BN and MMDetection's 2-FC box head (not the other rows'
+# head); two images per GPU.
+_base_ = [
+    '../_base_/models/mask-rcnn_fpn_frozen-bn-2fc.py',
+    '../_base_/backbones/x50-32x4d_bn.py',
+    '../_base_/regimes/coco-instance_4xb2.py',
+    '../_base_/schedules/2x.py',
+]
+model = {{_base_.start}}

@@ -1,0 +1,8 @@
+# Mask R-CNN X50-32x4d-FPN with WS + GN; two images per GPU.
+_base_ = [
+    '../_base_/models/mask-rcnn_fpn_ws-gn.py',
+    '../_base_/backbones/x50-32x4d_ws-gn.py',
+    '../_base_/regimes/coco-instance_4xb2.py',
+    '../_base_/schedules/2x.py',
+]
+model = {{_base_.start}}

@@ -1,0 +1,9 @@
+# RetinaNet R50-FPN with WS + GN, in the head too; one image per GPU.
+_base_ = [
+    '../_base_/models/retinanet_fpn_ws-gn.py',
+    '../_base_/backbones/r50_ws-gn.py',
+    '../_base_/regimes/coco-detection_8xb1.py',
+    '../_base_/schedules/1x.py',
+]
+model = {{_base_.start}}
+optim_wrapper = dict(optimizer=dict(lr=0.005))  # MMDetection's 0.01 for 16 images
