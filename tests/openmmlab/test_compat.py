@@ -131,6 +131,34 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch):
         config_module.get_installed_path('no-such-package')
 
 
+@pytest.mark.parametrize('scope', ['wsbcn_mm', 'mmdet'])
+def test_a_wrong_name_gets_one_clear_error(scope, tmp_path):
+    pytest.importorskip('mmdet', reason='inherits from mmdet')
+    file = tmp_path / 'config.py'
+    near = 'mask-rcnn_r101_fpn_ws-bcn_4xb1-2x_coco'
+    if scope == 'mmdet':
+        near = 'mask-rcnn_r50_fpn_1x_coco'
+    name = near[:-1]
+    file.write_text(f"_base_ = '{scope}::mask_rcnn/{name}.py'")
+    with pytest.raises(FileNotFoundError) as error:
+        Config.fromfile(file)
+    message = str(error.value)
+    assert f'{scope}::mask_rcnn/{name}.py' in message and str(file) in message
+    assert 'did you mean' in message and f'/{near}.py' in message
+
+
+def test_bases_are_found_without_reading_every_metafile(tmp_path, monkeypatch):
+    """A hundred YAML files for each base, of which nothing is used."""
+    pytest.importorskip('mmdet', reason='inherits from mmdet')
+
+    def read(*_):
+        raise AssertionError('a metafile was read')
+
+    monkeypatch.setattr('mmengine.config.utils._get_cfg_metainfo', read)
+    (tmp_path / 'config.py').write_text(INHERITING)
+    assert Config.fromfile(tmp_path / 'config.py').norm_cfg.type == 'BCN'
+
+
 # ---- checkpoints -------------------------------------------------------------------------------
 
 

@@ -55,7 +55,7 @@ def find_packages_by_import_name() -> None:
 
     def _get_cfg_path(cfg_path: str, filename: str):
         scope, _, name = cfg_path.rpartition('::')
-        if scope not in MODULE2PACKAGE or name.count('/') == 0:
+        if scope not in MODULE2PACKAGE or '/' not in name or find_spec(scope) is None:
             return original(cfg_path, filename)
         # mmengine reads every metafile of the package first, a fifth of a second for each base, and
         # then takes this file all the same.
