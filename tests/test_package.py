@@ -87,6 +87,8 @@ def test_import_and_use_with_torch_alone():
 LEVELS = {
     'openmmlab': 5,
     'convert': 4, 'fuse': 4, 'audit': 4, 'diagnostics': 4, 'recalibration': 4, 'shapes': 4,
+    'convert': 4, 'fuse': 4, 'audit': 4, 'comparators': 4, 'diagnostics': 4,
+    'shapes': 4,
     'layers': 3,
     'convert': 4, 'fuse': 4, 'audit': 4, 'diagnostics': 4, 'shapes': 4,
     'layers': 3, 'structure': 3,

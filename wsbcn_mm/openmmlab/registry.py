@@ -5,7 +5,7 @@
 
 from mmengine.registry import MODELS
 
-from wsbcn_mm import layers
+from wsbcn_mm import comparators, layers
 from wsbcn_mm.openmmlab import micro_bn  # noqa: F401  registers
 
 for names, layer in {
@@ -16,5 +16,11 @@ for names, layer in {
     ('BCN1d',): layers.BatchChannelNorm1d,
     ('BCN', 'BCN2d'): layers.BatchChannelNorm2d,
     ('BCN3d',): layers.BatchChannelNorm3d,
+    # For studies only.
+    ('WSMeanOnlyConv2d',): comparators.WSMeanOnlyConv2d,
+    ('WSStdOnlyConv2d',): comparators.WSStdOnlyConv2d,
+    ('WeightNormConv2d',): comparators.WeightNormConv2d,
+    ('CenteredWeightNormConv2d',): comparators.CenteredWeightNormConv2d,
+    ('SampleLayerNorm',): comparators.SampleLayerNorm,
 }.items():
     MODELS.register_module(list(names), module=layer)

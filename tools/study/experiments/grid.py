@@ -1,0 +1,171 @@
+"""The grid: which runs there are, in which order, and which learning rate each cell gets.
+
+A grid is a YAML file; see tools/study/grids/study.yaml. A *cell* is a task, a row (norm and conv)
+and a number of images per step. For a cell with a search every learning rate runs with the first
+seed; the one with the best **validation** metric runs with the other seeds, and the table shows its
+**test** metric. Cells without a search take the rate of another column of the same row.
+"""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell of the table."""
+
+    task: str
+    row: str
+    images_per_step: int
+
+
+def load(path: str | Path) -> dict:
+    """Reads a grid and checks its names.
+
+    Args:
+        path: A YAML file with ``seeds``, ``tasks``, ``rows`` and ``order``.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a part is missing, or the order names an unknown task or row.
+    """
+    grid = yaml.safe_load(Path(path).read_text())
+    missing = {'seeds', 'tasks', 'rows', 'order'} - set(grid)
+    if missing:
+        raise ValueError(f'{path} lacks {", ".join(sorted(missing))}')
+    for part in grid['order']:
+        unknown = [n for n in part['tasks'] if n not in grid['tasks']]
+        unknown += [n for n in part['rows'] if n not in grid['rows']]
+        if unknown:
+            raise ValueError(f'{path}: order names {unknown}, which tasks and rows do not define')
+    return grid
+
+
+def cells(grid: dict) -> list[Cell]:
+    """Every cell once, the important ones first."""
+    found = {
+        Cell(task, row, count): None
+        for part in grid['order']
+        for task in part['tasks']
+        for count in part['images_per_step']
+        for row in part['rows']
+    }
+    return list(found)
+
+
+def spec(grid: dict, cell: Cell, lr: float, seed: int) -> dict:
+    """All that defines a run."""
+    task, row = grid['tasks'][cell.task], grid['rows'][cell.row]
+    norm = {k: task['num_groups'] if v == 'task' else v for k, v in row['norm'].items()}
+    return dict(
+        task=cell.task,
+        row=cell.row,
+        images_per_step=cell.images_per_step,
+        lr=float(lr),
+        seed=seed,
+        dataset=task['dataset'],
+        arguments=task.get('arguments', {}),
+        epochs=task['epochs'],
+        weight_decay=float(task['weight_decay']),
+        norm=norm,
+        conv=row.get('conv'),
+    )
+
+
+def search_cell(grid: dict, cell: Cell) -> Cell:
+    """The cell whose search gives this one its learning rate."""
+    column = grid['tasks'][cell.task].get('lr_from', {}).get(cell.images_per_step)
+    return cell if column is None else Cell(cell.task, cell.row, column)
+
+
+class Results:
+    """The records below a folder: one JSON file a run, which is there when the run is finished."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+
+    def path(self, run: dict) -> Path:
+        """The file of a run."""
+        name = f'{run["row"]}_n{run["images_per_step"]}_lr{run["lr"]:g}_s{run["seed"]}.json'
+        return self.folder / run['task'] / name.replace(' ', '-')
+
+    def get(self, run: dict) -> dict | None:
+        """The record of a run, None if it has not finished.
+
+        Raises:
+            ValueError: the file holds a run with other settings.
+        """
+        path = self.path(run)
+        if not path.is_file():
+            return None
+        record = json.loads(path.read_text())
+        changed = [key for key in run if record.get(key) != run[key]]
+        if changed:
+            raise ValueError(
+                f'{path} holds a run with another {", ".join(changed)}\n'
+                f'  expected {run[changed[0]]}\n  got {record.get(changed[0])}\n'
+                '  delete it, or write the results to another folder'
+            )
+        return record
+
+    def put(self, record: dict) -> None:
+        """Writes a record: the whole file or nothing."""
+        path = self.path(record)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f'.{os.getpid()}.part')
+        part.write_text(json.dumps(record, separators=(',', ':')) + '\n')
+        part.replace(path)
+
+
+def best_lr(grid: dict, results: Results, cell: Cell) -> float | None:
+    """The searched learning rate with the best validation metric; None while the search runs."""
+    cell, best = search_cell(grid, cell), None
+    for lr in grid['tasks'][cell.task]['lrs']:
+        record = results.get(spec(grid, cell, lr, grid['seeds'][0]))
+        if record is None:
+            return None
+        value = record['metrics'].get('val')
+        if value is not None and (best is None or value > best[0]):
+            best = (value, float(lr))
+    return float(grid['tasks'][cell.task]['lrs'][0]) if best is None else best[1]
+
+
+def missing_runs(grid: dict, results: Results) -> Iterator[dict]:
+    """The runs that are still to do, in order; the answers follow what is finished meanwhile."""
+    for cell in cells(grid):
+        for lr in grid['tasks'][cell.task]['lrs']:
+            run = spec(grid, search_cell(grid, cell), lr, grid['seeds'][0])
+            if results.get(run) is None:
+                yield run
+        lr = best_lr(grid, results, cell)
+        if lr is None:
+            continue  # another process still runs part of the search
+        for seed in grid['seeds']:
+            run = spec(grid, cell, lr, seed)
+            if results.get(run) is None:
+                yield run
+
+
+class Claim:
+    """Keeps other processes from doing the same run; ends with this process, however it ends."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path.with_suffix('.lock')
+
+    def __enter__(self) -> bool:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(self._path, 'w')
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    def __exit__(self, *error) -> None:
+        self._file.close()

@@ -1,0 +1,170 @@
+"""Trains one cell of the grid and says everything about it in one record."""
+
+import math
+import platform
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from experiments.tasks import Task
+from torch import nn
+
+from wsbcn_mm import BatchChannelNorm2d, __version__
+from wsbcn_mm.diagnostics import ActivationObserver, singularities
+
+CURVE_POINTS = 24
+WARM_UP = 0.1  # share of the training
+CALIBRATION_IMAGES = 200
+
+
+def run(task: Task, spec: dict, report: Callable[[str], None] = lambda text: None) -> dict:
+    """Trains and evaluates once.
+
+    Args:
+        task: What is learned.
+        spec: ``norm``, ``conv`` (mmcv configs), ``images_per_step``, ``lr`` (per image of a step:
+            the linear rule), ``seed``, ``epochs``, ``weight_decay``.
+        report: Shows progress.
+
+    Returns:
+        The record: spec, curves, metrics; numbers and texts only. Metrics of a run whose loss
+        became infinite or not a number are None.
+    """
+    torch.manual_seed(spec['seed'])
+    count = spec['images_per_step']
+    model = task.build(norm_config(spec['norm'], count), spec['conv'])
+    lr = spec['lr'] * count
+    decayed = [p for p in model.parameters() if p.dim() > 1]
+    rest = [p for p in model.parameters() if p.dim() <= 1]
+    optimizer = torch.optim.SGD(
+        [dict(params=decayed, weight_decay=spec['weight_decay']), dict(params=rest)],
+        lr, momentum=0.9, fused=True,
+    )  # fmt: skip
+    # Whole steps of 8: every column sees the same images, the same number of times.
+    per_epoch = task.num_train // 8 * 8
+    steps = spec['epochs'] * per_epoch // count
+    curve: dict[str, list[float]] = {'step': [], 'loss': []}
+    watched: dict[str, list[float]] = {'step': []}
+    started, cpu, losses, step, diverged = time.time(), time.process_time(), [], 0, False
+    model.train()
+    for epoch in range(spec['epochs']):
+        order = np.random.default_rng([spec['seed'], epoch]).permutation(task.num_train)[:per_epoch]
+        rng = np.random.default_rng([spec['seed'], epoch, 1])
+        for start in range(0, per_epoch, count):
+            images, targets = task.train_batch(order[start : start + count].tolist(), rng)
+            for group in optimizer.param_groups:
+                group['lr'] = lr * rate_factor(step / steps)
+            watch = step % max(1, steps // 12) == 0 or step == steps - 1
+            if watch:
+                with ActivationObserver(model) as observer:
+                    loss = task.loss(model, images, targets)
+                watched['step'].append(step)
+                for name, value in singularities(observer.layers()).items():
+                    watched.setdefault(name, []).append(value)
+            else:
+                loss = task.loss(model, images, targets)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+            step += 1
+            if step * CURVE_POINTS % steps < CURVE_POINTS or step == steps:
+                curve['step'].append(step)
+                curve['loss'].append(float(np.mean(losses)))
+                losses = []
+            diverged = not math.isfinite(loss.item())
+            if diverged:
+                break
+        if diverged:
+            break
+    record = dict(
+        spec,
+        metric=task.metric,
+        steps=steps,
+        diverged=diverged,
+        curve=curve,
+        singularities=watched,
+        metrics={} if diverged else evaluate(task, model, spec),
+        parameters=sum(p.numel() for p in model.parameters()),
+        cpu_seconds=time.process_time() - cpu,
+        wall_seconds=time.time() - started,
+        versions=dict(
+            wsbcn_mm=__version__, torch=torch.__version__, python=platform.python_version()
+        ),
+        threads=torch.get_num_threads(),
+        machine=_processor(),
+    )
+    report(f'{record["metrics"]} in {record["cpu_seconds"]:.1f} s')
+    return _plain(record)
+
+
+def norm_config(norm: dict, images_per_step: int) -> dict:
+    """The norm's config at this step size: ``momentum_per_image`` becomes ``momentum``."""
+    norm = dict(norm)
+    if 'momentum_per_image' in norm:
+        norm['momentum'] = min(1.0, norm.pop('momentum_per_image') * images_per_step)
+    return norm
+
+
+def rate_factor(done: float) -> float:
+    """Warm-up, then half a cosine; ``done`` in [0, 1)."""
+    if done < WARM_UP:
+        return 0.01 + 0.99 * done / WARM_UP
+    return 0.5 * (1 + math.cos(math.pi * (done - WARM_UP) / (1 - WARM_UP)))
+
+
+def evaluate(task: Task, model: nn.Module, spec: dict) -> dict[str, float]:
+    """The metrics, and once more with running statistics averaged anew over training images."""
+    model.eval()
+    metrics = {split: task.evaluate(model, split) for split in ('val', 'test')}
+    if recalibrate(task, model, spec):
+        model.eval()
+        metrics['test_recalibrated'] = task.evaluate(model, 'test')
+    return metrics
+
+
+def recalibrate(task: Task, model: nn.Module, spec: dict) -> bool:
+    """Replaces running statistics by plain averages over training images, weights untouched.
+
+    Returns:
+        Whether the model has any.
+    """
+    layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    if not layers:
+        return False
+    for layer in layers:
+        layer.reset_running_stats()
+        layer.momentum = None  # cumulative
+    # The estimate mode normalises with the average so far: its first images must not spoil it.
+    rounds = 2 if any(isinstance(m, BatchChannelNorm2d) for m in model.modules()) else 1
+    rng = np.random.default_rng([spec['seed'], 2])
+    count = spec['images_per_step']
+    model.train()
+    with torch.no_grad():
+        for _ in range(rounds):
+            for layer in layers:
+                layer.num_batches_tracked.zero_()
+            for _ in range(max(1, CALIBRATION_IMAGES // count)):
+                images, _ = task.train_batch(rng.integers(task.num_train, size=count).tolist(), rng)
+                model(images)
+    return True
+
+
+def _processor() -> str:
+    try:
+        lines = open('/proc/cpuinfo').read().splitlines()
+        return next(line.split(':')[1].strip() for line in lines if line.startswith('model name'))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def _plain(value):
+    """Numbers with five digits; not-a-number, which JSON lacks, as None."""
+    if isinstance(value, dict):
+        return {key: _plain(v) for key, v in value.items()}
+    if isinstance(value, list):
+        return [_plain(v) for v in value]
+    if isinstance(value, float):
+        return float(f'{value:.5g}') if math.isfinite(value) else None
+    return value

@@ -1,0 +1,63 @@
+"""Runs what is missing of a grid of experiments; may be stopped and started again at any time."""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parents[1])]  # also from a clone not installed
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('grid', nargs='?', default=str(HERE / 'grids' / 'study.yaml'))
+    parser.add_argument('--smoke', action='store_true', help='the tiny grid of the tests')
+    parser.add_argument('-o', '--out', help='folder of the records; default: results/ beside this')
+    parser.add_argument('--only', nargs='+', help='only these tasks')
+    parser.add_argument('--minutes', type=float, help='start no run after this time')
+    parser.add_argument('--threads', type=int, default=1, help='CPU threads; one process per core')
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs and reports one line a run."""
+    args = parse_args(arguments)
+    import torch
+    from experiments import grid as grids
+    from experiments import loop, tasks
+    from mmengine.logging import MMLogger
+
+    # mmengine prints how each parameter was initialised.
+    MMLogger.get_instance('study', log_level='ERROR')
+    torch.set_num_threads(args.threads)
+    try:
+        grid = grids.load(HERE / 'grids' / 'smoke.yaml' if args.smoke else args.grid)
+        results = grids.Results(args.out or HERE / 'results')
+        started, left = time.monotonic(), True
+        while left:
+            left = False
+            for run in grids.missing_runs(grid, results):
+                if args.only and run['task'] not in args.only:
+                    continue
+                if args.minutes and time.monotonic() - started > 60 * args.minutes:
+                    return
+                with grids.Claim(results.path(run)) as mine:
+                    if not mine or results.get(run) is not None:
+                        continue
+                    print(
+                        f'{run["task"]} | {run["row"]} | {run["images_per_step"]} images | '
+                        f'lr {run["lr"]:g} | seed {run["seed"]}', end=' ... ', flush=True,
+                    )  # fmt: skip
+                    task = tasks.make(run['dataset'], run['arguments'])
+                    record = loop.run(task, run, lambda text: print(text, flush=True))
+                    results.put(record)
+                    left = True  # a finished search makes new runs
+                    break
+    except (ValueError, ImportError, FileNotFoundError) as error:
+        sys.exit(f'error: {error}')
+
+
+if __name__ == '__main__':
+    main()
