@@ -1,6 +1,7 @@
 """Runs what is missing of a grid of experiments; may be stopped and started again at any time."""
 
 import argparse
+import functools
 import sys
 import time
 from pathlib import Path
@@ -25,8 +26,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Runs and reports one line a run."""
     args = parse_args(arguments)
     import torch
+    from experiments import detection, loop, tasks
     from experiments import grid as grids
-    from experiments import loop, tasks
     from mmengine.logging import MMLogger
 
     # mmengine prints how each parameter was initialised.
@@ -34,6 +35,7 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     try:
         grid = grids.load(HERE / 'grids' / 'smoke.yaml' if args.smoke else args.grid)
+        report = functools.partial(print, flush=True)
         results = grids.Results(args.out or HERE / 'results')
         started, left = time.monotonic(), True
         while left:
@@ -50,8 +52,11 @@ def main(arguments: list[str] | None = None) -> None:
                         f'{run["task"]} | {run["row"]} | {run["images_per_step"]} images | '
                         f'lr {run["lr"]:g} | seed {run["seed"]}', end=' ... ', flush=True,
                     )  # fmt: skip
-                    task = tasks.make(run['dataset'], run['arguments'])
-                    record = loop.run(task, run, lambda text: print(text, flush=True))
+                    if run['dataset'] in detection.DATASETS:
+                        record = detection.run(run, report)
+                    else:
+                        task = tasks.make(run['dataset'], run['arguments'])
+                        record = loop.run(task, run, report)
                     results.put(record)
                     left = True  # a finished search makes new runs
                     break

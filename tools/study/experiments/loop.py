@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from experiments.tasks import Task
 from torch import nn
 
+from experiments.tasks import Task
 from wsbcn_mm import BatchChannelNorm2d, __version__
 from wsbcn_mm.diagnostics import ActivationObserver, singularities
 
@@ -86,17 +86,10 @@ def run(task: Task, spec: dict, report: Callable[[str], None] = lambda text: Non
         curve=curve,
         singularities=watched,
         metrics={} if diverged else evaluate(task, model, spec),
-        parameters=sum(p.numel() for p in model.parameters()),
-        cpu_seconds=time.process_time() - cpu,
-        wall_seconds=time.time() - started,
-        versions=dict(
-            wsbcn_mm=__version__, torch=torch.__version__, python=platform.python_version()
-        ),
-        threads=torch.get_num_threads(),
-        machine=_processor(),
+        **circumstances(model, started, cpu),
     )
     report(f'{record["metrics"]} in {record["cpu_seconds"]:.1f} s')
-    return _plain(record)
+    return plain(record)
 
 
 def norm_config(norm: dict, images_per_step: int) -> dict:
@@ -151,6 +144,20 @@ def recalibrate(task: Task, model: nn.Module, spec: dict) -> bool:
     return True
 
 
+def circumstances(model: nn.Module, started: float, cpu: float) -> dict:
+    """Where and how a run was made; ``started`` and ``cpu`` are time and CPU time at its start."""
+    return dict(
+        parameters=sum(p.numel() for p in model.parameters()),
+        cpu_seconds=time.process_time() - cpu,
+        wall_seconds=time.time() - started,
+        versions=dict(
+            wsbcn_mm=__version__, torch=torch.__version__, python=platform.python_version()
+        ),
+        threads=torch.get_num_threads(),
+        machine=_processor(),
+    )
+
+
 def _processor() -> str:
     try:
         lines = open('/proc/cpuinfo').read().splitlines()
@@ -159,12 +166,12 @@ def _processor() -> str:
         return platform.processor()
 
 
-def _plain(value):
+def plain(value: object) -> object:
     """Numbers with five digits; not-a-number, which JSON lacks, as None."""
     if isinstance(value, dict):
-        return {key: _plain(v) for key, v in value.items()}
+        return {key: plain(v) for key, v in value.items()}
     if isinstance(value, list):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     if isinstance(value, float):
         return float(f'{value:.5g}') if math.isfinite(value) else None
     return value

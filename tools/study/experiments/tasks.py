@@ -93,8 +93,9 @@ class Digits(Task):
         parts = [order[a:b] for a, b in zip([0, *ends], ends)]
         labels = torch.tensor(digits.target)
         self._data = {
-            name: (images[part], labels[part]) for name, part in zip(('train', 'val', 'test'), parts)
-        }
+            name: (images[part], labels[part])
+            for name, part in zip(('train', 'val', 'test'), parts)
+        }  # fmt: skip
         self.num_train, self._blocks, self._width = num_train, blocks, width
 
     def build(self, norm: dict, conv: dict | None) -> nn.Module:
@@ -136,8 +137,9 @@ class DeepLabV3(nn.Module):
         super().__init__()
         layers = dict(norm_cfg=norm, conv_cfg=conv)
         self.backbone = MODELS.build(dict(
-            type='mmseg.ResNet', depth=18, stem_channels=2 * width, base_channels=width, num_stages=3, strides=(1, 2, 1),
-            dilations=(1, 1, 2), out_indices=(2,), norm_eval=False, init_cfg=None, **layers,
+            type='mmseg.ResNet', depth=18, stem_channels=2 * width, base_channels=width,
+            num_stages=3, strides=(1, 2, 1), dilations=(1, 1, 2), out_indices=(2,),
+            norm_eval=False, init_cfg=None, **layers,
         ))  # fmt: skip
         self.head = MODELS.build(dict(
             type='mmseg.ASPPHead', in_channels=4 * width, in_index=0, channels=head,
@@ -233,7 +235,7 @@ def _voc_files(root: Path, split: str, every: int) -> list[tuple[Path, Path]]:
 class CamVid(Segmentation):
     """CamVid (11 classes, published split, VOC layout) at a third of 480x360.
 
-    Frames of a drive follow one another: of the evaluation splits every second and third is used.
+    Frames of a drive follow one another: every third of val and every fourth of test is used.
 
     Args:
         root: The folder with ImageSets, JPEGImages and SegmentationClass.
@@ -246,8 +248,8 @@ class CamVid(Segmentation):
             raise FileNotFoundError(f'CamVid in VOC layout is expected at {root}')
         splits = dict(
             train=_voc_files(root, 'train', 1),
-            val=_voc_files(root, 'val', 2),
-            test=_voc_files(root, 'test', 3),
+            val=_voc_files(root, 'val', 3),
+            test=_voc_files(root, 'test', 4),
         )
         if num_train is not None:
             splits['train'] = splits['train'][:: len(splits['train']) // num_train][:num_train]
@@ -260,7 +262,9 @@ class Shapes(Segmentation):
     There is no test split: the validation images are halved, the first half chooses.
     """
 
-    def __init__(self, root='data/shapes', size=(96, 80), crop=80, width=32, head=48, num_train=360):
+    def __init__(
+        self, root='data/shapes', size=(96, 80), crop=80, width=32, head=48, num_train=360
+    ):
         shapes.draw_dataset(root)
         root = Path(root) / 'VOCdevkit' / 'VOC2012'
         val = _voc_files(root, 'val', 1)

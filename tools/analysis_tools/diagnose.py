@@ -1,0 +1,73 @@
+"""Shows why a model trains well or badly: dead channels, wrong estimates, steep gradients.
+
+Writes OUT/index.html, one page with everything in it, and OUT/diagnostics.json, its numbers.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parents[1])]  # also from a clone not installed
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    from mmengine.config import DictAction
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('config', help='config file')
+    parser.add_argument('checkpoint', help='checkpoint file')
+    parser.add_argument('-o', '--out', default='report', help='folder of the page')
+    parser.add_argument('--images', type=int, default=64, help='validation images to look at')
+    parser.add_argument(
+        '--train-batches', type=int, default=4, help='training batches for gradients, smoothness'
+    )
+    parser.add_argument(
+        '--step-size', type=float, help='learning rate for the smoothness; default: the config\'s'
+    )
+    parser.add_argument(
+        '--against', metavar='JSON', help='diagnostics.json of another model, drawn beside this one'
+    )
+    parser.add_argument(
+        '--cfg-options', nargs='+', action=DictAction, help='override settings of the config'
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measures, then writes the page."""
+    args = parse_args()
+    from diagnosis_page import read_numbers, write_page
+
+    from wsbcn_mm.openmmlab import config, diagnosis
+
+    try:
+        for name in ('images', 'train_batches', 'step_size'):
+            value = getattr(args, name)
+            if value is not None and value <= 0:
+                raise ValueError(f'--{name.replace("_", "-")} must be positive\n  got {value}')
+        other = read_numbers(args.against) if args.against else None
+        cfg = config.load_config(args.config, args.cfg_options)
+        config.check_checkpoint_file(args.checkpoint)
+        config.check_data(cfg, 'train_dataloader', 'val_dataloader')
+        out = Path(args.out)
+        cfg.work_dir, cfg.log_level, cfg.load_from = str(out / 'log'), 'ERROR', None
+        numbers = diagnosis.diagnose(
+            cfg, args.checkpoint, args.images, args.train_batches, args.step_size,
+            lambda text: print(f'\r{text:<40}', end='', file=sys.stderr, flush=True),
+        )  # fmt: skip
+        print(file=sys.stderr)
+    except (ValueError, ImportError, FileNotFoundError) as error:
+        sys.exit(f'error: {error}')
+    (out / 'diagnostics.json').write_text(json.dumps(numbers) + '\n')
+    write_page(numbers, out / 'index.html', other)
+    for name, value in numbers['summary'].items():
+        if value is not None:
+            print(f'  {name:<22} {value:.4g}')
+    print(f'  page                   {out / "index.html"}')
+
+
+if __name__ == '__main__':
+    main()
