@@ -1,5 +1,6 @@
 """Trains one cell of the grid and says everything about it in one record."""
 
+import functools
 import math
 import platform
 import time
@@ -7,7 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from experiments.tasks import Task
 from wsbcn_mm import BatchChannelNorm2d, __version__
@@ -18,7 +19,12 @@ WARM_UP = 0.1  # share of the training
 CALIBRATION_IMAGES = 200
 
 
-def run(task: Task, spec: dict, report: Callable[[str], None] = lambda text: None) -> dict:
+def run(
+    task: Task,
+    spec: dict,
+    report: Callable[[str], None] = lambda text: None,
+    before_step: Callable[[int, nn.Module, Callable[[], Tensor]], None] | None = None,
+) -> dict:
     """Trains and evaluates once.
 
     Args:
@@ -26,6 +32,8 @@ def run(task: Task, spec: dict, report: Callable[[str], None] = lambda text: Non
         spec: ``norm``, ``conv`` (mmcv configs), ``images_per_step``, ``lr`` (per image of a step:
             the linear rule), ``seed``, ``epochs``, ``weight_decay``.
         report: Shows progress.
+        before_step: Called with the number of the step, the model and what computes the loss of
+            its batch.
 
     Returns:
         The record: spec, curves, metrics; numbers and texts only. Metrics of a run whose loss
@@ -55,6 +63,8 @@ def run(task: Task, spec: dict, report: Callable[[str], None] = lambda text: Non
             images, targets = task.train_batch(order[start : start + count].tolist(), rng)
             for group in optimizer.param_groups:
                 group['lr'] = lr * rate_factor(step / steps)
+            if before_step is not None:
+                before_step(step, model, functools.partial(task.loss, model, images, targets))
             watch = step % max(1, steps // 12) == 0 or step == steps - 1
             if watch:
                 with ActivationObserver(model) as observer:

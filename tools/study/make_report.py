@@ -1,0 +1,291 @@
+"""Makes the tables and plots of a study from its records; trains nothing."""
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parents[1])]  # also from a clone not installed
+
+import matplotlib  # noqa: E402
+
+matplotlib.use('Agg')
+import matplotlib.pyplot as plt  # noqa: E402
+from experiments import grid as grids  # noqa: E402
+
+COLOURS = {
+    'BN': '#7a7a7a', 'GN': '#d98032', 'GN + WS': '#b33f62', 'BN + WS': '#4c4c4c',
+    'BCN + WS (estimate)': '#0a6c74', 'BCN + WS (batch)': '#6fb7bd', 'BCN': '#3f7cac',
+}  # fmt: skip
+METRICS = {
+    'test': 'test', 'val': 'validation', 'test_recalibrated': 'test, statistics averaged anew',
+}  # fmt: skip
+
+
+class Study:
+    """A grid and its records.
+
+    Args:
+        grid: A YAML file.
+        folder: The records.
+    """
+
+    def __init__(self, grid: str | Path, folder: str | Path) -> None:
+        self.grid, self.results = grids.load(grid), grids.Results(folder)
+        self.cells = grids.cells(self.grid)
+
+    def lr(self, cell: grids.Cell) -> float | None:
+        """The learning rate of a cell; None while its search is not finished."""
+        return grids.best_lr(self.grid, self.results, cell)
+
+    def records(self, cell: grids.Cell) -> list[dict]:
+        """The finished runs of a cell at its learning rate, one a seed."""
+        lr = self.lr(cell)
+        if lr is None:
+            return []
+        specs = [grids.spec(self.grid, cell, lr, seed) for seed in self.grid['seeds']]
+        return [r for r in map(self.results.get, specs) if r is not None]
+
+    def values(self, cell: grids.Cell, metric: str) -> list[float]:
+        """A metric in percent; a run that diverged counts as 0."""
+        records = [r for r in self.records(cell) if r['diverged'] or metric in r['metrics']]
+        return [0.0 if r['diverged'] else 100 * r['metrics'][metric] for r in records]
+
+    def tasks(self) -> list[str]:
+        """Tasks with at least one finished cell."""
+        return [t for t in self.grid['tasks'] if any(self.records(c) for c in self.of(t))]
+
+    def of(self, task: str) -> list[grids.Cell]:
+        """The cells of a task."""
+        return [cell for cell in self.cells if cell.task == task]
+
+    def rows(self, task: str) -> list[str]:
+        """Rows of a task in the order of the grid file."""
+        there = {cell.row for cell in self.of(task) if self.records(cell)}
+        return [row for row in self.grid['rows'] if row in there]
+
+    def columns(self, task: str) -> list[int]:
+        """Images per step of a task."""
+        return sorted({cell.images_per_step for cell in self.of(task) if self.records(cell)})
+
+
+def table(study: Study, task: str, metric: str) -> str:
+    """Rows by images per step: mean ± deviation over the seeds, and the learning rate."""
+    columns = study.columns(task)
+    lines = [
+        '| | ' + ' | '.join(f'{n} image{"s" * (n > 1)} per step' for n in columns) + ' |',
+        '|---' * (len(columns) + 1) + '|',
+    ]
+    for row in study.rows(task):
+        cells = [entry(study, grids.Cell(task, row, n), metric) for n in columns]
+        if any(cells):
+            lines.append(f'| {row} | ' + ' | '.join(cells) + ' |')
+    return '\n'.join(lines) if len(lines) > 2 else ''
+
+
+def entry(study: Study, cell: grids.Cell, metric: str) -> str:
+    """One cell of a table; empty where nothing is finished."""
+    values = study.values(cell, metric)
+    if not values:
+        return ''
+    spread = f' ± {statistics.stdev(values):.1f}' if len(values) > 1 else ''
+    missing = len(study.grid['seeds']) - len(values)
+    seeds = f'; {len(values)} seed{"s" * (len(values) > 1)}' if missing else ''
+    diverged = sum(r['diverged'] for r in study.records(cell))
+    failed = f'; {diverged} diverged' if diverged else ''
+    return f'{statistics.mean(values):.1f}{spread} (lr {study.lr(cell):g}{seeds}{failed})'
+
+
+def search_table(study: Study, task: str) -> str:
+    """Validation metric of every searched learning rate, first seed."""
+    lrs = study.grid['tasks'][task]['lrs']
+    head = '| | images per step | ' + ' | '.join(f'lr {lr:g}' for lr in lrs) + ' |'
+    lines = [head, '|---' * (len(lrs) + 2) + '|']
+    for row in study.rows(task):
+        for count in study.columns(task):
+            cell = grids.Cell(task, row, count)
+            if cell not in study.cells or grids.search_cell(study.grid, cell) != cell:
+                continue
+            seed = study.grid['seeds'][0]
+            found = [study.results.get(grids.spec(study.grid, cell, lr, seed)) for lr in lrs]
+            texts = [
+                '' if r is None else 'diverged' if r['diverged'] else
+                f'{100 * r["metrics"]["val"]:.1f}' for r in found
+            ]  # fmt: skip
+            if any(texts):
+                lines.append(f'| {row} | {count} | ' + ' | '.join(texts) + ' |')
+    return '\n'.join(lines)
+
+
+def singularity_table(study: Study, task: str, count: int) -> str:
+    """Singularity measures at the end of training, means over the seeds."""
+    names = ('dead_channels', 'singularity_distance', 'stat_spread')
+    lines = [
+        '| | dead channels, % | distance to singularities | spread of channel statistics |',
+        '|---|---|---|---|',
+    ]
+    for row in study.rows(task):
+        records = study.records(grids.Cell(task, row, count))
+        ends = [r['singularities'] for r in records if r['singularities']['step']]
+        if ends:
+            means = [statistics.mean(e[n][-1] for e in ends) for n in names]
+            lines.append(f'| {row} | {100 * means[0]:.2f} | {means[1]:.3f} | {means[2]:.3f} |')
+    return '\n'.join(lines)
+
+
+def tables(study: Study) -> str:
+    """All tables as Markdown."""
+    parts = ['<!-- Made by tools/study/make_report.py from the records: do not edit. -->']
+    for task in study.tasks():
+        records = [r for cell in study.of(task) for r in study.records(cell)]
+        parts.append(f'## {task}')
+        for metric, name in METRICS.items():
+            text = table(study, task, metric)
+            if text:
+                parts += [f'{records[0]["metric"]}, {name}, %:', text]
+        parts += ['Learning-rate search (validation, first seed):', search_table(study, task)]
+        for count in study.columns(task):
+            if count in (1, 8):
+                parts += [
+                    f'End of training, {count} image{"s" * (count > 1)} per step '
+                    '(one training batch, means over ReLUs and seeds):',
+                    singularity_table(study, task, count),
+                ]
+    return '\n\n'.join(parts) + '\n'
+
+
+def main_rows(study: Study, task: str) -> list[str]:
+    """Rows that plots show: those with a colour."""
+    return [row for row in study.rows(task) if row in COLOURS]
+
+
+def plot_metric(study: Study, target: Path) -> None:
+    """Metric against images per step."""
+    tasks = [t for t in study.tasks() if len(study.columns(t)) > 1] or study.tasks()
+    figure, axes = plt.subplots(
+        1, len(tasks), figsize=(5 * len(tasks), 4.2), squeeze=False, constrained_layout=True
+    )
+    for axis, task in zip(axes[0], tasks):
+        for row in main_rows(study, task):
+            points = []
+            for count in study.columns(task):
+                values = study.values(grids.Cell(task, row, count), 'test')
+                if values:
+                    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+                    points.append((count, statistics.mean(values), spread))
+            axis.errorbar(*zip(*points), fmt='o-', color=COLOURS[row], capsize=3, label=row)
+        counts = study.columns(task)
+        axis.set_xscale('log', base=2)
+        axis.set_xticks(counts, counts)
+        axis.minorticks_off()
+        metric = next(r for c in study.of(task) for r in study.records(c))['metric']
+        axis.set(xlabel='images per step', ylabel=f'{metric}, test, %', title=task)
+        axis.grid(alpha=0.3)
+    axes[0][-1].legend(fontsize=8)
+    figure.savefig(target, dpi=110)
+    plt.close(figure)
+
+
+def plot_loss(study: Study, target: Path, count: int = 1) -> None:
+    """Training loss over the training, mean over the seeds."""
+    tasks = [t for t in study.tasks() if count in study.columns(t)]
+    figure, axes = plt.subplots(
+        1, len(tasks), figsize=(5 * len(tasks), 4.2), squeeze=False, constrained_layout=True
+    )
+    for axis, task in zip(axes[0], tasks):
+        for row in main_rows(study, task):
+            # Runs stop where they diverge: the others have all points.
+            records = study.records(grids.Cell(task, row, count))
+            curves = [r['curve'] for r in records if not r['diverged']]
+            if curves:
+                means = [statistics.mean(v) for v in zip(*(c['loss'] for c in curves))]
+                axis.plot(curves[0]['step'], means, color=COLOURS[row], label=row)
+        axis.set(xlabel='step', ylabel='training loss', title=f'{task}, {count} image per step')
+        axis.set_ylim(0, None)
+        axis.grid(alpha=0.3)
+    axes[0][-1].legend(fontsize=8)
+    figure.savefig(target, dpi=110)
+    plt.close(figure)
+
+
+TRACED = {
+    'dead_channels': ('dead channels', 'linear'),
+    'singularity_distance': ('distance to singularities', 'linear'),
+    'stat_spread': ('spread of channel statistics', 'linear'),
+    'mean_gap': ('gap of the estimated means, deviations', 'log'),
+    'loss_range': ('range of the loss along the step', 'log'),
+    'predictiveness': ('relative change of the gradient', 'log'),
+    'beta': ('effective β-smoothness', 'log'),
+    'gradient_ratio': ('|dL/dw| against the WS bound', 'linear'),
+}
+
+
+def plot_trace(record: dict, target: Path) -> None:
+    """What tools/study/trace.py measured along a training."""
+    figure, axes = plt.subplots(2, 4, figsize=(17, 7), constrained_layout=True)
+    for axis, (key, (label, scale)) in zip(axes.flat, TRACED.items()):
+        for row, found in record['rows'].items():
+            if any(v is not None for v in found[key]):
+                axis.plot(found['step'], found[key], color=COLOURS.get(row), label=row)
+        axis.set(xlabel='step', title=label, yscale=scale)
+        axis.grid(alpha=0.3)
+    axes[0][0].legend(fontsize=8)
+    figure.suptitle(f'{record["task"]}, {record["images_per_step"]} image(s) per step')
+    figure.savefig(target, dpi=90)
+    plt.close(figure)
+
+
+def trace_table(record: dict) -> str:
+    """Means over the second half of the trajectory."""
+    lines = [
+        '| | ' + ' | '.join(label.replace('|', '\\|') for label, _ in TRACED.values()) + ' |',
+        '|---' * (len(TRACED) + 1) + '|',
+    ]
+    for row, found in record['rows'].items():
+        texts = []
+        for key in TRACED:
+            values = [v for v in found[key][len(found[key]) // 2 :] if v is not None]
+            texts.append(f'{statistics.mean(values):.3g}' if values else '')
+        lines.append(f'| {row} | ' + ' | '.join(texts) + ' |')
+    return '\n'.join(lines)
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    docs = HERE.parents[1] / 'docs' / 'study'
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('grid', nargs='?', default=str(HERE / 'grids' / 'study.yaml'))
+    parser.add_argument('-r', '--results', default=str(HERE / 'results'), help='the records')
+    parser.add_argument('-o', '--out', default=str(docs), help='folder of tables and plots')
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Writes tables.md and the plots."""
+    args = parse_args(arguments)
+    try:
+        study = Study(args.grid, args.results)
+        if not study.tasks():
+            raise FileNotFoundError(f'no finished cell below {args.results}: run run_grid.py first')
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f'error: {error}')
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    text = tables(study)
+    plot_metric(study, out / 'metric.png')
+    plot_loss(study, out / 'loss.png')
+    for path in sorted(Path(args.results).glob('trace_*.json')):
+        record = json.loads(path.read_text())
+        plot_trace(record, out / f'{path.stem}.png')
+        text += (
+            f'\n## Along the training: {record["task"]}, {record["images_per_step"]} image(s) per '
+            f'step, lr {record["lr"]:g}\n\nMeans over the second half:\n\n{trace_table(record)}\n'
+        )
+    (out / 'tables.md').write_text(text)
+    print(text)
+
+
+if __name__ == '__main__':
+    main()
