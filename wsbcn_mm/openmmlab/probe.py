@@ -63,8 +63,6 @@ def dotted(path: tuple) -> str:
 
 def register_hosts(cfg: Config) -> None:
     """Imports the models of the config's packages, so that their names are known."""
-    import wsbcn_mm  # noqa: F401  registers the layers
-
     scope = cfg.get('default_scope')
     if scope == 'mmdet':
         import mmdet.models  # noqa: F401
