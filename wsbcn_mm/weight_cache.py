@@ -64,7 +64,7 @@ class StandardizedWeightCache:
         key = (
             eps, formula, dtype, weight._version, weight.data_ptr(), weight.requires_grad,
             optimizer_steps.count(), torch.is_grad_enabled(), torch.is_inference_mode_enabled(),
-            backends.select(weight),
+            backends.forced(),
             torch.cuda.current_stream(weight.device).cuda_stream if weight.is_cuda else None,
         )  # fmt: skip
         entry = self._entry

@@ -73,6 +73,11 @@ def use_backend(name: str) -> Iterator[None]:
         _forced = before
 
 
+def forced() -> str | None:
+    """The backend that was asked for by name, if any."""
+    return _forced
+
+
 def select(x: Tensor) -> str:
     """The name of the backend that takes ``x``.
 
