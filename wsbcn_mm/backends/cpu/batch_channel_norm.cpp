@@ -221,7 +221,8 @@ struct Forward {
   bool update;
   double rate;
   Scratch<double> inv_std{s.channels}, gain{s.channels};
-  Scratch<double> space{2 * s.samples * s.channels};
+  // Space for either stage: threads may be in different ones.
+  Scratch<double> of_channels{2 * s.channels}, of_rows{s.samples * s.channels};
   Scratch<A> scale{s.samples * s.channels}, shift{s.samples * s.channels};
 
   // Statistics of the channels of a group, updated before they are used.
@@ -229,7 +230,7 @@ struct Forward {
     const int64_t c = g * s.per_group;
     if (update) {
       update_channels(m + c, q + c, s.samples, s.channels, rate, s.per_group, mean + c, var + c,
-                      space + 2 * c);
+                      of_channels + 2 * c);
     }
     channel_gains(var + c, parameters.at(g).batch_weight, eps, s.per_group, inv_std + c, gain + c);
   }
@@ -239,7 +240,7 @@ struct Forward {
     const int64_t c = g * s.per_group, row = n * s.channels + c, group = n * s.groups + g;
     group_coefficients(m + row, q + row, mean + c, gain + c, parameters.at(g), eps, s.per_group,
                        {scale + row, shift + row, group_mean + group, inv_group_std + group},
-                       space + row);
+                       of_rows + row);
   }
 
   void apply(int64_t n, int64_t g) const {
