@@ -1,4 +1,4 @@
-"""The one collective: several tensors summed over all ranks in a single all-reduce."""
+"""Several processes: the one collective, and what layers use to talk to each other."""
 
 import torch
 from torch import Tensor
@@ -29,3 +29,24 @@ def sum_over_ranks(tensors: list[Tensor], group: dist.ProcessGroup | None = None
         dist.all_reduce(flat, group=group)
     parts = flat.split([tensor.numel() for tensor in tensors])
     return [part.view(tensor.shape) for part, tensor in zip(parts, tensors)]
+
+
+class Ranks:
+    """The ranks of a group, as `wsbcn_mm.backends.synchronised` needs them.
+
+    Args:
+        group: A process group; None: all ranks.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self._group = group
+
+    def sum(self, tensors: list[Tensor]) -> list[Tensor]:
+        """See `sum_over_ranks`."""
+        return sum_over_ranks(tensors, self._group)
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """The tensors of all ranks, (ranks, *shape)."""
+        parts = [torch.empty_like(tensor) for _ in range(world_size(self._group))]
+        dist.all_gather(parts, tensor.contiguous(), group=self._group)
+        return torch.stack(parts)

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wsbcn_mm import functional, recomputation
-from wsbcn_mm.backends import autograd
+from wsbcn_mm import distributed, functional, recomputation
+from wsbcn_mm.backends import autograd, synchronised
 from wsbcn_mm.functional import check_choice, check_eps, check_fan_in, check_groups, check_rate
 from wsbcn_mm.weight_cache import StandardizedWeightCache
 
@@ -159,6 +159,7 @@ class WSConvTranspose2d(WeightStandardized, nn.ConvTranspose2d):
 
 
 AFFINES = ('group', 'channel', None)
+SYNCS = (None, 'step', 'forward')
 DEFAULT_MOMENTUM = {'estimate': 0.01, 'batch': 0.1}
 
 
@@ -178,6 +179,7 @@ class BatchChannelNorm:
         momentum: float | str | None = None,
         affine: str | None = 'group',
         mode: str = 'estimate',
+        sync: str | None = 'step',
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -187,6 +189,7 @@ class BatchChannelNorm:
         check_eps(eps)
         check_choice(affine, AFFINES, 'affine')
         check_choice(mode, functional.MODES, 'mode')
+        check_choice(sync, SYNCS, 'sync')
         factory = dict(device=device, dtype=dtype)
         super().__init__(num_groups, num_channels, eps, affine == 'channel', **factory)
         if affine == 'group':
@@ -195,9 +198,14 @@ class BatchChannelNorm:
         self.batch_weight = nn.Parameter(torch.ones(num_channels, **factory))
         self.batch_bias = nn.Parameter(torch.zeros(num_channels, **factory))
         self.bn = self._bn_class(num_channels, eps, affine=False, **factory)
+        # See `wsbcn_mm.backends.ops`: samples since the estimates were synchronised, and updates
+        # that were left out. Not a part of the model's state.
+        counts = torch.zeros(2, num_channels, dtype=torch.int64, device=device)
+        self.register_buffer('counts', counts, persistent=False)
         self._history = recomputation.StatisticsHistory()
         self.affine = affine
         self.mode = mode
+        self.sync = sync
         self.momentum = DEFAULT_MOMENTUM[mode] if momentum is None else momentum
 
     @property
@@ -229,6 +237,7 @@ class BatchChannelNorm:
             nn.init.ones_(self.batch_weight)
             nn.init.zeros_(self.batch_bias)
             self.bn.reset_running_stats()
+            self.counts.zero_()
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalises ``input``; see the class for shapes and what each mode does."""
@@ -240,35 +249,50 @@ class BatchChannelNorm:
         training = self.training and bn.training
         if not training:
             return self._normalize(input, bn.running_mean, bn.running_var, False, 0.0)
-        if self.mode == 'batch' and _synchronises(bn):
-            # Also with an empty input: the other ranks wait for this one's share.
-            return self._forward_synchronised(input)
+        if self.sync == 'forward' or self.mode == 'batch':
+            ranks = self._ranks()
+            if ranks is not None:
+                # Also with an empty input: the other ranks wait for this one's share.
+                return self._forward_over_ranks(input, ranks)
         # What updates: batch mode does not from a single value per channel.
         updates = input.numel() // self.num_channels > (self.mode == 'batch')
         if updates and recomputation.is_repeated():
             return self._forward_repeated(input)
-        momentum, running_mean, running_var = bn.momentum, bn.running_mean, bn.running_var
+        momentum, running_mean, running_var = self._rate(updates), bn.running_mean, bn.running_var
+        output = self._normalize(input, running_mean, running_var, True, momentum, self.counts)
+        if updates and recomputation.may_be_repeated():
+            self._history.remember(input, running_mean, running_var)
+        return output
+
+    def _rate(self, updates: bool) -> float | Tensor:
+        """Counts an update; the weight of its observation."""
+        bn = self.bn
+        momentum = bn.momentum
         if momentum is not None:
             check_rate(momentum)  # may have been set on bn, past the setter
         if updates:
             bn.num_batches_tracked.add_(1)
             if momentum is None:
-                momentum = bn.num_batches_tracked.to(torch.float64).reciprocal()
-        output = self._normalize(
-            input, running_mean, running_var, True, 0.0 if momentum is None else momentum
-        )
-        if updates and recomputation.may_be_repeated():
-            self._history.remember(input, running_mean, running_var)
-        return output
+                return bn.num_batches_tracked.to(torch.float64).reciprocal()
+        return 0.0 if momentum is None else momentum
+
+    def _ranks(self) -> distributed.Ranks | None:
+        """Those whose samples the statistics are of, where there are others than this one."""
+        converted = self.mode == 'batch' and isinstance(self.bn, nn.SyncBatchNorm)
+        if not converted and self.sync != 'forward':
+            return None
+        group = self.bn.process_group if converted else None
+        return distributed.Ranks(group) if distributed.world_size(group) > 1 else None
 
     def _normalize(
-        self, input: Tensor, mean: Tensor, var: Tensor, training: bool, momentum: float | Tensor
-    ) -> Tensor:
+        self, input: Tensor, mean: Tensor, var: Tensor, training: bool, momentum: float | Tensor,
+        counts: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         # Not through `functional`: its checks were made when the layer was, and take as long as a
         # small map.
         return autograd.batch_channel_norm(
             input, self.num_groups, mean, var, self.batch_weight, self.batch_bias, self.weight,
-            self.bias, training, self.mode, momentum, self.eps,
+            self.bias, training, self.mode, momentum, self.eps, counts,
         )  # fmt: skip
 
     def _forward_repeated(self, input: Tensor) -> Tensor:
@@ -280,16 +304,27 @@ class BatchChannelNorm:
         mean, var = (value.clone() for value in used)
         return self._normalize(input, mean, var, self.mode == 'batch', 0.0)
 
-    def _forward_synchronised(self, input: Tensor) -> Tensor:
-        """Batch mode over all ranks: torch's SyncBatchNorm is stage 1, GroupNorm stage 2."""
-        x = self.bn(input)  # counts the batch, too
-        shape = (-1, *[1] * (input.dim() - 2))
-        x = x * self.batch_weight.to(x.dtype).view(shape) + self.batch_bias.to(x.dtype).view(shape)
-        weight, bias = (
-            None if p is None else p.repeat_interleave(self.num_channels // p.numel())
-            for p in (self.weight, self.bias)
+    def _forward_over_ranks(self, input: Tensor, ranks: distributed.Ranks) -> Tensor:
+        """As in one process with the samples of all ranks."""
+        bn, repeated = self.bn, recomputation.is_repeated()
+        if self.mode == 'batch':
+            mean, var, counts = bn.running_mean, bn.running_var, self.counts
+            rate = 0.0 if repeated else self._rate(True)
+            if repeated:  # the statistics of the batch are computed again, the buffers stay
+                mean, var, counts = mean.clone(), var.clone(), counts.clone()
+            return synchronised.batch_norm_over_ranks(
+                input, self.num_groups, mean, var, self.batch_weight, self.batch_bias, self.weight,
+                self.bias, rate, self.eps, counts, ranks,
+            )  # fmt: skip
+        if repeated:
+            return self._forward_repeated(input)
+        synchronised.update_estimates(
+            input, bn.running_mean, bn.running_var, self._rate(True), self.counts, ranks
         )
-        return F.group_norm(x, self.num_groups, weight, bias, self.eps).to(input.dtype)
+        if input.numel() and recomputation.may_be_repeated():
+            self._history.remember(input, bn.running_mean, bn.running_var)
+        # With the new estimates as constants: what evaluation does.
+        return self._normalize(input, bn.running_mean, bn.running_var, False, 0.0)
 
     def _fits(self, input: Tensor) -> bool:
         if not isinstance(input, Tensor) or not input.is_floating_point():
@@ -309,18 +344,9 @@ class BatchChannelNorm:
         """The constructor's arguments."""
         return (
             f'{self.num_channels}, num_groups={self.num_groups}, eps={self.eps}, '
-            f'momentum={self.momentum!r}, affine={self.affine!r}, mode={self.mode!r}'
+            f'momentum={self.momentum!r}, affine={self.affine!r}, mode={self.mode!r}, '
+            f'sync={self.sync!r}'
         )
-
-
-def _synchronises(bn: nn.Module) -> bool:
-    """Whether this is a SyncBatchNorm with other ranks to talk to."""
-    return (
-        isinstance(bn, nn.SyncBatchNorm)
-        and torch.distributed.is_available()
-        and torch.distributed.is_initialized()
-        and torch.distributed.get_world_size(bn.process_group) > 1
-    )
 
 
 _NORM_DOC = """Batch-Channel Normalization over {shape} inputs (arXiv 1911.09738, equations 13-15).
@@ -332,8 +358,7 @@ _NORM_DOC = """Batch-Channel Normalization over {shape} inputs (arXiv 1911.09738
     - training, ``mode='estimate'`` (1-2 images per GPU): running estimates, updated with this input
       **before** they are used (second moment around the old mean); constants for the gradient.
     - training, ``mode='batch'`` (large batches): this batch's statistics, with gradient, as in
-      BatchNorm; those of all ranks when ``bn`` was converted to SyncBatchNorm (SyncBN). With a
-      single value per channel the running statistics are used and not updated.
+      BatchNorm. With a single value per channel the running statistics are used and not updated.
     - ``eval()``, of the layer or of its child ``bn`` alone (OpenMMLab's ``norm_eval``): the running
       statistics, frozen.
 
@@ -349,10 +374,20 @@ _NORM_DOC = """Batch-Channel Normalization over {shape} inputs (arXiv 1911.09738
             paper, ``'channel'`` (C,) as in GroupNorm, None without. ``batch_weight`` and
             ``batch_bias`` (C,) are always there.
         mode: ``'estimate'`` or ``'batch'``.
+        sync: What the processes of a distributed training share; nothing where there is one.
+            ``'step'``: nothing here, but `wsbcn_mm.estimates.synchronize_estimates`, called after
+            every step (by `EstimatesHook` under OpenMMLab), makes the running statistics of all
+            ranks the same. ``'forward'``: the statistics of all ranks' samples are used, as in one
+            process with the whole batch; a collective per layer and step (batch mode: two, as in
+            SyncBN), which every rank must reach as often. None: each rank keeps its own. Batch mode
+            also works as with ``'forward'`` once ``bn`` was converted to SyncBatchNorm.
         device, dtype: As in torch.
 
     Shape: {shape}, N >= 0; the output has shape, dtype and memory format of the input. float16 and
     bfloat16 are computed in float32. N = 0 gives an empty result and touches nothing.
+
+    A value that is not finite never enters the running statistics: that channel leaves the update
+    out, and `wsbcn_mm.estimates.skipped_updates` counts it.
 
     State dict: ``weight, bias, batch_weight, batch_bias, bn.running_mean, bn.running_var,
     bn.num_batches_tracked``.

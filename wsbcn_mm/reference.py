@@ -50,15 +50,28 @@ def update_estimates(
 
         m = mean(x);  v = mean((x - running_mean)^2)
         running_mean <- (1 - r) running_mean + r m;  running_var <- (1 - r) running_var + r v
+
+    A channel for which this gives a value that is not finite keeps its estimates (`keep_finite`).
     """
     x = x.detach()
     dims = [0, *range(2, x.dim())]
     mean = x.mean(dims)
     var = (x - per_channel(running_mean, x)).square().mean(dims)
-    return (
-        (1 - momentum) * running_mean + momentum * mean,
-        (1 - momentum) * running_var + momentum * var,
-    )
+    new_mean = (1 - momentum) * running_mean + momentum * mean
+    new_var = (1 - momentum) * running_var + momentum * var
+    return keep_finite(new_mean, new_var, running_mean, running_var)
+
+
+def keep_finite(
+    new_mean: Tensor, new_var: Tensor, running_mean: Tensor, running_var: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The new estimates of the channels in which both are finite, the old ones of the others.
+
+    An overflow would otherwise stay in an average for ever. Ours; per channel, because a channel's
+    estimates depend on nothing but its own values, and because it needs no look at the result.
+    """
+    finite = new_mean.isfinite() & new_var.isfinite()
+    return new_mean.where(finite, running_mean), new_var.where(finite, running_var)
 
 
 def normalize(
@@ -115,7 +128,7 @@ def batch_channel_norm(
     Training, ``'estimate'``: update the estimates, then normalise this same x with the new ones,
     as constants. Training, ``'batch'``: normalise with the statistics of x, which carry gradient;
     the running variance takes the unbiased variance, as in BatchNorm. Not training: normalise with
-    the running statistics.
+    the running statistics. A value that is not finite never enters a running statistic.
     """
     if not training:
         mean, var = running_mean, running_var
@@ -126,8 +139,11 @@ def batch_channel_norm(
         mean, var = batch_statistics(x)
         count = x.numel() // x.size(1)
         unbiased = var.detach() * count / (count - 1)
-        running_mean = (1 - momentum) * running_mean + momentum * mean.detach()
-        running_var = (1 - momentum) * running_var + momentum * unbiased
+        running_mean, running_var = keep_finite(
+            (1 - momentum) * running_mean + momentum * mean.detach(),
+            (1 - momentum) * running_var + momentum * unbiased,
+            running_mean, running_var,
+        )  # fmt: skip
     else:
         raise ValueError(f'unknown mode {mode!r}')
     y = normalize(x, mean, var, num_groups, batch_weight, batch_bias, weight, bias, eps)

@@ -32,8 +32,12 @@ def batch_channel_norm(
     mode: str,
     momentum: float | Tensor,
     eps: float,
+    counts: Tensor | None = None,
 ) -> Tensor:
-    """See `wsbcn_mm.functional.batch_channel_norm`; the arguments were checked there."""
+    """See `wsbcn_mm.functional.batch_channel_norm`; the arguments were checked there.
+
+    ``counts``: see `wsbcn_mm.backends.ops`.
+    """
     # A single value per channel has no variance: where BatchNorm raises (image pooling at one
     # image), batch mode uses the running statistics. An empty x says nothing about the channels.
     from_batch = training and mode == 'batch' and x.numel() // x.size(1) > 1
@@ -44,11 +48,12 @@ def batch_channel_norm(
     parameters = (batch_weight, batch_bias, weight, bias)
     if _has_nodes(backend) and not from_batch and x.numel() > 0:
         return torch.ops.wsbcn_mm.batch_channel_norm.default(
-            x, *parameters, running_mean, running_var, num_groups, update, momentum, rate, eps
-        )
+            x, *parameters, running_mean, running_var, num_groups, update, momentum, rate, eps,
+            counts,
+        )  # fmt: skip
     arguments = (
         x, *parameters, running_mean, running_var, backend, num_groups, from_batch, update,
-        momentum, rate, eps,
+        momentum, rate, counts, eps,
     )  # fmt: skip
     if torch.is_grad_enabled():
         return _Normalize.apply(*arguments)
@@ -91,7 +96,7 @@ def _has_nodes(backend: str) -> bool:
 
 def _normalize(
     x, batch_weight, batch_bias, weight, bias, running_mean, running_var, backend, num_groups,
-    from_batch, update, momentum, rate, eps,
+    from_batch, update, momentum, rate, counts, eps,
 ):  # fmt: skip
     """The result, followed by the statistics that the backward pass needs."""
     if x.numel() == 0:
@@ -102,12 +107,12 @@ def _normalize(
         m, q = kernels.row_moments(x)
         mean, var = _update_from_batch(
             m, q, x.numel() // x.size(1), running_mean, running_var,
-            momentum if rate is None else rate,
+            momentum if rate is None else rate, counts,
         )  # fmt: skip
         y, *group = kernels.normalize(x, m, q, mean, var, num_groups, *affine, eps)
         return y, m, q, mean, var, *group
     results = kernels.normalize_with_estimates(
-        x, num_groups, running_mean, running_var, *affine, update, momentum, rate, eps
+        x, num_groups, running_mean, running_var, *affine, update, momentum, rate, eps, counts
     )
     if update and not torch.compiler.is_compiling():
         # A kernel writes through pointers: torch must know that the buffers have changed.
@@ -143,7 +148,7 @@ class _Normalize(torch.autograd.Function):
                 ctx.num_groups, affine_size, ctx.eps, ctx.from_batch,
             )  # fmt: skip
             gradients = [None if i is None else _like(g, i) for i, g in zip(inputs, gradients)]
-        return *gradients, *[None] * 9
+        return *gradients, *[None] * 10
 
 
 def _like(gradient: Tensor, parameter: Tensor) -> Tensor:
@@ -153,13 +158,12 @@ def _like(gradient: Tensor, parameter: Tensor) -> Tensor:
     return gradient if gradient.dtype is parameter.dtype else gradient.to(parameter.dtype)
 
 
-def _update_from_batch(m, q, count, running_mean, running_var, momentum):
+def _update_from_batch(m, q, count, running_mean, running_var, momentum, counts):
     """The statistics of the batch from those of its rows; updates the buffers as BatchNorm does."""
     mean = m.mean(0)
     var = (q + (m - mean).square()).mean(0)
-    for buffer, new in ((running_mean, mean), (running_var, var * (count / (count - 1)))):
-        rate = momentum.to(new.dtype) if isinstance(momentum, Tensor) else momentum
-        buffer.copy_(buffer.to(new.dtype).lerp(new, rate))
+    unbiased = var * (count / (count - 1))
+    ops.move_towards(mean, unbiased, running_mean, running_var, momentum, counts, len(m))
     return mean, var
 
 

@@ -39,12 +39,12 @@ def row_moments(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def normalize_with_estimates(
     x, num_groups, running_mean, running_var, batch_weight, batch_bias, weight, bias, update,
-    momentum, rate, eps,
+    momentum, rate, eps, counts=None,
 ):  # fmt: skip
     m, q = row_moments(x)
     if update:
         mean, var = torch.ops.wsbcn_mm.update_estimates(
-            m, q, running_mean, running_var, momentum, rate
+            m, q, running_mean, running_var, momentum, rate, counts
         )
     else:
         mean, var = running_mean.to(m.dtype, copy=True), running_var.to(m.dtype, copy=True)

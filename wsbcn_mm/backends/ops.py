@@ -32,11 +32,15 @@ _library.define('row_moments(Tensor x) -> (Tensor m, Tensor q)')
 # that is given:
 #   running_mean <- (1 - r) running_mean + r mean(x)
 #   running_var  <- (1 - r) running_var + r mean((x - old running_mean)^2)
+# A channel in which one of them would not be finite, in the dtype of the buffers, keeps both.
+# `counts` (2, C), contiguous int64, says so without anybody having to wait for it: the samples that
+# entered a channel's statistics, and the updates that it left out, are added to its rows.
 # `mean` and `var` are copies of what was then used.
 _library.define(
     'normalize_with_estimates(Tensor x, int num_groups, Tensor(a!) running_mean, '
     'Tensor(b!) running_var, Tensor? batch_weight, Tensor? batch_bias, Tensor? weight, '
-    'Tensor? bias, bool update, float momentum, Tensor? rate, float eps) -> '
+    'Tensor? bias, bool update, float momentum, Tensor? rate, float eps, '
+    'Tensor(c!)? counts=None) -> '
     '(Tensor y, Tensor m, Tensor q, Tensor mean, Tensor var, Tensor group_mean, '
     'Tensor inv_group_std)'
 )
@@ -50,7 +54,7 @@ _library.define(
 # would do so with running statistics that have changed by then.
 _library.define(
     'update_estimates(Tensor m, Tensor q, Tensor(a!) running_mean, Tensor(b!) running_var, '
-    'float momentum, Tensor? rate) -> (Tensor mean, Tensor var)'
+    'float momentum, Tensor? rate, Tensor(c!)? counts=None) -> (Tensor mean, Tensor var)'
 )
 # Batch mode: the second half, after the moments were combined over samples (and ranks).
 _library.define(
@@ -88,7 +92,7 @@ _library.define(
 _library.define(
     'batch_channel_norm(Tensor x, Tensor? batch_weight, Tensor? batch_bias, Tensor? weight, '
     'Tensor? bias, Tensor(a!) running_mean, Tensor(b!) running_var, int num_groups, bool update, '
-    'float momentum, Tensor? rate, float eps) -> Tensor'
+    'float momentum, Tensor? rate, float eps, Tensor(c!)? counts=None) -> Tensor'
 )
 _library.define(
     'weight_standardize(Tensor weight, float eps, str formula, ScalarType dtype) -> Tensor'
@@ -148,13 +152,40 @@ def _(m, *_):
     return m.new_empty(m.shape[1]), m.new_empty(m.shape[1])
 
 
-def _update_estimates(m, q, running_mean, running_var, momentum, rate):
-    old_mean, old_var = running_mean.to(m.dtype), running_var.to(m.dtype)
-    rate = momentum if rate is None else rate.to(m.dtype)
+def _update_estimates(m, q, running_mean, running_var, momentum, rate, counts=None):
+    old_mean = running_mean.to(m.dtype)
     second_moment = (q + (m - old_mean).square()).mean(0)  # around the old mean
-    mean, var = old_mean.lerp(m.mean(0), rate), old_var.lerp(second_moment, rate)
+    rate = momentum if rate is None else rate
+    return move_towards(m.mean(0), second_moment, running_mean, running_var, rate, counts, len(m))
+
+
+def move_towards(
+    mean: Tensor, var: Tensor, running_mean: Tensor, running_var: Tensor, rate: float | Tensor,
+    counts: Tensor | None = None, samples: int = 0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Moves the buffers by ``rate`` towards ``mean`` and ``var``, in place.
+
+    Args:
+        mean: (C,), in the accumulation dtype.
+        var: Likewise.
+        running_mean: (C,), any floating dtype.
+        running_var: Likewise.
+        rate: 0 keeps the buffers, 1 replaces them; may be a 0-d tensor.
+        counts: See above; None: nobody asks.
+        samples: What is added to its first row.
+
+    Returns:
+        What the buffers now stand for, in the dtype of ``mean``.
+    """
+    old_mean, old_var = running_mean.to(mean.dtype), running_var.to(mean.dtype)
+    rate = rate.to(mean.dtype) if isinstance(rate, Tensor) else rate
+    mean, var = old_mean.lerp(mean, rate), old_var.lerp(var, rate)
+    finite = mean.to(running_mean.dtype).isfinite() & var.to(running_var.dtype).isfinite()
+    mean, var = mean.where(finite, old_mean), var.where(finite, old_var)
     running_mean.copy_(mean)
     running_var.copy_(var)
+    if counts is not None:
+        counts.add_(torch.stack([finite * samples, ~finite]))
     return mean, var
 
 

@@ -50,11 +50,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> normalize_wit
     const Tensor& x, int64_t num_groups, Tensor& running_mean, Tensor& running_var,
     const OptionalTensor& batch_weight, const OptionalTensor& batch_bias,
     const OptionalTensor& weight, const OptionalTensor& bias, bool update, double momentum,
-    const OptionalTensor& rate, double eps) {
+    const OptionalTensor& rate, double eps, const OptionalTensor& counts) {
   static const auto op = find<decltype(normalize_with_estimates)>(
       "wsbcn_mm::normalize_with_estimates");
   auto result = op.call(x, num_groups, running_mean, running_var, batch_weight, batch_bias, weight,
-                        bias, update, momentum, rate, eps);
+                        bias, update, momentum, rate, eps, counts);
   // A kernel writes through pointers: torch must know that the buffers have changed.
   if (update && !running_mean.is_inference()) running_mean.unsafeGetTensorImpl()->bump_version();
   if (update && !running_var.is_inference()) running_var.unsafeGetTensorImpl()->bump_version();
@@ -94,11 +94,11 @@ struct Normalize : torch::autograd::Function<Normalize> {
       AutogradContext* ctx, const Tensor& x, const OptionalTensor& batch_weight,
       const OptionalTensor& batch_bias, const OptionalTensor& weight, const OptionalTensor& bias,
       Tensor running_mean, Tensor running_var, int64_t num_groups, bool update, double momentum,
-      const OptionalTensor& rate, double eps) {
+      const OptionalTensor& rate, double eps, const OptionalTensor& counts) {
     at::AutoDispatchBelowADInplaceOrView below;
     auto [y, m, q, mean, var, group_mean, inv_group_std] = normalize_with_estimates(
         x, num_groups, running_mean, running_var, batch_weight, batch_bias, weight, bias, update,
-        momentum, rate, eps);
+        momentum, rate, eps, counts);
     ctx->save_for_backward({x, or_undefined(batch_weight), or_undefined(batch_bias),
                             or_undefined(weight), or_undefined(bias), m, q, mean, var, group_mean,
                             inv_group_std});
@@ -113,7 +113,7 @@ struct Normalize : torch::autograd::Function<Normalize> {
     const Tensor &weight = saved[3], &bias = saved[4];
     const int64_t num_groups = ctx->saved_data["groups"].toInt();
     const double eps = ctx->saved_data["eps"].toDouble();
-    variable_list result(12);
+    variable_list result(13);
     if (at::GradMode::is_enabled()) {
       auto found = normalize_twice(
           grads[0], x, optional(batch_weight), optional(batch_bias), optional(weight),
@@ -144,13 +144,13 @@ Tensor batch_channel_norm(
     const Tensor& x, const OptionalTensor& batch_weight, const OptionalTensor& batch_bias,
     const OptionalTensor& weight, const OptionalTensor& bias, Tensor& running_mean,
     Tensor& running_var, int64_t num_groups, bool update, double momentum,
-    const OptionalTensor& rate, double eps) {
+    const OptionalTensor& rate, double eps, const OptionalTensor& counts) {
   const bool differentiable = at::GradMode::is_enabled() &&
       (x.requires_grad() || wanted(batch_weight) || wanted(batch_bias) || wanted(weight) ||
        wanted(bias));
   if (differentiable) {
     return Normalize::apply(x, batch_weight, batch_bias, weight, bias, running_mean, running_var,
-                            num_groups, update, momentum, rate, eps);
+                            num_groups, update, momentum, rate, eps, counts);
   }
   at::AutoDispatchBelowADInplaceOrView below;
   if (!update) {
@@ -159,7 +159,7 @@ Tensor batch_channel_norm(
   }
   return std::get<0>(normalize_with_estimates(
       x, num_groups, running_mean, running_var, batch_weight, batch_bias, weight, bias, update,
-      momentum, rate, eps));
+      momentum, rate, eps, counts));
 }
 
 std::tuple<Tensor, Tensor, Tensor> standardize(

@@ -11,6 +11,8 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <cmath>
+#include <limits>
 #include <memory>
 #include <tuple>
 #include <vector>
@@ -51,6 +53,15 @@ struct Shape {
 
 at::ScalarType accumulation(const Tensor& x) {
   return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+// The smallest number that becomes infinite in the dtype of a buffer.
+double overflow(const Tensor& buffer) {
+  switch (buffer.scalar_type()) {
+    case at::kHalf: return 65520;
+    case at::kBFloat16: return std::ldexp(511., 119);
+    default: return std::numeric_limits<double>::infinity();  // an A has become infinite by itself
+  }
 }
 
 void check_layout(const Tensor& x) {
@@ -220,6 +231,9 @@ struct Forward {
   double eps;
   bool update;
   double rate;
+  double limit = 0;           // the smallest number that the buffers cannot hold
+  int64_t* counts = nullptr;  // (2, C): samples taken in, updates left out
+  Scratch<A> old{update ? 2 * s.channels : 0};
   Scratch<double> inv_std{s.channels}, gain{s.channels};
   // Space for either stage: threads may be in different ones.
   Scratch<double> of_channels{2 * s.channels}, of_rows{s.samples * s.channels};
@@ -229,10 +243,25 @@ struct Forward {
   void channel_stage(int64_t g) {
     const int64_t c = g * s.per_group;
     if (update) {
+      std::copy_n(mean + c, s.per_group, old + c);
+      std::copy_n(var + c, s.per_group, old + s.channels + c);
       update_channels(m + c, q + c, s.samples, s.channels, rate, s.per_group, mean + c, var + c,
                       of_channels + 2 * c);
+      keep_finite(c, c + s.per_group);
     }
     channel_gains(var + c, parameters.at(g).batch_weight, eps, s.per_group, inv_std + c, gain + c);
+  }
+
+  // Channels in which an estimate would not be finite keep theirs.
+  void keep_finite(int64_t first, int64_t last) const {
+    for (int64_t c = first; c < last; ++c) {
+      const bool finite = std::abs(mean[c]) < limit && std::abs(var[c]) < limit;  // not of a NaN
+      if (!finite) {
+        mean[c] = old[c];
+        var[c] = old[s.channels + c];
+      }
+      if (counts != nullptr) counts[finite ? c : s.channels + c] += finite ? s.samples : 1;
+    }
   }
 
   // Statistics of a group of a sample, and the coefficients of its rows.
@@ -316,7 +345,7 @@ void forward(
     Results& results, const Tensor& x, const Tensor& m, const Tensor& q, bool moments_are_there,
     const Tensor& mean, const Tensor& var, int64_t num_groups, const OptionalTensor& batch_weight,
     const OptionalTensor& batch_bias, const OptionalTensor& weight, const OptionalTensor& bias,
-    bool update, double rate, double eps) {
+    bool update, double rate, double eps, double limit = 0, int64_t* counts = nullptr) {
   WSBCN_DISPATCH(x.scalar_type(), [&] {
     using A = Accumulate<scalar_t>;
     const Parameters<A> parameters(batch_weight, batch_bias, weight, bias, x.size(1), num_groups);
@@ -324,7 +353,7 @@ void forward(
         Shape(x, num_groups), x.const_data_ptr<scalar_t>(), results.y.data_ptr<scalar_t>(),
         m.data_ptr<A>(), q.data_ptr<A>(), mean.data_ptr<A>(), var.data_ptr<A>(),
         results.group_mean.data_ptr<A>(), results.inv_group_std.data_ptr<A>(), parameters, eps,
-        update, rate};
+        update, rate, limit, counts};
     f.run(moments_are_there);
   });
 }
@@ -333,7 +362,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> normalize_wit
     const Tensor& x, int64_t num_groups, Tensor& running_mean, Tensor& running_var,
     const OptionalTensor& batch_weight, const OptionalTensor& batch_bias,
     const OptionalTensor& weight, const OptionalTensor& bias, bool update, double momentum,
-    const OptionalTensor& rate, double eps) {
+    const OptionalTensor& rate, double eps, const OptionalTensor& counts) {
   check_layout(x);
   Results results(x, num_groups);
   const auto options = x.options().dtype(accumulation(x));
@@ -342,7 +371,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> normalize_wit
   Tensor var = at::empty({x.size(1)}, options).copy_(running_var);
   const double r = rate.has_value() ? rate->item<double>() : momentum;
   forward(results, x, m, q, false, mean, var, num_groups, batch_weight, batch_bias, weight, bias,
-          update, r, eps);
+          update, r, eps, std::min(overflow(running_mean), overflow(running_var)),
+          counts.has_value() ? counts->data_ptr<int64_t>() : nullptr);
   if (update) {
     running_mean.copy_(mean);
     running_var.copy_(var);

@@ -241,6 +241,7 @@ def forward_algebra(
     running_mean,  # (C,); None: mean and var are there
     running_var,  # (C,)
     rate,  # (); None: momentum
+    counts,  # (2, C), int64, or None
     mean,  # (C,)
     var,  # (C,)
     batch_weight,  # (C,) or None
@@ -320,8 +321,19 @@ def forward_algebra(
                     sum_off += tl.sum(off, 0)
                     sum_squares += tl.sum(off * off + tl.load(q + row, mask, other=0.0), 0)
                 batch_mean = new_mean + sum_off / samples
-                new_mean = (1.0 - r) * new_mean + r * batch_mean
-                new_var = (1.0 - r) * new_var + r * (sum_squares / samples)  # around the old mean
+                old_mean, old_var = new_mean, new_var
+                new_mean = (1.0 - r) * old_mean + r * batch_mean
+                new_var = (1.0 - r) * old_var + r * (sum_squares / samples)  # around the old mean
+                # In the dtype of the buffers; false for NaN.
+                stored_mean = new_mean.to(running_mean.dtype.element_ty).to(ACC)
+                stored_var = new_var.to(running_var.dtype.element_ty).to(ACC)
+                finite = (tl.abs(stored_mean) < float('inf')) & (tl.abs(stored_var) < float('inf'))
+                new_mean = tl.where(finite, new_mean, old_mean)
+                new_var = tl.where(finite, new_var, old_var)
+                if counts is not None:
+                    count = counts + tl.where(finite, c, channels + c)
+                    more = tl.where(finite, samples, 1)
+                    tl.store(count, tl.load(count, i < width, other=0) + more, i < width)
                 tl.debug_barrier()  # all threads have read what is written now
                 tl.store(mean_place, new_mean.to(running_mean.dtype.element_ty), i < width)
                 tl.store(var_place, new_var.to(running_var.dtype.element_ty), i < width)

@@ -43,6 +43,7 @@ def normalize_with_estimates(
     x: Tensor, num_groups: int, running_mean: Tensor, running_var: Tensor,
     batch_weight: Tensor | None, batch_bias: Tensor | None, weight: Tensor | None,
     bias: Tensor | None, update: bool, momentum: float, rate: Tensor | None, eps: float,
+    counts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """See `wsbcn_mm.backends.ops`."""
     if rate is not None and rate.device != x.device:
@@ -50,7 +51,7 @@ def normalize_with_estimates(
     cut, chunks, m, q = _moments(x)
     mean, var = _empty(x, m.shape[1:]), _empty(x, m.shape[1:])
     y, *group_statistics = _normalize(
-        x, cut, chunks, m, q, (running_mean, running_var, rate), mean, var, num_groups,
+        x, cut, chunks, m, q, (running_mean, running_var, rate, counts), mean, var, num_groups,
         batch_weight, batch_bias, weight, bias, update, momentum, eps,
     )  # fmt: skip
     return y, m, q, mean, var, *group_statistics
@@ -76,7 +77,7 @@ def normalize(
     """See `wsbcn_mm.backends.ops`."""
     m, q, mean, var = _dense(m, q, mean, var)
     return _normalize(
-        x, _cut(x, REDUCING), (None, None), m, q, (None, None, None), mean, var, num_groups,
+        x, _cut(x, REDUCING), (None, None), m, q, (None, None, None, None), mean, var, num_groups,
         batch_weight, batch_bias, weight, bias, False, 0.0, eps,
     )  # fmt: skip
 
@@ -169,7 +170,7 @@ def _normalize(
     blocks = _algebra_blocks(samples, channels // num_groups, cut)
     # An update needs all samples of a group in one program; otherwise there may be many.
     shares = 1 if update else triton.cdiv(samples, blocks['BLOCK_N'])
-    running_mean, running_var, _ = estimates
+    running_mean, running_var, *_ = estimates
     kernels.forward_algebra[(num_groups, shares)](
         *chunks, m, q, *estimates, mean, var, *_dense(batch_weight, batch_bias, weight, bias),
         group_mean, inv_group_std, scale, shift, samples, channels, num_groups, cut.length,

@@ -1,0 +1,348 @@
+"""Several processes: two ranks with one image each are one process with both.
+
+All cases run in one pair of gloo processes; the tests read what they found.
+"""
+
+import pytest
+import torch
+from torch import nn
+
+from wsbcn_mm import BatchChannelNorm1d, BatchChannelNorm2d, WSConv2d, reference
+from wsbcn_mm.estimates import skipped_updates, synchronize_estimates
+
+CHANNELS, STEPS = 8, 5
+
+
+class Net(nn.Module):
+    """Two blocks, the second norm used twice per step."""
+
+    def __init__(self, mode='estimate', sync='step', dtype=torch.float64):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv1, self.conv2 = WSConv2d(3, CHANNELS, 3), WSConv2d(CHANNELS, CHANNELS, 3)
+        make = lambda: BatchChannelNorm2d(CHANNELS, 2, momentum=0.1, mode=mode, sync=sync)  # noqa: E731
+        self.norm1, self.norm2 = make(), make()
+        for norm in (self.norm1, self.norm2):
+            nn.init.normal_(norm.batch_weight)
+            nn.init.normal_(norm.batch_bias)
+            nn.init.normal_(norm.weight)
+        self.to(dtype)
+
+    def forward(self, x):
+        x = self.conv2(self.norm1(self.conv1(x)).relu())
+        return self.norm2(x) + self.norm2(0.5 * x - 3)
+
+
+def images(step, dtype=torch.float64):
+    g = torch.Generator().manual_seed(step)
+    return (torch.randn(2, 3, 9, 8, generator=g) * (step + 1) + step).to(dtype)
+
+
+def cotangent(step, dtype=torch.float64):
+    g = torch.Generator().manual_seed(99 + step)
+    return torch.randn(2, CHANNELS, 5, 4, generator=g).to(dtype)
+
+
+def train(net, mine, world, dtype=torch.float64, after=lambda net: None):
+    """Steps of plain SGD over this rank's images; gradients summed over ranks as DDP would."""
+    optimizer, outputs = torch.optim.SGD(net.parameters(), 0.01), []
+    for step in range(STEPS):
+        x = images(step, dtype)[mine].requires_grad_()
+        y = net(x)
+        optimizer.zero_grad()
+        (y * cotangent(step, dtype)[mine]).sum().backward()
+        if world > 1:
+            for p in net.parameters():
+                torch.distributed.all_reduce(p.grad)
+        optimizer.step()
+        after(net)
+        outputs.append((y.detach(), x.grad))
+    return dict(
+        outputs=torch.cat([y for y, _ in outputs]), grad_x=torch.cat([g for _, g in outputs]),
+        state={name: value.detach() for name, value in net.state_dict().items()},
+    )  # fmt: skip
+
+
+def norm_alone(mode='estimate', sync='step'):
+    return BatchChannelNorm1d(4, 2, momentum=0.3, mode=mode, sync=sync).double()
+
+
+def share(rank, name):
+    """What a rank holds of (N, 4, L) inputs, by case."""
+    x = torch.randn(6, 4, 5, generator=torch.Generator().manual_seed(7)).double() * 3 + 2
+    cut = dict(uneven=(2, 6), empty=(0, 6), nothing=(0, 0))[name]
+    return x[: cut[0]] if rank == 0 else x[cut[0] : cut[1]]
+
+
+def case_nets(rank):
+    results = {}
+    for dtype in (torch.float64, torch.float32):
+        for mode in ('estimate', 'batch'):
+            net = Net(mode, 'forward', dtype)
+            results[f'forward/{mode}/{dtype}'] = train(net, slice(rank, rank + 1), 2, dtype)
+        net = Net('estimate', 'step', dtype)
+        results[f'step/{dtype}'] = train(
+            net, slice(rank, rank + 1), 2, dtype, after=synchronize_estimates
+        )
+    net = Net('estimate', None)
+    results['none'] = train(net, slice(rank, rank + 1), 2)
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(Net('batch', 'step'))
+    results['converted'] = train(converted, slice(rank, rank + 1), 2)
+    return results
+
+
+def case_norms(rank):
+    results = {}
+    for name in ('uneven', 'empty', 'nothing'):
+        for sync in ('step', 'forward'):
+            for mode in ('estimate', 'batch'):
+                norm = norm_alone(mode, sync)
+                x = share(rank, name).requires_grad_()
+                y = norm(x)
+                (y * torch.arange(1.0, 6)).sum().backward()
+                if sync == 'step':
+                    synchronize_estimates(norm)
+                results[f'{name}/{sync}/{mode}'] = dict(
+                    y=y.detach(), grad_x=x.grad, counts=norm.counts.clone(),
+                    mean=norm.bn.running_mean, var=norm.bn.running_var,
+                    grads=[p.grad for p in norm.parameters()],
+                )  # fmt: skip
+    return results
+
+
+def case_damaged(rank):
+    """Rank 1 gets an overflow in one channel."""
+    results = {}
+    for sync in ('step', 'forward'):
+        norm = norm_alone(sync=sync)
+        x = share(rank, 'uneven')
+        if rank == 1:
+            x[0, 2, 0] = torch.inf
+        norm(x)
+        synchronize_estimates(norm)
+        results[sync] = dict(
+            mean=norm.bn.running_mean, var=norm.bn.running_var, skipped=skipped_updates(norm)
+        )
+    return results
+
+
+def case_calls(rank):
+    """Which collectives run, and how many bytes they carry."""
+    calls = []
+    for name in ('all_reduce', 'all_gather'):
+        original = getattr(torch.distributed, name)
+
+        def counted(*args, _original=original, _name=name, **kwargs):
+            first = args[0]
+            size = first.numel() if _name == 'all_reduce' else sum(p.numel() for p in first)
+            calls.append((_name, size))
+            return _original(*args, **kwargs)
+
+        setattr(torch.distributed, name, counted)
+    results = {}
+    x = images(0, torch.float32)[rank : rank + 1]
+    for name, net in {
+        'step': Net(sync='step', dtype=torch.float32),
+        'forward': Net(sync='forward', dtype=torch.float32),
+        'batch': Net('batch', 'forward', torch.float32),
+        'none': Net(sync=None, dtype=torch.float32),
+        'frozen': Net(sync='step', dtype=torch.float32).eval(),
+    }.items():
+        calls.clear()
+        y = net(x)
+        forward = list(calls)
+        calls.clear()
+        y.square().sum().backward()
+        backward = list(calls)
+        calls.clear()
+        size = synchronize_estimates(net)
+        results[name] = dict(forward=forward, backward=backward, after=list(calls), bytes=size)
+    return results
+
+
+def case_checkpointing(rank):
+    """Activation checkpointing runs the forward pass twice: one update, the same gradients."""
+    results = {}
+    for mode in ('estimate', 'batch'):
+        for kind in (None, False, True):
+            net = Net(mode, 'forward')
+            x = images(1)[rank : rank + 1].requires_grad_()
+            run = torch.utils.checkpoint.checkpoint
+            y = net(x) if kind is None else run(net, x, use_reentrant=kind)
+            (y * cotangent(1)[rank : rank + 1]).sum().backward()
+            results[f'{mode}/{kind}'] = dict(
+                grads=[x.grad, *(p.grad for p in net.parameters())], state=net.state_dict()
+            )
+    return results
+
+
+CASES = (case_nets, case_norms, case_damaged, case_checkpointing, case_calls)
+
+
+def rank_main(rank, folder):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        'gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2
+    )
+    found = {case.__name__: case(rank) for case in CASES}
+    torch.save(found, f'{folder}/{rank}.pt')
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope='module')
+def ranks(tmp_path_factory):
+    """What each of the two ranks found, by case."""
+    folder = tmp_path_factory.mktemp('ranks')
+    torch.multiprocessing.spawn(rank_main, (str(folder),), nprocs=2)
+    return [torch.load(folder / f'{rank}.pt', weights_only=False) for rank in (0, 1)]
+
+
+def interleaved(a, b):
+    return torch.stack([a, b], 1).flatten(0, 1)
+
+
+def assert_same(found, expected, tolerance):
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize('dtype, tolerance', [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.parametrize('mode', ['estimate', 'batch'])
+def test_forward_two_ranks_are_one_process(ranks, mode, dtype, tolerance):
+    """Outputs, gradients, parameters after five steps, and running statistics."""
+    first, second = (rank['case_nets'][f'forward/{mode}/{dtype}'] for rank in ranks)
+    expected = train(Net(mode, 'forward', dtype), slice(None), 1, dtype)
+    assert_same(interleaved(first['outputs'], second['outputs']), expected['outputs'], tolerance)
+    scale = expected['grad_x'].abs().max()
+    found = interleaved(first['grad_x'], second['grad_x'])
+    assert_same(found / scale, expected['grad_x'] / scale, tolerance)
+    assert_same(first['state'], expected['state'], tolerance)
+    assert_same(first['state'], second['state'], 0)
+
+
+def test_a_bn_converted_to_sync_batch_norm_is_the_same_as_forward(ranks):
+    """OpenMMLab's ``cfg.sync_bn``; also on the CPU, where torch's SyncBatchNorm cannot run."""
+    first, second = (rank['case_nets']['converted'] for rank in ranks)
+    expected = train(Net('batch'), slice(None), 1)
+    assert_same(interleaved(first['outputs'], second['outputs']), expected['outputs'], 1e-12)
+    assert_same(first['state'], expected['state'], 1e-12)
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32])
+def test_step_makes_the_estimates_the_same_bits(ranks, dtype):
+    first, second = (rank['case_nets'][f'step/{dtype}']['state'] for rank in ranks)
+    assert_same(first, second, 0)
+    first, second = (rank['case_nets']['none']['state'] for rank in ranks)
+    assert not torch.equal(first['norm1.bn.running_mean'], second['norm1.bn.running_mean'])
+
+
+def test_the_mean_of_the_ranks_updates_is_the_update_with_the_global_batch(ranks):
+    """Algebra: the second moment is taken around the common old mean, so that it is linear."""
+    x = share(0, 'uneven'), share(1, 'uneven')
+    zero, one = torch.zeros(4).double(), torch.ones(4).double()
+    expected = reference.update_estimates(torch.cat(x), zero, one, 0.3)
+    updates = [reference.update_estimates(part, zero, one, 0.3) for part in x]
+    for i in (0, 1):
+        weighted = (2 * updates[0][i] + 4 * updates[1][i]) / 6
+        assert_same(weighted, expected[i], 1e-14)
+    for rank in ranks:
+        found = rank['case_norms']['uneven/step/estimate']
+        assert_same((found['mean'], found['var']), expected, 1e-14)
+
+
+@pytest.mark.parametrize('sync', ['step', 'forward'])
+@pytest.mark.parametrize('name', ['uneven', 'empty'])
+def test_unequal_and_empty_shares_of_the_estimate_mode(ranks, name, sync):
+    norm = norm_alone()
+    x = torch.cat([share(0, name), share(1, name)]).requires_grad_()
+    y = norm(x)
+    (y * torch.arange(1.0, 6)).sum().backward()
+    found = [rank['case_norms'][f'{name}/{sync}/estimate'] for rank in ranks]
+    for one in found:
+        assert_same(one['mean'], norm.bn.running_mean, 1e-14)
+        assert_same(one['var'], norm.bn.running_var, 1e-14)
+        assert not one['counts'][1].any()
+    if sync == 'forward':
+        assert_same(torch.cat([one['y'] for one in found]), y.detach(), 1e-12)
+        assert_same(torch.cat([one['grad_x'] for one in found]), x.grad, 1e-12)
+        for i, p in enumerate(norm.parameters()):
+            assert_same(sum(one['grads'][i] for one in found), p.grad, 1e-12)
+
+
+@pytest.mark.parametrize('name', ['uneven', 'empty'])
+def test_unequal_and_empty_shares_of_the_batch_mode(ranks, name):
+    norm = norm_alone('batch')
+    x = torch.cat([share(0, name), share(1, name)]).requires_grad_()
+    y = norm(x)
+    (y * torch.arange(1.0, 6)).sum().backward()
+    found = [rank['case_norms'][f'{name}/forward/batch'] for rank in ranks]
+    assert_same(torch.cat([one['y'] for one in found]), y.detach(), 1e-12)
+    assert_same(torch.cat([one['grad_x'] for one in found]), x.grad, 1e-12)
+    for i, p in enumerate(norm.parameters()):
+        assert_same(sum(one['grads'][i] for one in found), p.grad, 1e-12)
+    for one in found:
+        assert_same(one['mean'], norm.bn.running_mean, 1e-14)
+        assert_same(one['var'], norm.bn.running_var, 1e-14)
+
+
+@pytest.mark.parametrize('sync', ['step', 'forward'])
+@pytest.mark.parametrize('mode', ['estimate', 'batch'])
+def test_no_sample_on_any_rank_changes_nothing(ranks, mode, sync):
+    for rank in ranks:
+        found = rank['case_norms'][f'nothing/{sync}/{mode}']
+        assert (found['mean'] == 0).all()
+        assert (found['var'] == 1).all()
+        assert found['y'].shape == (0, 4, 5)
+
+
+def test_an_overflow_on_one_rank_poisons_none(ranks):
+    """``'step'``: the other rank's update counts alone in that channel."""
+    zero, one = torch.zeros(4).double(), torch.ones(4).double()
+    both = torch.cat([share(0, 'uneven'), share(1, 'uneven')])
+    expected = reference.update_estimates(both, zero, one, 0.3)
+    alone = reference.update_estimates(share(0, 'uneven'), zero, one, 0.3)
+    others = [0, 1, 3]
+    for rank, result in enumerate(ranks):
+        for sync, kept in (('step', alone), ('forward', (zero, one))):
+            found = result['case_damaged'][sync]
+            for i, name in enumerate(('mean', 'var')):
+                assert_same(found[name][others], expected[i][others], 1e-14)
+                assert_same(found[name][2], kept[i][2], 1e-14)
+            assert found['skipped'] == ({'': 1} if rank == 1 or sync == 'forward' else {})
+
+
+def test_collectives(ranks):
+    """``'step'``: one for the model; ``'forward'``: one per use of a layer, none in backward."""
+    found = ranks[0]['case_calls']
+    assert found['step'] == dict(
+        forward=[], backward=[], after=[('all_reduce', 2 * 3 * CHANNELS)],
+        bytes=2 * 3 * CHANNELS * 4,
+    )  # fmt: skip
+    one = ('all_reduce', 2 * CHANNELS + 1)
+    assert found['forward'] == dict(forward=[one] * 3, backward=[], after=[], bytes=0)
+    gather, back = ('all_gather', 2 * (2 * CHANNELS + 1)), ('all_reduce', 2 * CHANNELS)
+    assert found['batch'] == dict(forward=[gather] * 3, backward=[back] * 3, after=[], bytes=0)
+    for name in ('none', 'frozen'):
+        assert found[name] == dict(forward=[], backward=[], after=[], bytes=0)
+
+
+@pytest.mark.parametrize('mode', ['estimate', 'batch'])
+@pytest.mark.parametrize('kind', [False, True])
+def test_activation_checkpointing_over_ranks(ranks, mode, kind):
+    for rank in ranks:
+        found = rank['case_checkpointing']
+        assert_same(found[f'{mode}/{kind}']['state'], found[f'{mode}/None']['state'], 0)
+        assert_same(found[f'{mode}/{kind}']['grads'], found[f'{mode}/None']['grads'], 1e-12)
+
+
+@pytest.mark.parametrize('sync', [None, 'step', 'forward'])
+def test_without_a_process_group_nothing_is_shared(sync):
+    a, b = Net(sync=sync), Net(sync=None)
+    assert_same(a(images(0)), b(images(0)), 0)
+    assert synchronize_estimates(a) == 0
+    assert_same(a.state_dict(), b.state_dict(), 0)
+    assert not (a.norm1.counts[0].any() and sync == 'step')  # counted anew from here
+
+
+def test_a_wrong_sync_is_named():
+    with pytest.raises(ValueError, match="sync must be one of None, 'step', 'forward'"):
+        BatchChannelNorm2d(8, 2, sync='always')

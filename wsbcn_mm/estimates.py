@@ -1,0 +1,111 @@
+"""The running statistics of a whole model: the same on every rank, and never poisoned.
+
+`synchronize_estimates` is what training with several processes needs after every step. A hook calls
+it under OpenMMLab (`wsbcn_mm.openmmlab.hooks.EstimatesHook`); a training loop of one's own calls it
+itself.
+"""
+
+import torch
+from torch import distributed as dist
+from torch import nn
+
+from wsbcn_mm import distributed
+from wsbcn_mm.layers import BatchChannelNorm
+
+
+@torch.no_grad()
+def synchronize_estimates(model: nn.Module, group: dist.ProcessGroup | None = None) -> int:
+    """Makes the running statistics of layers with ``sync='step'`` the same on all ranks.
+
+    To be called by every rank after every training step (with gradient accumulation: after every
+    forward pass). They become the mean over the ranks, each weighted with the number of samples
+    that it took in since the last call: all ranks start from the same estimates, and the second
+    moment is taken around that common mean, so the mean of the ranks' updates **is** the update
+    with one batch of all their samples. A rank without images, or with values that are not finite
+    in some channel, has weight 0 there. Layers that are frozen or took nothing in stay as they are.
+
+    One all-reduce of 12 bytes per channel (fp32) for the whole model; nothing waits for the device.
+
+    Args:
+        model: The same on every rank.
+        group: The ranks; None: all.
+
+    Returns:
+        Bytes of the all-reduce; 0 where there is nothing to do, such as with one rank.
+    """
+    layers = [
+        layer for layer in layers_of(model).values()
+        if layer.sync == 'step' and layer.training and layer.bn.training
+    ]  # fmt: skip
+    if not layers:
+        return 0
+    taken_in = [layer.counts[0] for layer in layers]
+    if distributed.world_size(group) == 1:
+        torch._foreach_zero_(taken_in)
+        return 0
+    buffers = [b for layer in layers for b in (layer.bn.running_mean, layer.bn.running_var)]
+    # Sums of half-precision buffers would lose digits.
+    dtype = torch.promote_types(buffers[0].dtype, torch.float32)
+    old = torch.cat(buffers).to(dtype)
+    channels = [len(samples) for samples in taken_in]
+    weights = torch.cat(taken_in).to(dtype)
+    twice = torch.cat([samples.repeat(2) for samples in taken_in]).to(dtype)
+    sums, totals = distributed.sum_over_ranks([old * twice, weights], group)
+    totals = torch.cat([part.repeat(2) for part in totals.split(channels)])
+    new = torch.where(totals > 0, sums / totals, old)
+    torch._foreach_copy_(buffers, list(new.split([len(b) for b in buffers])))
+    torch._foreach_zero_(taken_in)
+    return (sums.numel() + weights.numel()) * sums.element_size()
+
+
+def layers_of(model: nn.Module) -> dict[str, BatchChannelNorm]:
+    """The BatchChannelNorm layers of a model by name, each once."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, BatchChannelNorm)}
+
+
+def skipped_updates(model: nn.Module) -> dict[str, int]:
+    """By layer name: how many updates were left out, in the channel that left out most.
+
+    An update is left out where it is not finite: after an overflow in an activation, as in steps
+    that loss scaling repeats. Counted since the model was made. Waits for the device, once.
+
+    Args:
+        model: Any.
+
+    Returns:
+        The layers that left out some.
+    """
+    layers = layers_of(model)
+    if not layers:
+        return {}
+    counts = torch.stack([layer.counts[1].max() for layer in layers.values()]).tolist()
+    return {name: count for name, count in zip(layers, counts) if count}
+
+
+def rate_of_step(
+    rate: float, images: int = 1, seen: int | None = None, lr_ratio: float = 1.0
+) -> float:
+    """The rate of one step: a memory measured in images, whatever the number of images per step.
+
+    ``r = 1 - (1 - rate lr_ratio)^images``: an average with rate r forgets as much in one step of
+    ``images`` images as one with ``rate`` in that many steps of one image; about 1 / ``rate``
+    images are remembered. Ours: the papers do not say how the rate was set.
+
+    Args:
+        rate: The weight of a single image, in [0, 1].
+        images: Images per step, over all ranks that share their estimates.
+        seen: Steps that the estimates have seen; with it the rate is at least 1 / (seen + 1), the
+            average over all steps so far, so that the initial values (mean 0, variance 1) count for
+            nothing. None: without.
+        lr_ratio: Learning rate over its initial value, to which the rate is tied: as the weights
+            move more slowly, more images are remembered.
+
+    Returns:
+        The rate, in [0, 1].
+    """
+    if not 0 <= rate <= 1:
+        raise ValueError(f'rate must lie in [0, 1]\n  got {rate!r}')
+    if images < 1:
+        raise ValueError(f'images must be at least 1\n  got {images!r}')
+    scaled = 1 - (1 - min(1.0, rate * lr_ratio)) ** images
+    return scaled if seen is None else max(scaled, 1 / (seen + 1))
