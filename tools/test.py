@@ -73,6 +73,7 @@ def main() -> None:
     from mmengine.registry import RUNNERS
     from mmengine.runner import Runner
 
+    from wsbcn_mm.openmmlab import compat
     from wsbcn_mm.openmmlab.checkpoint import CheckpointMismatch
 
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
@@ -80,6 +81,8 @@ def main() -> None:
         runner.test()
     except CheckpointMismatch as error:
         sys.exit(f'error: {cfg.load_from}: {error}')
+    except (compat.CheckpointRefused, compat.DataError) as error:
+        sys.exit(f'error: {error}')
 
 
 if __name__ == '__main__':

@@ -57,11 +57,12 @@ def configure(args: argparse.Namespace):
             )
         cfg.auto_scale_lr.enable = True
     if args.resume is not None:
-        cfg.resume = True
-        cfg.load_from = None if args.resume == 'auto' else args.resume
-    if cfg.get('load_from'):
+        for line in config.resume_from(cfg, args.resume):
+            print(f'not resumed from: {line}', file=sys.stderr)
+    elif cfg.get('load_from'):
         config.check_checkpoint_file(cfg.load_from)
     config.check_data(cfg, 'train_dataloader', 'val_dataloader')
+    config.harden(cfg)
     config.add_hook(cfg, dict(type='CheckpointReportHook'))
     launch.prepare_distributed(cfg, args.launcher)
     return cfg
@@ -76,8 +77,18 @@ def main() -> None:
     from mmengine.registry import RUNNERS
     from mmengine.runner import Runner
 
-    runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
-    runner.train()
+    from wsbcn_mm.openmmlab import compat, config
+
+    try:
+        runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+        runner.train()
+    except (compat.CheckpointRefused, compat.DataError, OSError) as error:
+        sys.exit(f'error: {error}')
+    except Exception:
+        damaged = config.damaged_annotations(cfg, 'train_dataloader', 'val_dataloader')
+        if not damaged:
+            raise
+        sys.exit('error: ' + '\n'.join(damaged))
 
 
 if __name__ == '__main__':

@@ -4,3 +4,5 @@
 bcn_cfg = dict(type='BCN', num_groups=32)
 ws_cfg = dict(type='WSConv2d')
 custom_imports = dict(imports=['wsbcn_mm'], allow_failed_imports=False)
+# The same estimates on all ranks, and their rate; see wsbcn_mm/openmmlab/hooks.py.
+custom_hooks = [dict(type='EstimatesHook')]

@@ -7,6 +7,9 @@ Each function names the gap, and does nothing where it is not there:
   have other names.
 - `allow_checkpoint_globals`: torch >= 2.6 refuses the few harmless classes in mmengine's
   checkpoints. They go on torch's allow-list; the check itself stays on.
+- `refuse_unsafe_checkpoints`: a local checkpoint that is damaged, or would run code, is refused
+  with the file's name and what to do.
+- `name_the_file_of_a_failed_transform`: an unreadable image or mask is an error without a name.
 - `fuse_standardized_weights`: mmcv's fuse_conv_bn would fold a BatchNorm into the raw weight.
 
 `require` tells the user what to install, with the command.
@@ -23,6 +26,7 @@ from pathlib import Path
 import torch
 
 from wsbcn_mm.layers import WeightStandardized
+from wsbcn_mm.openmmlab.files import damage
 
 # import name -> (oldest version that works, how to get the one we test with)
 PACKAGES = {
@@ -37,6 +41,8 @@ def apply() -> None:
     """Closes every gap; may be called more than once."""
     find_packages_by_import_name()
     allow_checkpoint_globals()
+    refuse_unsafe_checkpoints()
+    name_the_file_of_a_failed_transform()
     if find_spec('mmcv') is not None:
         fuse_standardized_weights()
 
@@ -123,6 +129,75 @@ def allow_checkpoint_globals() -> None:
 
     HistoryBuffer()  # fills the table of its methods
     torch.serialization.add_safe_globals([(history_buffer_method, 'builtins.getattr')])
+
+
+class CheckpointRefused(pickle.UnpicklingError, ValueError):
+    """A checkpoint that is damaged, or that would run code."""
+
+
+def refuse_unsafe_checkpoints() -> None:
+    """Makes mmengine's loader of local files say what is wrong with one."""
+    from mmengine.runner.checkpoint import CheckpointLoader
+
+    def load_from_local(filename: str, map_location=None):
+        file = Path(filename).expanduser()
+        if not file.is_file():
+            raise FileNotFoundError(f'no checkpoint file {file}')
+        reason = damage(file)
+        if reason is not None:
+            raise CheckpointRefused(
+                f'{file} {reason}\n  use another checkpoint; `--resume` without a file takes the '
+                'latest complete one of the work dir'
+            )
+        # torch < 2.6 checks only where it is told to; later ones ask the environment, too.
+        check = {} if _torch_checks() else dict(weights_only=True)
+        try:
+            return torch.load(file, map_location=map_location, **check)
+        except pickle.UnpicklingError as error:
+            asked = re.search(r'(?:GLOBAL|global|attribute) `?\'?([\w.]+)', str(error))
+            raise CheckpointRefused(
+                f'{file} was refused: it holds more than tensors and numbers'
+                + (f' ({asked[1]})' if asked else '')
+                + ', and loading it could run any code\n  if you made it yourself, save its '
+                "state_dict alone: torch.save(dict(state_dict=...), 'new.pth')"
+            ) from error
+
+    CheckpointLoader.register_scheme(prefixes='', loader=load_from_local, force=True)
+
+
+def _torch_checks() -> bool:
+    return _as_tuple(torch.__version__) >= (2, 6)
+
+
+class DataError(RuntimeError):
+    """An image or its annotation could not be read."""
+
+
+def name_the_file_of_a_failed_transform() -> None:
+    """Adds to an error in a data pipeline which image and annotation it was about."""
+    from mmengine.dataset.base_dataset import Compose
+
+    original = Compose.__call__
+    if getattr(original, 'names_the_file', False):
+        return
+
+    def __call__(self, data: dict) -> dict | None:
+        try:
+            return original(self, data)
+        except DataError:
+            raise
+        except Exception as error:
+            names = ('img_path', 'seg_map_path')
+            files = [str(data[n]) for n in names if isinstance(data, dict) and data.get(n)]
+            if not files:
+                raise
+            raise DataError(
+                f'reading {" or ".join(files)} failed: {type(error).__name__}: {error}\n'
+                '  restore the file, or take the image out of the dataset'
+            ) from error
+
+    __call__.names_the_file = True
+    Compose.__call__ = __call__
 
 
 def fuse_standardized_weights() -> None:

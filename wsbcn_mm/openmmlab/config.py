@@ -1,12 +1,14 @@
 """Reading a config file and checking what it needs, before anything expensive starts."""
 
 import importlib
+import json
 from importlib.util import find_spec
 from pathlib import Path
 
 from mmengine.config import Config, ConfigDict
 
 from wsbcn_mm.openmmlab import compat
+from wsbcn_mm.openmmlab.files import damage, latest_complete
 
 PACKAGE_OF_SCOPE = {'mmdet': 'mmdet', 'mmseg': 'mmseg'}
 
@@ -123,13 +125,79 @@ def _datasets(cfg: dict | None) -> list[dict]:
 
 
 def check_checkpoint_file(path: str) -> None:
-    """Raises FileNotFoundError unless the checkpoint is there; addresses are left to mmengine."""
-    if '://' not in path and not Path(path).is_file():
+    """Raises unless the checkpoint is there and complete; addresses are left to mmengine."""
+    if '://' in path:
+        return
+    if not Path(path).is_file():
         folder = Path(path).parent
         there = sorted(file.name for file in folder.glob('*.pth')) if folder.is_dir() else []
         raise FileNotFoundError(
             f'no checkpoint file {path}\n  in {folder}: {", ".join(there) or "no .pth files"}'
         )
+    reason = damage(path)
+    if reason is not None:
+        raise ValueError(f'the checkpoint {path} {reason}')
+
+
+def harden(cfg: Config) -> None:
+    """Adds what training with BCN needs and the config does not have.
+
+    `EstimatesHook`, and the atomic checkpoint hook in the place of mmengine's own; hooks of other
+    types are left alone.
+
+    Args:
+        cfg: Changed in place.
+    """
+    if not any(hook.get('type') == 'EstimatesHook' for hook in cfg.get('custom_hooks') or []):
+        add_hook(cfg, dict(type='EstimatesHook'))
+    hooks = cfg.setdefault('default_hooks', {})
+    checkpoint = hooks.setdefault('checkpoint', dict(type='CheckpointHook', interval=1))
+    if checkpoint.get('type') == 'CheckpointHook':
+        checkpoint['type'] = 'AtomicCheckpointHook'
+
+
+def resume_from(cfg: Config, checkpoint: str) -> list[str]:
+    """Sets what to resume from.
+
+    Args:
+        cfg: Changed in place; with ``work_dir``.
+        checkpoint: A file, or ``'auto'``: the latest complete one of the work dir; where there is
+            none, training starts anew.
+
+    Returns:
+        A line for each checkpoint that was passed over because it is not complete.
+
+    Raises:
+        ValueError: the file is not complete.
+        FileNotFoundError: there is no such file.
+    """
+    passed_over = []
+    if checkpoint == 'auto':
+        found, passed_over = latest_complete(cfg.work_dir)
+        checkpoint = None if found is None else str(found)
+    else:
+        check_checkpoint_file(checkpoint)
+    cfg.resume, cfg.load_from = checkpoint is not None, checkpoint
+    return passed_over
+
+
+def damaged_annotations(cfg: Config, *loaders: str) -> list[str]:
+    """A line for each JSON annotation file of these loaders that cannot be parsed.
+
+    Reads them all: for the time after something has failed.
+    """
+    lines = []
+    for loader in loaders:
+        for dataset in _datasets((cfg.get(loader) or {}).get('dataset')):
+            path = Path(dataset.get('data_root') or '', dataset.get('ann_file') or '')
+            if path.suffix == '.json' and path.is_file():
+                try:
+                    content = json.loads(path.read_bytes())
+                    if not isinstance(content, dict):
+                        raise ValueError(f'a {type(content).__name__} instead of an object')
+                except ValueError as error:
+                    lines.append(f'{loader}: {path} is damaged: {error}')
+    return list(dict.fromkeys(lines))
 
 
 def work_dir(cfg: Config, config_path: str, argument: str | None) -> str:

@@ -2,6 +2,8 @@
 
 import io
 import os
+import zipfile
+import zlib
 from pathlib import Path
 
 import torch
@@ -62,3 +64,94 @@ def save_atomically(value: object, path: str | Path) -> None:
     buffer = io.BytesIO()
     torch.save(value, buffer)
     write_atomically(path, buffer.getvalue())
+
+
+def damage(path: str | Path) -> str | None:
+    """Why a file cannot be a complete checkpoint, or None.
+
+    Reads it once: what ``torch.save`` writes is a zip archive, with its table of contents at the
+    end and a checksum of every part. Of the format that torch wrote before 1.6 nothing can be said.
+
+    Args:
+        path: The file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        return 'does not exist'
+    if path.stat().st_size == 0:
+        return 'is empty'
+    with open(path, 'rb') as file:
+        start = file.read(2)
+    if start == b'\x80\x02':  # a pickle: torch < 1.6
+        return None
+    if start != b'PK':
+        return 'is not a checkpoint'
+    try:
+        with zipfile.ZipFile(path) as archive:
+            part = archive.testzip()
+    except (zipfile.BadZipFile, EOFError, OSError, ValueError, zlib.error):
+        return 'is incomplete (a copy or a download that broke off?)'
+    return None if part is None else f'is damaged (wrong checksum of {part})'
+
+
+def latest_complete(folder: str | Path) -> tuple[Path | None, list[str]]:
+    """The checkpoint to resume from: the latest one of a work dir that is complete.
+
+    Args:
+        folder: A work dir with ``last_checkpoint``, ``epoch_*.pth``, ``iter_*.pth``.
+
+    Returns:
+        The checkpoint, None if there is none, and a line for each one passed over.
+    """
+    folder = Path(folder)
+    found = [*folder.glob('epoch_*.pth'), *folder.glob('iter_*.pth')]
+    found.sort(key=_time, reverse=True)
+    named = _named(folder / 'last_checkpoint')
+    if named is not None:
+        # One that was written after it, but not yet named there, goes further.
+        later = [path for path in found if _number(path) > _number(named) and _newer(path, named)]
+        rest = [path for path in found if path not in later and not path.samefile(named)]
+        found = [*later, named, *rest]
+    passed_over = []
+    for path in found:
+        reason = damage(path)
+        if reason is None:
+            return path, passed_over
+        passed_over.append(f'{path} {reason}')
+    return None, passed_over
+
+
+def _named(pointer: Path) -> Path | None:
+    """The file that ``last_checkpoint`` names; in its own folder, if the work dir was moved."""
+    text = pointer.read_text(errors='replace').strip() if pointer.is_file() else ''
+    places = [Path(text), pointer.parent / Path(text).name] if text else []
+    return next((place for place in places if place.is_file()), None)
+
+
+def _time(path: Path) -> int:
+    return path.stat().st_mtime_ns
+
+
+def _newer(path: Path, other: Path) -> bool:
+    """Written later, in the same kind of steps."""
+    return _time(path) > _time(other) and path.name.split('_')[0] == other.name.split('_')[0]
+
+
+def _number(path: Path) -> int:
+    digits = path.stem.rpartition('_')[2]
+    return int(digits) if digits.isdigit() else 0
+
+
+def remove_leftovers(folder: str | Path) -> list[Path]:
+    """Removes what `write_atomically` left in a folder when its process was killed.
+
+    Args:
+        folder: The folder; no other process may be writing to it.
+
+    Returns:
+        What was removed.
+    """
+    found = sorted(Path(folder).glob('*.tmp-*'))
+    for path in found:
+        path.unlink(missing_ok=True)
+    return found
