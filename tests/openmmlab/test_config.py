@@ -5,6 +5,7 @@ import pytest
 pytest.importorskip('mmengine', reason='configs are mmengine\'s')
 pytest.importorskip('mmcv', reason='a config is not read without mmcv')
 
+import torch
 from mmengine.config import Config
 
 from wsbcn_mm.openmmlab import compat, config
@@ -122,11 +123,14 @@ def test_check_data_lets_the_embedded_dataset_draw_itself(tmp_path):
 
 
 def test_check_checkpoint_file_lists_what_is_there(tmp_path):
-    (tmp_path / 'epoch_3.pth').touch()
+    torch.save(dict(state_dict={}), tmp_path / 'epoch_3.pth')
     config.check_checkpoint_file(str(tmp_path / 'epoch_3.pth'))
     config.check_checkpoint_file('https://example.org/epoch_4.pth')
     with pytest.raises(FileNotFoundError, match=r'(?s)epoch_4\.pth.*: epoch_3\.pth'):
         config.check_checkpoint_file(str(tmp_path / 'epoch_4.pth'))
+    (tmp_path / 'epoch_5.pth').touch()
+    with pytest.raises(ValueError, match=r'epoch_5\.pth is empty'):
+        config.check_checkpoint_file(str(tmp_path / 'epoch_5.pth'))
 
 
 # ---- options of the tools ----------------------------------------------------------------------

@@ -1,0 +1,192 @@
+"""Damaged files and checkpoints that would run code: the error says which file and what to do."""
+
+import pytest
+
+pytest.importorskip('mmdet', reason='the tool trains a detector')
+pytest.importorskip('mmseg', reason='reads masks as it does')
+
+import importlib.util
+import json
+import sys
+
+import cv2
+import numpy as np
+import torch
+from mmengine.config import Config
+from mmengine.dataset.base_dataset import Compose
+from mmengine.registry import init_default_scope
+
+from wsbcn_mm.openmmlab import compat, config
+
+from .test_compat import Harmless, needs_allow_list
+from .tiny import make_runner
+
+QUICK = 'configs/quick/quick_mask-rcnn_r18_fpn_ws-bcn_1xb1_shapes.py'
+
+
+@pytest.fixture
+def picture(tmp_path):
+    path = tmp_path / 'a.jpg'
+    cv2.imwrite(str(path), np.random.default_rng(0).integers(0, 255, (40, 50, 3), np.uint8))
+    return path
+
+
+@pytest.mark.parametrize('content', [b'', b'not a picture', None])
+def test_an_unreadable_image_is_named(picture, content):
+    if content is None:
+        picture.unlink()
+    else:
+        picture.write_bytes(content)
+    init_default_scope('mmdet')
+    pipeline = Compose([dict(type='LoadImageFromFile')])
+    with pytest.raises(compat.DataError) as error:
+        pipeline(dict(img_path=str(picture)))
+    assert f'reading {picture} failed' in str(error.value)
+    assert 'restore the file, or take the image out' in str(error.value)
+
+
+@pytest.mark.parametrize('content', [b'', b'\x89PNG\r\n\x1a\nbroken off'])
+def test_an_unreadable_mask_is_named(picture, content):
+    mask = picture.with_suffix('.png')
+    mask.write_bytes(content)
+    init_default_scope('mmseg')
+    pipeline = Compose([dict(type='LoadImageFromFile'), dict(type='LoadAnnotations')])
+    data = dict(img_path=str(picture), seg_map_path=str(mask), seg_fields=[], label_map=None,
+                reduce_zero_label=False)  # fmt: skip
+    with pytest.raises(compat.DataError, match=f'a.jpg or .*{mask.name} failed'):
+        pipeline(data)
+
+
+def test_errors_that_are_not_about_a_file_stay_as_they_are():
+    def broken(data):
+        raise KeyError('something')
+
+    with pytest.raises(KeyError):
+        Compose([broken])(dict(a=1))
+    assert Compose([lambda data: dict(data, b=2)])(dict(img_path='x')) == dict(img_path='x', b=2)
+
+
+def test_damaged_annotations_are_found(tmp_path):
+    good, bad, odd = (tmp_path / f'{name}.json' for name in ('good', 'bad', 'odd'))
+    good.write_text(json.dumps(dict(images=[])))
+    bad.write_text(json.dumps(dict(images=list(range(1000))))[:500])
+    odd.write_text('[]')
+    cfg = Config(dict(
+        train_dataloader=dict(dataset=dict(type='Repeat', dataset=dict(
+            data_root=str(tmp_path), ann_file='bad.json', type='CocoDataset'))),
+        val_dataloader=dict(dataset=dict(type='CocoDataset', ann_file=str(good))),
+        test_dataloader=dict(dataset=dict(type='CocoDataset', ann_file=str(odd))),
+    ))  # fmt: skip
+    loaders = ('train_dataloader', 'val_dataloader', 'test_dataloader')
+    first, second = config.damaged_annotations(cfg, *loaders)
+    assert first.startswith(f'train_dataloader: {bad} is damaged: ')
+    assert second == f'test_dataloader: {odd} is damaged: a list instead of an object'
+    assert config.damaged_annotations(cfg, 'val_dataloader') == []
+
+
+@needs_allow_list
+def test_a_checkpoint_that_runs_code_is_refused_by_name(tmp_path):
+    touched, file = tmp_path / 'touched', tmp_path / 'evil.pth'
+    torch.save(dict(state_dict={}, payload=Harmless(str(touched))), file)
+    for resume in (False, True):
+        runner = make_runner(tmp_path / str(resume), load_from=str(file), resume=resume)
+        with pytest.raises(compat.CheckpointRefused) as error:
+            runner.load_or_resume()
+        text = str(error.value)
+        assert f'{file} was refused: it holds more than tensors and numbers' in text
+        assert 'open' in text  # what it asks for
+        assert 'save its state_dict alone' in text
+        assert '\n\n' not in text  # not torch's page of advice
+    assert not touched.exists()
+
+
+# ----------------------------------------------------------------------------------------------
+# tools/train.py
+
+
+def train(root, *arguments):
+    """Runs the tool in this process: its exit message, or None."""
+    spec = importlib.util.spec_from_file_location('train_tool', root / 'tools/train.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    before, sys.argv = sys.argv, ['train.py', *map(str, arguments)]
+    try:
+        module.main()
+    except SystemExit as end:
+        return end.code
+    finally:
+        sys.argv = before
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A COCO folder with four images."""
+    root = tmp_path / 'coco'
+    for split in ('train2017', 'val2017'):
+        (root / split).mkdir(parents=True)
+    (root / 'annotations').mkdir()
+    images, annotations = [], []
+    for i in range(4):
+        picture = np.random.default_rng(i).integers(0, 255, (64, 64, 3), np.uint8)
+        for split in ('train2017', 'val2017'):
+            cv2.imwrite(str(root / split / f'{i}.jpg'), picture)
+        images.append(dict(id=i, file_name=f'{i}.jpg', width=64, height=64))
+        annotations.append(dict(
+            id=i + 1, image_id=i, category_id=1, bbox=[8, 8, 40, 40], area=1600, iscrowd=0,
+            segmentation=[[8, 8, 48, 8, 48, 48, 8, 48]],
+        ))  # fmt: skip
+    content = dict(images=images, annotations=annotations, categories=[
+        dict(id=1, name='thing')])  # fmt: skip
+    for split in ('train2017', 'val2017'):
+        path = root / 'annotations' / f'instances_{split}.json'
+        path.write_text(json.dumps(content))
+    return root
+
+
+def options(data, *more):
+    """Of the quick config: this dataset, one step per epoch and image."""
+    return [
+        '--cfg-options', 'train_dataloader.dataset.type=CocoDataset',
+        'val_dataloader.dataset.type=CocoDataset', 'test_dataloader.dataset.type=CocoDataset',
+        f'train_dataloader.dataset.data_root={data}/', f'val_dataloader.dataset.data_root={data}/',
+        f'test_dataloader.dataset.data_root={data}/',
+        "train_dataloader.dataset.metainfo.classes=('thing',)",
+        "val_dataloader.dataset.metainfo.classes=('thing',)",
+        f'val_evaluator.ann_file={data}/annotations/instances_val2017.json',
+        'train_cfg.val_interval=99', 'model.roi_head.bbox_head.num_classes=1',
+        'model.roi_head.mask_head.num_classes=1', *more,
+    ]  # fmt: skip
+
+
+def test_the_tool_resumes_from_the_last_complete_checkpoint(root, tmp_path, data, capsys):
+    work = tmp_path / 'run'
+    arguments = (root / QUICK, '--work-dir', work)
+    assert train(root, *arguments, *options(data, 'train_cfg.max_epochs=2')) is None
+    last = work / 'epoch_2.pth'
+    last.write_bytes(last.read_bytes()[: last.stat().st_size // 2])
+    capsys.readouterr()
+    again = (*arguments, '--resume', *options(data, 'train_cfg.max_epochs=2'))
+    assert train(root, *again) is None
+    captured = capsys.readouterr()
+    assert f'not resumed from: {last} is incomplete' in captured.err
+    log = ''.join(path.read_text() for path in work.glob('*/*.log'))
+    assert 'resumed epoch: 1, iter: 4' in log + captured.err + captured.out
+    assert torch.load(last, weights_only=True)['meta']['iter'] == 8  # written anew
+
+    last.write_bytes(last.read_bytes()[:-10])
+    message = train(root, *arguments, '--resume', last, *options(data))
+    assert f'error: the checkpoint {last} is incomplete' in message
+
+
+def test_the_tool_names_damaged_data(root, tmp_path, data):
+    arguments = (root / QUICK, '--work-dir', tmp_path / 'run', *options(data))
+    picture = data / 'train2017' / '2.jpg'
+    content = picture.read_bytes()
+    picture.write_bytes(b'damaged')
+    message = train(root, *arguments)
+    assert message.startswith(f'error: reading {picture} failed')
+    picture.write_bytes(content)
+    annotations = data / 'annotations' / 'instances_train2017.json'
+    annotations.write_text(annotations.read_text()[:200])
+    message = train(root, *arguments)
+    assert message.startswith(f'error: train_dataloader: {annotations} is damaged: ')
