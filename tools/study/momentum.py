@@ -183,6 +183,7 @@ def main() -> None:
     parser.add_argument('--coco', type=Path, help='a folder with images/, train.json and val.json')
     parser.add_argument('--seeds', type=int, default=3)
     parser.add_argument('--images', type=int, default=800, help='images seen per run')
+    parser.add_argument('--policies', nargs='+', choices=POLICIES, default=list(POLICIES))
     parser.add_argument('--seconds', type=float, default=float('inf'), help='stop after this')
     args = parser.parse_args()
     name = args.coco.name if args.coco else 'drawn'
@@ -192,7 +193,7 @@ def main() -> None:
     results = found.setdefault(f'{name}, {args.images} images', [])
     start = time.monotonic()
     for seed in range(args.seeds):
-        for policy in POLICIES:
+        for policy in args.policies:
             if any((r['policy'], r['seed']) == (policy, seed) for r in results):
                 continue
             if time.monotonic() - start > args.seconds:
