@@ -1,0 +1,196 @@
+"""Trains an upstream config and its WS + BCN version at one image per step, and plots the losses.
+
+Both start from random weights, with the same seed, data order, learning rate and schedule (the
+converted one's), and nothing frozen: what differs is the layers. The data: a folder with train.json
+and images/ (COCO format) for mmdet, or a VOC layout with ImageSets/Segmentation/train.txt and
+classes.txt for mmseg.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # also from a clone not installed
+
+SIZE = 192
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('source', nargs='+', help='mmdet::... or mmseg::... names')
+    parser.add_argument('--data', nargs='+', required=True, help='a data folder per source')
+    parser.add_argument('-n', '--iterations', type=int, default=400)
+    parser.add_argument('-o', '--out', default='work_dirs/compare_converted', help='folder')
+    parser.add_argument('--plot', help='PNG to draw; alone: from the losses that are there')
+    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--only', choices=['original', 'converted'], help='train this one alone')
+    return parser.parse_args()
+
+
+def detection_data(root: str) -> tuple[dict, int]:
+    """The dataset of a COCO-format folder of one class, and its number of classes."""
+    names = json.loads((Path(root) / 'train.json').read_text())['categories']
+    pipeline = [
+        dict(type='LoadImageFromFile'),
+        dict(type='LoadAnnotations', with_bbox=True),
+        dict(type='Resize', scale=(SIZE, SIZE), keep_ratio=True),
+        dict(type='RandomFlip', prob=0.5),
+        dict(type='PackDetInputs'),
+    ]
+    return dict(
+        type='CocoDataset', data_root=root, ann_file='train.json', data_prefix=dict(img='images/'),
+        metainfo=dict(classes=tuple(c['name'] for c in names)), pipeline=pipeline,
+        filter_cfg=dict(filter_empty_gt=True),
+    ), len(names)  # fmt: skip
+
+
+def segmentation_data(root: str) -> tuple[dict, int]:
+    """The dataset of a VOC-layout folder with classes.txt, and its number of classes."""
+    names = (Path(root) / 'classes.txt').read_text().split()
+    pipeline = [
+        dict(type='LoadImageFromFile'),
+        dict(type='LoadAnnotations'),
+        dict(type='RandomResize', scale=(240, 180), ratio_range=(1.0, 1.5), keep_ratio=True),
+        dict(type='RandomCrop', crop_size=(SIZE, SIZE), cat_max_ratio=0.75),
+        dict(type='RandomFlip', prob=0.5),
+        dict(type='PackSegInputs'),
+    ]
+    return dict(
+        type='BaseSegDataset', data_root=root, ann_file='ImageSets/Segmentation/train.txt',
+        data_prefix=dict(img_path='JPEGImages', seg_map_path='SegmentationClass'),
+        img_suffix='.jpg', seg_map_suffix='.png', metainfo=dict(classes=tuple(names)),
+        pipeline=pipeline,
+    ), len(names)  # fmt: skip
+
+
+def configure(source: str, data: str, kind: str, args: argparse.Namespace):
+    """The config of one run."""
+    from wsbcn_mm.openmmlab.convert_config import convert_config
+
+    conversion = convert_config(source)
+    cfg = conversion.cfg
+    if kind == 'original':  # everything as converted, the layers as they were
+        cfg.model = conversion.original.model
+        unfreeze(cfg.model)
+    detection = cfg.default_scope == 'mmdet'
+    dataset, classes = (detection_data if detection else segmentation_data)(data)
+    set_classes(cfg.model, classes)
+    cfg.train_dataloader = dict(
+        batch_size=1, num_workers=0, sampler=dict(type='InfiniteSampler', shuffle=True),
+        dataset=dataset,
+    )  # fmt: skip
+    for name in ('val', 'test'):
+        for key in ('cfg', 'dataloader', 'evaluator'):
+            cfg[f'{name}_{key}'] = None
+    if not detection:
+        cfg.model.data_preprocessor.size = (SIZE, SIZE)
+    cfg.train_cfg = dict(type='IterBasedTrainLoop', max_iters=args.iterations)
+    cfg.param_scheduler = [
+        dict(type='LinearLR', start_factor=0.02, by_epoch=False, begin=0, end=50)
+    ]
+    cfg.optim_wrapper.clip_grad = dict(max_norm=35)
+    cfg.default_hooks = dict(logger=dict(type='LoggerHook', interval=20), checkpoint=None)
+    cfg.log_processor = dict(by_epoch=False)
+    cfg.randomness = dict(seed=args.seed)
+    cfg.work_dir = str(Path(args.out) / f'{Path(source).stem}_{kind}')
+    return cfg
+
+
+def unfreeze(value: object) -> None:
+    """No checkpoint, nothing frozen: both runs learn from random weights."""
+    if isinstance(value, dict):
+        for key, item in list(value.items()):
+            if key == 'norm_eval':
+                value[key] = False
+            elif key == 'frozen_stages':
+                value[key] = -1
+            elif key == 'pretrained' or (key == 'init_cfg' and 'checkpoint' in (item or {})):
+                value[key] = None
+            unfreeze(item)
+
+
+def set_classes(value: object, classes: int) -> None:
+    """The number of classes, wherever it stands."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if key == 'num_classes':
+                value[key] = classes
+            set_classes(item, classes)
+
+
+def train(cfg) -> list[float]:
+    """Trains; the loss of every iteration."""
+    from mmengine.hooks import Hook
+    from mmengine.runner import Runner
+
+    losses = []
+
+    class Record(Hook):
+        def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
+            losses.append(float(outputs['loss']))
+
+    runner = Runner.from_cfg(cfg)
+    runner.register_hook(Record())
+    runner.train()
+    return losses
+
+
+def smooth(values: list[float], window: int = 20) -> list[float]:
+    """Mean over the last values."""
+    return [
+        sum(values[max(0, i + 1 - window) : i + 1]) / min(i + 1, window)
+        for i in range(len(values))
+    ]
+
+
+def plot(out: Path, sources: list[str], file: str) -> None:
+    """One panel per source, the loss of both runs."""
+    import matplotlib
+
+    matplotlib.use('Agg')
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(sources), figsize=(6 * len(sources), 4), squeeze=False)
+    for axis, source in zip(axes[0], sources):
+        for kind, label, color in (
+            ('original', 'as shipped (BN)', 'tab:gray'), ('converted', 'converted (WS + BCN)', 'C0')
+        ):  # fmt: skip
+            path = out / f'{Path(source).stem}_{kind}.json'
+            if path.is_file():
+                losses = json.loads(path.read_text())
+                axis.plot(losses, color=color, alpha=0.15, linewidth=0.7)
+                axis.plot(smooth(losses), color=color, label=label)
+        axis.set(title=source, xlabel='iteration, one image each', ylabel='training loss')
+        axis.title.set_fontsize(9)
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+
+
+def main() -> None:
+    """Trains what is asked for, prints the losses, plots."""
+    args = parse_args()
+    if len(args.data) != len(args.source):
+        sys.exit('error: --data needs a folder per source')
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    for source, data in zip(args.source, args.data):
+        for kind in ('original', 'converted') if args.only is None else (args.only,):
+            file = out / f'{Path(source).stem}_{kind}.json'
+            if not file.is_file():
+                losses = train(configure(source, data, kind, args))
+                file.write_text(json.dumps(losses))
+            losses = json.loads(file.read_text())
+            first, last = losses[:20], losses[-50:]
+            print(f'{source} {kind}: loss of the first 20 iterations '
+                  f'{sum(first) / len(first):.3f}, of the last 50 {sum(last) / len(last):.3f} '
+                  f'({len(losses)} iterations, seed {args.seed})')  # fmt: skip
+    if args.plot:
+        plot(out, args.source, args.plot)
+
+
+if __name__ == '__main__':
+    main()
