@@ -220,7 +220,7 @@ def draw_pictures(cfg: Config, show: bool, show_dir: str | None, wait_time: floa
     hook = (cfg.get('default_hooks') or {}).get('visualization')
     if hook is None:
         raise ValueError(
-            "--show and --show-dir need default_hooks.visualization in the config, such as "
+            '--show and --show-dir need default_hooks.visualization in the config, such as '
             "dict(type='DetVisualizationHook') or dict(type='SegVisualizationHook')"
         )
     hook['draw'] = True

@@ -1,0 +1,90 @@
+"""Writes a model as ONNX: folded, with standard operators and constant weights, and checked.
+
+A segmenter becomes one file, image.onnx: normalised image -> class scores. A detector becomes
+image.onnx (normalised image -> feature maps and the dense head's raw output) and, where it has RoI
+heads, bbox_head.onnx and mask_head.onnx (RoI features -> raw predictions). Boxes, non-maximum
+suppression and RoIAlign stay with the caller. How to normalise is in the files' metadata. Nothing
+is written unless onnxruntime gives what torch gives.
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # also from a clone not installed
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    from mmengine.config import DictAction
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('config', help='config file')
+    parser.add_argument('checkpoint', help='checkpoint file')
+    parser.add_argument('-o', '--output', type=Path, required=True, help='folder')
+    parser.add_argument(
+        '--shape', nargs=2, type=int, required=True, metavar=('H', 'W'), help='size of the image'
+    )
+    parser.add_argument(
+        '--dynamic', action='store_true', help='leave batch size, height and width open'
+    )
+    parser.add_argument(
+        '--opset', type=int, default=18,
+        help='default: 18; from 21 on GroupNorm is one operator (GroupNormalization)',
+    )  # fmt: skip
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, help='as in test.py')
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Folds, exports, checks, writes."""
+    args = parse_args()
+    from wsbcn_mm.openmmlab.checkpoint import CheckpointMismatch
+
+    try:
+        export(args)
+    except (FileNotFoundError, ImportError, CheckpointMismatch, ValueError) as error:
+        sys.exit(f'error: {error}')
+
+
+def export(args: argparse.Namespace) -> None:
+    """Raises before anything is written where something is wrong."""
+    from wsbcn_mm import fuse
+    from wsbcn_mm.openmmlab import config, export, inference
+
+    for name in ('onnx', 'onnxscript', 'onnxruntime'):
+        __import__(name)
+    cfg = config.load_config(args.config, args.cfg_options)
+    config.check_checkpoint_file(args.checkpoint)
+    model = inference.load_model(cfg, args.checkpoint)
+    image = inference.random_image(*args.shape)
+    steps = fuse.plan(model, run=inference.run_on(cfg, image))
+    print(steps)
+    folded = steps.apply(model, plain=True)
+    folded.requires_grad_(False)
+    parts = inference.tensor_parts(folded, inference.preprocess(model, cfg, image))
+    args.output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=args.output, prefix='.') as folder:
+        files = []
+        for part in parts:
+            if part.name.startswith('auxiliary'):
+                continue  # of use in training only
+            file = Path(folder) / f'{part.name}.onnx'
+            export.export_part(part, file, args.opset, args.dynamic, export.metadata_of(cfg, model))
+            counts = export.check_graph(file)
+            error = export.check_results(part, file)
+            files.append(file)
+            print(
+                f'{file.name}: {part.input_name} {tuple(part.input.shape)} -> '
+                f'{", ".join(part.outputs)}\n  largest relative error {error:.2g}; '
+                + ', '.join(f'{count} {name}' for name, count in sorted(counts.items()))
+            )
+        for file in files:
+            os.replace(file, args.output / file.name)
+            print(args.output / file.name)
+
+
+if __name__ == '__main__':
+    main()
