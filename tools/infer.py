@@ -1,0 +1,103 @@
+"""Runs a model on an image or a folder of images and writes what it finds.
+
+Detection: DIR/predictions.json (COCO format with scores, masks as RLE); segmentation:
+DIR/masks/*.png (class numbers, with a palette). Pictures in DIR/pictures. The model is folded
+first. Files that are no readable image are named and passed over; the exit status is then 1. One
+image is in memory at a time.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also from a clone not installed
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    from mmengine.config import DictAction
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('config', help='config file')
+    parser.add_argument('checkpoint', help='checkpoint file')
+    parser.add_argument('source', type=Path, help='image file, or folder (searched at any depth)')
+    parser.add_argument('-o', '--output', type=Path, required=True, metavar='DIR', help='folder')
+    parser.add_argument('--no-fold', action='store_true', help='run the model as it was trained')
+    parser.add_argument('--no-pictures', action='store_true', help='write predictions alone')
+    parser.add_argument(
+        '--score-threshold', type=float, default=0.3,
+        help='smallest score that a picture shows; predictions.json has all; default: %(default)s',
+    )  # fmt: skip
+    parser.add_argument(
+        '--annotations', type=Path, metavar='FILE',
+        help='COCO annotation file of these images: its ids are used, for an evaluation',
+    )  # fmt: skip
+    parser.add_argument('--device', default='cpu', help='default: cpu')
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, help='as in test.py')
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Loads, folds, runs over the images."""
+    args = parse_args()
+    from wsbcn_mm.openmmlab.checkpoint import CheckpointMismatch
+
+    try:
+        failed = infer(args)
+    except (FileNotFoundError, ImportError, CheckpointMismatch, ValueError) as error:
+        sys.exit(f'error: {error}')
+    if failed:
+        sys.exit(f'{len(failed)} files could not be read as images:\n  ' + '\n  '.join(failed))
+
+
+def infer(args: argparse.Namespace) -> list[str]:
+    """Returns the files that could not be read."""
+    from mmengine.utils import ProgressBar
+
+    from wsbcn_mm import fuse
+    from wsbcn_mm.openmmlab import config, inference, predict
+
+    images = predict.find_images(args.source, args.output)
+    cfg = config.load_config(args.config, args.cfg_options)
+    config.check_checkpoint_file(args.checkpoint)
+    model = inference.load_model(cfg, args.checkpoint)
+    if not args.no_fold:
+        image = inference.random_image(128, 160)
+        steps = fuse.plan(model, run=inference.run_on(cfg, image))
+        print(steps)
+        meta, model = model.dataset_meta, steps.apply(model)
+        model.dataset_meta = meta
+    predictor = predict.Predictor(cfg, model.to(args.device))
+    args.output.mkdir(parents=True, exist_ok=True)
+    coco = None
+    if inference.scope_of(cfg) == 'mmdet':
+        file = args.output / 'predictions.json'
+        coco = predict.CocoWriter(file, predictor.meta['classes'], args.annotations)
+    failed, complete = [], False
+    progress = ProgressBar(len(images), file=sys.stderr)
+    try:
+        for path, name in images:
+            image = predict.read_image(path)
+            if image is None:
+                failed.append(str(path))
+            else:
+                sample = predictor(image)
+                if coco is not None:
+                    coco.add(name.as_posix(), sample, image.shape[:2])
+                else:
+                    mask = args.output / 'masks' / name.with_suffix('.png')
+                    predict.write_mask(mask, sample, predictor.meta.get('palette'))
+                if not args.no_pictures:
+                    picture = args.output / 'pictures' / name.with_suffix('.jpg')
+                    predictor.draw(image, sample, picture, args.score_threshold)
+            progress.update()
+        complete = True
+    finally:
+        if coco is not None:
+            coco.close(complete)
+    print(f'\n{len(images) - len(failed)} images: {args.output}')
+    return failed
+
+
+if __name__ == '__main__':
+    main()
