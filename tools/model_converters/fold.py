@@ -107,7 +107,7 @@ def convert(args: argparse.Namespace) -> None:
     model = inference.load_model(cfg, checkpoint)
     steps = fuse.plan(model, run=inference.run_on(cfg, next(iter(images.values()))))
     print(steps)
-    plain_cfg = plain.plain_config(cfg)
+    plain_cfg = plain.plain_config(cfg, model)
     plain_model = inference.build_model(plain_cfg)
     plain.load_plain(plain_model, model, steps)
     candidates = {

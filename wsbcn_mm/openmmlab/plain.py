@@ -20,7 +20,7 @@ from collections.abc import Iterator
 import torch
 from mmcv.cnn import ConvModule
 from mmengine.config import Config, ConfigDict
-from mmengine.registry import HOOKS
+from mmengine.registry import HOOKS, MODELS
 from torch import Tensor, nn
 
 from wsbcn_mm.fuse import Plan
@@ -39,17 +39,21 @@ class CannotBePlain(ValueError):
 # Config
 
 
-def plain_config(cfg: Config) -> Config:
+def plain_config(cfg: Config, model: nn.Module) -> Config:
     """The config with stock layers, without anything of this package.
 
     What is of use in training alone (where initial weights come from, hooks of this package) is
     left out: the checkpoint holds every weight.
 
+    Args:
+        cfg: The config.
+        model: Built from it. It knows what ``num_groups='auto'`` has become.
+
     Raises:
         CannotBePlain: something of this package is left; the message says where.
     """
     plain = copy.deepcopy(cfg)
-    _replace_layers(plain.model)
+    _replace_layers(plain.model, model)
     plain.model.pop('pretrained', None)
     _drop_pretrained(plain.model)
     plain.load_from, plain.resume = None, False
@@ -63,11 +67,11 @@ def plain_config(cfg: Config) -> Config:
         plain.custom_hooks = hooks
     for dataset in _dicts(plain._cfg_dict):
         _replace_dataset(dataset)
+    ours = {name for name, kind in MODELS.module_dict.items() if _ours(kind.__module__)}
     # Variables of the config file that nothing reads.
-    for key in [k for k, v in plain.items() if k != 'model' and isinstance(v, dict)
-                and v.get('type') in (*NORMS, *CONVS)]:  # fmt: skip
+    for key in [k for k, v in plain.items() if isinstance(v, dict) and v.get('type') in ours]:
         plain.pop(key)
-    left = sorted(_places_of_ours(plain._cfg_dict))
+    left = sorted(_places_of_ours(plain._cfg_dict, ours))
     if left:
         raise CannotBePlain(
             'these settings name something of wsbcn_mm that has no equal among stock layers\n  '
@@ -94,43 +98,62 @@ def _dicts(value: object) -> Iterator[dict]:
             yield from _dicts(item)
 
 
-def _places_of_ours(value: object, path: str = '') -> Iterator[str]:
+def _places_of_ours(value: object, ours: set[str], path: str = '') -> Iterator[str]:
     if isinstance(value, dict):
         for key, item in value.items():
-            yield from _places_of_ours(item, f'{path}.{key}'.lstrip('.'))
+            yield from _places_of_ours(item, ours, f'{path}.{key}'.lstrip('.'))
     elif isinstance(value, (list, tuple)):
         for i, item in enumerate(value):
-            yield from _places_of_ours(item, f'{path}[{i}]')
-    elif value in (*NORMS, *CONVS) or (isinstance(value, str) and 'wsbcn_mm' in value):
+            yield from _places_of_ours(item, ours, f'{path}[{i}]')
+    elif isinstance(value, str) and (value in ours or 'wsbcn_mm' in value):
         yield f'{path}={value!r}'
 
 
-def _replace_layers(model: dict) -> None:
-    for part in _dicts(model):
-        norm_cfg, conv_cfg = part.get('norm_cfg'), part.get('conv_cfg')
-        conv = None if conv_cfg is None else _plain_conv_cfg(conv_cfg)
-        if norm_cfg is not None and norm_cfg.get('type') in NORMS:
-            if norm_cfg.get('affine', 'group') is None:
-                kept = dict(affine=False)
-            else:
-                kept = {}
-            kept |= {
-                k: norm_cfg[k] for k in ('num_groups', 'eps', 'requires_grad') if k in norm_cfg
-            }
-            kept.setdefault('num_groups', 32)
-            inner = {k: norm_cfg[k] for k in ('eps', 'requires_grad') if k in norm_cfg}
-            part['norm_cfg'] = ConfigDict(type='GN', **kept)
-            part['conv_cfg'] = ConfigDict(
-                type='ConvModule',
-                conv_cfg=conv,
-                norm_cfg=dict(type=NORMS[norm_cfg['type']], **inner),
-                act_cfg=None,
-            )
-        elif conv_cfg is not None:
-            part['conv_cfg'] = conv
-        for key, value in part.items():  # predictors and others that take a layer under other names
-            if key != 'conv_cfg' and isinstance(value, dict) and value.get('type') in CONVS:
-                part[key] = _plain_conv_cfg(value) or ConfigDict(type='Conv2d')
+def _replace_layers(part: object, model: nn.Module, path: str = '') -> None:
+    """Sets ``conv_cfg`` and ``norm_cfg`` of this part of a model's config, and of those below."""
+    if isinstance(part, (list, tuple)):
+        for i, item in enumerate(part):
+            _replace_layers(item, model, f'{path}.{i}'.lstrip('.'))
+    if not isinstance(part, dict):
+        return
+    for key, value in part.items():
+        _replace_layers(value, model, f'{path}.{key}'.lstrip('.'))
+    for key in [k for k in part if k != 'conv_cfg']:  # predictors take a layer under other names
+        if isinstance(part[key], dict) and part[key].get('type') in CONVS:
+            part[key] = _plain_conv_cfg(part[key]) or ConfigDict(type='Conv2d')
+    norm_cfg, conv_cfg = part.get('norm_cfg'), part.get('conv_cfg')
+    conv = None if conv_cfg is None else _plain_conv_cfg(conv_cfg)
+    if conv_cfg is not None:
+        part['conv_cfg'] = conv
+    if norm_cfg is None:
+        return
+    if norm_cfg.get('type') == 'MicroBN':  # in evaluation it is one
+        part['norm_cfg'] = ConfigDict({**norm_cfg, 'type': 'BN'})
+    elif norm_cfg.get('type') in NORMS:
+        shared = {k: norm_cfg[k] for k in ('eps', 'requires_grad') if k in norm_cfg}
+        groups = norm_cfg.get('num_groups', 32)
+        if groups == 'auto':
+            groups = _auto_groups(model, path)
+        affine = {} if norm_cfg.get('affine', 'group') is not None else dict(affine=False)
+        part['norm_cfg'] = ConfigDict(type='GN', num_groups=groups, **affine, **shared)
+        part['conv_cfg'] = ConfigDict(
+            type='ConvModule',
+            conv_cfg=conv,
+            norm_cfg=dict(type=NORMS[norm_cfg['type']], **shared),
+            act_cfg=None,
+        )
+
+
+def _auto_groups(model: nn.Module, path: str) -> int:
+    """The one number of groups that ``'auto'`` has become in a part of the model."""
+    part = _get(model, path) or model
+    found = {m.num_groups for m in part.modules() if isinstance(m, BatchChannelNorm)}
+    if len(found) != 1:
+        raise CannotBePlain(
+            f"{path}: num_groups='auto' became {sorted(found)} for its widths; one norm_cfg of "
+            'stock layers has one number of groups'
+        )
+    return found.pop()
 
 
 def _plain_conv_cfg(conv_cfg: dict) -> dict | None:
