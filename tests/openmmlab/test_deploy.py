@@ -542,8 +542,8 @@ def test_fold_on_mmcvs_convmodule_with_the_norm_elsewhere():
 
     for order, folds in ((('conv', 'norm', 'act'), True), (('conv', 'act', 'norm'), False),
                          (('norm', 'act', 'conv'), False)):  # fmt: skip
-        module = ConvModule(8, 8, 3, padding=1, order=order, norm_cfg=dict(type='BCN', num_groups=2),
-                            conv_cfg=dict(type='WSConv2d'))  # fmt: skip
+        layers = dict(norm_cfg=dict(type='BCN', num_groups=2), conv_cfg=dict(type='WSConv2d'))
+        module = ConvModule(8, 8, 3, padding=1, order=order, **layers)
         module = as_trained(module).double().eval()
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')

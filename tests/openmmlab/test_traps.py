@@ -238,22 +238,46 @@ def test_trap_04_efficient_conv_bn_eval_leaves_bcn_alone():
     torch.testing.assert_close(short(x), plain(x), rtol=0, atol=0)
 
 
-def test_trap_04_mmengines_graph_shortcut_refuses_or_is_right():
+@pytest.mark.parametrize(
+    'conv, norm, may_refuse',
+    [
+        (nn.Conv2d, lambda: nn.BatchNorm2d(8), False),
+        (WSConv2d, lambda: nn.BatchNorm2d(8), True),
+        (nn.Conv2d, lambda: BatchChannelNorm2d(8, 2), True),
+        (WSConv2d, lambda: BatchChannelNorm2d(8, 2), True),
+    ],
+)
+def test_trap_04_mmengines_graph_shortcut_refuses_or_is_right(conv, norm, may_refuse):
     """`turn_on_efficient_conv_bn_eval` rewrites a traced graph; a plain pair stays right.
 
-    With a WS convolution it may refuse (it cannot trace it), it may not answer wrongly.
+    With layers of ours it may refuse (it cannot trace them), it may not answer wrongly.
     """
-    for conv, may_refuse in ((nn.Conv2d(4, 8, 3), False), (WSConv2d(4, 8, 3), True)):
-        model = nn.Module()
-        model.part = nn.Sequential(conv, nn.BatchNorm2d(8)).double().eval()
-        model.part[1].running_var.uniform_(5, 20)
-        x = image(channels=4).double()
-        before = model.part(x)
-        try:
-            turn_on_efficient_conv_bn_eval(model, 'part')
-        except (TypeError, KeyError, RuntimeError, torch.fx.proxy.TraceError):
-            assert may_refuse
-        assert relative(model.part(x), before) < 1e-12
+    model = nn.Module()
+    model.part = nn.Sequential(conv(4, 8, 3), norm()).double().eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_var.uniform_(5, 20)
+    x = image(channels=4).double()
+    before = model.part(x)
+    try:
+        turn_on_efficient_conv_bn_eval(model, 'part')
+    except (TypeError, KeyError, RuntimeError, torch.fx.proxy.TraceError):
+        assert may_refuse
+    assert relative(model.part(x), before) < 1e-12
+
+
+@pytest.mark.parametrize(
+    'arguments', [dict(bias=True), dict(groups=2), dict(padding_mode='circular')]
+)
+@pytest.mark.parametrize('norm', ['BN', 'SyncBN', 'MicroBN'])
+def test_trap_04_fuse_conv_bn_on_every_kind_of_pair(norm, arguments):
+    """Bias, groups, padding; norms derived from BatchNorm, which the host fuses as well."""
+    x = image(channels=4).double()
+    ours = fold_case('WSConv2d', dict(type=norm), padding=1, **arguments)
+    before = ours(x)
+    fused = fuse_conv_bn(copy.deepcopy(ours))
+    assert isinstance(fused.bn, nn.Identity)
+    torch.testing.assert_close(fused(x), before)
 
 
 @MODES
