@@ -17,19 +17,21 @@ CONVS = [
 EPS = 1e-3
 
 
+def expected_filter(name, w, gain):
+    """One filter, from the papers' formulas."""
+    centred = w - w.mean()
+    if name == 'WSMeanOnlyConv2d':
+        return centred
+    if name == 'WSStdOnlyConv2d':
+        return w / ((centred**2).mean() + EPS).sqrt()
+    if name == 'WeightNormConv2d':
+        return gain * w / ((w**2).sum() + EPS).sqrt()
+    return gain * centred / ((centred**2).sum() + EPS).sqrt()
+
+
 def expected_weight(kind, weight, gain):
-    """Filter by filter, from the papers' formulas."""
-    filters = []
-    for i, w in enumerate(weight):
-        centred = w - w.mean()
-        filters.append({
-            'WSMeanOnlyConv2d': lambda: centred,
-            'WSStdOnlyConv2d': lambda: w / ((centred**2).mean() + EPS).sqrt(),
-            'WeightNormConv2d': lambda: gain[i] * w / ((w**2).sum() + EPS).sqrt(),
-            'CenteredWeightNormConv2d':
-                lambda: gain[i] * centred / ((centred**2).sum() + EPS).sqrt(),
-        }[kind.__name__]())  # fmt: skip
-    return torch.stack(filters)
+    gain = [None] * len(weight) if gain is None else gain
+    return torch.stack([expected_filter(kind.__name__, w, g) for w, g in zip(weight, gain)])
 
 
 def make(kind, **kwargs):

@@ -12,6 +12,10 @@ matplotlib.use('Agg')
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 
+KEYS = {
+    'activations', 'checkpoint', 'config', 'estimates', 'gradients', 'images', 'layers',
+    'smoothness', 'step_size', 'summary',
+}  # fmt: skip
 THIS, OTHER = '#0a6c74', '#d98032'
 
 # Measure -> (what people call it, what it means, where it should be).
@@ -65,7 +69,7 @@ def read_numbers(path: str) -> dict:
         numbers = json.loads(Path(path).read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f'{path} is not JSON: {error}') from error
-    if not isinstance(numbers, dict) or not {'summary', 'activations'} <= set(numbers):
+    if not isinstance(numbers, dict) or not KEYS <= set(numbers):
         raise ValueError(f'{path} was not written by diagnose.py')
     return numbers
 
@@ -115,7 +119,8 @@ def _origin(numbers: dict, colour: str, label: str) -> str:
     kind = 'this' if colour == THIS else 'other'
     return (
         f'<p><b class="{kind}">{label}</b>: <code>{html.escape(Path(numbers["config"]).name)}'
-        f'</code>, checkpoint <code>{html.escape(Path(numbers["checkpoint"]).name)}</code>, '
+        f'</code>, checkpoint <code>{html.escape(numbers["checkpoint"])}</code>; '
+        f'{html.escape(", ".join(f"{n} {kind}" for kind, n in numbers["layers"].items()))}; '
         f'{numbers["images"]} validation images, {len(numbers["smoothness"])} training batches</p>'
     )
 
@@ -146,9 +151,9 @@ def _picture(figure, alt: str) -> str:
 
 def _plot_singularities(models: list):
     figure, axes = plt.subplots(3, 1, figsize=(9.5, 7.5), sharex=True, constrained_layout=True)
-    titles = ('dead_channels', 'singularity_distance', 'stat_spread')
+    keys = ('dead_channels', 'singularity_distance', 'stat_spread')
     labels = ('share of dead channels', 'distance to singularities', 'spread of statistics')
-    for axis, key, title in zip(axes, titles, labels):
+    for axis, key, title in zip(axes, keys, labels):
         for i, (numbers, colour, label) in enumerate(models):
             values = [layer[key] for layer in numbers['activations'].values()]
             width = 0.8 / len(models)
@@ -207,7 +212,11 @@ def _estimates(models: list) -> str:
             axis.plot(middle, 'o-', color=colour, label=label, markersize=3)
             axis.fill_between(range(len(middle)), low, high, color=colour, alpha=0.2)
     axes[0].set(xlabel='layer', ylabel='|running mean − mean| / deviation', ylim=(0, None))
-    axes[1].set(xlabel='layer', ylabel='running deviation / deviation', yscale='log')
+    axes[1].set(
+        xlabel='layer', ylabel='running deviation / deviation', yscale='log', ylim=(0.4, 2.5)
+    )
+    axes[1].set_yticks([0.5, 0.67, 1, 1.5, 2], ['0.5', '0.67', '1', '1.5', '2'])
+    axes[1].minorticks_off()
     axes[1].axhline(1, color='#999', linewidth=1)
     for axis in axes:
         axis.grid(alpha=0.3)

@@ -45,7 +45,7 @@ class Study:
         lr = self.lr(cell)
         if lr is None:
             return []
-        specs = [grids.spec(self.grid, cell, lr, seed) for seed in self.grid['seeds']]
+        specs = [grids.spec(self.grid, cell, lr, seed) for seed in grids.seeds(self.grid, cell.task)]
         return [r for r in map(self.results.get, specs) if r is not None]
 
     def values(self, cell: grids.Cell, metric: str) -> list[float]:
@@ -91,7 +91,7 @@ def entry(study: Study, cell: grids.Cell, metric: str) -> str:
     if not values:
         return ''
     spread = f' ± {statistics.stdev(values):.1f}' if len(values) > 1 else ''
-    missing = len(study.grid['seeds']) - len(values)
+    missing = len(grids.seeds(study.grid, cell.task)) - len(values)
     seeds = f'; {len(values)} seed{"s" * (len(values) > 1)}' if missing else ''
     diverged = sum(r['diverged'] for r in study.records(cell))
     failed = f'; {diverged} diverged' if diverged else ''
@@ -108,7 +108,7 @@ def search_table(study: Study, task: str) -> str:
             cell = grids.Cell(task, row, count)
             if cell not in study.cells or grids.search_cell(study.grid, cell) != cell:
                 continue
-            seed = study.grid['seeds'][0]
+            seed = grids.seeds(study.grid, task)[0]
             found = [study.results.get(grids.spec(study.grid, cell, lr, seed)) for lr in lrs]
             texts = [
                 '' if r is None else 'diverged' if r['diverged'] else

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Callable
 
 import torch
@@ -20,7 +21,9 @@ from wsbcn_mm.diagnostics import (
     singularities,
     smoothness,
 )
-from wsbcn_mm.openmmlab.checkpoint import CheckpointMismatch, missing_tensors
+from wsbcn_mm.openmmlab.checkpoint import CONVS, NORMS, CheckpointMismatch, missing_tensors
+
+KINDS = (*CONVS, *NORMS)
 
 
 def diagnose(
@@ -42,8 +45,8 @@ def diagnose(
         report: Shows progress.
 
     Returns:
-        ``summary`` (one number a measure), ``activations``, ``estimates``, ``gradients`` (by layer)
-        and ``smoothness`` (a list).
+        ``layers`` (how many convs and norms of each type), ``summary`` (one number a measure),
+        ``activations``, ``estimates``, ``gradients`` (by layer) and ``smoothness`` (a list).
 
     Raises:
         ValueError: the checkpoint leaves tensors unfilled, or the model has no ReLU.
@@ -102,6 +105,7 @@ def diagnose(
     return dict(
         config=cfg.filename,
         checkpoint=checkpoint,
+        layers=dict(Counter(type(m).__name__ for m in model.modules() if isinstance(m, KINDS))),
         images=shown,
         step_size=step_size,
         summary=summary,

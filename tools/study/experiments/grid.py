@@ -59,6 +59,11 @@ def cells(grid: dict) -> list[Cell]:
     return list(found)
 
 
+def seeds(grid: dict, task: str) -> list[int]:
+    """The seeds of a task: its own or those of the grid."""
+    return grid['tasks'][task].get('seeds', grid['seeds'])
+
+
 def spec(grid: dict, cell: Cell, lr: float, seed: int) -> dict:
     """All that defines a run."""
     task, row = grid['tasks'][cell.task], grid['rows'][cell.row]
@@ -127,7 +132,7 @@ def best_lr(grid: dict, results: Results, cell: Cell) -> float | None:
     """The searched learning rate with the best validation metric; None while the search runs."""
     cell, best = search_cell(grid, cell), None
     for lr in grid['tasks'][cell.task]['lrs']:
-        record = results.get(spec(grid, cell, lr, grid['seeds'][0]))
+        record = results.get(spec(grid, cell, lr, seeds(grid, cell.task)[0]))
         if record is None:
             return None
         value = record['metrics'].get('val')
@@ -140,13 +145,13 @@ def missing_runs(grid: dict, results: Results) -> Iterator[dict]:
     """The runs that are still to do, in order; the answers follow what is finished meanwhile."""
     for cell in cells(grid):
         for lr in grid['tasks'][cell.task]['lrs']:
-            run = spec(grid, search_cell(grid, cell), lr, grid['seeds'][0])
+            run = spec(grid, search_cell(grid, cell), lr, seeds(grid, cell.task)[0])
             if results.get(run) is None:
                 yield run
         lr = best_lr(grid, results, cell)
         if lr is None:
             continue  # another process still runs part of the search
-        for seed in grid['seeds']:
+        for seed in seeds(grid, cell.task):
             run = spec(grid, cell, lr, seed)
             if results.get(run) is None:
                 yield run

@@ -1,0 +1,167 @@
+"""The study: a tiny grid runs and resumes, and the committed records make the tables and plots."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip('mmseg', reason='the study builds its models with mmcv and mmseg')
+pytest.importorskip('sklearn', reason='the digits of the smallest task')
+
+ROOT = Path(__file__).parents[1]
+STUDY = ROOT / 'tools/study'
+
+
+@pytest.fixture(autouse=True)
+def import_from_tools(monkeypatch):
+    monkeypatch.syspath_prepend(str(STUDY))
+
+
+def run_grid(*arguments):
+    return subprocess.run(
+        [sys.executable, str(STUDY / 'run_grid.py'), *map(str, arguments)], timeout=300,
+        capture_output=True, text=True, env=dict(os.environ, OMP_NUM_THREADS='1'),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope='module')
+def smoke(tmp_path_factory):
+    """The records of the smoke grid."""
+    folder = tmp_path_factory.mktemp('smoke')
+    result = run_grid('--smoke', '-o', folder)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count('digits') == 24
+    return folder
+
+
+def records(folder):
+    return {p.name: json.loads(p.read_text()) for p in folder.glob('digits/*.json')}
+
+
+def test_smoke_grid(smoke):
+    found = records(smoke)
+    # Rows x (searched rates at 1 and 8, other seeds at 1, 2 and 8, first seed at 2).
+    assert len(found) == 3 * (2 * 2 + 3 + 1)
+    for record in found.values():
+        assert record['metric'] == 'accuracy' and not record['diverged']
+        assert 0 <= record['metrics']['test'] <= 1
+        assert record['steps'] == 16 // record['images_per_step']
+        assert record['curve']['step'][-1] == record['steps']
+        assert record['singularities']['step'][-1] == record['steps'] - 1
+        assert {'torch', 'wsbcn_mm'} <= set(record['versions'])
+    with_estimates = [r for r in found.values() if r['row'] != 'GN + WS']
+    assert all('test_recalibrated' in r['metrics'] for r in with_estimates)
+    # The rate of the estimates counts images.
+    norm = found['BCN-+-WS-(estimate)_n8_lr0.01_s0.json']['norm']
+    assert norm == dict(type='BCN', num_groups=2, momentum_per_image=0.01)
+
+
+def test_what_is_finished_is_not_run_again(smoke):
+    from experiments import grid as grids
+
+    grid = grids.load(STUDY / 'grids/smoke.yaml')
+    results = grids.Results(smoke)
+    assert list(grids.missing_runs(grid, results)) == []
+    victim = next(smoke.glob('digits/BN_n2*s1.json'))
+    text = victim.read_text()
+    victim.unlink()
+    (missing,) = grids.missing_runs(grid, results)
+    assert results.path(missing) == victim
+    with grids.Claim(victim) as first, grids.Claim(victim) as second:
+        assert first and not second  # two processes never do the same run
+    victim.write_text(text)
+    # A run of other settings is not taken for one of these.
+    grid['tasks']['digits']['epochs'] = 2
+    with pytest.raises(ValueError, match='another epochs'):
+        list(grids.missing_runs(grid, results))
+
+
+def test_the_rate_is_chosen_on_validation(smoke):
+    from experiments import grid as grids
+
+    grid = grids.load(STUDY / 'grids/smoke.yaml')
+    results = grids.Results(smoke)
+    cell = grids.Cell('digits', 'BN', 2)
+    assert grids.search_cell(grid, cell).images_per_step == 1
+    values = {
+        lr: results.get(grids.spec(grid, grids.Cell('digits', 'BN', 1), lr, 0))['metrics']['val']
+        for lr in (0.01, 0.03)
+    }
+    assert values[grids.best_lr(grid, results, cell)] == max(values.values())
+
+
+def test_runs_repeat(smoke):
+    from experiments import grid as grids
+    from experiments import loop, tasks
+
+    grid = grids.load(STUDY / 'grids/smoke.yaml')
+    run = grids.spec(grid, grids.Cell('digits', 'BCN + WS (estimate)', 1), 0.01, 0)
+    again = loop.run(tasks.make(run['dataset'], run['arguments']), run)
+    first = grids.Results(smoke).get(run)
+    assert again['curve'] == first['curve'] and again['metrics'] == first['metrics']
+
+
+def test_every_row_builds_and_trains_a_step_of_segmentation():
+    import torch
+    from experiments import grid as grids
+    from experiments import loop, tasks
+
+    grid = grids.load(STUDY / 'grids/study.yaml')
+    for row in grid['rows']:
+        norm = grids.spec(grid, grids.Cell('camvid', row, 1), 0.01, 0)['norm']
+        model = tasks.DeepLabV3(
+            loop.norm_config(norm, 1), grid['rows'][row].get('conv'), 3, width=8, head=8
+        )
+        loss = model(torch.randn(1, 3, 32, 32)).square().mean()
+        loss.backward()
+        assert loss.isfinite(), row
+
+
+def test_unfinished_searches_and_divergence_are_shown(smoke, tmp_path):
+    import make_report
+
+    (tmp_path / 'digits').mkdir()
+    for name, record in records(smoke).items():
+        if record['row'] == 'BN' and record['images_per_step'] == 8:
+            continue
+        if name == 'GN-+-WS_n1_lr0.03_s0.json':
+            record.update(diverged=True, metrics={})
+        (tmp_path / 'digits' / name).write_text(json.dumps(record))
+    study = make_report.Study(STUDY / 'grids/smoke.yaml', tmp_path)
+    text = make_report.tables(study)
+    (bn,) = [line for line in text.splitlines() if line.startswith('| BN | ') and '±' in line][:1]
+    assert bn.endswith('|  |')  # the cell without a search is empty
+    assert 'diverged' in text
+
+
+def test_tables_and_plots_regenerate_from_the_committed_records(tmp_path):
+    import make_report
+
+    make_report.main(['-o', str(tmp_path)])
+    committed = ROOT / 'docs/study'
+    assert (tmp_path / 'tables.md').read_text() == (committed / 'tables.md').read_text()
+    pictures = {p.name for p in committed.glob('*.png')} - {'diagnose.png'}
+    assert {'metric.png', 'loss.png', 'trace_digits.png'} <= pictures
+    assert pictures == {p.name for p in tmp_path.glob('*.png')}
+
+
+def test_no_records_is_said_in_a_line(tmp_path, monkeypatch):
+    import make_report
+
+    with pytest.raises(SystemExit, match='run run_grid.py first'):
+        make_report.main(['-r', str(tmp_path), '-o', str(tmp_path / 'out')])
+
+
+def test_a_grid_with_a_wrong_name_is_refused(tmp_path):
+    from experiments import grid as grids
+
+    path = tmp_path / 'grid.yaml'
+    path.write_text('seeds: [0]\ntasks: {a: {}}\nrows: {BN: {}}\norder: [{tasks: [b], rows: [BN]}]')
+    with pytest.raises(ValueError, match=r"order names \['b'\]"):
+        grids.load(path)
+    path.write_text('seeds: [0]')
+    with pytest.raises(ValueError, match='lacks order, rows, tasks'):
+        grids.load(path)
