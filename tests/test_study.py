@@ -17,6 +17,9 @@ STUDY = ROOT / 'tools/study'
 
 @pytest.fixture(autouse=True)
 def import_from_tools(monkeypatch):
+    from mmengine.logging import MMLogger
+
+    MMLogger.get_instance('study', log_level='ERROR')  # mmseg's models log their initialisation
     monkeypatch.syspath_prepend(str(STUDY))
 
 
@@ -113,7 +116,7 @@ def test_every_row_builds_and_trains_a_step_of_segmentation():
     for row in grid['rows']:
         norm = grids.spec(grid, grids.Cell('camvid', row, 1), 0.01, 0)['norm']
         model = tasks.DeepLabV3(
-            loop.norm_config(norm, 1), grid['rows'][row].get('conv'), 3, width=8, head=8
+            loop.norm_config(norm, 1), grid['rows'][row].get('conv'), 3, width=8, head=16
         )
         loss = model(torch.randn(1, 3, 32, 32)).square().mean()
         loss.backward()

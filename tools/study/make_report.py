@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+DOCS = HERE.parents[1] / 'docs' / 'study'
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]  # also from a clone not installed
 
 import matplotlib  # noqa: E402
@@ -45,7 +46,8 @@ class Study:
         lr = self.lr(cell)
         if lr is None:
             return []
-        specs = [grids.spec(self.grid, cell, lr, seed) for seed in grids.seeds(self.grid, cell.task)]
+        seeds = grids.seeds(self.grid, cell.task)
+        specs = [grids.spec(self.grid, cell, lr, seed) for seed in seeds]
         return [r for r in map(self.results.get, specs) if r is not None]
 
     def values(self, cell: grids.Cell, metric: str) -> list[float]:
@@ -254,11 +256,10 @@ def trace_table(record: dict) -> str:
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    docs = HERE.parents[1] / 'docs' / 'study'
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('grid', nargs='?', default=str(HERE / 'grids' / 'study.yaml'))
-    parser.add_argument('-r', '--results', default=str(HERE / 'results'), help='the records')
-    parser.add_argument('-o', '--out', default=str(docs), help='folder of tables and plots')
+    parser.add_argument('-r', '--results', default=str(DOCS / 'results'), help='the records')
+    parser.add_argument('-o', '--out', default=str(DOCS), help='folder of tables and plots')
     return parser.parse_args(arguments)
 
 

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+RESULTS = HERE.parents[1] / 'docs' / 'study' / 'results'
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]  # also from a clone not installed
 
 
@@ -15,7 +16,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('grid', nargs='?', default=str(HERE / 'grids' / 'study.yaml'))
     parser.add_argument('--smoke', action='store_true', help='the tiny grid of the tests')
-    parser.add_argument('-o', '--out', help='folder of the records; default: results/ beside this')
+    parser.add_argument('-o', '--out', help='folder of the records; default: docs/study/results')
     parser.add_argument('--only', nargs='+', help='only these tasks')
     parser.add_argument('--minutes', type=float, help='start no run after this time')
     parser.add_argument('--threads', type=int, default=1, help='CPU threads; one process per core')
@@ -36,7 +37,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         grid = grids.load(HERE / 'grids' / 'smoke.yaml' if args.smoke else args.grid)
         report = functools.partial(print, flush=True)
-        results = grids.Results(args.out or HERE / 'results')
+        results = grids.Results(args.out or RESULTS)
         started, left = time.monotonic(), True
         while left:
             left = False

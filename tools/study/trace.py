@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+RESULTS = HERE.parents[1] / 'docs' / 'study' / 'results'
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]  # also from a clone not installed
 
 IMAGES = 32
@@ -30,7 +31,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--images-per-step', type=int, default=1)
     parser.add_argument('--points', type=int, default=24, help='measurements along the way')
     parser.add_argument('--seed', type=int, default=0)
-    parser.add_argument('-o', '--out', help='default: results/trace_<task>.json beside this')
+    parser.add_argument('-o', '--out', help='default: docs/study/results/trace_<task>.json')
     return parser.parse_args(arguments)
 
 
@@ -109,7 +110,7 @@ def main(arguments: list[str] | None = None) -> None:
     except (ValueError, ImportError, FileNotFoundError) as error:
         sys.exit(f'error: {error}')
     record = dict(vars(args), rows=rows)
-    out = Path(args.out or HERE / 'results' / f'trace_{args.task}.json')
+    out = Path(args.out or RESULTS / f'trace_{args.task}.json')
     del record['out'], record['grid']
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(loop.plain(record), separators=(',', ':')) + '\n')

@@ -168,9 +168,12 @@ class Claim:
         self._file = open(self._path, 'w')
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._mine = True
         except BlockingIOError:
-            return False
-        return True
+            self._mine = False
+        return self._mine
 
     def __exit__(self, *error) -> None:
+        if self._mine:
+            self._path.unlink(missing_ok=True)
         self._file.close()
