@@ -96,11 +96,11 @@ def write_page(numbers: dict, target: Path, other: dict | None = None) -> None:
         '<h2>Are channels switched off?</h2>',
         '<p>A channel whose ReLU is off for every input takes no part any more, nor does it get a '
         'gradient: an elimination singularity (arXiv 1911.09738). Layers from input to output.</p>',
-        _picture(_plot_singularities(models), 'dead channels and distance by layer'),
+        _picture(plot_singularities(models), 'dead channels and distance by layer'),
         '<p>Each dot is a channel: mean and deviation of what its ReLU gets, in units of the '
         'layer’s rms. Behind a BatchNorm all lie close together, near (0, 1); a channel far left '
         'of the line is off almost always (mean below −2 deviations).</p>',
-        _picture(_plot_channels(models), 'mean and deviation of every channel'),
+        _picture(plot_channels(models), 'mean and deviation of every channel'),
         '<h2>Are the running estimates right?</h2>', _estimates(models),
         '<h2>Does Weight Standardization smooth the gradient?</h2>', _gradients(models),
         '<h2>How far does the gradient hold?</h2>',
@@ -149,7 +149,8 @@ def _picture(figure, alt: str) -> str:
     return f'<img alt="{alt}" src="data:image/png;base64,{data}">'
 
 
-def _plot_singularities(models: list):
+def plot_singularities(models: list):
+    """Three measures by layer; ``models`` holds (numbers, colour, label)."""
     figure, axes = plt.subplots(3, 1, figsize=(9.5, 7.5), sharex=True, constrained_layout=True)
     keys = ('dead_channels', 'singularity_distance', 'stat_spread')
     labels = ('share of dead channels', 'distance to singularities', 'spread of statistics')
@@ -178,7 +179,8 @@ def _short(name: str) -> str:
     return name
 
 
-def _plot_channels(models: list):
+def plot_channels(models: list):
+    """Mean and deviation of every channel; ``models`` as above."""
     figure, axes = plt.subplots(
         1, len(models), figsize=(5 * len(models), 4.4), squeeze=False, constrained_layout=True
     )

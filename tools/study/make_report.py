@@ -8,12 +8,14 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 DOCS = HERE.parents[1] / 'docs' / 'study'
-sys.path[:0] = [str(HERE), str(HERE.parents[1])]  # also from a clone not installed
+# Also from a clone not installed.
+sys.path[:0] = [str(HERE), str(HERE.parent / 'analysis_tools'), str(HERE.parents[1])]
 
 import matplotlib  # noqa: E402
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt  # noqa: E402
+from diagnosis_page import OTHER, THIS, plot_channels, plot_singularities  # noqa: E402
 from experiments import grid as grids  # noqa: E402
 
 COLOURS = {
@@ -284,6 +286,14 @@ def main(arguments: list[str] | None = None) -> None:
             f'\n## Along the training: {record["task"]}, {record["images_per_step"]} image(s) per '
             f'step, lr {record["lr"]:g}\n\nMeans over the second half:\n\n{trace_table(record)}\n'
         )
+    # What analysis_tools/diagnose.py measured on two models.
+    pages = [Path(args.results) / f'diagnose_{name}.json' for name in ('gn', 'ws-bcn')]
+    if all(page.is_file() for page in pages):
+        numbers = [json.loads(page.read_text()) for page in pages]
+        models = list(zip(numbers, (OTHER, THIS), ('GN', 'BCN + WS')))
+        plot_singularities(models).savefig(out / 'diagnose_layers.png', dpi=90)
+        plot_channels(models).savefig(out / 'diagnose_channels.png', dpi=90)
+        plt.close('all')
     (out / 'tables.md').write_text(text)
     print(text)
 

@@ -86,6 +86,21 @@ def trace(task, run: dict, points: int) -> dict[str, list]:
     return found
 
 
+def finished_rows(out: Path, settings: dict) -> dict:
+    """The rows of a record with the same settings; an interrupted call goes on behind them.
+
+    Raises:
+        ValueError: the record has other settings.
+    """
+    if not out.is_file():
+        return {}
+    record = json.loads(out.read_text())
+    rows = record.pop('rows')
+    if record != settings:
+        raise ValueError(f'{out} has settings {record}\n  asked for {settings}\n  delete it first')
+    return rows
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Traces every row and writes one record."""
     args = parse_args(arguments)
@@ -101,19 +116,21 @@ def main(arguments: list[str] | None = None) -> None:
         unknown = [row for row in args.rows if row not in grid['rows']]
         if unknown or args.task not in grid['tasks']:
             raise ValueError(f'{args.grid} has no task {args.task!r} or rows {unknown}')
-        rows = {}
+        out = Path(args.out or RESULTS / f'trace_{args.task}.json')
+        settings = {k: v for k, v in vars(args).items() if k not in ('out', 'grid', 'rows')}
+        rows = finished_rows(out, settings)
         for row in args.rows:
+            if row in rows:
+                continue
             cell = grids.Cell(args.task, row, args.images_per_step)
             run = grids.spec(grid, cell, args.lr, args.seed)
             rows[row] = trace(tasks.make(run['dataset'], run['arguments']), run, args.points)
+            record = loop.plain(dict(settings, rows=rows))
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(json.dumps(record, separators=(',', ':')) + '\n')
             print(f'{row}: {len(rows[row]["step"])} points', flush=True)
     except (ValueError, ImportError, FileNotFoundError) as error:
         sys.exit(f'error: {error}')
-    record = dict(vars(args), rows=rows)
-    out = Path(args.out or RESULTS / f'trace_{args.task}.json')
-    del record['out'], record['grid']
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(loop.plain(record), separators=(',', ':')) + '\n')
 
 
 if __name__ == '__main__':
