@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from wsbcn_mm import BatchChannelNorm2d, WSConv2d, WSConvTranspose2d
 from wsbcn_mm.diagnostics import (
@@ -93,6 +94,18 @@ def test_an_error_inside_leaves_no_hook():
     with seen:
         model(torch.randn(2, 3))
     assert list(seen.layers()) == ['1']
+
+
+@pytest.mark.parametrize('reentrant', [False, True])
+def test_a_repeated_pass_counts_once(reentrant):
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU())
+    x = torch.randn(2, 3, 4, 4, requires_grad=True)
+    with ActivationObserver(model) as seen, EstimateObserver(model) as estimates:
+        checkpoint(model, x, use_reentrant=reentrant).square().sum().backward()
+    assert {n: layer.num_samples for n, layer in seen.layers().items()} == {'2': 2}
+    torch.testing.assert_close(
+        estimates.layers()['1'].mean.float(), model[0](x).mean((0, 2, 3)).detach()
+    )
 
 
 def test_empty_and_half_inputs():

@@ -35,6 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from wsbcn_mm import recomputation
 from wsbcn_mm.layers import BatchChannelNorm, WeightStandardized
 
 RELUS = {F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_}
@@ -131,7 +132,8 @@ class ActivationObserver:
     ReLUs are found where they are called, as a module (`torch.nn.ReLU`), as a function or as a
     tensor's method. A ReLU is named by the innermost module that calls it, and by the number of the
     call where that module calls several in one forward pass: ``layer1.0.relu (2)``. Other
-    activations are not watched, nor is anything inside torch.compile.
+    activations are not watched, nor is anything inside torch.compile. What activation checkpointing
+    runs again counts once.
 
     Args:
         model: The model; the passes run under ``with`` are those that count.
@@ -173,7 +175,7 @@ class ActivationObserver:
         self._stack.pop()
 
     def _see(self, input: Tensor) -> None:
-        if input.dim() < 2 or input.numel() == 0:
+        if input.dim() < 2 or input.numel() == 0 or recomputation.is_repeated():
             return
         module = self._stack[-1] if self._stack else ''
         self._calls[module] += 1
@@ -325,7 +327,7 @@ class EstimateObserver:
             handle.remove()
 
     def _see(self, name: str, input: Tensor) -> None:
-        if input.numel() > 0:
+        if input.numel() > 0 and not recomputation.is_repeated():
             with torch.no_grad():
                 self._moments.setdefault(name, _Moments()).add(_as_rows(input))
 

@@ -25,7 +25,8 @@ class DiagnosticsHook(Hook):
     - ``diagnostics/dead_channels``, ``stat_spread``, ``singularity_distance``, ``sigma_mu``,
       ``sigma_sigma``: means over the ReLUs;
     - ``diagnostics/weight_gradient``, the norm over all convolutions, and
-      ``weight_gradient_ratio``, the mean over WS convolutions of ``|dL/dw|`` against its bound.
+      ``weight_gradient_ratio``, the mean over WS convolutions of ``|dL/dw|`` against its bound
+      (with AMP the norm is that of the scaled loss).
 
     At every validation, of all its images: ``diagnostics/mean_gap``, ``std_gap``, ``drift_share``,
     means over the layers with running statistics.
