@@ -152,7 +152,7 @@ def test_tables_and_plots_regenerate_from_the_committed_records(tmp_path):
     assert pictures == {p.name for p in tmp_path.glob('*.png')}
 
 
-def test_no_records_is_said_in_a_line(tmp_path, monkeypatch):
+def test_no_records_is_said_in_a_line(tmp_path):
     import make_report
 
     with pytest.raises(SystemExit, match='run run_grid.py first'):
@@ -163,9 +163,15 @@ def test_a_grid_with_a_wrong_name_is_refused(tmp_path):
     from experiments import grid as grids
 
     path = tmp_path / 'grid.yaml'
-    path.write_text('seeds: [0]\ntasks: {a: {}}\nrows: {BN: {}}\norder: [{tasks: [b], rows: [BN]}]')
+    path.write_text(
+        'seeds: [0]\ntasks: {a: {}}\nrows: {BN: {}}\norder: '
+        '[{tasks: [b], images_per_step: [1], rows: [BN]}]'
+    )
     with pytest.raises(ValueError, match=r"order names \['b'\]"):
         grids.load(path)
     path.write_text('seeds: [0]')
     with pytest.raises(ValueError, match='lacks order, rows, tasks'):
+        grids.load(path)
+    path.write_text('seeds: [0')
+    with pytest.raises(ValueError, match='is not YAML'):
         grids.load(path)

@@ -139,9 +139,37 @@ def singularity_table(study: Study, task: str, count: int) -> str:
     return '\n'.join(lines)
 
 
+OURS = 'BCN + WS (estimate)'
+
+
+def bars(study: Study) -> str:
+    """What BCN + WS at one image per step must show, task by task.
+
+    The spread is the larger one of the two cells' deviations over the seeds.
+    """
+    lines = ['| task | BCN + WS at 1 image against | difference | spread | |', '|---' * 5 + '|']
+    for task in study.tasks():
+        ours = study.values(grids.Cell(task, OURS, 1), 'test')
+        for row, count in (('BN', 1), ('GN', 1), ('GN + WS', 1), ('BN', 8)):
+            theirs = study.values(grids.Cell(task, row, count), 'test')
+            if len(ours) < 2 or len(theirs) < 2:
+                continue
+            difference = statistics.mean(ours) - statistics.mean(theirs)
+            spread = max(statistics.stdev(ours), statistics.stdev(theirs))
+            verdict = 'better' if difference > spread else 'worse' if -difference > spread else (
+                'within the spread'
+            )
+            name = f'{row} at {count} image{"s" * (count > 1)}'
+            lines.append(f'| {task} | {name} | {difference:+.1f} | {spread:.1f} | {verdict} |')
+    return '\n'.join(lines)
+
+
 def tables(study: Study) -> str:
     """All tables as Markdown."""
-    parts = ['<!-- Made by tools/study/make_report.py from the records: do not edit. -->']
+    parts = [
+        '<!-- Made by tools/study/make_report.py from the records: do not edit. -->',
+        '## BCN + WS at one image per step', bars(study),
+    ]  # fmt: skip
     for task in study.tasks():
         records = [r for cell in study.of(task) for r in study.records(cell)]
         parts.append(f'## {task}')

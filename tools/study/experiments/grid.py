@@ -33,13 +33,19 @@ def load(path: str | Path) -> dict:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a part is missing, or the order names an unknown task or row.
+        ValueError: not YAML, a part is missing, or the order names an unknown task or row.
     """
-    grid = yaml.safe_load(Path(path).read_text())
+    try:
+        grid = yaml.safe_load(Path(path).read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f'{path} is not YAML: {error}') from error
     missing = {'seeds', 'tasks', 'rows', 'order'} - set(grid)
     if missing:
         raise ValueError(f'{path} lacks {", ".join(sorted(missing))}')
     for part in grid['order']:
+        missing = {'tasks', 'images_per_step', 'rows'} - set(part)
+        if missing:
+            raise ValueError(f'{path}: a part of order lacks {", ".join(sorted(missing))}')
         unknown = [n for n in part['tasks'] if n not in grid['tasks']]
         unknown += [n for n in part['rows'] if n not in grid['rows']]
         if unknown:
