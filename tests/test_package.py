@@ -89,7 +89,7 @@ LEVELS = {
     'audit': 4, 'comparators': 4, 'convert': 4, 'diagnostics': 4, 'estimates': 4, 'fuse': 4,
     'recalibration': 4, 'shapes': 4,
     'layers': 3, 'structure': 3,
-    'functional': 2, 'weight_cache': 2, 'recomputation': 2,
+    'functional': 2, 'recomputation': 2, 'weight_cache': 2,
     'backends': 1, 'distributed': 1, 'optimizer_steps': 1,
     'reference': 0, 'version': 0,
 }  # fmt: skip
