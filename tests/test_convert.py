@@ -190,7 +190,7 @@ def test_what_is_left_and_why():
         nn.Conv2d(8, 8, 1, groups=8), nn.BatchNorm2d(8),
         Own(8, 8, 1), nn.BatchNorm2d(8),
         nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 8, 1)), nn.BatchNorm2d(8),
-        nn.ReLU(), nn.BatchNorm2d(8), nn.ConvTranspose1d(8, 8, 1), nn.BatchNorm1d(8),
+        nn.ReLU(), nn.GroupNorm(2, 8), nn.ConvTranspose1d(8, 8, 1), nn.BatchNorm1d(8),
         nn.LayerNorm(8),
     )  # fmt: skip
     reasons = left(convert_model(model))
@@ -201,6 +201,18 @@ def test_what_is_left_and_why():
     assert 'no convolution' in reasons['9']
     assert 'no WS version' in reasons['10'] and type(model[11]) is BatchChannelNorm1d
     assert 'each position by itself' in reasons['12']
+
+
+def test_batch_norms_that_follow_no_convolution():
+    """Pre-activation and pooling: their statistics are those of one image, too."""
+    for norm in (nn.BatchNorm2d(8), nn.SyncBatchNorm(8)):
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), norm)
+        report = convert_model(model)
+        assert type(model[0]) is nn.Conv2d and type(model[2]) is BatchChannelNorm2d
+        assert left(report) == {'0': 'no normalisation follows'}
+        model(torch.randn(1, 3, 9, 9))
+    linear = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8))
+    assert 'no convolution' in left(convert_model(linear))['1']
 
 
 def test_a_norm_with_an_activation_of_its_own():

@@ -84,7 +84,7 @@ def convert_model(
     """Replaces conv -> norm pairs of a model by WS convolutions and BCN, in place.
 
     - A BatchNorm, SyncBatchNorm, GroupNorm or FrozenBatchNorm2d behind a convolution becomes a
-      `BatchChannelNorm1d/2d/3d` of its width. Its scale and shift are kept: those of a BatchNorm
+      `BatchChannelNorm1d/2d/3d` of its width; a BatchNorm2d or 3d elsewhere does, too. Its scale and shift are kept: those of a BatchNorm
       become ``batch_weight``, ``batch_bias``; those of a GroupNorm become the outer ``weight``,
       ``bias`` with ``affine='channel'``, so that nothing of it is lost.
     - Its convolution becomes the WS convolution of its kind, with its weight and bias.
@@ -143,6 +143,7 @@ def convert_model(
     for follower in found:
         for name in follower.norms:
             dims[id(modules[name])] = len(follower.conv.kernel_size)
+    _dims_of_other_norms(model, found, dims)
     norm_lines = _convert_norms(
         model, modules, dims, replacement, num_groups, mode, momentum, report
     )
@@ -205,6 +206,21 @@ def _convert_norms(
     return lines
 
 
+def _dims_of_other_norms(model: nn.Module, found: list[Follower], dims: dict[int, int]) -> None:
+    """BatchNorms that follow no convolution (pre-activation, pooling): their statistics suffer too.
+
+    Not a BatchNorm1d, which also stands behind linear layers; a GroupNorm does not suffer.
+    """
+    everywhere = {len(follower.conv.kernel_size) for follower in found}
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm2d) or type(norm).__name__ == 'FrozenBatchNorm2d':
+            dims.setdefault(id(norm), 2)
+        elif isinstance(norm, nn.BatchNorm3d):
+            dims.setdefault(id(norm), 3)
+        elif isinstance(norm, nn.SyncBatchNorm) and len(everywhere) == 1:
+            dims.setdefault(id(norm), *everywhere)
+
+
 def _why_not_norm(norm: nn.Module, dims: dict[int, int]) -> str | None:
     if isinstance(norm, nn.LayerNorm):
         return 'normalises each position by itself; batch size does not matter to it'
@@ -213,7 +229,7 @@ def _why_not_norm(norm: nn.Module, dims: dict[int, int]) -> str | None:
     if isinstance(norm, nn.modules.lazy.LazyModuleMixin) and norm.has_uninitialized_params():
         return 'has no width yet: run the model once before'
     if id(norm) not in dims:
-        return 'no convolution was found before it'
+        return 'no convolution was found before it, and its kind does not tell the number of axes'
     if dims[id(norm)] not in BATCH_CHANNEL_NORM:
         return f'no BCN for {dims[id(norm)]}-d convolutions'
     return None

@@ -13,8 +13,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # also from a clone not installed
 
-SIZE = 192
-
 
 def parse_args() -> argparse.Namespace:
     """The command line."""
@@ -24,18 +22,19 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('-n', '--iterations', type=int, default=400)
     parser.add_argument('-o', '--out', default='work_dirs/compare_converted', help='folder')
     parser.add_argument('--plot', help='PNG to draw; alone: from the losses that are there')
+    parser.add_argument('--size', type=int, default=160, help='pixels of an image')
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--only', choices=['original', 'converted'], help='train this one alone')
     return parser.parse_args()
 
 
-def detection_data(root: str) -> tuple[dict, int]:
+def detection_data(root: str, size: int) -> tuple[dict, int]:
     """The dataset of a COCO-format folder of one class, and its number of classes."""
     names = json.loads((Path(root) / 'train.json').read_text())['categories']
     pipeline = [
         dict(type='LoadImageFromFile'),
         dict(type='LoadAnnotations', with_bbox=True),
-        dict(type='Resize', scale=(SIZE, SIZE), keep_ratio=True),
+        dict(type='Resize', scale=(size, size), keep_ratio=True),
         dict(type='RandomFlip', prob=0.5),
         dict(type='PackDetInputs'),
     ]
@@ -46,14 +45,14 @@ def detection_data(root: str) -> tuple[dict, int]:
     ), len(names)  # fmt: skip
 
 
-def segmentation_data(root: str) -> tuple[dict, int]:
+def segmentation_data(root: str, size: int) -> tuple[dict, int]:
     """The dataset of a VOC-layout folder with classes.txt, and its number of classes."""
     names = (Path(root) / 'classes.txt').read_text().split()
     pipeline = [
         dict(type='LoadImageFromFile'),
         dict(type='LoadAnnotations'),
-        dict(type='RandomResize', scale=(240, 180), ratio_range=(1.0, 1.5), keep_ratio=True),
-        dict(type='RandomCrop', crop_size=(SIZE, SIZE), cat_max_ratio=0.75),
+        dict(type='Resize', scale=(2 * size, round(1.25 * size)), keep_ratio=True),
+        dict(type='RandomCrop', crop_size=(size, size), cat_max_ratio=0.75),
         dict(type='RandomFlip', prob=0.5),
         dict(type='PackSegInputs'),
     ]
@@ -75,7 +74,7 @@ def configure(source: str, data: str, kind: str, args: argparse.Namespace):
         cfg.model = conversion.original.model
         unfreeze(cfg.model)
     detection = cfg.default_scope == 'mmdet'
-    dataset, classes = (detection_data if detection else segmentation_data)(data)
+    dataset, classes = (detection_data if detection else segmentation_data)(data, args.size)
     set_classes(cfg.model, classes)
     cfg.train_dataloader = dict(
         batch_size=1, num_workers=0, sampler=dict(type='InfiniteSampler', shuffle=True),
@@ -85,13 +84,14 @@ def configure(source: str, data: str, kind: str, args: argparse.Namespace):
         for key in ('cfg', 'dataloader', 'evaluator'):
             cfg[f'{name}_{key}'] = None
     if not detection:
-        cfg.model.data_preprocessor.size = (SIZE, SIZE)
+        cfg.model.data_preprocessor.size = (args.size, args.size)
     cfg.train_cfg = dict(type='IterBasedTrainLoop', max_iters=args.iterations)
     cfg.param_scheduler = [
         dict(type='LinearLR', start_factor=0.02, by_epoch=False, begin=0, end=50)
     ]
     cfg.optim_wrapper.clip_grad = dict(max_norm=35)
     cfg.default_hooks = dict(logger=dict(type='LoggerHook', interval=20), checkpoint=None)
+    cfg.custom_hooks = []
     cfg.log_processor = dict(by_epoch=False)
     cfg.randomness = dict(seed=args.seed)
     cfg.work_dir = str(Path(args.out) / f'{Path(source).stem}_{kind}')

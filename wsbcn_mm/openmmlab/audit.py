@@ -236,7 +236,8 @@ def _learning_rate(cfg: Config, images: int, gpus: int | None) -> list[Finding]:
     if wanted is None or total is None:
         inherited = _unscaled_child(cfg, images, lr, base)
         return [inherited] if inherited else []
-    total *= wrapper.get('accumulative_counts', 1)
+    if base is not None:  # a name counts the images of one micro-step
+        total *= wrapper.get('accumulative_counts', 1)
     if total == wanted:
         return []
     fix = _line('optim_wrapper.optimizer.lr', f'{lr * total / wanted:.6g}')

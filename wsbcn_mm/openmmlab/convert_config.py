@@ -136,7 +136,8 @@ def convert_config(
     _replace_checkpoints(result, converted, checkpoint)
     _set_batch_size(result, images_per_gpu, keep_lr)
     _spare_norms_from_decay(result)
-    imports = list((result.cfg.get('custom_imports') or {}).get('imports') or [])
+    imports = (result.cfg.get('custom_imports') or {}).get('imports') or []
+    imports = [imports] if isinstance(imports, str) else list(imports)
     if 'wsbcn_mm' not in imports:
         _set(result, ('custom_imports',), dict(imports=[*imports, 'wsbcn_mm'],
                                                allow_failed_imports=False))  # fmt: skip
@@ -166,6 +167,7 @@ class _Part:
     widths: set[int]
     old_conv: dict | None = None
     standardize: bool = False
+    why_not: str = ''  # no conv_cfg
 
 
 def _convert_layers(
@@ -182,18 +184,56 @@ def _convert_layers(
         _set(result, part.norm_path, new)
         if part.standardize:
             _set_conv(result, part)
-    # Only a build shows which convolutions a conv_cfg reaches.
-    if any(part.standardize for part in parts):
-        bare = _bare_convs(probe.build(result.cfg))
-        for part in parts:
-            if part.standardize and part.node.path in bare:
-                part.standardize = False
-                _unset_conv(result, part)
-                result.left.append(
-                    f'{part.node.where}: convolutions stay plain: its conv_cfg also reaches '
-                    f'{bare[part.node.path]}, which has no norm behind it'
-                )
+    # Only a build shows which convolutions a conv_cfg reaches, and which norms no norm_cfg does.
+    model = probe.build(result.cfg)
+    bare = _bare_convs(model)
+    for part in parts:
+        if part.standardize and part.node.path in bare:
+            part.standardize = False
+            _unset_conv(result, part)
+            part.why_not = f'its conv_cfg also reaches {bare[part.node.path]}, without a norm'
+    _convert_after_building(result, parts, model, norm, conv, momentum, images_per_gpu)
     return [part.node for part in parts]
+
+
+def _convert_after_building(
+    result, parts, model, norm, conv, momentum, images_per_gpu
+) -> None:
+    """What norm_cfg and conv_cfg cannot say: the part is built, then its layers are replaced."""
+    why = {p.node.path: p.why_not for p in parts if p.why_not}
+    fixed = _fixed_norms(model)
+    for part in parts:
+        path = part.node.path
+        if path in fixed:
+            why[path] = f'its {fixed[path]} is a BatchNorm whatever norm_cfg says'
+    for path, reason in why.items():
+        node = next(p.node for p in parts if p.node.path == path)
+        if norm != 'BCN' or len(path) < 2 or not isinstance(node.cfg['type'], str):
+            result.left.append(f'{node.where}: {reason}')
+            continue
+        kind = node.cfg['type']
+        _set(result, (*path, 'type'), 'Converted', f'{reason}; replaced after building')
+        _set(result, (*path, 'kind'), kind)
+        options = {} if conv != 'none' else dict(standardize=False)
+        if images_per_gpu != 1:
+            options['momentum'] = momentum
+        if options:
+            _set(result, (*path, 'convert'), options)
+
+
+def _fixed_norms(model: nn.Module) -> dict[tuple, str]:
+    """For each node: a BatchNorm of it that is still there, and that BCN could replace."""
+    owner = probe.owners(model)
+    modules = dict(model.named_modules())
+    behind = {name for follower in followers(model) for name in follower.norms}
+    found: dict[tuple, str] = {}
+    for name, module in modules.items():
+        if not isinstance(module, nn.modules.batchnorm._BatchNorm):
+            continue
+        inside = isinstance(modules[name.rpartition('.')[0]], layers.BatchChannelNorm)
+        if not inside and (name in behind or not isinstance(module, nn.BatchNorm1d)):
+            found.setdefault(owner[name], name)
+    return found
 
 
 def _parts(result: Conversion, conv: str) -> list[_Part]:
@@ -258,7 +298,7 @@ def _norm_cfgs(node: Node) -> list[tuple[tuple, dict]]:
 def _plan_conv(result: Conversion, part: _Part) -> None:
     node = part.node
     if not node.accepts('conv_cfg'):
-        result.left.append(f'{node.where}: {node.kind.__name__} takes no conv_cfg: no WS')
+        part.why_not = f'{node.kind.__name__} takes no conv_cfg'
         return
     part.old_conv = node.get('conv_cfg')
     kind = 'Conv2d' if part.old_conv is None else _type_name(part.old_conv)
@@ -409,8 +449,8 @@ def _number_of_gpus(result: Conversion, batch_size: int) -> int | None:
     base = (result.cfg.get('auto_scale_lr') or {}).get('base_batch_size')
     if isinstance(base, int) and base % batch_size == 0:
         return base // batch_size
-    named = re.search(r'_(\d+)xb(\d+)', Path(result.source or '').stem)
-    return int(named[1]) if named and int(named[2]) == batch_size else None
+    named = re.search(r'_(\d+)xb\d+', Path(result.source or '').stem)
+    return int(named[1]) if named else None
 
 
 def _scale_rates(result: Conversion, factor: float, rule: str) -> None:

@@ -90,7 +90,8 @@ def nodes(cfg: Config) -> list[Node]:
 def _nodes(value: object, path: tuple, scope: str | None) -> Iterator[Node]:
     if isinstance(value, dict):
         scope = value.get('_scope_', scope)
-        kind = _class_of(value.get('type'), scope)
+        name = value.get('type')
+        kind = _class_of(value.get('kind') if name == 'Converted' else name, scope)
         if kind is not None:
             yield Node(path, value, kind, constructor_defaults(kind))
         for key, item in value.items():
