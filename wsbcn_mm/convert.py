@@ -84,9 +84,10 @@ def convert_model(
     """Replaces conv -> norm pairs of a model by WS convolutions and BCN, in place.
 
     - A BatchNorm, SyncBatchNorm, GroupNorm or FrozenBatchNorm2d behind a convolution becomes a
-      `BatchChannelNorm1d/2d/3d` of its width; a BatchNorm2d or 3d elsewhere does, too. Its scale and shift are kept: those of a BatchNorm
-      become ``batch_weight``, ``batch_bias``; those of a GroupNorm become the outer ``weight``,
-      ``bias`` with ``affine='channel'``, so that nothing of it is lost.
+      `BatchChannelNorm1d/2d/3d` of its width; a BatchNorm2d or 3d elsewhere does, too. Its scale
+      and shift are kept: those of a BatchNorm become ``batch_weight``, ``batch_bias``; those of a
+      GroupNorm become the outer ``weight``, ``bias`` with ``affine='channel'``, so that nothing of
+      it is lost.
     - Its convolution becomes the WS convolution of its kind, with its weight and bias.
     - Parameters stay the same objects (an optimizer that holds them, or layers that share them,
       still do). Running statistics are kept where the convolution stays as it is, and start anew

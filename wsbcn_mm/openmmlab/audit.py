@@ -74,6 +74,15 @@ def audit_config(
         # Mended in this copy, so that the model can be built and the rest be found.
         findings = _groups(cfg, nodes)
         nodes, model = probe.nodes(cfg), probe.build(cfg)
+    findings += audit_built(cfg, model, images_per_gpu, gpus)
+    return sorted(findings, key=lambda f: LEVELS.index(f.level))
+
+
+def audit_built(
+    cfg: Config, model: nn.Module, images_per_gpu: int | None = None, gpus: int | None = None
+) -> list[Finding]:
+    """As `audit_config`, for a config whose model `probe.build` has built already."""
+    nodes, findings = probe.nodes(cfg), []
     images = images_per_gpu or _images(cfg) or 1
     processes = gpus or _processes(cfg) or 1
     owner = {name: dotted(path) for name, path in probe.owners(model).items()}

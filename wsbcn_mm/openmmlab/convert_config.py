@@ -44,6 +44,10 @@ class NothingToConvert(ValueError):
     """The config has no convolution with a BatchNorm or GroupNorm behind it."""
 
 
+class CannotBuild(ValueError):
+    """The config as it is cannot be built here: a package, a file or a download is missing."""
+
+
 class UnsupportedConfig(ValueError):
     """A part of the config cannot take the layers."""
 
@@ -120,6 +124,7 @@ def convert_config(
 
     Raises:
         FileNotFoundError: no such config; names similar ones.
+        CannotBuild: a ValueError; the config needs something that is missing here.
         NothingToConvert: a ValueError; nothing in the config has a norm that BCN could replace.
         UnsupportedConfig: a ValueError; DCN in a part that would get WS.
         ValueError: an argument out of range, a config without a model.
@@ -238,7 +243,14 @@ def _fixed_norms(model: nn.Module) -> dict[tuple, str]:
 
 def _parts(result: Conversion, conv: str) -> list[_Part]:
     nodes = probe.nodes(result.cfg)
-    model = probe.build(result.cfg)
+    try:
+        model = probe.build(result.cfg)
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [''])[0]
+        raise CannotBuild(
+            'the model of the config, as it is, cannot be built here\n'
+            f'  {type(error).__name__}: {first}'
+        ) from error
     owner = probe.owners(model)
     modules = dict(model.named_modules(remove_duplicate=False))
     widths: dict[tuple, set[int]] = {}
@@ -556,7 +568,8 @@ def write_config(conversion: Conversion, path: str | Path) -> str:
     part = path.with_name(f'{path.stem}_{os.getpid()}_part.py')
     wanted = _plain(conversion.cfg)
     try:
-        for text in (_child(conversion, path.parent), _complete(conversion)):
+        for make in (_child, _complete):
+            text = make(conversion, path.parent)
             if text is None:
                 continue
             part.write_text(text)
@@ -604,7 +617,7 @@ def _child(conversion: Conversion, folder: Path) -> str | None:
     return f'{_header(conversion)}_base_ = {base!r}\n{body}'
 
 
-def _complete(conversion: Conversion) -> str:
+def _complete(conversion: Conversion, folder: Path) -> str:
     return _header(conversion) + conversion.cfg.pretty_text
 
 

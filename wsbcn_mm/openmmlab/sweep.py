@@ -6,7 +6,9 @@ mmdet and mmseg ship, and what a sample of them goes through in the tests.
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import importlib
 import json
 import multiprocessing
 import time
@@ -21,7 +23,7 @@ from torch import nn
 from wsbcn_mm.audit import has_problems
 from wsbcn_mm.layers import BatchChannelNorm, WeightStandardized
 from wsbcn_mm.openmmlab import convert_config, probe
-from wsbcn_mm.openmmlab.audit import audit_config
+from wsbcn_mm.openmmlab.audit import audit_built
 from wsbcn_mm.openmmlab.config import find_config, package_configs
 from wsbcn_mm.structure import is_norm, trace
 
@@ -78,10 +80,7 @@ class Upstream(Exception):
 
 def _examine(source: str, forward: bool, written: Path | None) -> dict:
     try:
-        original = Config.fromfile(find_config(source)[0])
-        if isinstance(original.get('model'), dict) and 'type' in original.model:
-            probe.nodes(original)
-            probe.build(original)
+        Config.fromfile(find_config(source)[0])
     except Exception as error:
         raise Upstream from error
     outcome, reason = 'converted', ''
@@ -90,6 +89,8 @@ def _examine(source: str, forward: bool, written: Path | None) -> dict:
     except convert_config.UnsupportedConfig as error:
         outcome, reason = 'without WS', _first_line(error)
         conversion = convert_config.convert_config(source, conv='none')
+    except convert_config.CannotBuild as error:
+        raise Upstream from error.__cause__
     except convert_config.NothingToConvert:
         raise
     except ValueError as error:
@@ -101,7 +102,7 @@ def _examine(source: str, forward: bool, written: Path | None) -> dict:
     cfg = conversion.cfg
     _few_proposals(cfg.model)
     model = probe.build(cfg)
-    findings = audit_config(cfg)
+    findings = audit_built(cfg, model)
     record = dict(
         outcome=outcome, reason=reason, layers=_count(model), left=conversion.left,
         findings=[f'{f.level} {f.code} {f.where}' for f in findings],
@@ -209,6 +210,9 @@ def work(pipe) -> None:
     """Examines what comes through a pipe: (name, forward, file or None); None ends it."""
     torch.set_num_threads(1)
     warnings.simplefilter('ignore')
+    # Every `_base_ = 'mmdet::...'` makes mmengine read a hundred metafiles again.
+    utils = importlib.import_module('mmengine.config.utils')
+    utils.load = functools.cache(utils.load)
     while (job := pipe.recv()) is not None:
         source, forward, written = job
         pipe.send(examine(source, forward, written))
