@@ -333,12 +333,13 @@ def _why_not_conv(follower, modules, replacement, standardize, tied) -> str | No
         return 'its weight is computed by another parametrization'
     if _torch_class(conv) is None:
         return f'{type(conv).__name__} is not torch\'s own convolution, or has no WS version'
-    fan_in = conv.weight[0].numel() if not conv.transposed else (
-        conv.in_channels // conv.groups * math.prod(conv.kernel_size)
-    )  # fmt: skip
-    if fan_in < 2:
-        return 'a fan-in of 1 has no variance'
-    return None
+    return None if standardizable(conv) else 'a fan-in of 1 has no variance'
+
+
+def standardizable(conv: nn.Module) -> bool:
+    """Whether there is a WS version of this convolution: of torch's own kinds, a fan-in above 1."""
+    fan_in = conv.in_channels // conv.groups * math.prod(conv.kernel_size)
+    return _torch_class(conv) is not None and fan_in > 1
 
 
 def _torch_class(conv: nn.Module) -> type | None:

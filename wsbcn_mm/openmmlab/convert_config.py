@@ -20,6 +20,7 @@ from mmengine.config import Config, ConfigDict
 from torch import nn
 
 from wsbcn_mm import layers
+from wsbcn_mm.convert import standardizable
 from wsbcn_mm.functional import auto_groups
 from wsbcn_mm.openmmlab import probe
 from wsbcn_mm.openmmlab.config import find_config
@@ -197,6 +198,8 @@ def _convert_layers(
             part.standardize = False
             _unset_conv(result, part)
             part.why_not = f'its conv_cfg also reaches {bare[part.node.path]}, without a norm'
+    if bare:
+        model = probe.build(result.cfg)
     _convert_after_building(result, parts, model, norm, conv, momentum, images_per_gpu)
     return [part.node for part in parts]
 
@@ -205,12 +208,15 @@ def _convert_after_building(
     result, parts, model, norm, conv, momentum, images_per_gpu
 ) -> None:
     """What norm_cfg and conv_cfg cannot say: the part is built, then its layers are replaced."""
-    why = {p.node.path: p.why_not for p in parts if p.why_not}
-    fixed = _fixed_norms(model)
+    why = {}
+    fixed, plain = _fixed_norms(model), _plain_convs(model) if conv != 'none' else {}
     for part in parts:
         path = part.node.path
         if path in fixed:
             why[path] = f'its {fixed[path]} is a BatchNorm whatever norm_cfg says'
+        elif path in plain:
+            reason = part.why_not or f'no conv_cfg reaches its {plain[path]}'
+            why[path] = reason
     for path, reason in why.items():
         node = next(p.node for p in parts if p.node.path == path)
         if norm != 'BCN' or len(path) < 2 or not isinstance(node.cfg['type'], str):
@@ -224,6 +230,19 @@ def _convert_after_building(
             options['momentum'] = momentum
         if options:
             _set(result, (*path, 'convert'), options)
+
+
+def _plain_convs(model: nn.Module) -> dict[tuple, str]:
+    """For each node: a convolution in front of a BCN that is not, and could be, standardized."""
+    owner = probe.owners(model)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    found: dict[tuple, str] = {}
+    for follower in followers(model):
+        ours = any(isinstance(modules[n], layers.BatchChannelNorm) for n in follower.norms)
+        standardized = isinstance(follower.conv, layers.WeightStandardized)
+        if follower.normalised and ours and not standardized and standardizable(follower.conv):
+            found.setdefault(owner[follower.names[0]], follower.names[0])
+    return found
 
 
 def _fixed_norms(model: nn.Module) -> dict[tuple, str]:
@@ -317,7 +336,7 @@ def _plan_conv(result: Conversion, part: _Part) -> None:
     if kind.startswith('WSConv'):
         return
     if kind not in CONVS:
-        result.left.append(f'{node.where}: its conv_cfg is {kind}, which stays: no WS')
+        result.left.append(f'{node.where}: its convolutions are {kind}, which stay: no WS')
         return
     if node.get('dcn') is not None:
         raise UnsupportedConfig(
