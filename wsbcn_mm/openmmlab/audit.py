@@ -214,11 +214,12 @@ def _frozen(nodes: list[Node], model: nn.Module, owner: dict[str, str]) -> list[
     findings = []
     for node in nodes:
         frozen = node.get('frozen_stages')
-        if node.where in ours and isinstance(frozen, int) and frozen >= 0:
+        nothing = 0 if node.defaults.get('frozen_stages') == 0 else -1
+        if node.where in ours and isinstance(frozen, int) and frozen > nothing:
             init = node.get('init_cfg')
             if not (isinstance(init, dict) and init.get('type') == 'Pretrained'):
                 why = f'frozen_stages={frozen} freezes random weights: no checkpoint fills them'
-                fix = _line(f'{node.where}.frozen_stages', '-1')
+                fix = _line(f'{node.where}.frozen_stages', str(nothing))
                 findings.append(Finding('error', 'frozen-random-weights', node.where, why, fix))
     return findings
 

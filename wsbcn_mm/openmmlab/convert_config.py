@@ -392,8 +392,12 @@ def _unfreeze(result: Conversion, converted: list[Node], checkpoint: str | None)
         if node.get('norm_eval'):
             _set(result, (*node.path, 'norm_eval'), False, 'True freezes the estimates')
         frozen = node.get('frozen_stages')
-        if isinstance(frozen, int) and frozen >= 0 and checkpoint is None:
-            _set(result, (*node.path, 'frozen_stages'), -1, 'random weights must not be frozen')
+        # "Nothing" is -1 in most classes and 0 in some; their default says which.
+        nothing = node.defaults.get('frozen_stages')
+        nothing = nothing if nothing in (-1, 0) else -1
+        if isinstance(frozen, int) and frozen > nothing and checkpoint is None:
+            why = 'random weights must not be frozen'
+            _set(result, (*node.path, 'frozen_stages'), nothing, why)
 
 
 def _replace_checkpoints(
