@@ -35,6 +35,7 @@ def write(tmp_path, model=None, name='tiny_8xb1.py', images=1, optimizer=SGD, pa
           **rest):  # fmt: skip
     wrapper = dict(type='OptimWrapper', optimizer=optimizer, paramwise_cfg=paramwise)
     rest.update(train_dataloader=dict(batch_size=images), optim_wrapper=wrapper)
+    rest.setdefault('custom_hooks', [dict(type='EstimatesHook')])
     return tiny(tmp_path, model or retinanet(**GOOD), name, **rest)
 
 
@@ -142,6 +143,14 @@ def test_gradient_accumulation_counts(tmp_path):
     cfg = Config.fromfile(source)
     cfg.optim_wrapper.accumulative_counts = 2
     assert 'learning-rate' not in found(cfg)
+
+
+def test_estimates_that_are_never_synchronised(tmp_path):
+    source = write(tmp_path, custom_hooks=[])  # 8xb1
+    finding = found(source)['unsynchronised-estimates']
+    assert finding.level == 'warning'
+    mends(finding.fix, tmp_path, source, 'unsynchronised-estimates')
+    assert 'unsynchronised-estimates' not in found(source, gpus=1)
 
 
 def test_weight_decay_on_norms(tmp_path):

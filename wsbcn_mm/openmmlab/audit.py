@@ -22,6 +22,7 @@ from wsbcn_mm.functional import auto_groups
 from wsbcn_mm.layers import BatchChannelNorm, WeightStandardized
 from wsbcn_mm.openmmlab import probe
 from wsbcn_mm.openmmlab.config import find_config
+from wsbcn_mm.openmmlab.convert_config import ESTIMATES_HOOK
 from wsbcn_mm.openmmlab.probe import Node, dotted
 
 
@@ -58,7 +59,7 @@ def audit_config(
 
     Codes, beside those of `wsbcn_mm.audit.audit_model`: ``groups`` (do not divide a width),
     ``frozen-random-weights``, ``learning-rate``, ``weight-decay``, ``formula`` (a checkpoint of
-    another WS formula), ``checkpoint`` (of other layers).
+    another WS formula), ``checkpoint`` (of other layers), ``unsynchronised-estimates``.
     """
     if isinstance(source, Config):
         cfg = copy.deepcopy(source)
@@ -94,6 +95,7 @@ def audit_built(
     findings += _learning_rate(cfg, images, gpus)
     findings += _weight_decay(cfg, model)
     findings += _checkpoints(cfg, nodes, model, owner)
+    findings += _unsynchronised(cfg, model, processes)
     return sorted(findings, key=lambda f: LEVELS.index(f.level))
 
 
@@ -272,6 +274,21 @@ def _unscaled_child(cfg: Config, images: int, lr: float, base: int | None) -> Fi
             fix = _line('optim_wrapper.optimizer.lr', new)
             return Finding('warning', 'learning-rate', 'optim_wrapper.optimizer.lr', why, fix)
     return None
+
+
+def _unsynchronised(cfg: Config, model: nn.Module, processes: int) -> list[Finding]:
+    """Estimates that differ from rank to rank: the hosts do not broadcast buffers."""
+    step = [m for m in model.modules() if isinstance(m, BatchChannelNorm)
+            and m.mode == 'estimate' and getattr(m, 'sync', 'step') != 'forward']  # fmt: skip
+    hooks = cfg.get('custom_hooks') or []
+    if not step or processes == 1 or any(hook.get('type') == ESTIMATES_HOOK for hook in hooks):
+        return []
+    why = (
+        f'the estimates of {len(step)} layers are never synchronised: each of {processes} '
+        'processes evaluates and saves another model'
+    )
+    fix = _line('custom_hooks', f"[dict(type='{ESTIMATES_HOOK}')]  # beside those that are there")
+    return [Finding('warning', 'unsynchronised-estimates', 'custom_hooks', why, fix)]
 
 
 def _weight_decay(cfg: Config, model: nn.Module) -> list[Finding]:

@@ -38,7 +38,7 @@ CONVS = {
     'Conv1d': 'WSConv1d', 'Conv3d': 'WSConv3d',
 }  # fmt: skip
 TARGET_NORMS, TARGET_CONVS = ('BCN', 'GN'), ('WSConv2d', 'none')
-IMAGES = 0.01  # BCN's rate for one image per step
+ESTIMATES_HOOK = 'EstimatesHook'  # same estimates on all ranks, their rate by images per step
 
 
 class NothingToConvert(ValueError):
@@ -112,6 +112,7 @@ def convert_config(
       weights and frozen estimates cannot learn.
     - ``batch_size`` is set, the learning rate follows by the linear rule, ``auto_scale_lr`` with
       it. Norms get no weight decay.
+    - `EstimatesHook` joins the custom hooks.
     - Checkpoints of the parts that changed are dropped: they hold weights of other layers.
 
     Args:
@@ -137,11 +138,15 @@ def convert_config(
         file, base = find_config(str(source))
         original = Config.fromfile(file)
     result = Conversion(copy.deepcopy(original), file and str(file), base, original)
-    converted = _convert_layers(result, norm, conv, images_per_gpu)
+    converted = _convert_layers(result, norm, conv)
     _unfreeze(result, converted, checkpoint)
     _replace_checkpoints(result, converted, checkpoint)
     _set_batch_size(result, images_per_gpu, keep_lr)
     _spare_norms_from_decay(result)
+    hooks = list(result.cfg.get('custom_hooks') or [])
+    if norm == 'BCN' and not any(hook.get('type') == ESTIMATES_HOOK for hook in hooks):
+        why = 'the same estimates on all ranks; their rate by images per step'
+        _set(result, ('custom_hooks',), [*hooks, ConfigDict(type=ESTIMATES_HOOK)], why)
     imports = (result.cfg.get('custom_imports') or {}).get('imports') or []
     imports = [imports] if isinstance(imports, str) else list(imports)
     if 'wsbcn_mm' not in imports:
@@ -176,18 +181,14 @@ class _Part:
     why_not: str = ''  # no conv_cfg
 
 
-def _convert_layers(
-    result: Conversion, norm: str, conv: str, images_per_gpu: int
-) -> list[Node]:
+def _convert_layers(result: Conversion, norm: str, conv: str) -> list[Node]:
     """Sets norm_cfg and conv_cfg; returns the nodes that changed."""
     parts = _parts(result, conv)
     if not parts:
         why = '; '.join(result.left) or 'no part of it takes a BN, SyncBN or GN'
         raise NothingToConvert(f'nothing to convert: {why}')
-    momentum = min(IMAGES * images_per_gpu, 0.1)
     for part in parts:
-        new = _new_norm(part, norm, None if images_per_gpu == 1 else momentum)
-        _set(result, part.norm_path, new)
+        _set(result, part.norm_path, _new_norm(part, norm))
         if part.standardize:
             _set_conv(result, part)
     # Only a build shows which convolutions a conv_cfg reaches, and which norms no norm_cfg does.
@@ -200,12 +201,12 @@ def _convert_layers(
             part.why_not = f'its conv_cfg also reaches {bare[part.node.path]}, without a norm'
     if bare:
         model = probe.build(result.cfg)
-    _convert_after_building(result, parts, model, norm, conv, momentum, images_per_gpu)
+    _convert_after_building(result, parts, model, norm, conv)
     return [part.node for part in parts]
 
 
 def _convert_after_building(
-    result, parts, model, norm, conv, momentum, images_per_gpu
+    result: Conversion, parts: list[_Part], model: nn.Module, norm: str, conv: str
 ) -> None:
     """What norm_cfg and conv_cfg cannot say: the part is built, then its layers are replaced."""
     why = {}
@@ -225,11 +226,8 @@ def _convert_after_building(
         kind = node.cfg['type']
         _set(result, (*path, 'type'), 'Converted', f'{reason}; replaced after building')
         _set(result, (*path, 'kind'), kind)
-        options = {} if conv != 'none' else dict(standardize=False)
-        if images_per_gpu != 1:
-            options['momentum'] = momentum
-        if options:
-            _set(result, (*path, 'convert'), options)
+        if conv == 'none':
+            _set(result, (*path, 'convert'), dict(standardize=False))
 
 
 def _plain_convs(model: nn.Module) -> dict[tuple, str]:
@@ -347,14 +345,12 @@ def _plan_conv(result: Conversion, part: _Part) -> None:
     part.standardize = True
 
 
-def _new_norm(part: _Part, norm: str, momentum: float | None) -> dict:
+def _new_norm(part: _Part, norm: str) -> dict:
     groups = {auto_groups(width) for width in part.widths}
     if norm == 'GN':
         return dict(type='GN', num_groups=auto_groups(math.gcd(*part.widths)))
     new = dict(type=NORMS[_type_name(part.old_norm)])
     new['num_groups'] = groups.pop() if len(groups) == 1 else 'auto'
-    if momentum is not None:
-        new['momentum'] = momentum
     return new
 
 
