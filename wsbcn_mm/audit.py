@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from wsbcn_mm.layers import BatchChannelNorm, WeightStandardized
-from wsbcn_mm.structure import followers
+from wsbcn_mm.structure import followers, standardizable
 
 LEVELS = ('error', 'warning', 'note')
 MICRO_BATCH = 2  # images per GPU up to which batch statistics are a problem
@@ -154,8 +154,8 @@ def _convs(model: nn.Module, run: Callable[[], object] | None):
                 f'sqrt(fan-in) = {fan_in**0.5:.0f} times larger, layer after layer'
             )
             yield 'error', 'ws-without-norm', name, why, 'a plain convolution, or a norm behind it'
-        elif not standardized and follower.normalised and type(follower.conv).__name__ not in (
-            'ConvWS2d', 'ConvAWS2d', 'StdConv2d'
+        elif standardizable(follower.conv) and follower.normalised and (
+            type(follower.conv).__name__ != 'ConvWS2d'
         ) and any(isinstance(modules[n], nn.GroupNorm) for n in follower.norms):  # fmt: skip
             why = 'a norm of single samples behind a plain convolution: WS is what makes up for it'
             yield 'note', 'norm-without-ws', name, why, 'wsbcn_mm.convert.convert_model(model)'

@@ -6,7 +6,6 @@ follows, because a standardized convolution without one multiplies activations b
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -15,7 +14,14 @@ from torch import nn
 
 from wsbcn_mm import layers
 from wsbcn_mm.functional import FORMULAS, MODES, auto_groups, check_choice
-from wsbcn_mm.structure import Follower, followers, is_norm, num_channels
+from wsbcn_mm.structure import (
+    Follower,
+    followers,
+    is_norm,
+    num_channels,
+    standardizable,
+    torch_class,
+)
 
 STANDARDIZED = {
     nn.Conv1d: layers.WSConv1d,
@@ -23,9 +29,6 @@ STANDARDIZED = {
     nn.Conv3d: layers.WSConv3d,
     nn.ConvTranspose2d: layers.WSConvTranspose2d,
 }
-# Subclasses that compute the same as torch's own class, by name: they need not be installed.
-# mmcv's wrappers accept empty inputs, which torch does by itself today. ConvWS standardizes.
-SAME_AS_TORCH = {'mmcv.cnn.bricks.wrappers', 'mmcv.cnn.bricks.conv_ws.ConvWS2d'}
 BATCH_CHANNEL_NORM = {
     1: layers.BatchChannelNorm1d,
     2: layers.BatchChannelNorm2d,
@@ -295,7 +298,7 @@ def _convert_conv(follower, modules, replacement, standardize, formula, tied) ->
     reason = _why_not_conv(follower, modules, replacement, standardize, tied)
     if reason is not None:
         return Left(name, kind, reason)
-    target = STANDARDIZED[_torch_class(conv)]
+    target = STANDARDIZED[torch_class(conv)]
     arguments = dict(
         stride=conv.stride, padding=conv.padding, dilation=conv.dilation, groups=conv.groups,
         bias=conv.bias is not None, padding_mode=conv.padding_mode,
@@ -331,24 +334,9 @@ def _why_not_conv(follower, modules, replacement, standardize, tied) -> str | No
         hasattr(hook, 'compute_weight') for hook in conv._forward_pre_hooks.values()
     ):
         return 'its weight is computed by another parametrization'
-    if _torch_class(conv) is None:
+    if torch_class(conv) is None:
         return f'{type(conv).__name__} is not torch\'s own convolution, or has no WS version'
     return None if standardizable(conv) else 'a fan-in of 1 has no variance'
-
-
-def standardizable(conv: nn.Module) -> bool:
-    """Whether there is a WS version of this convolution: of torch's own kinds, a fan-in above 1."""
-    fan_in = conv.in_channels // conv.groups * math.prod(conv.kernel_size)
-    return _torch_class(conv) is not None and fan_in > 1
-
-
-def _torch_class(conv: nn.Module) -> type | None:
-    """The torch class that computes the same as this convolution."""
-    kind = type(conv)
-    name = f'{kind.__module__}.{kind.__qualname__}'
-    if kind.__module__ in SAME_AS_TORCH or name in SAME_AS_TORCH:
-        kind = next(base for base in kind.__mro__ if base in STANDARDIZED or base is nn.Module)
-    return kind if kind in STANDARDIZED else None
 
 
 def _take_over(old: nn.Module, new: nn.Module) -> None:

@@ -7,6 +7,7 @@ of the model (`trace`) covers the rest, and tells what else reads a convolution'
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -33,6 +34,28 @@ def num_channels(norm: nn.Module) -> int | None:
             return getattr(norm, name)
     weight = getattr(norm, 'weight', None)
     return None if weight is None else weight.numel()
+
+
+# Convolutions that have a WS version.
+TORCH_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)
+# Subclasses that convolve as torch's own class does, by name: they need not be installed. mmcv's
+# wrappers accept empty inputs, which torch does by itself today. ConvWS standardizes.
+SAME_AS_TORCH = {'mmcv.cnn.bricks.wrappers', 'mmcv.cnn.bricks.conv_ws.ConvWS2d'}
+
+
+def torch_class(conv: nn.Module) -> type | None:
+    """The class of torch that a convolution is, if it has a WS version; None for other classes."""
+    kind = type(conv)
+    name = f'{kind.__module__}.{kind.__qualname__}'
+    if kind.__module__ in SAME_AS_TORCH or name in SAME_AS_TORCH:
+        kind = next(base for base in kind.__mro__ if base in (*TORCH_CONVS, nn.Module))
+    return kind if kind in TORCH_CONVS else None
+
+
+def standardizable(conv: nn.Module) -> bool:
+    """Whether there is a WS version of this convolution: of torch's own kinds, a fan-in above 1."""
+    fan_in = conv.in_channels // conv.groups * math.prod(conv.kernel_size)
+    return torch_class(conv) is not None and fan_in > 1
 
 
 @dataclass

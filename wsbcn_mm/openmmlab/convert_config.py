@@ -20,12 +20,11 @@ from mmengine.config import Config, ConfigDict
 from torch import nn
 
 from wsbcn_mm import layers
-from wsbcn_mm.convert import standardizable
 from wsbcn_mm.functional import auto_groups
 from wsbcn_mm.openmmlab import probe
 from wsbcn_mm.openmmlab.config import find_config
 from wsbcn_mm.openmmlab.probe import Node, dotted
-from wsbcn_mm.structure import followers
+from wsbcn_mm.structure import followers, standardizable
 
 # The norms that BCN takes the place of, and its name for that number of axes.
 NORMS = {
