@@ -7,6 +7,7 @@ is known only when it is built. Nothing is initialised here, which makes it chea
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import warnings
 from collections.abc import Iterator
@@ -64,10 +65,8 @@ def dotted(path: tuple) -> str:
 def register_hosts(cfg: Config) -> None:
     """Imports the models of the config's packages, so that their names are known."""
     scope = cfg.get('default_scope')
-    if scope == 'mmdet':
-        import mmdet.models  # noqa: F401
-    if scope == 'mmseg':
-        import mmseg.models  # noqa: F401
+    if scope in ('mmdet', 'mmseg', 'mmpretrain'):
+        importlib.import_module(f'{scope}.models')
 
 
 def nodes(cfg: Config) -> list[Node]:
