@@ -61,6 +61,7 @@ def configure(args: argparse.Namespace):
             print(f'not resumed from: {line}', file=sys.stderr)
     elif cfg.get('load_from'):
         config.check_checkpoint_file(cfg.load_from)
+    config.check_pretrained(cfg)
     config.check_data(cfg, 'train_dataloader', 'val_dataloader')
     config.harden(cfg)
     config.add_hook(cfg, dict(type='CheckpointReportHook'))

@@ -49,6 +49,7 @@ def recalibrate(
     passes: int = 4,
     tolerance: float = 0.01,
     layers: Iterable[BatchChannelNorm] | None = None,
+    keep_function: bool = False,
 ) -> Recalibration:
     """Replaces the running statistics of BatchChannelNorm layers by those of the given batches.
 
@@ -72,6 +73,9 @@ def recalibrate(
         tolerance: Stops when a pass changes no statistic by more than this; see
             `Recalibration.drift`.
         layers: Those to treat; None: all of the model, in either mode, frozen ones too.
+        keep_function: Change ``batch_weight`` and ``batch_bias`` with the statistics, so that every
+            layer computes in evaluation what it did before, see `set_statistics`: for a model whose
+            function is right and whose statistics are not, such as one converted from GN + WS.
 
     Returns:
         What was done. A drift above the tolerance says that the passes ran out.
@@ -84,13 +88,13 @@ def recalibrate(
     _check(batches, passes, tolerance)
     chosen = None if layers is None else {id(layer) for layer in layers}
     accounts = {
-        name: _Moments(module)
+        name: _Moments(module, keep_function)
         for name, module in model.named_modules()
         if isinstance(module, BatchChannelNorm) and (chosen is None or id(module) in chosen)
     }
     if not accounts:
         raise ValueError('recalibrate: the model has no BatchChannelNorm layer')
-    before = [(account, _statistics(account.layer)) for account in accounts.values()]
+    before = [(account.layer, _stage_1(account.layer)) for account in accounts.values()]
     modes = {module: module.training for module in model.modules()}
     model.eval()
     drift, done = None, 0
@@ -102,8 +106,9 @@ def recalibrate(
             drift = _drift(accounts.values(), old) if done else None
             done += 1
     except BaseException:
-        for account, statistics in before:
-            account.write(*statistics)
+        for layer, values in before:
+            for tensor, value in zip(_tensors(layer), values):
+                tensor.copy_(value)
         raise
     finally:
         for module, mode in modes.items():
@@ -114,6 +119,45 @@ def recalibrate(
         drift=drift,
         unreached=[name for name, account in accounts.items() if not account.total],
     )
+
+
+@torch.no_grad()
+def set_statistics(
+    layer: BatchChannelNorm, mean: Tensor, var: Tensor, keep_function: bool = False
+) -> None:
+    """Writes the running statistics of a layer.
+
+    With ``keep_function``, ``batch_weight`` and ``batch_bias`` follow, so that stage 1 stays the
+    affine map that it is in evaluation (ours)::
+
+        batch_bias   <- batch_bias + batch_weight (mean - running_mean) / sqrt(running_var + eps)
+        batch_weight <- batch_weight sqrt(var + eps) / sqrt(running_var + eps)
+
+    Args:
+        layer: Changed in place.
+        mean: (C,).
+        var: (C,), biased, >= 0.
+        keep_function: See above.
+    """
+    bn = layer.bn
+    if keep_function:
+        wide = torch.promote_types(mean.dtype, torch.float32)
+        old_mean, old_var, weight, bias = (
+            t.to(wide) for t in (bn.running_mean, bn.running_var, *_tensors(layer)[2:])
+        )
+        slope = weight / (old_var + layer.eps).sqrt()
+        layer.batch_bias.copy_(bias + slope * (mean - old_mean))
+        layer.batch_weight.copy_(slope * (var + layer.eps).sqrt())
+    bn.running_mean.copy_(mean)
+    bn.running_var.copy_(var)
+
+
+def _tensors(layer: BatchChannelNorm) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return layer.bn.running_mean, layer.bn.running_var, layer.batch_weight, layer.batch_bias
+
+
+def _stage_1(layer: BatchChannelNorm) -> list[Tensor]:
+    return [tensor.clone() for tensor in _tensors(layer)]
 
 
 def _check(batches: Iterable, passes: int, tolerance: float) -> None:
@@ -189,8 +233,8 @@ class _Moments:
     around ``centre``. That is near the mean, so that nothing is lost in differences of sums.
     """
 
-    def __init__(self, layer: BatchChannelNorm) -> None:
-        self.layer = layer
+    def __init__(self, layer: BatchChannelNorm, keep_function: bool) -> None:
+        self.layer, self.keep_function = layer, keep_function
         self.total = 0  # samples on all ranks in the last pass
         self.calls = 0  # in this pass
         buffer = layer.bn.running_mean
@@ -240,5 +284,4 @@ class _Moments:
 
     def write(self, mean: Tensor, var: Tensor) -> None:
         """Sets the layer's running statistics."""
-        self.layer.bn.running_mean.copy_(mean)
-        self.layer.bn.running_var.copy_(var)
+        set_statistics(self.layer, mean, var, self.keep_function)

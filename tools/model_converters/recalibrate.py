@@ -22,6 +22,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--batch-size', type=int, default=1, help='images per forward call')
     parser.add_argument('--passes', type=int, default=4, help='the most passes over the images')
     parser.add_argument(
+        '--keep-function', action='store_true',
+        help='batch_weight and batch_bias follow the statistics: the model computes what it did '
+        'before (after a conversion from GN + WS)',
+    )  # fmt: skip
+    parser.add_argument(
         '--cfg-options', nargs='+', action=DictAction,
         help='override settings of the config: a.b.c=value, key="[a,b]", key="[(a,b),(c,d)]"',
     )  # fmt: skip
@@ -68,10 +73,12 @@ def run(args: argparse.Namespace) -> None:
             f'of {args.config}\n  first missing: {", ".join(missing[:4])}'
         )
     batches = recalibration.loader(dataset, args.num_images, args.batch_size)
-    done = recalibration.recalibrate_model(model, batches, args.passes, progress=True)
+    done = recalibration.recalibrate_model(
+        model, batches, args.passes, progress=True, keep_function=args.keep_function
+    )
     if get_dist_info()[0] != 0:
         return
-    keys = recalibration.write_statistics(model, checkpoint)
+    keys = recalibration.write_statistics(model, checkpoint, args.keep_function)
     source = Path(args.checkpoint)
     out = Path(args.out or source.with_name(f'{source.stem}_recalibrated.pth'))
     files.save_atomically(checkpoint, out)
@@ -80,7 +87,7 @@ def run(args: argparse.Namespace) -> None:
     images = min(args.num_images, len(batches.dataset.dataset))
     drift = 'not known after one pass' if done.drift is None else f'{done.drift:.4f}'
     print(
-        f'{out}: {len(keys)} statistics of {len(done.samples)} layers over {images} images, '
+        f'{out}: {len(keys)} tensors of {len(done.samples)} layers over {images} images, '
         f'{done.passes} passes, last change {drift} standard deviations'
     )
 

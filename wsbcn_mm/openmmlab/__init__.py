@@ -3,6 +3,13 @@
 What is imported here needs mmengine alone; the other modules are imported by those who use them.
 """
 
-from wsbcn_mm.openmmlab import compat, converted, hooks, registry, saving  # noqa: F401
+from wsbcn_mm.openmmlab import (  # noqa: F401
+    checkpoint,
+    compat,
+    converted,
+    hooks,
+    registry,
+    saving,
+)
 
 compat.apply()

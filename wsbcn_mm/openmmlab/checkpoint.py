@@ -1,12 +1,22 @@
-"""Says loudly what a checkpoint does not fill: OpenMMLab loads with strict=False and only logs."""
+"""Says loudly what a checkpoint does not fill: OpenMMLab loads with strict=False and only logs.
+
+`CheckpointReportHook` speaks for what the Runner loads, `ReportedPretrainedInit` for
+``init_cfg=dict(type='Pretrained', ...)``, whose place in the registry it takes.
+"""
 
 import logging
+import zipfile
+from pathlib import Path
 
+import torch
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
-from mmengine.model import is_model_wrapper
-from mmengine.registry import HOOKS
+from mmengine.model import PretrainedInit, is_model_wrapper, update_init_info
+from mmengine.registry import HOOKS, WEIGHT_INITIALIZERS
+from mmengine.runner.checkpoint import CheckpointLoader, load_state_dict
 from torch import Tensor, nn
+
+from wsbcn_mm.layers import WeightStandardized
 
 CONVS = (nn.modules.conv._ConvNd,)
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
@@ -35,6 +45,77 @@ def missing_tensors(model: nn.Module, state_dict: dict[str, Tensor]) -> tuple[li
     return [name for name, shape in wanted.items() if shapes.get(name) != shape], len(wanted)
 
 
+def formulas_unlike(model: nn.Module, checkpoint: dict) -> str | None:
+    """What is wrong where a checkpoint records another WS formula than the model computes.
+
+    Args:
+        model: The model.
+        checkpoint: Its ``meta`` may hold ``formula``, as our converter writes it.
+
+    Returns:
+        One sentence with the config line that mends it; None where all is well or nothing is known.
+    """
+    meta = checkpoint.get('meta')
+    formula = meta.get('formula') if isinstance(meta, dict) else None
+    others = {m.formula for m in model.modules() if isinstance(m, WeightStandardized)} - {formula}
+    if formula is None or not others:
+        return None
+    return (
+        f'the checkpoint was trained with the WS formula {formula!r}, layers of this model compute '
+        f'{", ".join(map(repr, sorted(others)))}\n'
+        f'  set conv_cfg=dict(type=\'WSConv2d\', formula={formula!r})'
+    )
+
+
+def read_checkpoint(path: str | Path) -> dict:
+    """Reads a checkpoint file with torch's safe loader, onto the CPU.
+
+    Args:
+        path: A local file.
+
+    Returns:
+        What it holds.
+
+    Raises:
+        FileNotFoundError: no such file; the message lists the checkpoints beside it.
+        ValueError: damaged, not a checkpoint, or one that would run code.
+    """
+    path = Path(path)
+    if not path.is_file():
+        folder = path.parent
+        there = sorted(file.name for file in folder.glob('*.pth')) if folder.is_dir() else []
+        raise FileNotFoundError(
+            f'no checkpoint file {path}\n  in {folder}: {", ".join(there) or "no .pth files"}'
+        )
+    try:
+        # Mapped where the format allows it: looking at the keys then costs next to nothing.
+        content = torch.load(
+            path, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(path)
+        )
+    except Exception as error:  # a damaged pickle can raise anything
+        first = (str(error).strip().splitlines() or [''])[0]
+        raise ValueError(
+            f'{path} cannot be read as a checkpoint: damaged, incomplete, or holding code, which '
+            f'is never run\n  {type(error).__name__}: {first}'
+        ) from error
+    if not isinstance(content, dict):
+        raise ValueError(f'{path} holds a {type(content).__name__}, not a checkpoint')
+    return content
+
+
+def state_dict_of(checkpoint: dict, path: str | Path = 'the checkpoint') -> dict[str, Tensor]:
+    """The tensors of a checkpoint by name: those of its ``state_dict``, or its own.
+
+    Raises:
+        ValueError: there are none.
+    """
+    state = checkpoint.get('state_dict', checkpoint)
+    tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)}
+    if not tensors:
+        raise ValueError(f'{path} holds no tensors: not a checkpoint of a model')
+    return tensors
+
+
 class CheckpointMismatch(ValueError):
     """A checkpoint leaves conv or norm tensors of the model unfilled."""
 
@@ -56,16 +137,61 @@ class CheckpointReportHook(Hook):
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
         """Compares before the Runner copies the tensors; see the class."""
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-        missing, total = missing_tensors(model, checkpoint.get('state_dict', checkpoint))
-        if not missing:
-            return
-        text = (
+        problems = _problems(model, checkpoint.get('state_dict', checkpoint), checkpoint)
+        if problems and self.strict:
+            raise CheckpointMismatch('\n'.join(problems))
+        for text in problems:
+            print_log(
+                f'{text}\n  those tensors start from their initial values'
+                if 'does not fill' in text else text, runner.logger, logging.WARNING,
+            )  # fmt: skip
+
+
+def _problems(model: nn.Module, state: dict[str, Tensor], checkpoint: dict) -> list[str]:
+    problems = []
+    missing, total = missing_tensors(model, state)
+    if missing:
+        problems.append(
             f'the checkpoint does not fill {len(missing)} of the {total} conv and norm tensors of '
             f'this model ({100 * len(missing) / total:.0f} %)\n  first missing: '
             + ', '.join(missing[:4])
             + '\n  is it the checkpoint of another config (other norm, other layers)?'
         )
-        if self.strict:
-            raise CheckpointMismatch(text)
-        text += '\n  those tensors start from their initial values'
-        print_log(text, runner.logger, logging.WARNING)
+    formulas = formulas_unlike(model, checkpoint)
+    return problems + [formulas] if formulas else problems
+
+
+@WEIGHT_INITIALIZERS.register_module(name='Pretrained', force=True)
+class ReportedPretrainedInit(PretrainedInit):
+    """mmengine's ``init_cfg=dict(type='Pretrained')``, which also says what was not loaded.
+
+    A line with the share of conv and norm tensors that the file fills; a warning where it is not
+    all of them, and where the WS formula of the file is not that of the layers.
+
+    Args:
+        checkpoint: File or address, as in mmengine.
+        prefix: Part of the checkpoint's model to load, such as ``'backbone.'``.
+        map_location: As in mmengine.
+    """
+
+    def __call__(self, module: nn.Module) -> None:
+        """Loads into ``module`` and reports."""
+        checkpoint = CheckpointLoader.load_checkpoint(self.checkpoint, self.map_location, 'current')
+        if not isinstance(checkpoint, dict):
+            raise ValueError(f'{self.checkpoint} is not a checkpoint of a model')
+        state = state_dict_of(checkpoint, self.checkpoint)
+        state = {key.removeprefix('module.'): value for key, value in state.items()}
+        if self.prefix is not None:
+            prefix = self.prefix.rstrip('.') + '.'
+            state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+            if not state:
+                raise ValueError(f'{self.checkpoint} has no key that starts with {prefix!r}')
+        problems = _problems(module, state, checkpoint)
+        load_state_dict(module, state, strict=False, logger='current')
+        name = type(module).__name__
+        if not problems:
+            print_log(f'{self.checkpoint} fills every conv and norm tensor of {name}', 'current')
+        for text in problems:
+            print_log(f'{self.checkpoint} -> {name}: {text}', 'current', logging.WARNING)
+        if hasattr(module, '_params_init_info'):
+            update_init_info(module, init_info=self._get_init_info())

@@ -34,6 +34,7 @@ PACKAGES = {
     'mmcv': ('2.0.0', 'MMCV_WITH_OPS=1 pip install --no-build-isolation mmcv==2.1.0'),
     'mmdet': ('3.0.0', 'pip install mmdet==3.3.0'),
     'mmseg': ('1.0.0', 'pip install mmsegmentation==1.2.2 ftfy regex'),
+    'mmpretrain': ('1.0.0', 'pip install mmpretrain==1.2.0'),
 }
 
 

@@ -1,16 +1,15 @@
 """Reading a config file and checking what it needs, before anything expensive starts."""
 
-import importlib
 import json
 from importlib.util import find_spec
 from pathlib import Path
 
 from mmengine.config import Config, ConfigDict
 
-from wsbcn_mm.openmmlab import compat
+from wsbcn_mm.openmmlab import checkpoint, compat
 from wsbcn_mm.openmmlab.files import damage, latest_complete
 
-PACKAGE_OF_SCOPE = {'mmdet': 'mmdet', 'mmseg': 'mmseg'}
+PACKAGE_OF_SCOPE = {'mmdet': 'mmdet', 'mmseg': 'mmseg', 'mmpretrain': 'mmpretrain'}
 
 COCO_LAYOUT = """\
   expected layout (`ln -s /path/to/coco data/coco` puts it there):
@@ -125,18 +124,59 @@ def _datasets(cfg: dict | None) -> list[dict]:
 
 
 def check_checkpoint_file(path: str) -> None:
-    """Raises unless the checkpoint is there and complete; addresses are left to mmengine."""
+    """Raises unless a checkpoint is there and can be read; addresses are left to mmengine.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is damaged, or no checkpoint.
+    """
     if '://' in path:
         return
-    if not Path(path).is_file():
-        folder = Path(path).parent
-        there = sorted(file.name for file in folder.glob('*.pth')) if folder.is_dir() else []
-        raise FileNotFoundError(
-            f'no checkpoint file {path}\n  in {folder}: {", ".join(there) or "no .pth files"}'
-        )
-    reason = damage(path)
+    # The checksums of all parts; what reads the file next looks at its structure alone.
+    reason = damage(path) if Path(path).is_file() else None
     if reason is not None:
         raise ValueError(f'the checkpoint {path} {reason}')
+    checkpoint.read_checkpoint(path)
+
+
+def check_pretrained(cfg: Config) -> None:
+    """Raises unless every local file that a part of the model starts from is there and readable.
+
+    Args:
+        cfg: The config.
+
+    Raises:
+        FileNotFoundError: a file is missing; the message says how to get one, or to do without.
+        ValueError: a file cannot be read.
+    """
+    for place, init in _pretrained(cfg.get('model') or {}, 'model'):
+        path = init.get('checkpoint') or ''
+        if '://' in path:
+            continue
+        if not Path(path).is_file():
+            raise FileNotFoundError(
+                f'{place} starts from {path}, which does not exist\n'
+                '  convert a published checkpoint: tools/model_converters/convert_checkpoint.py; '
+                'the comments of configs/_base_/backbones hold the commands\n'
+                f'  or name another file: --cfg-options {place}.init_cfg.checkpoint=...\n'
+                f'  or load none, where the whole model comes from elsewhere: {place}.init_cfg=None'
+            )
+        checkpoint.read_checkpoint(path)
+
+
+def _pretrained(part: dict | list, place: str):
+    """Where a model's config says ``init_cfg=dict(type='Pretrained')``, and that dict."""
+    if isinstance(part, dict):
+        init = part.get('init_cfg')
+        for cfg in init if isinstance(init, list) else [init]:
+            if isinstance(cfg, dict) and cfg.get('type') == 'Pretrained':
+                yield place, cfg
+        items = part.items()
+    else:
+        items = enumerate(part)
+    for key, value in items:
+        if isinstance(value, (dict, list)) and key != 'init_cfg':
+            yield from _pretrained(value, f'{place}.{key}')
 
 
 def harden(cfg: Config) -> None:
@@ -207,7 +247,6 @@ def work_dir(cfg: Config, config_path: str, argument: str | None) -> str:
 
 def add_hook(cfg: Config, hook: dict) -> None:
     """Appends a hook of ours to the config's custom hooks."""
-    importlib.import_module('wsbcn_mm.openmmlab.checkpoint')  # registers it
     cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), hook]
 
 

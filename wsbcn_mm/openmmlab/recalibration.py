@@ -1,6 +1,7 @@
 """`wsbcn_mm.recalibration` for models of OpenMMLab: which images, and how they reach the model."""
 
 import copy
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -78,7 +79,12 @@ def loader(dataset: dict, num_images: int, batch_size: int = 1, num_workers: int
 
 
 def recalibrate_model(
-    model: nn.Module, batches: DataLoader, passes: int = 4, progress: bool = False, layers=None
+    model: nn.Module,
+    batches: DataLoader,
+    passes: int = 4,
+    progress: bool = False,
+    layers: Iterable[BatchChannelNorm] | None = None,
+    keep_function: bool = False,
 ) -> Recalibration:
     """`wsbcn_mm.recalibration.recalibrate` with the forward pass of testing.
 
@@ -88,6 +94,7 @@ def recalibrate_model(
         passes: The most passes over the images.
         progress: Show a bar.
         layers: See there.
+        keep_function: See there.
     """
     model = model.module if is_model_wrapper(model) else model
     bar = ProgressBar(passes * len(batches)) if progress and get_dist_info()[0] == 0 else None
@@ -98,18 +105,23 @@ def recalibrate_model(
             bar.update()
 
     try:
-        return recalibrate(model, batches, forward, passes, layers=layers)
+        return recalibrate(
+            model, batches, forward, passes, layers=layers, keep_function=keep_function
+        )
     finally:
         if bar is not None:
             bar.file.write('\n')
 
 
-def write_statistics(model: nn.Module, checkpoint: dict) -> list[str]:
+def write_statistics(
+    model: nn.Module, checkpoint: dict, keep_function: bool = False
+) -> list[str]:
     """Puts the running statistics of a model into a checkpoint; nothing else of it changes.
 
     Args:
         model: The model.
         checkpoint: As mmengine saves it, or a bare state dict; changed in place.
+        keep_function: With ``batch_weight`` and ``batch_bias``, which followed the statistics.
 
     Returns:
         The keys that were written.
@@ -119,11 +131,14 @@ def write_statistics(model: nn.Module, checkpoint: dict) -> list[str]:
     """
     state = checkpoint.get('state_dict', checkpoint)
     prefix = 'module.' if all(key.startswith('module.') for key in state) else ''
+    kinds = ['bn.running_mean', 'bn.running_var']
+    if keep_function:
+        kinds += ['batch_weight', 'batch_bias']
     new = {
-        f'{prefix}{name}.bn.{kind}': getattr(module.bn, kind)
+        f'{prefix}{name}.{kind}': module.state_dict()[kind]
         for name, module in model.named_modules()
         if isinstance(module, BatchChannelNorm)
-        for kind in ('running_mean', 'running_var')
+        for kind in kinds
     }
     missing = [key for key in new if key not in state]
     if missing:

@@ -1,0 +1,83 @@
+"""Converts a published checkpoint into one for models with WS + BCN or WS + GN."""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # also from a clone not installed
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    from wsbcn_mm.checkpoint_layouts import SOURCES, TARGETS
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('checkpoint', help='checkpoint file')
+    parser.add_argument('-o', '--out', required=True, help='file to write')
+    parser.add_argument('--from', dest='source', choices=SOURCES, required=True, help='its layout')
+    parser.add_argument('--to', choices=TARGETS, default='bcn-ws', help='the layers to convert for')
+    parser.add_argument(
+        '--num-groups', type=int, default=32,
+        help='groups of the norms, as in the config (ignored where the file says it)',
+    )  # fmt: skip
+    return parser.parse_args()
+
+
+def run(args: argparse.Namespace) -> None:
+    """Reads, converts, prints every key, writes."""
+    from wsbcn_mm.checkpoint_layouts import convert_state
+    from wsbcn_mm.openmmlab import files
+    from wsbcn_mm.openmmlab.checkpoint import read_checkpoint, state_dict_of
+
+    state = state_dict_of(read_checkpoint(args.checkpoint), args.checkpoint)
+    done = convert_state(state, args.source, args.to, args.num_groups)
+    for old, new in done.moved:
+        print(f'{old} -> {new}')
+    for key, value in done.added.items():
+        print(f'(new) -> {key} = {value}')
+    for key, reason in done.dropped.items():
+        print(f'dropped: {key}: {reason}')
+    for key, reason in done.left.items():
+        print(f'NOT CONVERTED: {key}: {reason}')
+    if done.left:
+        raise ValueError(
+            f'{len(done.left)} of {len(state)} tensors were not converted, see above; nothing was '
+            'written'
+        )
+    meta = dict(
+        formula=done.formula, affine=done.affine, num_groups=done.num_groups,
+        converted_from=args.source, converted_to=args.to,
+    )  # fmt: skip
+    files.save_atomically(dict(meta=meta, state_dict=done.state), args.out)
+    print(
+        f'{args.out}: {len(done.moved)} tensors moved, {len(done.added)} new, '
+        f'{len(done.dropped)} dropped'
+    )
+    print('what the config needs where this is loaded:')
+    print(f"  conv_cfg=dict(type='WSConv2d', formula={done.formula!r})")
+    groups = done.num_groups
+    if done.affine is None:
+        print(f"  norm_cfg=dict(type='GN', num_groups={groups})")
+    else:
+        affine = '' if done.affine == 'group' else f', affine={done.affine!r}'
+        print(f"  norm_cfg=dict(type='BCN', num_groups={groups}{affine})")
+    if not done.preserves:
+        print('standardizing the weights of a BN network changes its function: train it further')
+    elif args.source != 'authors-bcn' and args.to == 'bcn-ws':
+        print(
+            'the model computes what it did; its running estimates are not known yet. Before '
+            'training:\n  python tools/model_converters/recalibrate.py CONFIG '
+            f'{args.out} --keep-function'
+        )
+
+
+def main() -> None:
+    """Runs, and turns mistakes of the user into one message."""
+    try:
+        run(parse_args())
+    except (ValueError, ImportError, OSError) as error:
+        sys.exit(f'error: {error}')
+
+
+if __name__ == '__main__':
+    main()
