@@ -4,10 +4,15 @@ import re
 from itertools import product
 from pathlib import Path
 
+import torch
 from mmdet.models.backbones import ResNet as DetResNet
 from mmdet.models.backbones import ResNeXt as DetResNeXt
+from mmdet.structures import DetDataSample
+from mmdet.structures.mask import BitmapMasks
 from mmengine.registry import MODELS, DefaultScope
+from mmengine.structures import InstanceData, PixelData
 from mmseg.models.backbones import ResNet as SegResNet
+from mmseg.structures import SegDataSample
 
 CONFIGS = Path(__file__).resolve().parents[2] / 'configs'
 FOLDERS = {
@@ -122,3 +127,36 @@ def build(cfg):
     """The model of a config."""
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
         return MODELS.build(cfg.model)
+
+
+def detection_sample(height, width, masks):
+    shape = dict(img_shape=(height, width), ori_shape=(height, width))
+    sample = DetDataSample(metainfo=dict(**shape, scale_factor=(1.0, 1.0), img_id=0))
+    boxes = torch.tensor([[4.0, 4.0, 40.0, 40.0], [30.0, 10.0, 90.0, 60.0]])
+    sample.gt_instances = InstanceData(bboxes=boxes, labels=torch.tensor([0, 7]))
+    if masks:
+        bitmaps = torch.zeros(2, height, width, dtype=torch.uint8)
+        for bitmap, (x0, y0, x1, y1) in zip(bitmaps, boxes.int().tolist()):
+            bitmap[y0:y1, x0:x1] = 1
+        sample.gt_instances.masks = BitmapMasks(bitmaps.numpy(), height, width)
+    sample.ignored_instances = InstanceData(bboxes=torch.zeros(0, 4))
+    return sample
+
+
+def segmentation_sample(height, width):
+    sample = SegDataSample(metainfo=dict(img_shape=(height, width), ori_shape=(height, width)))
+    sample.gt_sem_seg = PixelData(data=torch.randint(0, 21, (1, height, width)))
+    return sample
+
+
+def make_batch(family, images):
+    inputs, samples = [], []
+    for _ in range(images):
+        if family == 'deeplabv3':
+            size = 65, 65  # what shrink pads to
+            samples.append(segmentation_sample(*size))
+        else:
+            size = 64, 96
+            samples.append(detection_sample(*size, family == 'mask-rcnn'))
+        inputs.append(torch.randint(0, 256, (3, *size), dtype=torch.uint8))
+    return dict(inputs=inputs, data_samples=samples)

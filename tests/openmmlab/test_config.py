@@ -123,7 +123,7 @@ def test_check_data_lets_the_embedded_dataset_draw_itself(tmp_path):
 
 
 def test_check_checkpoint_file_lists_what_is_there(tmp_path):
-    torch.save(dict(state_dict={}), tmp_path / 'epoch_3.pth')
+    torch.save({'weight': torch.zeros(1)}, tmp_path / 'epoch_3.pth')
     config.check_checkpoint_file(str(tmp_path / 'epoch_3.pth'))
     config.check_checkpoint_file('https://example.org/epoch_4.pth')
     with pytest.raises(FileNotFoundError, match=r'(?s)epoch_4\.pth.*: epoch_3\.pth'):

@@ -15,14 +15,10 @@ import functools
 import json
 
 import torch
-from mmdet.structures import DetDataSample
-from mmdet.structures.mask import BitmapMasks
 from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, DefaultScope
-from mmengine.structures import InstanceData, PixelData
-from mmseg.structures import SegDataSample
 from torch import nn
 
 from wsbcn_mm import BatchChannelNorm2d, WSConv2d
@@ -228,39 +224,6 @@ def test_norms_and_head(file):
 
 # ---- it runs -----------------------------------------------------------------------------------
 
-def detection_sample(height, width, masks):
-    shape = dict(img_shape=(height, width), ori_shape=(height, width))
-    sample = DetDataSample(metainfo=dict(**shape, scale_factor=(1.0, 1.0), img_id=0))
-    boxes = torch.tensor([[4.0, 4.0, 40.0, 40.0], [30.0, 10.0, 90.0, 60.0]])
-    sample.gt_instances = InstanceData(bboxes=boxes, labels=torch.tensor([0, 7]))
-    if masks:
-        bitmaps = torch.zeros(2, height, width, dtype=torch.uint8)
-        for bitmap, (x0, y0, x1, y1) in zip(bitmaps, boxes.int().tolist()):
-            bitmap[y0:y1, x0:x1] = 1
-        sample.gt_instances.masks = BitmapMasks(bitmaps.numpy(), height, width)
-    sample.ignored_instances = InstanceData(bboxes=torch.zeros(0, 4))
-    return sample
-
-
-def segmentation_sample(height, width):
-    sample = SegDataSample(metainfo=dict(img_shape=(height, width), ori_shape=(height, width)))
-    sample.gt_sem_seg = PixelData(data=torch.randint(0, 21, (1, height, width)))
-    return sample
-
-
-def make_batch(family, images):
-    inputs, samples = [], []
-    for _ in range(images):
-        if family == 'deeplabv3':
-            size = 65, 65  # what matrix.shrink pads to
-            samples.append(segmentation_sample(*size))
-        else:
-            size = 64, 96
-            samples.append(detection_sample(*size, family == 'mask-rcnn'))
-        inputs.append(torch.randint(0, 256, (3, *size), dtype=torch.uint8))
-    return dict(inputs=inputs, data_samples=samples)
-
-
 @each
 def test_one_training_step_and_one_inference(file, monkeypatch):
     """In small, through the wrapper of the optimizer that the config asks for."""
@@ -275,7 +238,7 @@ def test_one_training_step_and_one_inference(file, monkeypatch):
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
         optimizer = build_optim_wrapper(model, cfg.optim_wrapper)
         before = {key: value.clone() for key, value in model.state_dict().items()}
-        batch = make_batch(name['family'], images)
+        batch = matrix.make_batch(name['family'], images)
         optimizer.initialize_count_status(model, 0, 1000)
         for _ in range(name['accumulation'] - 1):
             model.train_step(batch, optimizer)
@@ -302,7 +265,7 @@ def test_one_training_step_and_one_inference(file, monkeypatch):
 
         model.eval()
         with torch.no_grad():
-            predicted = model.test_step(make_batch(name['family'], 1))
+            predicted = model.test_step(matrix.make_batch(name['family'], 1))
     (sample,) = predicted
     if name['family'] == 'deeplabv3':
         assert sample.pred_sem_seg.data.shape == (1, 65, 65)

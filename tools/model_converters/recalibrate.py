@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> None:
     images = min(args.num_images, len(batches.dataset.dataset))
     drift = 'not known after one pass' if done.drift is None else f'{done.drift:.4f}'
     print(
-        f'{out}: {len(keys)} tensors of {len(done.samples)} layers over {images} images, '
+        f'{out}: {len(keys)} statistics of {len(done.samples)} layers over {images} images, '
         f'{done.passes} passes, last change {drift} standard deviations'
     )
 
