@@ -94,6 +94,8 @@ LEVELS = {
     'checkpoint_layouts': 4,
     'layers': 3,
     'convert': 4, 'fuse': 4, 'audit': 4, 'diagnostics': 4, 'shapes': 4,
+    'audit': 4, 'checkpoint_layouts': 4, 'comparators': 4, 'convert': 4, 'diagnostics': 4,
+    'fuse': 4, 'recalibration': 4, 'shapes': 4,
     'layers': 3, 'structure': 3,
     'functional': 2, 'recomputation': 2, 'weight_cache': 2,
     'backends': 1, 'distributed': 1, 'optimizer_steps': 1,

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from wsbcn_mm import BatchChannelNorm1d, BatchChannelNorm2d, WSConv2d
-from wsbcn_mm.recalibration import recalibrate
+from wsbcn_mm.recalibration import recalibrate, set_statistics
 
 CHANNELS = 8
 
@@ -260,3 +260,54 @@ def test_two_ranks_with_unequal_shares_equal_one_process(tmp_path):
         assert_equal(first, second, rtol=0, atol=0)
         assert_equal(first, buffers(net), rtol=1e-9, atol=1e-9)
         assert done.samples == {f'norms.{i}': 7 for i in range(3)}
+
+
+# ---- statistics that change without the function ------------------------------------------------
+
+
+@pytest.mark.parametrize('mode', ['estimate', 'batch'])
+def test_keep_function_changes_the_statistics_alone(mode):
+    """Stage 1 stays the affine map that it was, so that nothing behind it changes."""
+    net, batches = Net(depth=3, mode=mode).eval(), images()
+    expected = [net(x) for x in batches]
+    done = recalibrate(net, batches, keep_function=True, passes=3)
+    assert done.passes == 2 and done.drift < 1e-9  # what a layer gets never changed
+    for got, old in zip((net(x) for x in batches), expected):
+        torch.testing.assert_close(got, old, rtol=1e-11, atol=1e-11)
+    # The statistics are those of what the layers get.
+    x = [net.convs[0](image) for image in batches]
+    mean = torch.stack([z.mean((0, 2, 3)) for z in x]).mean(0)
+    var = torch.stack([(z - mean.view(1, -1, 1, 1)).square().mean((0, 2, 3)) for z in x]).mean(0)
+    torch.testing.assert_close(net.norms[0].bn.running_mean, mean)
+    torch.testing.assert_close(net.norms[0].bn.running_var, var)
+    assert net.norms[0].bn.num_batches_tracked == len(batches)
+
+    # The same layers, without: another function.
+    other = Net(depth=3, mode=mode).eval()
+    recalibrate(other, batches, passes=2)
+    assert (other(batches[0]) - expected[0]).abs().max() > 1e-2
+    assert other.norms[0].bn.num_batches_tracked == 0
+
+
+def test_set_statistics_keeps_extreme_channels():
+    """A constant channel (variance 0) and a scale of 0 stay what they are."""
+    layer = BatchChannelNorm2d(CHANNELS, 2).double().eval()
+    with torch.no_grad():
+        layer.batch_weight[0] = 0
+        layer.bn.running_var[1] = 0
+        x = torch.randn(2, CHANNELS, 4, 4, dtype=torch.float64)
+        before = layer(x)
+        var = torch.rand(CHANNELS, dtype=torch.float64)
+        var[2] = 0
+        set_statistics(layer, torch.randn(CHANNELS, dtype=torch.float64), var, keep_function=True)
+        torch.testing.assert_close(layer(x), before, rtol=1e-11, atol=1e-11)
+    assert layer.bn.running_var[2] == 0 and layer.batch_weight[0] == 0
+
+
+def test_a_failure_gives_stage_1_back():
+    net = Net()
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    broken = [*images(), torch.full((1, 3, 5, 6), float('nan'), dtype=torch.float64)]
+    with pytest.raises(ValueError, match='not finite'):
+        recalibrate(net, broken, keep_function=True)
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())

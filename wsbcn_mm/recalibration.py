@@ -76,6 +76,8 @@ def recalibrate(
         keep_function: Change ``batch_weight`` and ``batch_bias`` with the statistics, so that every
             layer computes in evaluation what it did before, see `set_statistics`: for a model whose
             function is right and whose statistics are not, such as one converted from GN + WS.
+            ``num_batches_tracked`` becomes the number of samples, where it was smaller: a warm-up
+            of the rate then goes on from these statistics instead of forgetting them.
 
     Returns:
         What was done. A drift above the tolerance says that the passes ran out.
@@ -105,6 +107,9 @@ def recalibrate(
             _combine(accounts)
             drift = _drift(accounts.values(), old) if done else None
             done += 1
+        if keep_function:
+            for account in accounts.values():
+                account.layer.bn.num_batches_tracked.clamp_(min=account.total)
     except BaseException:
         for layer, values in before:
             for tensor, value in zip(_tensors(layer), values):

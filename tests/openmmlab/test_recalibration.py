@@ -103,6 +103,39 @@ def test_the_tool(root, folder, monkeypatch, capsys):
     torch.testing.assert_close(after[first], torch.stack(means).mean(0))
 
 
+def test_the_tool_keeps_the_function_of_a_backbone_and_its_model(root, folder, monkeypatch, capsys):
+    """A converted ImageNet file: the backbone alone, its function right, its statistics unknown."""
+    monkeypatch.chdir(folder)
+    cfg = Config.fromfile(root / QUICK)
+    init_default_scope(cfg.default_scope)
+    model = MODELS.build(cfg.model).eval()
+    backbone = model.backbone.state_dict()
+    torch.save(dict(meta=dict(formula='paper'), state_dict=backbone), 'b.pth')
+    arguments = ('-n', '3', '--passes', '2', '--keep-function')
+    assert tool(root, root / QUICK, 'b.pth', *arguments) is None
+    assert 'last change 0.00' in capsys.readouterr().out
+    found = torch.load('b_recalibrated.pth', weights_only=True)
+    assert found['meta'] == dict(formula='paper')
+    after = found['state_dict']
+    assert list(after) == list(backbone)
+    changed = {key for key in backbone if not torch.equal(backbone[key], after[key])}
+    kinds = {key.rpartition('bcn')[2][2:] for key in changed if 'bcn' in key}
+    assert kinds == {
+        'batch_weight', 'batch_bias', 'bn.running_mean', 'bn.running_var', 'bn.num_batches_tracked'
+    }  # fmt: skip
+    assert after['bcn1.bn.num_batches_tracked'] == 3  # what a warm-up of the rate goes on from
+    image = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = model.backbone(image)
+        model.backbone.load_state_dict(after)
+        for got, old in zip(model.backbone(image), expected, strict=True):
+            torch.testing.assert_close(got, old, rtol=1e-4, atol=1e-4)
+
+    torch.save(dict(meta=dict(formula='var_eps'), state_dict=backbone), 'c.pth')
+    assert "formula 'var_eps'" in tool(root, root / QUICK, 'c.pth', '-n', '1')
+    assert not (folder / 'c_recalibrated.pth').exists()
+
+
 def test_the_tool_says_what_is_wrong(root, folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     torch.save(dict(state_dict=tiny_model().state_dict()), 'other.pth')

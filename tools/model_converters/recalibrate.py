@@ -14,7 +14,7 @@ def parse_args() -> argparse.Namespace:
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('config', help='config file of the model')
-    parser.add_argument('checkpoint', help='checkpoint file')
+    parser.add_argument('checkpoint', help='checkpoint file, of the model or of its backbone')
     parser.add_argument('-n', '--num-images', type=int, default=200, help='images, over all ranks')
     parser.add_argument(
         '-o', '--out', help='file to write; default: <checkpoint>_recalibrated.pth beside it'
@@ -47,13 +47,21 @@ def run(args: argparse.Namespace) -> None:
     """Loads, measures, writes."""
     from mmengine.dist import get_dist_info, init_dist, is_distributed
     from mmengine.registry import MODELS, init_default_scope
-    from mmengine.runner import load_checkpoint
+    from mmengine.runner.checkpoint import load_state_dict
 
     from wsbcn_mm.openmmlab import config, files, launch, recalibration
-    from wsbcn_mm.openmmlab.checkpoint import CheckpointMismatch, missing_tensors
+    from wsbcn_mm.openmmlab.checkpoint import (
+        CheckpointMismatch,
+        formulas_unlike,
+        missing_tensors,
+        read_checkpoint,
+        state_dict_of,
+    )
 
     cfg = config.load_config(args.config, args.cfg_options)
-    config.check_checkpoint_file(args.checkpoint)
+    checkpoint = read_checkpoint(args.checkpoint)
+    state = state_dict_of(checkpoint, args.checkpoint)
+    state = {key.removeprefix('module.'): value for key, value in state.items()}
     config.check_data(cfg, 'train_dataloader')
     launch.prepare_distributed(cfg, args.launcher)
     if args.launcher != 'none' and not is_distributed():
@@ -65,20 +73,26 @@ def run(args: argparse.Namespace) -> None:
         part.pop('init_cfg', None)
         part.pop('pretrained', None)
     model = MODELS.build(cfg.model).to(recalibration.device())
-    checkpoint = load_checkpoint(model, args.checkpoint, map_location='cpu', logger='silent')
-    missing, total = missing_tensors(model, checkpoint.get('state_dict', checkpoint))
-    if missing:
+    missing, total = missing_tensors(model, state)
+    backbone = bool(missing) and missing_tensors(model.backbone, state)[0] == []
+    target = model.backbone if backbone else model
+    if missing and not backbone:
         raise CheckpointMismatch(
             f'{args.checkpoint} does not fill {len(missing)} of the {total} conv and norm tensors '
             f'of {args.config}\n  first missing: {", ".join(missing[:4])}'
         )
+    formulas = formulas_unlike(target, checkpoint)
+    if formulas:
+        raise CheckpointMismatch(formulas)
+    load_state_dict(target, state, strict=False, logger='silent')
     batches = recalibration.loader(dataset, args.num_images, args.batch_size)
     done = recalibration.recalibrate_model(
-        model, batches, args.passes, progress=True, keep_function=args.keep_function
-    )
+        model, batches, args.passes, progress=True, keep_function=args.keep_function,
+        backbone=backbone,
+    )  # fmt: skip
     if get_dist_info()[0] != 0:
         return
-    keys = recalibration.write_statistics(model, checkpoint, args.keep_function)
+    keys = recalibration.write_statistics(target, checkpoint, args.keep_function)
     source = Path(args.checkpoint)
     out = Path(args.out or source.with_name(f'{source.stem}_recalibrated.pth'))
     files.save_atomically(checkpoint, out)

@@ -85,6 +85,7 @@ def recalibrate_model(
     progress: bool = False,
     layers: Iterable[BatchChannelNorm] | None = None,
     keep_function: bool = False,
+    backbone: bool = False,
 ) -> Recalibration:
     """`wsbcn_mm.recalibration.recalibrate` with the forward pass of testing.
 
@@ -95,19 +96,24 @@ def recalibrate_model(
         progress: Show a bar.
         layers: See there.
         keep_function: See there.
+        backbone: Run and treat the backbone alone, whatever the heads are.
     """
     model = model.module if is_model_wrapper(model) else model
     bar = ProgressBar(passes * len(batches)) if progress and get_dist_info()[0] == 0 else None
 
     def forward(batch: dict) -> None:
-        model.test_step(batch)
+        if backbone:
+            model.backbone(model.data_preprocessor(batch, False)['inputs'])
+        else:
+            model.test_step(batch)
         if bar is not None:
             bar.update()
 
     try:
         return recalibrate(
-            model, batches, forward, passes, layers=layers, keep_function=keep_function
-        )
+            model.backbone if backbone else model, batches, forward, passes, layers=layers,
+            keep_function=keep_function,
+        )  # fmt: skip
     finally:
         if bar is not None:
             bar.file.write('\n')
@@ -121,7 +127,7 @@ def write_statistics(
     Args:
         model: The model.
         checkpoint: As mmengine saves it, or a bare state dict; changed in place.
-        keep_function: With ``batch_weight`` and ``batch_bias``, which followed the statistics.
+        keep_function: With ``batch_weight``, ``batch_bias`` and the counters, which followed.
 
     Returns:
         The keys that were written.
@@ -133,7 +139,7 @@ def write_statistics(
     prefix = 'module.' if all(key.startswith('module.') for key in state) else ''
     kinds = ['bn.running_mean', 'bn.running_var']
     if keep_function:
-        kinds += ['batch_weight', 'batch_bias']
+        kinds += ['batch_weight', 'batch_bias', 'bn.num_batches_tracked']
     new = {
         f'{prefix}{name}.{kind}': module.state_dict()[kind]
         for name, module in model.named_modules()
