@@ -75,6 +75,15 @@ def built(request):
     return load(request.param), build(request.param)
 
 
+WITH_BCN = [f for f in FILES if 'ws-bcn' in f.name]
+
+
+@pytest.fixture(scope='module', params=WITH_BCN, ids=lambda f: f.stem)
+def ours(request):
+    """Likewise, of the configs with WS + BCN."""
+    return load(request.param), build(request.param)
+
+
 def walk(value):
     """Every dict in a config, at any depth."""
     if isinstance(value, dict):
@@ -96,10 +105,6 @@ def norm_behind(model, name):
     if isinstance(parent, nn.Sequential):  # downsampling, deep stem
         return parent[int(attribute) + 1]
     return getattr(parent, attribute.replace('conv', 'norm'))  # ResNet and its blocks
-
-
-def uses_ours(cfg):
-    return any(d.get('type') == 'BCN' for d in walk(cfg.model.to_dict()))
 
 
 def test_there_are_configs_of_every_kind():
@@ -173,29 +178,25 @@ def test_trap_17_norm_and_conv_settings_hold_no_key_of_another_layer(file):
 # ---- traps 17, 18, 19, on the model ------------------------------------------------------------
 
 
-def test_trap_17_18_every_norm_is_ours(built):
+def test_trap_17_18_every_norm_is_ours(ours):
     """mmseg's models read their own norm_cfg in three places: a top-level one changes nothing."""
-    cfg, model = built
-    if not uses_ours(cfg):
-        pytest.skip('a config of another norm')
-    ours = {name for name, m in model.named_modules() if isinstance(m, BatchChannelNorm2d)}
-    assert ours
+    cfg, model = ours
+    names = {name for name, m in model.named_modules() if isinstance(m, BatchChannelNorm2d)}
+    assert names
     for name, module in model.named_modules():
-        if isinstance(module, NORMS) and name not in ours:
+        if isinstance(module, NORMS) and name not in names:
             holder, _, attribute = name.rpartition('.')
-            assert holder in ours, f'{name} is a {type(module).__name__}'
+            assert holder in names, f'{name} is a {type(module).__name__}'
             assert attribute == 'bn', name
             assert not module.affine, name
 
 
-def test_trap_13_19_weight_standardization_and_norm_come_together(built):
+def test_trap_13_19_weight_standardization_and_norm_come_together(ours):
     """A WS convolution without a norm multiplies activations by sqrt(fan-in).
 
     Here for every convolution of the models, and the other way round: no BCN without WS.
     """
-    cfg, model = built
-    if not uses_ours(cfg):
-        pytest.skip('a config of another norm')
+    cfg, model = ours
     # By every name: the towers of RetinaNet run one convolution on each level, with other norms.
     convs = [
         name for name, module in model.named_modules(remove_duplicate=False)
@@ -209,11 +210,9 @@ def test_trap_13_19_weight_standardization_and_norm_come_together(built):
     assert set(behind) == {m for m in model.modules() if isinstance(m, BatchChannelNorm2d)}
 
 
-def test_trap_18_19_the_places_of_each_kind_of_model(built):
+def test_trap_18_19_the_places_of_each_kind_of_model(ours):
     """Backbone and every head that has a norm upstream; each place is asked by name."""
-    cfg, model = built
-    if not uses_ours(cfg):
-        pytest.skip('a config of another norm')
+    cfg, model = ours
     modules = {'backbone.conv1': (model.backbone.conv1, model.backbone.norm1)}
     if cfg.default_scope == 'mmdet':
         assert len(model.neck.lateral_convs) >= 3  # they keep conv_cfg when they lose the norm
