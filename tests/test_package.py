@@ -86,16 +86,8 @@ def test_import_and_use_with_torch_alone():
 # after `wsbcn_mm`: a module, or a package with all that is in it.
 LEVELS = {
     'openmmlab': 5,
-    'audit': 4, 'comparators': 4, 'convert': 4, 'diagnostics': 4, 'estimates': 4, 'fuse': 4,
-    'recalibration': 4, 'shapes': 4,
-    'audit': 4, 'comparators': 4, 'convert': 4, 'diagnostics': 4, 'fuse': 4, 'recalibration': 4,
-    'shapes': 4,
-    'convert': 4, 'fuse': 4, 'audit': 4, 'diagnostics': 4, 'shapes': 4,
-    'checkpoint_layouts': 4,
-    'layers': 3,
-    'convert': 4, 'fuse': 4, 'audit': 4, 'diagnostics': 4, 'shapes': 4,
     'audit': 4, 'checkpoint_layouts': 4, 'comparators': 4, 'convert': 4, 'diagnostics': 4,
-    'fuse': 4, 'recalibration': 4, 'shapes': 4,
+    'estimates': 4, 'fuse': 4, 'recalibration': 4, 'shapes': 4,
     'layers': 3, 'structure': 3,
     'functional': 2, 'recomputation': 2, 'weight_cache': 2,
     'backends': 1, 'distributed': 1, 'optimizer_steps': 1,
