@@ -169,6 +169,23 @@ def test_killed_while_a_checkpoint_is_written(tmp_path, monkeypatch, moment):
     assert [n for n in names(tmp_path) if 'epoch' in n] == ['epoch_2.pth']
 
 
+def test_killed_before_the_outdated_one_is_removed(tmp_path, monkeypatch):
+    """It does not stay for ever."""
+    hooks = dict(checkpoint=dict(type='AtomicCheckpointHook', interval=1, max_keep_ckpts=2))
+    runner = make_runner(tmp_path, epochs=4, default_hooks=hooks)
+
+    def killed(self, path):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr('mmengine.fileio.LocalBackend.remove', killed)
+        with pytest.raises(Killed):
+            runner.train()
+    assert [n for n in names(tmp_path) if 'epoch' in n] == [f'epoch_{i}.pth' for i in (1, 2, 3)]
+    make_runner(tmp_path, epochs=4, default_hooks=hooks, resume=True).train()
+    assert [n for n in names(tmp_path) if 'epoch' in n] == ['epoch_3.pth', 'epoch_4.pth']
+
+
 def test_mmengines_own_hook_loses_it(tmp_path, monkeypatch):
     """The trap that the hook is for; when this fails, mmengine has been repaired."""
     hooks = dict(checkpoint=dict(type='CheckpointHook', interval=1, max_keep_ckpts=1))

@@ -164,11 +164,18 @@ def test_auto_scale_lr_and_the_rate_follow_the_images_per_step(tmp_path):
     runner = make_runner(
         tmp_path, epochs=1, batch_size=2, auto_scale_lr=dict(enable=True, base_batch_size=8)
     )
+    (hook,) = (h for h in runner.hooks if type(h).__name__ == 'EstimatesHook')
+    hook.scale = 'images'
     runner.train()
     assert runner.optim_wrapper.get_lr()['lr'] == [0.0025]
     rates = runner.message_hub.get_scalar('train/bcn_rate').data[0]
     assert rates.tolist() == pytest.approx([1, 1 / 2, 1 / 3])
-    assert rate_of_step(0.01, 2, 10**6) == pytest.approx(0.0199)
+    again = make_runner(tmp_path / 'b', epochs=1, batch_size=2)
+    (hook,) = (h for h in again.hooks if type(h).__name__ == 'EstimatesHook')
+    hook.scale, hook.warmup = 'images', False
+    again.train()
+    rates = again.message_hub.get_scalar('train/bcn_rate').data[0]
+    assert rates.tolist() == pytest.approx([0.0199] * 3)
     assert runner.model.neck.momentum == 0.01  # the config's again
 
 
@@ -242,6 +249,8 @@ def test_precise_statistics_of_the_averaged_model(tmp_path):
 def test_hooks_say_what_they_cannot_do(tmp_path, caplog):
     with pytest.raises(ValueError, match="schedule must be one of 'constant', 'lr'"):
         HOOKS.build(dict(type='EstimatesHook', schedule='poly'))
+    with pytest.raises(ValueError, match="scale must be one of 'ranks', 'images', None"):
+        HOOKS.build(dict(type='EstimatesHook', scale=True))
     with pytest.raises(ValueError, match='interval must be at least 1'):
         HOOKS.build(dict(type='EstimatesHook', interval=0))
 

@@ -158,7 +158,8 @@ def test_trap_17_custom_imports_still_name_the_package(file):
 
 
 ALLOWED = dict(
-    norm_cfg={'type', 'requires_grad', 'num_groups', 'momentum', 'eps', 'affine', 'mode'},
+    norm_cfg={'type', 'requires_grad', 'num_groups', 'momentum', 'eps', 'affine', 'mode',
+              'sync'},
     conv_cfg={'type', 'eps', 'formula'},
 )
 

@@ -22,6 +22,7 @@ from wsbcn_mm.estimates import layers_of, rate_of_step, skipped_updates, synchro
 from wsbcn_mm.functional import check_choice
 
 SCHEDULES = ('constant', 'lr')
+SCALES = ('ranks', 'images', None)
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
@@ -37,8 +38,7 @@ class EstimatesHook(Hook):
     - Once per iteration, `wsbcn_mm.estimates.synchronize_estimates`: one all-reduce for all layers
       with ``sync='step'``. The running counters of their BatchNorms may differ between ranks.
     - Before each iteration, the rate (``momentum``) of every layer in estimate mode:
-      `wsbcn_mm.estimates.rate_of_step` of the rate in the config, which is then the weight of one
-      image. Logged as ``bcn_rate`` (of the first layer). Layers with ``momentum='cumulative'`` keep
+      `wsbcn_mm.estimates.rate_of_step` of the rate in the config. Logged as ``bcn_rate`` (of the first layer). Layers with ``momentum='cumulative'`` keep
       it.
     - Every ``interval`` iterations, before each checkpoint and at the end: a warning that names the
       layers whose updates were left out because they were not finite; each layer once.
@@ -49,21 +49,24 @@ class EstimatesHook(Hook):
         warmup: Average over all steps until the rate is reached; see `rate_of_step`. A layer counts
             its steps in the checkpoint (``num_batches_tracked``): resuming goes on, and statistics
             that were loaded with their counter stay.
-        scale: Multiply by the images per step, of all ranks where estimates are shared. False: the
-            rate of the config is that of a step.
+        scale: What the rate in the config is the rate of. ``'ranks'``: of a step of one rank; with
+            several that share their estimates it grows, so that the estimates remember as many
+            images as with one. ``'images'``: of a single image, whatever the batch size. None: of
+            the whole step.
         interval: Iterations between looks at what was left out; each waits for the device once.
 
     Raises:
-        ValueError: an unknown schedule, an interval below 1.
+        ValueError: an unknown schedule or scale, an interval below 1.
     """
 
     priority = 'HIGH'
 
     def __init__(
-        self, schedule: str = 'constant', warmup: bool = True, scale: bool = True,
+        self, schedule: str = 'constant', warmup: bool = True, scale: str | None = 'ranks',
         interval: int = 50,
     ) -> None:  # fmt: skip
         check_choice(schedule, SCHEDULES, 'schedule')
+        check_choice(scale, SCALES, 'scale')
         if interval < 1:
             raise ValueError(f'interval must be at least 1\n  got {interval!r}')
         self.schedule, self.warmup, self.scale = schedule, warmup, scale
@@ -81,7 +84,8 @@ class EstimatesHook(Hook):
         self._layers = []
         for layer in layers:
             if layer.mode == 'estimate' and layer.momentum != 'cumulative':
-                images = batch * (1 if layer.sync is None else world) if self.scale else 1
+                ranks = 1 if layer.sync is None else world
+                images = {'ranks': ranks, 'images': batch * ranks, None: 1}[self.scale]
                 seen = int(layer.bn.num_batches_tracked) if self.warmup else None
                 self._layers.append((layer, layer.momentum, images, seen))
         if not layers:

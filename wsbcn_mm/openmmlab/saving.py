@@ -81,15 +81,14 @@ class AtomicCheckpointHook(CheckpointHook):
             remove_leftovers(self.out_dir)
 
     def _save_checkpoint_with_step(self, runner, step: int, meta: dict) -> None:
+        outdated = None
         if self.max_keep_ckpts > 0 and (not self.keep_ckpt_ids or self.keep_ckpt_ids[-1] != step):
-            if len(self.keep_ckpt_ids) == self.max_keep_ckpts:
-                outdated = self.filename_tmpl.format(self.keep_ckpt_ids.popleft())
-            else:
-                outdated = None
-            self.keep_ckpt_ids.append(step)
-            runner.message_hub.update_info('keep_ckpt_ids', list(self.keep_ckpt_ids))
-        else:
-            outdated = None
+            # Saved with the outdated one: killed before that is removed, a resumed run removes it.
+            kept = [*self.keep_ckpt_ids, step]
+            runner.message_hub.update_info('keep_ckpt_ids', kept)
+            if len(kept) > self.max_keep_ckpts:
+                outdated = self.filename_tmpl.format(kept[0])
+            self.keep_ckpt_ids.append(step)  # forgets the first by itself
         name = self.filename_tmpl.format(step)
         self.last_ckpt = self.file_backend.join_path(self.out_dir, name)
         runner.message_hub.update_info('last_ckpt', self.last_ckpt)
