@@ -239,6 +239,23 @@ def test_compile_makes_one_graph(backend, compiler, mode):
     torch._dynamo.reset()
 
 
+def test_a_scheduled_rate_is_not_compiled_anew():
+    """As a 0-d tensor that is filled; a number that changes would be a new graph each time."""
+    torch._dynamo.reset()
+    plain, other = BatchChannelNorm2d(8, 2), BatchChannelNorm2d(8, 2)
+    rate = other.bn.momentum = torch.tensor(1.0, dtype=torch.float64)
+    compiled = torch.compile(other, fullgraph=True, backend='eager')
+    x = torch.randn(2, 8, 5, 5)
+    with backends.use_backend('eager'):
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for step in range(12):
+                plain.momentum = 1 / (step + 1)
+                rate.fill_(plain.momentum)
+                torch.testing.assert_close(compiled(x + step), plain(x + step))
+        torch.testing.assert_close(other.bn.running_var, plain.bn.running_var)
+    torch._dynamo.reset()
+
+
 # ----------------------------------------------------------------------------------------------
 # Size
 

@@ -91,6 +91,8 @@ def batch_channel_norm(
       channel has no variance: then the running statistics are used and left alone.
     - ``training=False``: the running statistics, left alone.
 
+    A channel whose new running statistics would not be finite keeps them (ours).
+
     Args:
         input: (N, C, *), floating point, any memory format (kept). N = 0 gives an empty result and
             touches nothing.

@@ -268,8 +268,10 @@ class BatchChannelNorm:
         """Counts an update; the weight of its observation."""
         bn = self.bn
         momentum = bn.momentum
-        if momentum is not None:
-            check_rate(momentum)  # may have been set on bn, past the setter
+        # May have been set on bn, past the setter. A 0-d tensor is what a schedule sets in compiled
+        # code, where every new number would be compiled anew.
+        if momentum is not None and not isinstance(momentum, Tensor):
+            check_rate(momentum)
         if updates:
             bn.num_batches_tracked.add_(1)
             if momentum is None:

@@ -11,6 +11,7 @@ evaluated and saved.
 
 import logging
 
+import torch
 from mmengine.dist import get_dist_info
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
@@ -38,8 +39,8 @@ class EstimatesHook(Hook):
     - Once per iteration, `wsbcn_mm.estimates.synchronize_estimates`: one all-reduce for all layers
       with ``sync='step'``. The running counters of their BatchNorms may differ between ranks.
     - Before each iteration, the rate (``momentum``) of every layer in estimate mode:
-      `wsbcn_mm.estimates.rate_of_step` of the rate in the config. Logged as ``bcn_rate`` (of the first layer). Layers with ``momentum='cumulative'`` keep
-      it.
+      `wsbcn_mm.estimates.rate_of_step` of the rate in the config. Logged as ``bcn_rate`` (of the
+      first layer). Layers with ``momentum='cumulative'`` keep it.
     - Every ``interval`` iterations, before each checkpoint and at the end: a warning that names the
       layers whose updates were left out because they were not finite; each layer once.
 
@@ -78,8 +79,8 @@ class EstimatesHook(Hook):
         self._model = _unwrapped(runner.model)
         layers = layers_of(self._model).values()
         self._start = runner.iter
-        loader = runner.train_dataloader
-        batch = getattr(loader, 'batch_size', None) or loader.batch_sampler.batch_size
+        compiled = bool(runner.cfg.get('compile'))
+        batch = self._images_per_rank(runner.train_dataloader) if self.scale == 'images' else 1
         world = get_dist_info()[1]
         self._layers = []
         for layer in layers:
@@ -88,11 +89,17 @@ class EstimatesHook(Hook):
                 images = {'ranks': ranks, 'images': batch * ranks, None: 1}[self.scale]
                 seen = int(layer.bn.num_batches_tracked) if self.warmup else None
                 self._layers.append((layer, layer.momentum, images, seen))
+                if compiled:  # a number that changes would be compiled anew each time
+                    layer.bn.momentum = torch.tensor(layer.momentum, dtype=torch.float64)
         if not layers:
             print_log(
                 'EstimatesHook: the model has no BatchChannelNorm layer', runner.logger,
                 logging.WARNING,
             )  # fmt: skip
+
+    @staticmethod
+    def _images_per_rank(loader) -> int:
+        return loader.batch_size or loader.batch_sampler.batch_size
 
     def before_train_iter(self, runner, batch_idx: int, data_batch=None) -> None:
         """Sets the rates of this step."""
@@ -103,9 +110,13 @@ class EstimatesHook(Hook):
             ratio = group['lr'] / group.get('initial_lr', group['lr'])
         for layer, rate, images, seen in self._layers:
             seen = None if seen is None else seen + done
-            layer.bn.momentum = rate_of_step(rate, images, seen, ratio)
+            rate = rate_of_step(rate, images, seen, ratio)
+            if isinstance(layer.bn.momentum, torch.Tensor):
+                layer.bn.momentum.fill_(rate)
+            else:
+                layer.bn.momentum = rate
         if self._layers:
-            rate = self._layers[0][0].bn.momentum
+            rate = float(self._layers[0][0].bn.momentum)
             runner.message_hub.update_scalar('train/bcn_rate', rate)
 
     def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:

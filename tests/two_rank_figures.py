@@ -1,0 +1,61 @@
+"""Prints how far two ranks with one image each are from one process with both images.
+
+``PYTHONPATH=. python tests/two_rank_figures.py``; the cases are those of test_distributed.py.
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import test_distributed as cases
+
+
+def run(rank, folder):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        'gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2
+    )
+    torch.save(cases.case_nets(rank), f'{folder}/{rank}.pt')
+    torch.distributed.destroy_process_group()
+
+
+def error(found, expected):
+    """Largest, relative to the largest value."""
+    return ((found - expected).abs().max() / expected.abs().max()).item()
+
+
+def main():
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(run, (folder,), nprocs=2)
+        ranks = [torch.load(f'{folder}/{i}.pt', weights_only=False) for i in (0, 1)]
+    print('| mode | dtype | outputs | gradient of x | weights | estimates | ranks equal |')
+    print('|---|---|---|---|---|---|---|')
+    for dtype in (torch.float64, torch.float32):
+        for mode in ('estimate', 'batch'):
+            net = cases.Net(mode, 'forward', dtype)
+            expected = cases.train(net, slice(None), 1, dtype)
+            first, second = (rank[f'forward/{mode}/{dtype}'] for rank in ranks)
+            errors = [
+                error(cases.interleaved(first[kind], second[kind]), expected[kind])
+                for kind in ('outputs', 'grad_x')
+            ]
+            for running in (False, True):
+                errors.append(max(
+                    error(first['state'][name], value)
+                    for name, value in expected['state'].items()
+                    if value.is_floating_point() and ('running' in name) == running
+                ))  # fmt: skip
+            same = all(
+                torch.equal(first['state'][name], second['state'][name])
+                for name in expected['state']
+            )
+            figures = ' | '.join(f'{value:.1e}' for value in errors)
+            print(f'| {mode} | {str(dtype)[6:]} | {figures} | {"yes" if same else "NO"} |')
+
+
+if __name__ == '__main__':
+    main()
