@@ -1,6 +1,6 @@
 # DeepLabV3 R101 with WS + BCN on VOC 2012 aug; four images at a time on one GPU, 16 per step.
 _base_ = [
-    '../_base_/models/deeplabv3_ws-bcn_4-images.py',
+    '../_base_/models/deeplabv3_ws-bcn.py',
     '../_base_/backbones/r101_ws-bcn.py',
     '../_base_/regimes/voc12aug_1xb4-accu4.py',
     '../_base_/schedules/50e.py',

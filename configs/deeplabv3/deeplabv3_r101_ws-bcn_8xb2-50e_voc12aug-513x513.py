@@ -1,6 +1,6 @@
 # DeepLabV3 R101 with WS + BCN on VOC 2012 aug; two images on each of 8 GPUs.
 _base_ = [
-    '../_base_/models/deeplabv3_ws-bcn_2-images.py',
+    '../_base_/models/deeplabv3_ws-bcn.py',
     '../_base_/backbones/r101_ws-bcn.py',
     '../_base_/regimes/voc12aug_8xb2.py',
     '../_base_/schedules/50e.py',

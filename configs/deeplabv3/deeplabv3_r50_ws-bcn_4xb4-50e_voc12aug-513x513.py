@@ -1,6 +1,6 @@
 # DeepLabV3 R50 with WS + BCN on VOC 2012 aug; four images on each of 4 GPUs.
 _base_ = [
-    '../_base_/models/deeplabv3_ws-bcn_4-images.py',
+    '../_base_/models/deeplabv3_ws-bcn.py',
     '../_base_/backbones/r50_ws-bcn.py',
     '../_base_/regimes/voc12aug_4xb4.py',
     '../_base_/schedules/50e.py',

@@ -1,6 +1,6 @@
 # Faster R-CNN R50-FPN with WS + BCN from scratch; two images per GPU.
 _base_ = [
-    '../_base_/models/faster-rcnn_fpn_ws-bcn_2-images.py',
+    '../_base_/models/faster-rcnn_fpn_ws-bcn.py',
     '../_base_/backbones/r50_scratch.py',
     '../_base_/regimes/coco-detection_4xb2.py',
     '../_base_/schedules/6x.py',

@@ -1,6 +1,6 @@
 # Mask R-CNN X50-32x4d-FPN with WS + BCN from scratch; two images per GPU.
 _base_ = [
-    '../_base_/models/mask-rcnn_fpn_ws-bcn_2-images.py',
+    '../_base_/models/mask-rcnn_fpn_ws-bcn.py',
     '../_base_/backbones/x50-32x4d_scratch.py',
     '../_base_/regimes/coco-instance_4xb2.py',
     '../_base_/schedules/6x.py',

@@ -1,6 +1,6 @@
 # RetinaNet R50-FPN with WS + BCN, in the head too; two images per GPU.
 _base_ = [
-    '../_base_/models/retinanet_fpn_ws-bcn_2-images.py',
+    '../_base_/models/retinanet_fpn_ws-bcn.py',
     '../_base_/backbones/r50_ws-bcn.py',
     '../_base_/regimes/coco-detection_4xb2.py',
     '../_base_/schedules/1x.py',

@@ -217,9 +217,10 @@ def test_norms_and_head(file):
         batch = norm == 'ws-bcn-sync'
         assert {m.mode for m in everywhere} == {'batch' if batch else 'estimate'}
         assert load(file).get('sync_bn') == ('torch' if batch else None)
-        # The memory of the estimates is counted in images.
-        rate = 0.1 if batch else 0.01 * name['images']
-        assert {m.momentum for m in everywhere} == {rate}
+        # The weight of one image, which the hook turns into that of a step.
+        assert {m.momentum for m in everywhere} == {0.1 if batch else 0.01}
+        if not batch:
+            assert [hook.type for hook in load(file).custom_hooks] == ['EstimatesHook']
 
 
 # ---- it runs -----------------------------------------------------------------------------------

@@ -1,7 +1,9 @@
 # ResNeXt-101 32x4d, pretrained with WS + GN by the authors and converted to WS + BCN (none with WS
 # + BCN is published): with their formula and, as in GN, a scale for every channel.
 #   python tools/model_converters/convert_checkpoint.py resnext101_32x4d_gn_ws.pth \
-#       -o checkpoints/resnext101_32x4d_ws-bcn.pth --from openmmlab-gn-ws --to bcn-ws
+#       -o checkpoints/resnext101_32x4d_gn.pth --from openmmlab-gn-ws --to bcn-ws
+#   python tools/model_converters/recalibrate.py CONFIG checkpoints/resnext101_32x4d_gn.pth \
+#       -o checkpoints/resnext101_32x4d_ws-bcn.pth --keep-function
 start = dict(
     backbone=dict(
         type='ResNeXt',
