@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from mmengine.config import Config
+from mmengine.registry import HOOKS
 from torch import Tensor, nn
 
 from wsbcn_mm.audit import LEVELS, Finding, audit_model
@@ -129,7 +130,6 @@ def _line(path: tuple | str, value: str) -> str:
     return f'{keys[0]} = {value}'
 
 
-BCN = "dict(_delete_=True, type='BCN', num_groups='auto')"
 
 
 def _with_config_line(finding: Finding, nodes: dict[str, Node]) -> Finding:
@@ -140,8 +140,11 @@ def _with_config_line(finding: Finding, nodes: dict[str, Node]) -> Finding:
         return finding
     if finding.code in ('batch-statistics', 'sync-bn-without-processes', 'frozen-bn'):
         if node.accepts('norm_cfg') or 'norm_cfg' in node.cfg:
-            fix = _line(f'{part}.norm_cfg', BCN) + '; tools/model_converters/convert_config.py '
-            return dataclasses.replace(finding, fix=fix + 'does it everywhere')
+            # What the base's norm_cfg holds would stay beside ours.
+            delete = '_delete_=True, ' if 'norm_cfg' in node.cfg else ''
+            fix = _line(f'{part}.norm_cfg', f"dict({delete}type='BCN', num_groups='auto')")
+            fix += '; tools/model_converters/convert_config.py does it everywhere'
+            return dataclasses.replace(finding, fix=fix)
         why = f'{finding.why}; {node.kind.__name__} takes no norm_cfg'
         fix = 'wsbcn_mm.convert.convert_model on the built model'
         return dataclasses.replace(finding, level='note', why=why, fix=fix)
@@ -281,7 +284,9 @@ def _unsynchronised(cfg: Config, model: nn.Module, processes: int) -> list[Findi
     step = [m for m in model.modules() if isinstance(m, BatchChannelNorm)
             and m.mode == 'estimate' and getattr(m, 'sync', 'step') != 'forward']  # fmt: skip
     hooks = cfg.get('custom_hooks') or []
-    if not step or processes == 1 or any(hook.get('type') == ESTIMATES_HOOK for hook in hooks):
+    if HOOKS.get(ESTIMATES_HOOK) is None or not step or processes == 1:
+        return []
+    if any(hook.get('type') == ESTIMATES_HOOK for hook in hooks):
         return []
     why = (
         f'the estimates of {len(step)} layers are never synchronised: each of {processes} '
