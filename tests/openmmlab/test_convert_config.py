@@ -10,7 +10,6 @@ import subprocess
 import sys
 
 from mmengine.config import Config
-from mmengine.registry import HOOKS
 
 from wsbcn_mm import BatchChannelNorm2d, WSConv2d
 from wsbcn_mm.openmmlab import probe
@@ -169,8 +168,7 @@ def test_options(tmp_path):
     rest = dict(optim_wrapper=optim, train_dataloader=dict(batch_size=4))
     source = tiny(tmp_path, retinanet(frozen_stages=1), 'tiny_8xb4.py', **rest)
     two = convert_config(source, images_per_gpu=2).cfg
-    if HOOKS.get('EstimatesHook') is not None:  # the rate by images per step
-        assert two.custom_hooks == [dict(type='EstimatesHook')]
+    assert two.custom_hooks == [dict(type='EstimatesHook')]  # the rate by images per step
     assert two.optim_wrapper.optimizer.lr == 0.01 and two.auto_scale_lr.base_batch_size == 16
     assert two.optim_wrapper.paramwise_cfg == dict(norm_decay_mult=0.0)
     kept = convert_config(source, keep_lr=True).cfg

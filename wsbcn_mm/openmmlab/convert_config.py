@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mmengine.config import Config, ConfigDict
-from mmengine.registry import HOOKS
 from torch import nn
 
 from wsbcn_mm import layers
@@ -144,8 +143,7 @@ def convert_config(
     _set_batch_size(result, images_per_gpu, keep_lr)
     _spare_norms_from_decay(result)
     hooks = list(result.cfg.get('custom_hooks') or [])
-    known = HOOKS.get(ESTIMATES_HOOK) is not None
-    if known and norm == 'BCN' and not any(hook.get('type') == ESTIMATES_HOOK for hook in hooks):
+    if norm == 'BCN' and not any(hook.get('type') == ESTIMATES_HOOK for hook in hooks):
         why = 'the same estimates on all ranks; their rate by images per step'
         _set(result, ('custom_hooks',), [*hooks, ConfigDict(type=ESTIMATES_HOOK)], why)
     imports = (result.cfg.get('custom_imports') or {}).get('imports') or []
