@@ -137,7 +137,7 @@ def small(cfg):
     'pattern',
     [
         'mask_rcnn/mask-rcnn_r50_fpn_ws-bcn_8xb1-scratch*', 'faster_rcnn/*_r50_fpn_ws-gn_*',
-        'retinanet/*_r50_fpn_ws-bcn_8xb1*', 'deeplabv3/*_r50_ws-bcn-sync_8xb2*',
+        'deeplabv3/*_r50_ws-bcn-sync_8xb2*',
     ],
 )  # fmt: skip
 def test_configs_of_every_kind(pattern):
@@ -158,7 +158,10 @@ def test_configs_of_every_kind(pattern):
 
 
 def test_retinanet_with_a_norm_per_level_keeps_its_norms():
-    """RetinaSepBN shares the towers' convolutions between levels that have norms of their own."""
+    """RetinaSepBN shares the towers' convolutions between levels that have norms of their own.
+
+    The RetinaNet configs of this repository use it.
+    """
     norm, conv = dict(type='BCN', num_groups=4), dict(type='WSConv2d')
     cfg = Config(dict(
         default_scope='mmdet',
@@ -380,15 +383,33 @@ def test_onnx(trained, tmp_path, opset):
             assert export.check_results(part, file) < 1e-4
 
 
-def test_onnx_of_a_model_that_is_not_folded_is_refused(tmp_path):
-    pytest.importorskip('onnxscript', reason="torch's exporter needs it")
-    from mmcv.cnn import ConvModule
-
-    module = nn.Sequential(ConvModule(3, 4, 3, conv_cfg=dict(type='ConvWS'))).eval()
-    part = inference.Part('image', module, torch.randn(1, 3, 8, 8), ['y'])
-    export.export_part(part, tmp_path / 'computed.onnx')
-    with pytest.raises(export.NotExportable, match='weight of .* is computed'):
-        export.check_graph(tmp_path / 'computed.onnx')
+@pytest.mark.parametrize('kind', ['computed', 'foreign', 'constant'])
+def test_graphs_that_are_refused(tmp_path, kind):
+    """A weight that is computed in the graph, as a WS convolution's; an operator of somebody."""
+    onnx = pytest.importorskip('onnx', reason='makes the graph')
+    make = onnx.helper
+    weight = onnx.numpy_helper.from_array(np.ones((2, 3, 1, 1), np.float32), 'w')
+    domain = 'some.company' if kind == 'foreign' else ''
+    nodes = [
+        make.make_node('Mul', ['w', 'w'], ['w2']),
+        make.make_node('Conv', ['x', 'w2' if kind == 'computed' else 'w'], ['z']),
+        make.make_node('Relu', ['z'], ['y'], domain=domain),
+    ]
+    ends = [
+        make.make_tensor_value_info(name, onnx.TensorProto.FLOAT, (1, channels, 4, 4))
+        for name, channels in (('x', 3), ('y', 2))
+    ]
+    graph = make.make_graph(nodes, 'g', ends[:1], ends[1:], [weight])
+    imports = [make.make_opsetid('', 18), make.make_opsetid('some.company', 1)]
+    onnx.save(make.make_model(graph, opset_imports=imports), str(tmp_path / 'a.onnx'))
+    if kind == 'constant':
+        assert export.check_graph(tmp_path / 'a.onnx') == dict(Mul=1, Conv=1, Relu=1)
+        return
+    words = (
+        'weight of z is computed' if kind == 'computed' else 'some.company::Relu is not standard'
+    )
+    with pytest.raises(export.NotExportable, match=words):
+        export.check_graph(tmp_path / 'a.onnx')
 
 
 def test_onnx_with_another_result_is_refused(trained, tmp_path):
@@ -441,10 +462,10 @@ def test_torch_export_and_trace(trained):
 @pytest.mark.parametrize('dtype, bound', [(torch.bfloat16, 0.15), (torch.float16, 0.03)])
 def test_half_precision(trained, dtype, bound):
     cfg, model, steps = trained
-    x = image_of(model, cfg)
-    expected = inference.tensor_parts(model, x)[0].module(x)
-    low = steps.apply(model).to(dtype)
-    found = inference.tensor_parts(low, x.to(dtype))[0].module(x.to(dtype))
+    part = inference.tensor_parts(steps.apply(model), image_of(model, cfg))[0]
+    with torch.no_grad():
+        expected = part.module(part.input)
+        found = part.module.to(dtype)(part.input.to(dtype))
     for got, want in zip(found, expected):
         assert got.dtype == dtype and got.isfinite().all()
         scale = want.abs().max()
