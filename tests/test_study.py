@@ -59,7 +59,7 @@ def test_smoke_grid(smoke):
     with_estimates = [r for r in found.values() if r['row'] != 'GN + WS']
     assert all('test_recalibrated' in r['metrics'] for r in with_estimates)
     # The rate of the estimates counts images.
-    norm = found['BCN-+-WS-(estimate)_n8_lr0.01_s0.json']['norm']
+    norm = found['bcn-ws-estimate_n8_lr0.01_s0.json']['norm']
     assert norm == dict(type='BCN', num_groups=2, momentum_per_image=0.01)
 
 
@@ -69,7 +69,7 @@ def test_what_is_finished_is_not_run_again(smoke):
     grid = grids.load(STUDY / 'grids/smoke.yaml')
     results = grids.Results(smoke)
     assert list(grids.missing_runs(grid, results)) == []
-    victim = next(smoke.glob('digits/BN_n2*s1.json'))
+    victim = next(smoke.glob('digits/bn_n2*s1.json'))
     text = victim.read_text()
     victim.unlink()
     (missing,) = grids.missing_runs(grid, results)
@@ -131,7 +131,7 @@ def test_unfinished_searches_and_divergence_are_shown(smoke, tmp_path):
     for name, record in records(smoke).items():
         if record['row'] == 'BN' and record['images_per_step'] == 8:
             continue
-        if name == 'GN-+-WS_n1_lr0.03_s0.json':
+        if name == 'gn-ws_n1_lr0.03_s0.json':
             record.update(diverged=True, metrics={})
         (tmp_path / 'digits' / name).write_text(json.dumps(record))
     study = make_report.Study(STUDY / 'grids/smoke.yaml', tmp_path)

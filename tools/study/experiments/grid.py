@@ -9,6 +9,7 @@ seed; the one with the best **validation** metric runs with the other seeds, and
 import fcntl
 import json
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,8 +104,9 @@ class Results:
 
     def path(self, run: dict) -> Path:
         """The file of a run."""
-        name = f'{run["row"]}_n{run["images_per_step"]}_lr{run["lr"]:g}_s{run["seed"]}.json'
-        return self.folder / run['task'] / name.replace(' ', '-')
+        row = re.sub('[^a-z0-9.]+', '-', run['row'].lower()).strip('-')
+        name = f'{row}_n{run["images_per_step"]}_lr{run["lr"]:g}_s{run["seed"]}.json'
+        return self.folder / run['task'] / name
 
     def get(self, run: dict) -> dict | None:
         """The record of a run, None if it has not finished.
