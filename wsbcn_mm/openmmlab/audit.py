@@ -86,6 +86,8 @@ def audit_built(
     nodes, findings = probe.nodes(cfg), []
     images = images_per_gpu or _images(cfg) or 1
     processes = gpus or _processes(cfg) or 1
+    if cfg.get('sync_bn') and processes > 1:  # the Runner converts after building
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     owner = {name: dotted(path) for name, path in probe.owners(model).items()}
     by_where = {node.where: node for node in nodes}
     for finding in audit_model(model, images, processes, part_of=owner.__getitem__):
@@ -250,9 +252,8 @@ def _learning_rate(cfg: Config, images: int, gpus: int | None) -> list[Finding]:
     if wanted is None or total is None:
         inherited = _unscaled_child(cfg, images, lr, base)
         return [inherited] if inherited else []
-    if base is not None:  # a name counts the images of one micro-step
-        total *= wrapper.get('accumulative_counts', 1)
-    if total == wanted:
+    # A base batch size is counted per step or per micro-step; mmengine itself does the latter.
+    if wanted in (total, total * wrapper.get('accumulative_counts', 1)):
         return []
     fix = _line('optim_wrapper.optimizer.lr', f'{lr * total / wanted:.6g}')
     fix += f' with auto_scale_lr = dict(base_batch_size={total}), or train with --auto-scale-lr'
