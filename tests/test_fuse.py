@@ -245,6 +245,46 @@ def test_norms_of_levels_behind_one_convolution_are_left():
     assert left_in(steps.apply(folded, plain=True)) == []
 
 
+class Levels(nn.Module):
+    """Modules that share a convolution and have norms of their own, as RetinaSepBN's levels."""
+
+    def __init__(self, conv):
+        super().__init__()
+        self.levels = nn.ModuleList(
+            nn.Sequential(conv, BatchChannelNorm2d(8, 2), nn.ReLU()) for _ in range(2)
+        )
+
+    def forward(self, levels):
+        return torch.cat([f(x).flatten(1) for f, x in zip(self.levels, levels)], 1)
+
+
+@pytest.mark.parametrize('kind', [nn.Conv2d, WSConv2d])
+def test_holders_of_a_shared_convolution_get_their_own(kind):
+    folded = check_fold(Levels(kind(4, 8, 3)), LEVELS, inputs=(LEVELS,))
+    assert folded.levels[0][0] is not folded.levels[1][0]
+    assert type(folded.levels[0][0]) is nn.Conv2d
+
+
+def test_a_shared_convolution_with_an_unseen_holder_is_not_split():
+    """Somebody else refers to it, and nobody knows which norm is behind it there."""
+    model = Levels(WSConv2d(4, 8, 3))
+    model.other = nn.ModuleList([model.levels[0][0]])
+    check_fold(model, LEVELS, ['levels.0.1', 'levels.1.1'], inputs=(LEVELS,))
+
+
+def test_a_holder_that_uses_the_output_otherwise_keeps_its_norm():
+    class Both(nn.Sequential):
+        def forward(self, x):
+            y = self[0](x)
+            return self[1](y) + y
+
+    model = Levels(WSConv2d(4, 8, 3))
+    model.levels[1] = Both(*model.levels[1])
+    folded = check_fold(model, LEVELS, ['levels.1.1'], inputs=(LEVELS,))
+    assert type(folded.levels[0][1]) is nn.GroupNorm
+    assert type(folded.levels[1][0]) is nn.Conv2d
+
+
 def test_plain_gives_the_same_without_a_layer_of_this_package():
     for affine in ('group', 'channel', None):
         norm = BatchChannelNorm2d(4, 2, eps=0.1, affine=affine)

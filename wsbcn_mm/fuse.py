@@ -38,12 +38,14 @@ Run = Callable[[nn.Module], object]
 class Fold:
     """One change: the convolutions become plain, and take in what is constant in the norm.
 
-    ``norm`` is None where Weight Standardization alone is folded. Names are those of
-    ``named_modules``.
+    ``norm`` is None where Weight Standardization alone is folded. ``shared``: other modules hold
+    the same convolution, with another norm behind it; the one that is named gets a convolution of
+    its own.
     """
 
     convs: tuple[str, ...]
     norm: str | None
+    shared: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,12 +73,16 @@ class Plan:
     def apply(self, model: nn.Module, plain: bool = False) -> nn.Module:
         """A folded copy of the model, in evaluation mode; see `fold`."""
         folded = _evaluating_copy(model)
-        new = {}
+        new, at_one_place = {}, {}
         for step in self.folds:
             norm = None if step.norm is None else folded.get_submodule(step.norm)
             for name in step.convs:
                 conv = folded.get_submodule(name)
-                new[conv] = _plain_conv(conv) if norm is None else _conv_with(conv, norm)
+                plain_conv = _plain_conv(conv) if norm is None else _conv_with(conv, norm)
+                if step.shared:
+                    at_one_place[name] = plain_conv
+                else:
+                    new[conv] = plain_conv
             if isinstance(norm, BatchChannelNorm):
                 new[norm] = _group_norm(norm)
             elif norm is not None:
@@ -86,7 +92,11 @@ class Plan:
                 layer = folded.get_submodule(name)
                 if isinstance(layer, BatchChannelNorm) and not _hooks(layer):
                     new[layer] = nn.Sequential(_batch_norm(layer), _group_norm(layer)).eval()
-        return _replace(folded, new)
+        folded = _replace(folded, new)
+        for name, conv in at_one_place.items():
+            holder, _, attribute = name.rpartition('.')
+            folded.get_submodule(holder)._modules[attribute] = conv
+        return folded
 
 
 def fold(
@@ -105,8 +115,9 @@ def fold(
 
     Modules keep their names, so code that refers to them goes on working. A layer that is used
     several times, or from several places, is folded once if it is followed by the same norm each
-    time. What cannot be folded exactly stays as it is, and a warning names it with the reason. The
-    arithmetic is float64, rounded once to the dtype of the weight.
+    time. Modules that share a convolution and have norms of their own (the levels of RetinaSepBN)
+    get convolutions of their own. What cannot be folded exactly stays as it is, and a warning names
+    it with the reason. The arithmetic is float64, rounded once to the dtype of the weight.
 
     Pairs are confirmed by running a copy of the model: on ``inputs``, or as ``run`` says. Parts
     that this does not reach (an auxiliary head), and with neither argument a model that does not
@@ -176,17 +187,16 @@ class _Evidence:
     """Who read the output of every convolution, collected over one run or more.
 
     Attributes:
-        readers: By convolution: one list per call, of the norms that got its output as input, and
-            of the names of operations that read it otherwise.
-        inputs: By norm: one entry per call, the convolution whose unchanged output came in, or
-            None.
+        calls: By convolution, what is known of every call.
+        inputs: By norm: one entry per call, the call of a convolution whose unchanged output came
+            in, or None.
         leaks: Layers whose parameters something outside of them read.
         failed: By module: why it could not be run on its own.
     """
 
     def __init__(self) -> None:
-        self.readers: dict[nn.Module, list[list]] = defaultdict(list)
-        self.inputs: dict[nn.Module, list[nn.Module | None]] = defaultdict(list)
+        self.calls: dict[nn.Module, list[_Call]] = defaultdict(list)
+        self.inputs: dict[nn.Module, list[_Call | None]] = defaultdict(list)
         self.leaks: set[nn.Module] = set()
         self.failed: dict[nn.Module, str] = {}
 
@@ -199,9 +209,9 @@ class _Evidence:
                 if isinstance(leaf, Tensor) and leaf in watch.outputs:
                     watch.outputs[leaf].readers.append(_ELSEWHERE)
         for call in watch.calls:
-            self.readers[call.conv].append(call.readers)
-        for norm, conv in watch.inputs:
-            self.inputs[norm].append(conv)
+            self.calls[call.conv].append(call)
+        for norm, call in watch.inputs:
+            self.inputs[norm].append(call)
         self.leaks |= watch.leaks
 
     def explore(self, module: nn.Module) -> None:
@@ -220,7 +230,7 @@ class _Evidence:
 
     def _is_open(self, module: nn.Module) -> bool:
         kind = (WeightStandardized, BatchChannelNorm)
-        return isinstance(module, kind) and not (module in self.readers or module in self.inputs)
+        return isinstance(module, kind) and not (module in self.calls or module in self.inputs)
 
 
 def _watched(module: nn.Module) -> bool:
@@ -243,9 +253,18 @@ def _guess_inputs(module: nn.Module) -> list[Tensor]:
 
 @dataclass
 class _Call:
-    """One call of a convolution: its output's version and who read it."""
+    """One call of a convolution.
+
+    Attributes:
+        conv: The convolution.
+        holder: The module that has it as a child; of several, the one that was running.
+        version: Of the output.
+        readers: The norms that got the output as input, and names of operations that read it
+            otherwise.
+    """
 
     conv: nn.Module
+    holder: nn.Module | None
     version: int
     readers: list
 
@@ -266,12 +285,19 @@ class _Watch(TorchDispatchMode):
         }  # the root keeps the parameters alive
         self.outputs: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self.calls: list[_Call] = []
-        self.inputs: list[tuple[nn.Module, nn.Module | None]] = []
+        self.inputs: list[tuple[nn.Module, _Call | None]] = []
         self.leaks: set[nn.Module] = set()
         self.active: list[nn.Module] = []
+        self.holders = _holders(root)
+        self.running: list[nn.Module] = []  # of the modules that hold a shared convolution
 
     def __enter__(self):
         self.hooks = []
+        for holder in {h for some in self.holders.values() if len(some) > 1 for h in some}:
+            self.hooks.append(
+                holder.register_forward_pre_hook(lambda m, args: self.running.append(m))
+            )
+            self.hooks.append(holder.register_forward_hook(lambda m, *_: self.running.remove(m)))
         for layer in self.layers:
             self.hooks.append(layer.register_forward_pre_hook(self._enter_layer, with_kwargs=True))
             self.hooks.append(layer.register_forward_hook(self._leave_layer))
@@ -304,15 +330,27 @@ class _Watch(TorchDispatchMode):
             if call is not None:
                 call.readers.append(layer)
             unchanged = call is not None and call.version == x._version
-            self.inputs.append((layer, call.conv if unchanged else None))
+            self.inputs.append((layer, call if unchanged else None))
         self.active.append(layer)
 
     def _leave_layer(self, layer: nn.Module, args: tuple, output: object) -> None:
         self.active.remove(layer)
         if isinstance(layer, _ConvNd) and isinstance(output, Tensor):
-            call = _Call(layer, output._version, [])
+            holders = self.holders.get(layer, [])
+            if len(holders) > 1:
+                holders = [m for m in reversed(self.running) if m in holders]
+            call = _Call(layer, holders[0] if holders else None, output._version, [])
             self.calls.append(call)
             self.outputs[output] = call
+
+
+def _holders(root: nn.Module) -> dict[nn.Module, list[nn.Module]]:
+    """The modules that have a convolution as a child, by convolution."""
+    found = defaultdict(list)
+    for module in root.modules():
+        for child in {c for c in module.children() if isinstance(c, _ConvNd)}:
+            found[child].append(module)
+    return found
 
 
 # ----------------------------------------------------------------------------------------------
@@ -321,20 +359,30 @@ class _Watch(TorchDispatchMode):
 
 def _decide(root: nn.Module, names: dict[nn.Module, str], evidence: _Evidence) -> Plan:
     fixed = _fixed(root, evidence)
+    holders = _holders(root)
     folds, left, done = [], {}, set()
     for norm, name in names.items():
         ours = isinstance(norm, BatchChannelNorm)
         if not ours and not (isinstance(norm, _BatchNorm) and norm in evidence.inputs):
             continue
-        convs = list(dict.fromkeys(evidence.inputs.get(norm, [])))
+        calls = evidence.inputs.get(norm, [])
+        convs = list(dict.fromkeys(call.conv for call in calls if call is not None))
         if not ours and not all(isinstance(conv, WeightStandardized) for conv in convs):
             continue  # not a layer of this package, nor behind one
-        reason = _why_not(norm, convs, names, evidence, fixed)
-        if reason is None:
+        reason = _why_not_at_all(norm, calls, convs, names, evidence, fixed)
+        whole = [_why_not_whole(norm, conv, names, evidence) for conv in convs]
+        if reason is None and not any(whole):
             folds.append(Fold(tuple(names[conv] for conv in convs), name))
             done.update(convs)
+        elif reason is None and all(_splits(norm, c, evidence, holders) for c in convs):
+            places = dict.fromkeys((call.conv, call.holder) for call in calls)
+            paths = (
+                f'{names[holder]}.{attribute}'.lstrip('.') for conv, holder in places
+                for attribute, child in holder.named_children() if child is conv
+            )  # fmt: skip
+            folds.append(Fold(tuple(paths), name, shared=True))
         elif ours:
-            left[name] = reason
+            left[name] = reason or next(filter(None, whole))
     for conv, name in names.items():
         if isinstance(conv, WeightStandardized) and conv not in done:
             if conv in fixed:
@@ -344,33 +392,54 @@ def _decide(root: nn.Module, names: dict[nn.Module, str], evidence: _Evidence) -
     return Plan(tuple(folds), left)
 
 
-def _why_not(
-    norm: nn.Module, convs: list, names: dict, evidence: _Evidence, fixed: dict
+def _why_not_at_all(
+    norm: nn.Module, calls: list, convs: list, names: dict, evidence: _Evidence, fixed: dict
 ) -> str | None:
-    """Why a norm cannot be folded into the convolutions in front of it; None: it can."""
+    """Why a norm cannot be folded into the convolutions in front of it, whoever else uses them."""
     if norm in fixed:
         return fixed[norm]
-    if not convs:
+    if not calls:
         failed = '; '.join(f'{names[m] or "the model"}: {why}' for m, why in evidence.failed.items()
                            if norm in set(m.modules()))  # fmt: skip
         return f'no run reached it ({failed})' if failed else 'no run reached it'
-    if None in convs:
+    if None in calls:
         return 'its input is not the output of a convolution (or not each time, or was changed)'
     if isinstance(norm, _BatchNorm) and norm.running_mean is None:
         return 'it uses the statistics of its input in evaluation, too'
     for conv in convs:
         if conv in fixed:
             return f'{names[conv]} cannot be replaced: {fixed[conv]}'
-        for readers in evidence.readers[conv]:
-            others = [r for r in readers if r is not norm]
-            if others or readers != [norm]:
-                other = others[0] if others else 'nothing' if not readers else 'the same norm again'
-                other = names.get(other, other) if isinstance(other, nn.Module) else other
-                return f'the output of {names[conv]} also goes to {other}'
         if not _is_linear_in_its_weight(conv):
             kind = type(conv).__name__
             return f'{names[conv]}, a {kind}, computes with something else than its weight'
     return None
+
+
+def _why_not_whole(
+    norm: nn.Module, conv: nn.Module, names: dict, evidence: _Evidence
+) -> str | None:
+    """Where an output of the convolution goes, if not to the norm alone."""
+    for call in evidence.calls[conv]:
+        if call.readers != [norm]:
+            others = [r for r in call.readers if r is not norm]
+            other = others[0] if others else 'nothing' if not call.readers else 'it a second time'
+            other = names.get(other, other) if isinstance(other, nn.Module) else other
+            return f'the output of {names[conv]} also goes to {other}'
+    return None
+
+
+def _splits(norm: nn.Module, conv: nn.Module, evidence: _Evidence, holders: dict) -> bool:
+    """Whether the holders of a shared convolution may get convolutions of their own.
+
+    All of them were seen to run it, and those that use the norm put nothing else behind it.
+    """
+    calls = evidence.calls[conv]
+    mine = {call.holder for call in calls if norm in call.readers}
+    return (
+        {call.holder for call in calls} == set(holders[conv])
+        and len(mine) < len(holders[conv])
+        and all(call.readers == [norm] for call in calls if call.holder in mine)
+    )
 
 
 def _fixed(root: nn.Module, evidence: _Evidence) -> dict[nn.Module, str]:

@@ -4,6 +4,7 @@ A graph is accepted when it has standard operators only, when the weight of ever
 constant (a computed one is refused by TensorRT) and when onnxruntime gives what torch gives.
 """
 
+import copy
 import json
 import warnings
 from pathlib import Path
@@ -11,15 +12,53 @@ from pathlib import Path
 import numpy as np
 import torch
 from mmengine.config import Config
-from torch import nn
+from torch import Tensor, nn
 
 from wsbcn_mm.openmmlab.inference import Part
 
 CONVS = ('Conv', 'ConvTranspose')
+GROUP_NORM_OPSET = 21  # the first with GroupNormalization as torch defines it
 
 
 class NotExportable(ValueError):
     """A graph that does not hold what it must."""
+
+
+class _GroupNormInMeans(nn.Module):
+    """GroupNorm of a (N, C, H, W) map with a mean per axis.
+
+    One mean over a long row in float32, which is what onnxruntime's InstanceNormalization takes,
+    loses a digit on large maps.
+    """
+
+    def __init__(self, norm: nn.GroupNorm) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm, shape = self.norm, x.shape
+        x = x.unflatten(1, (norm.num_groups, -1))
+        x = x - self._mean(x)
+        x = x * (self._mean(x * x) + norm.eps).rsqrt()
+        x = x.reshape(shape)
+        if norm.weight is None:
+            return x
+        return x * norm.weight.view(-1, 1, 1) + norm.bias.view(-1, 1, 1)
+
+    def _mean(self, x: Tensor) -> Tensor:
+        return x.mean(4, keepdim=True).mean(3, keepdim=True).mean(2, keepdim=True)
+
+
+def _exportable(module: nn.Module, opset: int) -> nn.Module:
+    """A copy for the exporter."""
+    module = copy.deepcopy(module)
+    if opset < GROUP_NORM_OPSET:
+        for holder in list(module.modules()):
+            for name, child in list(holder.named_children()):
+                if type(child) is nn.GroupNorm:
+                    setattr(holder, name, _GroupNormInMeans(child))
+    module.eval()
+    return module
 
 
 def export_part(
@@ -34,8 +73,9 @@ def export_part(
     Args:
         part: From `wsbcn_mm.openmmlab.inference.tensor_parts`, of a folded model.
         path: The file.
-        opset: 18: GroupNorm is written with InstanceNormalization, which every runtime has; 21 and
-            later: as GroupNormalization.
+        opset: Below 21 a GroupNorm is written out in means, which every runtime has, and which
+            onnxruntime computes as exactly as torch; from 21 on it is one GroupNormalization,
+            ten times less exact there.
         dynamic: Leave batch size, height and width open. The number of RoIs always is.
         metadata: Written into the file, values as JSON; how to prepare an image, names of classes.
     """
@@ -52,7 +92,7 @@ def export_part(
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter('ignore')  # of torch about itself
         program = torch.onnx.export(
-            part.module.eval(), (x,), dynamo=True, opset_version=opset, verbose=False,
+            _exportable(part.module, opset), (x,), dynamo=True, opset_version=opset, verbose=False,
             input_names=[part.input_name], output_names=part.outputs, dynamic_shapes=shapes,
         )  # fmt: skip
     proto = program.model_proto

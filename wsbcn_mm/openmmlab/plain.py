@@ -211,6 +211,12 @@ def load_plain(plain: nn.Module, model: nn.Module, plan: Plan) -> None:
             'stock layers can stand for a BCN behind a convolution only\n  '
             + '\n  '.join(f'{name}: {reason}' for name, reason in left.items())
         )
+    shared = [name for step in plan.folds if step.shared for name in step.convs]
+    if shared:
+        raise CannotBePlain(
+            'stock modules that share a convolution share the batch stage behind it, too; these '
+            f'have norms of their own\n  {", ".join(shared[:4])}, ...'
+        )
     behind = {conv: norms[f.norm] for f in plan.folds if f.norm in norms for conv in f.convs}
     state = {}
     for name, module in model.named_modules():
