@@ -164,15 +164,13 @@ def test_auto_scale_lr_and_the_rate_follow_the_images_per_step(tmp_path):
     runner = make_runner(
         tmp_path, epochs=1, batch_size=2, auto_scale_lr=dict(enable=True, base_batch_size=8)
     )
-    (hook,) = (h for h in runner.hooks if type(h).__name__ == 'EstimatesHook')
-    hook.scale = 'images'
     runner.train()
     assert runner.optim_wrapper.get_lr()['lr'] == [0.0025]
     rates = runner.message_hub.get_scalar('train/bcn_rate').data[0]
     assert rates.tolist() == pytest.approx([1, 1 / 2, 1 / 3])
     again = make_runner(tmp_path / 'b', epochs=1, batch_size=2)
     (hook,) = (h for h in again.hooks if type(h).__name__ == 'EstimatesHook')
-    hook.scale, hook.warmup = 'images', False
+    hook.warmup = False
     again.train()
     rates = again.message_hub.get_scalar('train/bcn_rate').data[0]
     assert rates.tolist() == pytest.approx([0.0199] * 3)

@@ -50,10 +50,10 @@ class EstimatesHook(Hook):
         warmup: Average over all steps until the rate is reached; see `rate_of_step`. A layer counts
             its steps in the checkpoint (``num_batches_tracked``): resuming goes on, and statistics
             that were loaded with their counter stay.
-        scale: What the rate in the config is the rate of. ``'ranks'``: of a step of one rank; with
-            several that share their estimates it grows, so that the estimates remember as many
-            images as with one. ``'images'``: of a single image, whatever the batch size. None: of
-            the whole step.
+        scale: What the rate in the config is the weight of. ``'images'``: of a single image; a step
+            with several, of all ranks where they share their estimates, has a larger rate, so that
+            as many images are remembered. ``'ranks'``: of a step of one rank. None: of the whole
+            step.
         interval: Iterations between looks at what was left out; each waits for the device once.
 
     Raises:
@@ -63,7 +63,7 @@ class EstimatesHook(Hook):
     priority = 'HIGH'
 
     def __init__(
-        self, schedule: str = 'constant', warmup: bool = True, scale: str | None = 'ranks',
+        self, schedule: str = 'constant', warmup: bool = True, scale: str | None = 'images',
         interval: int = 50,
     ) -> None:  # fmt: skip
         check_choice(schedule, SCHEDULES, 'schedule')

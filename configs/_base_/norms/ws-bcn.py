@@ -2,6 +2,6 @@
 # normalised place of a model gets.
 norm = dict(type='BCN', num_groups=32)
 conv = dict(type='WSConv2d')
-# The same estimates on all ranks; their rate, above the weight of one image, follows the images of a
-# step. See wsbcn_mm/openmmlab/hooks.py.
+# The same estimates on all ranks; their rate, above the weight of one image, follows the images of
+# a step. See wsbcn_mm/openmmlab/hooks.py.
 custom_hooks = [dict(type='EstimatesHook')]
