@@ -134,7 +134,7 @@ def test_training_goes_on_from_a_converted_model(monkeypatch):
         # Not equal to the last digit: a training step takes its own batch into the estimates first.
         assert first['bcn'] == pytest.approx(first['gn'], rel=0.02)
         layer = new.backbone.layer4[0].norm3
-        assert layer.bn.num_batches_tracked == 8
+        assert layer.bn.num_batches_tracked == 2 + 8  # two images measured, eight steps
 
 
 # ---- every layout fills its backbone -----------------------------------------------------------

@@ -133,6 +133,9 @@ def test_the_tool_keeps_the_function_of_a_backbone_and_its_model(root, folder, m
 
     torch.save(dict(meta=dict(formula='var_eps'), state_dict=backbone), 'c.pth')
     assert "formula 'var_eps'" in tool(root, root / QUICK, 'c.pth', '-n', '1')
+    torch.save(dict(meta=dict(affine='channel'), state_dict=backbone), 'c.pth')
+    message = tool(root, root / QUICK, 'c.pth', '-n', '1')
+    assert "norm_cfg=dict(type='BCN', affine='channel')" in message
     assert not (folder / 'c_recalibrated.pth').exists()
 
 

@@ -52,9 +52,9 @@ def run(args: argparse.Namespace) -> None:
     from wsbcn_mm.openmmlab import config, files, launch, recalibration
     from wsbcn_mm.openmmlab.checkpoint import (
         CheckpointMismatch,
-        formulas_unlike,
         missing_tensors,
         read_checkpoint,
+        settings_unlike,
         state_dict_of,
     )
 
@@ -73,17 +73,19 @@ def run(args: argparse.Namespace) -> None:
         part.pop('init_cfg', None)
         part.pop('pretrained', None)
     model = MODELS.build(cfg.model).to(recalibration.device())
-    missing, total = missing_tensors(model, state)
-    backbone = bool(missing) and missing_tensors(model.backbone, state)[0] == []
+    # A converted ImageNet file has the keys of a backbone alone.
+    backbone = hasattr(model, 'backbone') and not any(k.startswith('backbone.') for k in state)
     target = model.backbone if backbone else model
-    if missing and not backbone:
+    unlike = settings_unlike(target, checkpoint)
+    if unlike:
+        raise CheckpointMismatch(unlike)
+    missing, total = missing_tensors(target, state)
+    if missing:
         raise CheckpointMismatch(
             f'{args.checkpoint} does not fill {len(missing)} of the {total} conv and norm tensors '
-            f'of {args.config}\n  first missing: {", ".join(missing[:4])}'
+            f'of {"the backbone of " * backbone}{args.config}\n'
+            f'  first missing: {", ".join(missing[:4])}'
         )
-    formulas = formulas_unlike(target, checkpoint)
-    if formulas:
-        raise CheckpointMismatch(formulas)
     load_state_dict(target, state, strict=False, logger='silent')
     batches = recalibration.loader(dataset, args.num_images, args.batch_size)
     done = recalibration.recalibrate_model(

@@ -16,7 +16,7 @@ from mmengine.registry import HOOKS, WEIGHT_INITIALIZERS
 from mmengine.runner.checkpoint import CheckpointLoader, load_state_dict
 from torch import Tensor, nn
 
-from wsbcn_mm.layers import WeightStandardized
+from wsbcn_mm.layers import BatchChannelNorm, WeightStandardized
 
 CONVS = (nn.modules.conv._ConvNd,)
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
@@ -45,26 +45,33 @@ def missing_tensors(model: nn.Module, state_dict: dict[str, Tensor]) -> tuple[li
     return [name for name, shape in wanted.items() if shapes.get(name) != shape], len(wanted)
 
 
-def formulas_unlike(model: nn.Module, checkpoint: dict) -> str | None:
-    """What is wrong where a checkpoint records another WS formula than the model computes.
+def settings_unlike(model: nn.Module, checkpoint: dict) -> str | None:
+    """What is wrong where a checkpoint records other settings than the layers of the model have.
 
     Args:
         model: The model.
-        checkpoint: Its ``meta`` may hold ``formula``, as our converter writes it.
+        checkpoint: Its ``meta`` may hold ``formula`` and ``affine``, as our converter writes them.
 
     Returns:
-        One sentence with the config line that mends it; None where all is well or nothing is known.
+        A sentence with the config line that mends it; None where all is well or nothing is known.
     """
     meta = checkpoint.get('meta')
-    formula = meta.get('formula') if isinstance(meta, dict) else None
-    others = {m.formula for m in model.modules() if isinstance(m, WeightStandardized)} - {formula}
-    if formula is None or not others:
+    if not isinstance(meta, dict):
         return None
-    return (
-        f'the checkpoint was trained with the WS formula {formula!r}, layers of this model compute '
-        f'{", ".join(map(repr, sorted(others)))}\n'
-        f'  set conv_cfg=dict(type=\'WSConv2d\', formula={formula!r})'
-    )
+    found = []
+    for name, kind, layer, place in (
+        ('formula', WeightStandardized, 'WSConv2d', 'conv_cfg'),
+        ('affine', BatchChannelNorm, 'BCN', 'norm_cfg'),
+    ):
+        wanted = meta.get(name)
+        others = {getattr(m, name) for m in model.modules() if isinstance(m, kind)} - {wanted}
+        if wanted is not None and others:
+            found.append(
+                f'the checkpoint is for {name} {wanted!r}, layers of this model have '
+                f'{", ".join(sorted(map(repr, others)))}\n'
+                f'  set {place}=dict(type={layer!r}, {name}={wanted!r})'
+            )
+    return '\n'.join(found) or None
 
 
 def read_checkpoint(path: str | Path) -> dict:
@@ -157,8 +164,8 @@ def _problems(model: nn.Module, state: dict[str, Tensor], checkpoint: dict) -> l
             + ', '.join(missing[:4])
             + '\n  is it the checkpoint of another config (other norm, other layers)?'
         )
-    formulas = formulas_unlike(model, checkpoint)
-    return problems + [formulas] if formulas else problems
+    unlike = settings_unlike(model, checkpoint)
+    return problems + [unlike] if unlike else problems
 
 
 @WEIGHT_INITIALIZERS.register_module(name='Pretrained', force=True)
