@@ -182,10 +182,8 @@ class _Part:
 
 def _convert_layers(result: Conversion, norm: str, conv: str) -> list[Node]:
     """Sets norm_cfg and conv_cfg; returns the nodes that changed."""
-    parts = _parts(result, conv)
-    if not parts:
-        why = '; '.join(result.left) or 'no part of it takes a BN, SyncBN or GN'
-        raise NothingToConvert(f'nothing to convert: {why}')
+    nodes = probe.nodes(result.cfg)
+    parts = _parts(result, nodes, conv)
     for part in parts:
         _set(result, part.norm_path, _new_norm(part, norm))
         if part.standardize:
@@ -200,33 +198,43 @@ def _convert_layers(result: Conversion, norm: str, conv: str) -> list[Node]:
             part.why_not = f'its conv_cfg also reaches {bare[part.node.path]}, without a norm'
     if bare:
         model = probe.build(result.cfg)
-    _convert_after_building(result, parts, model, norm, conv)
-    return [part.node for part in parts]
+    rest = _convert_after_building(result, parts, nodes, model, norm, conv)
+    changed = [node for node in nodes if node.path in rest | {part.node.path for part in parts}]
+    if not changed:
+        why = '; '.join(result.left) or 'no part of it holds a BN, SyncBN or GN that BCN replaces'
+        raise NothingToConvert(f'nothing to convert: {why}')
+    return changed
 
 
 def _convert_after_building(
-    result: Conversion, parts: list[_Part], model: nn.Module, norm: str, conv: str
-) -> None:
-    """What norm_cfg and conv_cfg cannot say: the part is built, then its layers are replaced."""
-    why = {}
+    result: Conversion, parts: list[_Part], nodes: list[Node], model: nn.Module, norm: str,
+    conv: str,
+) -> set[tuple]:  # fmt: skip
+    """What norm_cfg and conv_cfg cannot say: the part is built, then its layers are replaced.
+
+    Returns the paths of the nodes where this was done.
+    """
+    why_not = {part.node.path: part.why_not for part in parts}
     fixed, plain = _fixed_norms(model), _plain_convs(model) if conv != 'none' else {}
-    for part in parts:
-        path = part.node.path
+    done = set()
+    for node in nodes:
+        path = node.path
         if path in fixed:
-            why[path] = f'its {fixed[path]} is a BatchNorm whatever norm_cfg says'
-        elif path in plain:
-            reason = part.why_not or f'no conv_cfg reaches its {plain[path]}'
-            why[path] = reason
-    for path, reason in why.items():
-        node = next(p.node for p in parts if p.node.path == path)
+            reason = f'its {fixed[path]} is a BatchNorm whatever the config says'
+        elif path in plain and path in why_not:
+            reason = why_not[path] or f'no conv_cfg reaches its {plain[path]}'
+        else:
+            continue
         if norm != 'BCN' or len(path) < 2 or not isinstance(node.cfg['type'], str):
             result.left.append(f'{node.where}: {reason}')
             continue
+        done.add(path)
         kind = node.cfg['type']
         _set(result, (*path, 'type'), 'Converted', f'{reason}; replaced after building')
         _set(result, (*path, 'kind'), kind)
         if conv == 'none':
             _set(result, (*path, 'convert'), dict(standardize=False))
+    return done
 
 
 def _plain_convs(model: nn.Module) -> dict[tuple, str]:
@@ -257,8 +265,7 @@ def _fixed_norms(model: nn.Module) -> dict[tuple, str]:
     return found
 
 
-def _parts(result: Conversion, conv: str) -> list[_Part]:
-    nodes = probe.nodes(result.cfg)
+def _parts(result: Conversion, nodes: list[Node], conv: str) -> list[_Part]:
     try:
         model = probe.build(result.cfg)
     except Exception as error:
