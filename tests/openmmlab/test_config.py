@@ -24,6 +24,12 @@ def test_load_config_reads_and_overrides(file):
     assert (cfg.lr, cfg.model.backbone.depth) == (0.1, 101)
 
 
+def test_load_config_wants_a_model(file):
+    file.write_text('lr = 0.1\n')
+    with pytest.raises(ValueError, match=f'{file.name} has no model'):
+        config.load_config(str(file))
+
+
 def test_load_config_names_files_that_may_have_been_meant(file):
     with pytest.raises(FileNotFoundError) as error:
         config.load_config(str(file.with_name('mask_rcnn_tiny.py')))

@@ -33,6 +33,7 @@ def load_config(path: str, options: dict | None = None) -> Config:
     Raises:
         FileNotFoundError: no such file; the message names files with a similar name.
         ImportError: the config's scope needs a package that is missing or too old.
+        ValueError: it is not a model's config.
     """
     path, _ = find_config(path)
     compat.require('mmengine', 'mmcv')
@@ -42,6 +43,11 @@ def load_config(path: str, options: dict | None = None) -> Config:
     package = PACKAGE_OF_SCOPE.get(cfg.get('default_scope'))
     if package is not None:
         compat.require(package)
+    if not isinstance(cfg.get('model'), dict):
+        raise ValueError(
+            f'{path} has no model: no top-level `model = dict(type=...)`\n'
+            '  is it a file of _base_ parts, or of a dataset?'
+        )
     return cfg
 
 
