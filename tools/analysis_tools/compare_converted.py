@@ -19,9 +19,9 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('source', nargs='+', help='mmdet::... or mmseg::... names')
     parser.add_argument('--data', nargs='+', required=True, help='a data folder per source')
-    parser.add_argument('-n', '--iterations', type=int, default=400)
+    parser.add_argument('-n', '--iterations', type=int, default=400, help='0: plot what is there')
     parser.add_argument('-o', '--out', default='work_dirs/compare_converted', help='folder')
-    parser.add_argument('--plot', help='PNG to draw; alone: from the losses that are there')
+    parser.add_argument('--plot', help='PNG to draw')
     parser.add_argument('--size', type=int, default=160, help='pixels of an image')
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--only', choices=['original', 'converted'], help='train this one alone')
@@ -66,7 +66,7 @@ def segmentation_data(root: str, size: int) -> tuple[dict, int]:
 
 def configure(source: str, data: str, kind: str, args: argparse.Namespace):
     """The config of one run."""
-    from wsbcn_mm.openmmlab.convert_config import convert_config
+    from wsbcn_mm.openmmlab.convert_config import ESTIMATES_HOOK, convert_config
 
     conversion = convert_config(source)
     cfg = conversion.cfg
@@ -90,8 +90,9 @@ def configure(source: str, data: str, kind: str, args: argparse.Namespace):
         dict(type='LinearLR', start_factor=0.02, by_epoch=False, begin=0, end=50)
     ]
     cfg.optim_wrapper.clip_grad = dict(max_norm=35)
-    cfg.default_hooks = dict(logger=dict(type='LoggerHook', interval=20), checkpoint=None)
-    cfg.custom_hooks = []
+    cfg.default_hooks = dict(logger=dict(type='LoggerHook', interval=10), checkpoint=None)
+    # Those of the source (EMA, switches of pipelines) are for its own schedule.
+    cfg.custom_hooks = [] if kind == 'original' else [dict(type=ESTIMATES_HOOK)]
     cfg.log_processor = dict(by_epoch=False)
     cfg.randomness = dict(seed=args.seed)
     cfg.work_dir = str(Path(args.out) / f'{Path(source).stem}_{kind}')
@@ -120,29 +121,12 @@ def set_classes(value: object, classes: int) -> None:
             set_classes(item, classes)
 
 
-def train(cfg) -> list[float]:
-    """Trains; the loss of every iteration."""
-    from mmengine.hooks import Hook
-    from mmengine.runner import Runner
-
-    losses = []
-
-    class Record(Hook):
-        def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
-            losses.append(float(outputs['loss']))
-
-    runner = Runner.from_cfg(cfg)
-    runner.register_hook(Record())
-    runner.train()
-    return losses
-
-
-def smooth(values: list[float], window: int = 20) -> list[float]:
-    """Mean over the last values."""
-    return [
-        sum(values[max(0, i + 1 - window) : i + 1]) / min(i + 1, window)
-        for i in range(len(values))
-    ]
+def losses_of(work_dir: Path) -> tuple[list[int], list[float]]:
+    """Iterations and losses that the latest run in a folder logged; each is a mean over ten."""
+    logs = sorted(work_dir.glob('*/vis_data/scalars.json'))
+    lines = [json.loads(line) for line in logs[-1].read_text().splitlines()] if logs else []
+    lines = [line for line in lines if 'loss' in line]
+    return [line['step'] for line in lines], [line['loss'] for line in lines]
 
 
 def plot(out: Path, sources: list[str], file: str) -> None:
@@ -157,11 +141,8 @@ def plot(out: Path, sources: list[str], file: str) -> None:
         for kind, label, color in (
             ('original', 'as shipped (BN)', 'tab:gray'), ('converted', 'converted (WS + BCN)', 'C0')
         ):  # fmt: skip
-            path = out / f'{Path(source).stem}_{kind}.json'
-            if path.is_file():
-                losses = json.loads(path.read_text())
-                axis.plot(losses, color=color, alpha=0.15, linewidth=0.7)
-                axis.plot(smooth(losses), color=color, label=label)
+            steps, losses = losses_of(out / f'{Path(source).stem}_{kind}')
+            axis.plot(steps, losses, color=color, label=label)
         axis.set(title=source, xlabel='iteration, one image each', ylabel='training loss')
         axis.title.set_fontsize(9)
         axis.grid(alpha=0.3)
@@ -175,19 +156,17 @@ def main() -> None:
     args = parse_args()
     if len(args.data) != len(args.source):
         sys.exit('error: --data needs a folder per source')
+    from mmengine.runner import Runner
+
     out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
     for source, data in zip(args.source, args.data):
         for kind in ('original', 'converted') if args.only is None else (args.only,):
-            file = out / f'{Path(source).stem}_{kind}.json'
-            if not file.is_file():
-                losses = train(configure(source, data, kind, args))
-                file.write_text(json.dumps(losses))
-            losses = json.loads(file.read_text())
-            first, last = losses[:20], losses[-50:]
-            print(f'{source} {kind}: loss of the first 20 iterations '
-                  f'{sum(first) / len(first):.3f}, of the last 50 {sum(last) / len(last):.3f} '
-                  f'({len(losses)} iterations, seed {args.seed})')  # fmt: skip
+            if args.iterations:
+                Runner.from_cfg(configure(source, data, kind, args)).train()
+            steps, losses = losses_of(out / f'{Path(source).stem}_{kind}')
+            if steps:
+                print(f'{source} {kind}: loss {losses[0]:.3f} at iteration {steps[0]}, '
+                      f'{losses[-1]:.3f} at {steps[-1]} (seed {args.seed})')  # fmt: skip
     if args.plot:
         plot(out, args.source, args.plot)
 

@@ -42,6 +42,17 @@ def read(path: Path) -> dict[str, dict]:
     return records
 
 
+def family_by_family(names: list[str]) -> list[str]:
+    """The first of each folder, then the second of each: a part of the sweep has seen them all."""
+    seen = Counter()
+    rank = {}
+    for name in names:
+        folder = name.rpartition('/')[0]
+        rank[name] = seen[folder]
+        seen[folder] += 1
+    return sorted(names, key=lambda name: rank[name])
+
+
 def jobs(records: dict[str, dict], names: list[str], forward: bool, again: list[str]) -> list[str]:
     """What is still to be done."""
     if not forward:
@@ -61,6 +72,7 @@ def main() -> None:
     from wsbcn_mm.openmmlab.sweep import Worker, upstream_configs
 
     names = [n for p in args.packages for n in upstream_configs(p) if args.match in n]
+    names = family_by_family(names)
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     todo = jobs(read(out), names, args.forward, args.again)
