@@ -96,7 +96,7 @@ def test_the_sweep_goes_on_where_it_was_killed(tool, tmp_path):
 
 
 def test_the_table_counts(tool):
-    base = dict(reason='', left=[], clean=True, findings=[], layers={})
+    base = dict(reason='', left=[], clean=True, findings=[], layers={}, read_back=True)
     records = {
         'mmdet::a/1.py': dict(base, outcome='converted', model='x', forward='whole', bare=[]),
         'mmdet::a/2.py': dict(base, outcome='failed', reason='ValueError: a | b'),

@@ -22,6 +22,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('-o', '--out', default='work_dirs/sweep.jsonl', help='JSON lines')
     parser.add_argument('--packages', nargs='+', default=['mmdet', 'mmseg'])
     parser.add_argument('--forward', action='store_true', help='run every different network once')
+    parser.add_argument('--no-write', action='store_true', help='do not write and read back: faster')
     parser.add_argument('--match', default='', help='only configs with this in their name')
     parser.add_argument('--timeout', type=float, default=120, help='seconds per config')
     parser.add_argument('--seconds', type=float, default=float('inf'), help='stop after so many')
@@ -85,9 +86,8 @@ def main() -> None:
             if time.monotonic() > end:
                 print(f'stopped after {args.seconds:.0f} s: run again to go on')
                 break
-            record = worker.examine(
-                name, args.forward, Path(folder) / 'converted.py', args.timeout
-            )
+            written = None if args.no_write else Path(folder) / 'converted.py'
+            record = worker.examine(name, args.forward, written, args.timeout)
             file.write(json.dumps(record) + '\n')
             file.flush()
             print(f'{i + 1}/{len(todo)} {name}: {record["outcome"]} {record["reason"][:80]}')
@@ -121,8 +121,8 @@ def report(records: dict[str, dict], total: int) -> str:
         + (', '.join(f'{n} {kind}' for kind, n in kinds.most_common()) or 'none') + '.',
         f'- WS convolutions that the run saw without a norm behind them: '
         f'{sum(len(r["bare"]) for r in run.values())}.',
-        f'- Written and read back to the same config: {len(converted)} of {len(converted)} '
-        '(a config that is not would count as failed).',
+        f'- Written and read back, {sum(r["read_back"] for r in converted)} of them: always the '
+        'same config (one that is not would count as failed).',
         '', '## Why', '',
         '| package | outcome | reason | configs |', '|---|---|---|--:|',
     ]  # fmt: skip
@@ -156,8 +156,8 @@ INTRODUCTION = """\
 
 `tools/analysis_tools/sweep_upstream.py` takes every config that the installed mmdet 3.3.0 and
 mmsegmentation 1.2.2 ship outside of `_base_`, converts it
-(`tools/model_converters/convert_config.py`), builds the converted model, audits it, writes the
-config and reads it back. {done} of {total} configs are in this table.
+(`tools/model_converters/convert_config.py`), builds the converted model and audits it; most were
+also written and read back. {done} of {total} configs are in this table.
 
 - **converted**: BN, SyncBN and GN are BCN, the convolutions before them WSConv2d.
 - **without WS**: parts with deformable convolutions: the converter refuses them with a clear error

@@ -57,7 +57,7 @@ def examine(source: str, forward: bool = True, written: Path | None = None) -> d
     Returns:
         ``config``, ``outcome`` (see `OUTCOMES`), ``reason``, ``seconds``; for a converted one also
         ``layers`` (numbers of BCN, WS, remaining BN and plain conv -> norm pairs), ``left``,
-        ``findings`` of the audit, ``forward`` (what ran, or why nothing did) and ``bare`` (WS
+        ``findings`` of the audit, ``read_back`` (was it written), ``forward`` (what ran, or why nothing did) and ``bare`` (WS
         convolutions that were seen, in the run, to have no norm behind them).
     """
     start = time.perf_counter()
@@ -106,7 +106,7 @@ def _examine(source: str, forward: bool, written: Path | None) -> dict:
     record = dict(
         outcome=outcome, reason=reason, layers=_count(model), left=conversion.left,
         findings=[f'{f.level} {f.code} {f.where}' for f in findings],
-        clean=not has_problems(findings), model=_fingerprint(cfg),
+        clean=not has_problems(findings), model=_fingerprint(cfg), read_back=written is not None,
     )  # fmt: skip
     if forward:
         record.update(run_once(model, cfg))
