@@ -22,7 +22,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('-o', '--out', default='work_dirs/sweep.jsonl', help='JSON lines')
     parser.add_argument('--packages', nargs='+', default=['mmdet', 'mmseg'])
     parser.add_argument('--forward', action='store_true', help='run every different network once')
-    parser.add_argument('--no-write', action='store_true', help='do not write and read back: faster')
+    parser.add_argument('--no-write', action='store_true', help='do not write and read back')
     parser.add_argument('--match', default='', help='only configs with this in their name')
     parser.add_argument('--timeout', type=float, default=120, help='seconds per config')
     parser.add_argument('--seconds', type=float, default=float('inf'), help='stop after so many')

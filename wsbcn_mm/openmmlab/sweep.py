@@ -57,8 +57,8 @@ def examine(source: str, forward: bool = True, written: Path | None = None) -> d
     Returns:
         ``config``, ``outcome`` (see `OUTCOMES`), ``reason``, ``seconds``; for a converted one also
         ``layers`` (numbers of BCN, WS, remaining BN and plain conv -> norm pairs), ``left``,
-        ``findings`` of the audit, ``read_back`` (was it written), ``forward`` (what ran, or why nothing did) and ``bare`` (WS
-        convolutions that were seen, in the run, to have no norm behind them).
+        ``findings`` of the audit, ``read_back`` (was it written), ``forward`` (what ran, or why
+        nothing did) and ``bare`` (WS convolutions that the run saw without a norm behind them).
     """
     start = time.perf_counter()
     record = dict(config=source, outcome='failed', reason='')
