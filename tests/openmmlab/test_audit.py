@@ -118,6 +118,13 @@ def test_groups_that_do_not_divide(tmp_path):
     mends(finding.fix, tmp_path, source, 'groups')
 
 
+def test_models_that_cannot_be_built(tmp_path):
+    model = retinanet(**GOOD)
+    model['neck']['type'] = 'NoSuchNeck'
+    with pytest.raises(ValueError, match='(?s)cannot be built here.*NoSuchNeck'):
+        audit(write(tmp_path, model))
+
+
 def test_learning_rate_of_another_batch(tmp_path):
     source = write(tmp_path, auto_scale_lr=dict(enable=False, base_batch_size=16))
     finding = found(source)['learning-rate']

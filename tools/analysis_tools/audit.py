@@ -28,7 +28,7 @@ def main() -> None:
         from wsbcn_mm.openmmlab.audit import audit
 
         findings = audit(args.source, args.images_per_gpu, args.gpus)
-    except (ValueError, TypeError, ImportError, FileNotFoundError) as error:
+    except (ValueError, TypeError, ImportError, FileNotFoundError, SyntaxError) as error:
         print(f'error: {error}', file=sys.stderr)
         sys.exit(2)
     for finding in findings:

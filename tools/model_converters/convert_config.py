@@ -33,7 +33,7 @@ def main() -> None:
         )
         if args.out is not None:
             convert_config.write_config(conversion, args.out)
-    except (ValueError, TypeError, ImportError, FileNotFoundError) as error:
+    except (ValueError, TypeError, ImportError, FileNotFoundError, SyntaxError) as error:
         sys.exit(f'error: {error}')
     print(conversion)
     print(f'written: {args.out}' if args.out else 'nothing written: give -o FILE')

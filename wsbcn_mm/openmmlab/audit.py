@@ -23,7 +23,7 @@ from wsbcn_mm.layers import BatchChannelNorm, WeightStandardized
 from wsbcn_mm.openmmlab import probe
 from wsbcn_mm.openmmlab.config import find_config
 from wsbcn_mm.openmmlab.convert_config import ESTIMATES_HOOK
-from wsbcn_mm.openmmlab.probe import Node, dotted
+from wsbcn_mm.openmmlab.probe import CannotBuild, Node, dotted
 
 
 def audit(
@@ -42,7 +42,8 @@ def audit(
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a config without a model, or a checkpoint that cannot be read.
+        ValueError: a config without a model or with one that cannot be built, a checkpoint that
+            cannot be read.
     """
     if not isinstance(source, Config) and Path(source).suffix in ('.pth', '.pt', '.tar'):
         return audit_checkpoint(source)
@@ -69,7 +70,7 @@ def audit_config(
     findings = []
     try:
         model = probe.build(cfg)
-    except ValueError as error:
+    except CannotBuild as error:
         if 'num_groups' not in str(error):
             raise
         # Mended in this copy, so that the model can be built and the rest be found.

@@ -23,7 +23,7 @@ from wsbcn_mm import layers
 from wsbcn_mm.functional import auto_groups
 from wsbcn_mm.openmmlab import probe
 from wsbcn_mm.openmmlab.config import find_config
-from wsbcn_mm.openmmlab.probe import Node, dotted
+from wsbcn_mm.openmmlab.probe import CannotBuild, Node, dotted
 from wsbcn_mm.structure import followers, standardizable
 
 # The norms that BCN takes the place of, and its name for that number of axes.
@@ -42,10 +42,6 @@ ESTIMATES_HOOK = 'EstimatesHook'  # same estimates on all ranks, their rate by i
 
 class NothingToConvert(ValueError):
     """The config has no convolution with a BatchNorm or GroupNorm behind it."""
-
-
-class CannotBuild(ValueError):
-    """The config as it is cannot be built here: a package, a file or a download is missing."""
 
 
 class UnsupportedConfig(ValueError):
@@ -189,7 +185,7 @@ def _convert_layers(result: Conversion, norm: str, conv: str) -> list[Node]:
         if part.standardize:
             _set_conv(result, part)
     # Only a build shows which convolutions a conv_cfg reaches, and which norms no norm_cfg does.
-    model = probe.build(result.cfg)
+    model = _build_converted(result)
     bare = _bare_convs(model)
     for part in parts:
         if part.standardize and part.node.path in bare:
@@ -197,13 +193,20 @@ def _convert_layers(result: Conversion, norm: str, conv: str) -> list[Node]:
             _unset_conv(result, part)
             part.why_not = f'its conv_cfg also reaches {bare[part.node.path]}, without a norm'
     if bare:
-        model = probe.build(result.cfg)
+        model = _build_converted(result)
     rest = _convert_after_building(result, parts, nodes, model, norm, conv)
     changed = [node for node in nodes if node.path in rest | {part.node.path for part in parts}]
     if not changed:
         why = '; '.join(result.left) or 'no part of it holds a BN, SyncBN or GN that BCN replaces'
         raise NothingToConvert(f'nothing to convert: {why}')
     return changed
+
+
+def _build_converted(result: Conversion) -> nn.Module:
+    try:
+        return probe.build(result.cfg)
+    except CannotBuild as error:  # the original could be built
+        raise RuntimeError(f'the conversion broke the config: {error}') from error
 
 
 def _convert_after_building(
@@ -266,14 +269,7 @@ def _fixed_norms(model: nn.Module) -> dict[tuple, str]:
 
 
 def _parts(result: Conversion, nodes: list[Node], conv: str) -> list[_Part]:
-    try:
-        model = probe.build(result.cfg)
-    except Exception as error:
-        first = (str(error).strip().splitlines() or [''])[0]
-        raise CannotBuild(
-            'the model of the config, as it is, cannot be built here\n'
-            f'  {type(error).__name__}: {first}'
-        ) from error
+    model = probe.build(result.cfg)
     owner = probe.owners(model)
     modules = dict(model.named_modules(remove_duplicate=False))
     widths: dict[tuple, set[int]] = {}

@@ -132,14 +132,30 @@ class _Tagged(str):
     path: tuple
 
 
+class CannotBuild(ValueError):
+    """The model of a config cannot be built here; the cause is what its constructors raised."""
+
+
 def build(cfg: Config) -> nn.Module:
     """Builds the model without initialising its weights.
 
     Every module that was built from a node of the config has the node's path as ``config_path``.
 
     Raises:
-        Whatever the host's constructors raise.
+        CannotBuild: a constructor raised: a package, a file or a download is missing, or an
+            argument is wrong.
     """
+    try:
+        return _build(cfg)
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [''])[0]
+        raise CannotBuild(
+            f'the model of {cfg.filename or "the config"} cannot be built here\n'
+            f'  {type(error).__name__}: {first}'
+        ) from error
+
+
+def _build(cfg: Config) -> nn.Module:
     register_hosts(cfg)
     model = _tag(cfg.model, ('model',))
     original = Registry.build

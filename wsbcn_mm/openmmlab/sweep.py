@@ -89,7 +89,7 @@ def _examine(source: str, forward: bool, written: Path | None) -> dict:
     except convert_config.UnsupportedConfig as error:
         outcome, reason = 'without WS', _first_line(error)
         conversion = convert_config.convert_config(source, conv='none')
-    except convert_config.CannotBuild as error:
+    except probe.CannotBuild as error:
         raise Upstream from error.__cause__
     except convert_config.NothingToConvert:
         raise
