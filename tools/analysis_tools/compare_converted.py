@@ -83,7 +83,9 @@ def configure(source: str, data: str, kind: str, args: argparse.Namespace):
     for name in ('val', 'test'):
         for key in ('cfg', 'dataloader', 'evaluator'):
             cfg[f'{name}_{key}'] = None
-    if not detection:
+    if detection:
+        cfg.model.data_preprocessor.pad_size_divisor = 32
+    else:
         cfg.model.data_preprocessor.size = (args.size, args.size)
     cfg.train_cfg = dict(type='IterBasedTrainLoop', max_iters=args.iterations)
     cfg.param_scheduler = [
