@@ -94,7 +94,7 @@ def build(config: str, variant: str, shape: tuple[int, int]) -> tuple[nn.Module,
     from mmengine.logging import MMLogger
 
     from wsbcn_mm import fold
-    from wsbcn_mm.openmmlab import inference
+    from wsbcn_mm.openmmlab import inference, plain
     from wsbcn_mm.openmmlab.config import load_config
 
     MMLogger.get_current_instance().setLevel('WARNING')  # it writes to stdout
@@ -102,7 +102,10 @@ def build(config: str, variant: str, shape: tuple[int, int]) -> tuple[nn.Module,
     if VARIANTS[variant] is not None:
         replace_layers(cfg.model, *VARIANTS[variant])
     torch.manual_seed(0)
-    network = Network(inference.build_model(cfg)).requires_grad_(False)
+    plain.drop_pretrained(cfg.model)
+    model = inference.build_model(cfg)
+    model.init_weights()  # as a training begins: torch's own start is ill-conditioned
+    network = Network(model).requires_grad_(False)
     network.eval()
     image = torch.randn(1, 3, *shape, generator=torch.Generator().manual_seed(0))
     if 'folded' in variant:

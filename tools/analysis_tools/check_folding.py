@@ -120,7 +120,8 @@ def main() -> None:
     checked = [done[name] for name in args.configs]
     for key in BOUNDS:
         errors = [r[key] for r in checked if key in r]
-        print(f'{key}: {len(errors)} configs, largest relative error {max(errors):.2g}')
+        if errors:
+            print(f'{key}: {len(errors)} configs, largest relative error {max(errors):.2g}')
     if off:
         sys.exit('too large:\n  ' + '\n  '.join(off))
 

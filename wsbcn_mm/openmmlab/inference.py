@@ -253,12 +253,8 @@ def _image_function(model: nn.Module) -> Callable:
 
 
 def _segment(model: nn.Module, x: Tensor) -> dict:
-    scores = model._forward(x)
-    align = model.align_corners
-    size = x.shape[2:]
-    return dict(
-        scores=nn.functional.interpolate(scores, size, mode='bilinear', align_corners=align)
-    )
+    metas = [dict(img_shape=x.shape[2:])] * x.shape[0]
+    return dict(scores=model.encode_decode(x, metas))
 
 
 def _features(model: nn.Module, x: Tensor) -> dict:

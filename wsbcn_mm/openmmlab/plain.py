@@ -54,8 +54,7 @@ def plain_config(cfg: Config, model: nn.Module) -> Config:
     """
     plain = copy.deepcopy(cfg)
     _replace_layers(plain.model, model)
-    plain.model.pop('pretrained', None)
-    _drop_pretrained(plain.model)
+    drop_pretrained(plain.model)
     plain.load_from, plain.resume = None, False
     for key in ('custom_imports', 'custom_hooks'):
         plain.pop(key, None)
@@ -164,7 +163,9 @@ def _plain_conv_cfg(conv_cfg: dict) -> dict | None:
     return ConfigDict(type=kind or 'Conv2d', **rest) if kind or rest else None
 
 
-def _drop_pretrained(model: dict) -> None:
+def drop_pretrained(model: dict) -> None:
+    """Removes from a model's config where weights would be loaded from; changes it in place."""
+    model.pop('pretrained', None)
     for part in _dicts(model):
         init = part.get('init_cfg')
         if isinstance(init, dict) and init.get('type') == 'Pretrained':
