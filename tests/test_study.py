@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -150,6 +151,16 @@ def test_tables_and_plots_regenerate_from_the_committed_records(tmp_path):
     pictures = {p.name for p in committed.glob('*.png')}
     assert {'metric.png', 'loss.png', 'trace_digits.png'} <= pictures
     assert pictures == {p.name for p in tmp_path.glob('*.png')}
+
+
+def test_the_document_quotes_the_tables():
+    text = (ROOT / 'docs/study.md').read_text()
+    quoted = re.findall('<!-- from tables.md -->(.*?)<!-- end -->', text, re.S)
+    assert quoted
+    made = set((ROOT / 'docs/study/tables.md').read_text().splitlines())
+    for block in quoted:
+        rows = [line for line in block.splitlines() if line.startswith('|')]
+        assert len(rows) > 2 and set(rows) <= made
 
 
 def test_no_records_is_said_in_a_line(tmp_path):
