@@ -125,6 +125,24 @@ def test_every_row_builds_and_trains_a_step_of_segmentation():
         assert loss.isfinite(), row
 
 
+@pytest.mark.parametrize('row', ['GN', 'BCN + WS (estimate)'])
+def test_the_detector_gets_the_norm_everywhere(row):
+    from experiments import detection
+    from experiments import grid as grids
+    from mmdet.registry import MODELS
+
+    grid = grids.load(STUDY / 'grids/study.yaml')
+    run = grids.spec(grid, grids.Cell('nuclei', row, 2), 0.01, 1)
+    run.update(dataset='shapes_instances', arguments=dict(root='nowhere/', images=40))
+    cfg = detection.config(run)
+    assert cfg.train_cfg['max_iters'] == 20 and cfg.train_dataloader.batch_size == 2
+    assert cfg.optim_wrapper.optimizer['lr'] == 0.02 and cfg.randomness['seed'] == 1
+    kinds = [type(m).__name__ for m in MODELS.build(cfg.model).modules()]
+    used, other = ('GroupNorm', 'BatchChannelNorm2d')[:: 1 if row == 'GN' else -1]
+    assert kinds.count(used) == 31 and kinds.count(other) == 0
+    assert kinds.count('WSConv2d') == (0 if row == 'GN' else 31)
+
+
 def test_unfinished_searches_and_divergence_are_shown(smoke, tmp_path):
     import make_report
 

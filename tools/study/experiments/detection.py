@@ -56,7 +56,8 @@ class Recorder(Hook):
 def config(run: dict) -> Config:
     """The config of a run; the task's ``arguments`` are ``root`` and ``val_images``."""
     cfg = load_config(str(CONFIG))
-    norm, conv = loop.norm_config(run['norm'], run['images_per_step']), run['conv']
+    # The config's EstimatesHook makes the rate of an image that of a step.
+    norm, conv = loop.norm_config(run['norm'], 1), run['conv']
     model, heads = cfg.model, cfg.model.roi_head
     for part in (model.backbone, model.neck, heads.bbox_head, heads.mask_head):
         part.norm_cfg, part.conv_cfg = copy.deepcopy(norm), copy.deepcopy(conv)
