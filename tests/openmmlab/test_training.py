@@ -83,7 +83,7 @@ def make_runner(work_dir, epochs=2, model=None, hooks=(), data=None, batch_size=
         train_cfg=dict(by_epoch=True, max_epochs=epochs),
         **{'optim_wrapper': dict(optimizer=dict(type='SGD', lr=0.01, momentum=0.9)), **kwargs},
         param_scheduler=dict(type='MultiStepLR', milestones=[5]),
-        custom_hooks=[dict(type='EstimatesHook'), *hooks],
+        custom_hooks=[dict(type='EstimatesHook', warmup=True), *hooks],
         default_hooks=dict(checkpoint=dict(type='AtomicCheckpointHook')),
         experiment_name=f'training_{next(_numbers)}', log_level='ERROR',
         randomness=dict(seed=0),
@@ -273,6 +273,15 @@ def test_rate_of_step_is_a_memory_in_images():
         rate_of_step(1.5)
     with pytest.raises(ValueError, match='images must be at least 1'):
         rate_of_step(0.1, 0)
+
+
+def test_the_rate_of_the_config_is_the_default(tmp_path):
+    runner = make_runner(tmp_path, epochs=1)
+    runner._hooks = [h for h in runner.hooks if type(h).__name__ != 'EstimatesHook']
+    runner.register_hook(dict(type='EstimatesHook'))
+    runner.train()
+    rates = runner.message_hub.get_scalar('train/bcn_rate').data[0]
+    assert rates.tolist() == pytest.approx([0.01] * 6)
 
 
 def test_the_rate_follows_the_learning_rate(tmp_path):

@@ -47,7 +47,8 @@ class EstimatesHook(Hook):
     Args:
         schedule: ``'constant'``, or ``'lr'``: the rate follows the learning rate (of the first
             parameter group, by its initial value).
-        warmup: Average over all steps until the rate is reached; see `rate_of_step`. A layer counts
+        warmup: Average over all steps until the rate is reached; see `rate_of_step`. It made no
+            difference where we measured it (docs/reliability.md), and is off. A layer counts
             its steps in the checkpoint (``num_batches_tracked``): resuming goes on, and statistics
             that were loaded with their counter stay.
         scale: What the rate in the config is the weight of. ``'images'``: of a single image; a step
@@ -63,7 +64,7 @@ class EstimatesHook(Hook):
     priority = 'HIGH'
 
     def __init__(
-        self, schedule: str = 'constant', warmup: bool = True, scale: str | None = 'images',
+        self, schedule: str = 'constant', warmup: bool = False, scale: str | None = 'images',
         interval: int = 50,
     ) -> None:  # fmt: skip
         check_choice(schedule, SCHEDULES, 'schedule')
