@@ -11,6 +11,7 @@ import hashlib
 import importlib
 import json
 import multiprocessing
+import re
 import time
 import warnings
 from pathlib import Path
@@ -122,7 +123,8 @@ def _upstream(error: BaseException) -> dict:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [''])[0][:200]
+    line = ' '.join((str(error).strip().splitlines() or [''])[0].split())
+    return re.sub(r'/\S*/site-packages/', '', line)[:200]  # not where this machine keeps them
 
 
 def _count(model: nn.Module) -> dict[str, int]:
