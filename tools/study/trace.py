@@ -124,11 +124,12 @@ def main(arguments: list[str] | None = None) -> None:
                 continue
             cell = grids.Cell(args.task, row, args.images_per_step)
             run = grids.spec(grid, cell, args.lr, args.seed)
-            rows[row] = trace(tasks.make(run['dataset'], run['arguments']), run, args.points)
+            found = trace(tasks.make(run['dataset'], run['arguments']), run, args.points)
+            rows = {**finished_rows(out, settings), row: found}  # another process may have written
             record = loop.plain(dict(settings, rows=rows))
             out.parent.mkdir(parents=True, exist_ok=True)
             out.write_text(json.dumps(record, separators=(',', ':')) + '\n')
-            print(f'{row}: {len(rows[row]["step"])} points', flush=True)
+            print(f'{row}: {len(found["step"])} points', flush=True)
     except (ValueError, ImportError, FileNotFoundError) as error:
         sys.exit(f'error: {error}')
 
