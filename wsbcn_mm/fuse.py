@@ -117,7 +117,8 @@ def fold(
     several times, or from several places, is folded once if it is followed by the same norm each
     time. Modules that share a convolution and have norms of their own (the levels of RetinaSepBN)
     get convolutions of their own. What cannot be folded exactly stays as it is, and a warning names
-    it with the reason. The arithmetic is float64, rounded once to the dtype of the weight.
+    it with the reason. Standardized weights are the layer's own; the scale and shift of a norm are
+    applied to them in float64, and the result is rounded once to the dtype of the weight.
 
     Pairs are confirmed by running a copy of the model: on ``inputs``, or as ``run`` says. Parts
     that this does not reach (an auxiliary head), and with neither argument a model that does not
@@ -513,10 +514,12 @@ def _affine_of(norm: nn.Module) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
 
 
 def _plain_conv(conv: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """The convolution without Weight Standardization; computed in float64."""
-    plain = copy.deepcopy(conv).double()
-    if isinstance(conv, WeightStandardized):
-        plain = plain.to_plain()
+    """The convolution without Weight Standardization.
+
+    Its weight is the one the layer itself computes: networks without trained statistics enlarge the
+    rounding of another one a thousand times.
+    """
+    plain = conv.to_plain() if isinstance(conv, WeightStandardized) else copy.deepcopy(conv)
     plain.requires_grad_(conv.weight.requires_grad)
     return _like(plain.to(dtype or conv.weight.dtype), conv)
 
