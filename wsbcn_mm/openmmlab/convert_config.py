@@ -478,12 +478,12 @@ def _set_batch_size(result: Conversion, images: int, keep_lr: bool) -> None:
 
 
 def _number_of_gpus(result: Conversion, batch_size: int) -> int | None:
-    """From auto_scale_lr, else from a file name such as ``..._4xb2-...``."""
-    base = (result.cfg.get('auto_scale_lr') or {}).get('base_batch_size')
-    if isinstance(base, int) and base % batch_size == 0:
-        return base // batch_size
+    """From a file name such as ``..._4xb2-...``, else from auto_scale_lr."""
     named = re.search(r'_(\d+)xb\d+', Path(result.source or '').stem)
-    return int(named[1]) if named else None
+    if named:
+        return int(named[1])
+    base = (result.cfg.get('auto_scale_lr') or {}).get('base_batch_size')
+    return base // batch_size if isinstance(base, int) and base % batch_size == 0 else None
 
 
 def _scale_rates(result: Conversion, factor: float, rule: str) -> None:
