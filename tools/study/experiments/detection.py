@@ -76,9 +76,8 @@ def config(run: dict) -> Config:
     steps = arguments['images'] // count
     cfg.train_cfg = dict(type='IterBasedTrainLoop', max_iters=steps, val_interval=steps)
     cfg.train_dataloader.sampler = dict(type='InfiniteSampler', shuffle=True, seed=run['seed'])
-    cfg.optim_wrapper.optimizer = dict(
-        type='SGD', lr=run['lr'] * count, momentum=0.9, weight_decay=run['weight_decay']
-    )
+    # AdamW as in the config: with SGD this many steps detect nothing at all.
+    cfg.optim_wrapper.optimizer.update(lr=run['lr'] * count, weight_decay=run['weight_decay'])
     warm_up = max(1, int(loop.WARM_UP * steps))
     cfg.param_scheduler = [
         dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=warm_up),

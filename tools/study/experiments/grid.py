@@ -152,13 +152,15 @@ def best_lr(grid: dict, results: Results, cell: Cell) -> float | None:
 def missing_runs(grid: dict, results: Results) -> Iterator[dict]:
     """The runs that are still to do, in order; the answers follow what is finished meanwhile."""
     for cell in cells(grid):
-        for lr in grid['tasks'][cell.task]['lrs']:
-            run = spec(grid, search_cell(grid, cell), lr, seeds(grid, cell.task)[0])
-            if results.get(run) is None:
-                yield run
+        searched = search_cell(grid, cell)
+        if searched == cell or searched not in cells(grid):
+            for lr in grid['tasks'][cell.task]['lrs']:
+                run = spec(grid, searched, lr, seeds(grid, cell.task)[0])
+                if results.get(run) is None:
+                    yield run
         lr = best_lr(grid, results, cell)
         if lr is None:
-            continue  # another process still runs part of the search
+            continue  # the search is still to do, or another process does it
         for seed in seeds(grid, cell.task):
             run = spec(grid, cell, lr, seed)
             if results.get(run) is None:
