@@ -215,7 +215,7 @@ def plot_metric(study: Study, target: Path) -> None:
         metric = next(r for c in study.of(task) for r in study.records(c))['metric']
         axis.set(xlabel='images per step', ylabel=f'{metric}, test, %', title=task)
         axis.grid(alpha=0.3)
-    axes[0][-1].legend(fontsize=8)
+    axes[0][0].legend(fontsize=8)
     figure.savefig(target, dpi=110)
     plt.close(figure)
 
@@ -237,7 +237,7 @@ def plot_loss(study: Study, target: Path, count: int = 1) -> None:
         axis.set(xlabel='step', ylabel='training loss', title=f'{task}, {count} image per step')
         axis.set_ylim(0, None)
         axis.grid(alpha=0.3)
-    axes[0][-1].legend(fontsize=8)
+    axes[0][0].legend(fontsize=8)
     figure.savefig(target, dpi=110)
     plt.close(figure)
 
