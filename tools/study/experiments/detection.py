@@ -107,7 +107,6 @@ def _use_nuclei(cfg: Config, root: Path, val_images: int, crop: int) -> None:
             type='CocoDataset', data_root=str(root), ann_file=f'{split}.json',
             data_prefix=dict(img='images/'), metainfo=classes,
         )  # fmt: skip
-    annotate = dict(annotate, poly2mask=False)  # the masks are run-length codes
     train.pipeline = [
         load, annotate,
         dict(type='RandomCrop', crop_size=(crop, crop), allow_negative_crop=True),
