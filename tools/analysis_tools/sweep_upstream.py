@@ -119,8 +119,8 @@ def report(records: dict[str, dict], total: int) -> str:
         f'- Audit clean on {sum(r["clean"] for r in converted)} of {len(converted)} converted.',
         f'- Networks: {len(models)} different ones; run once at 64x64, in training mode: '
         + (', '.join(f'{n} {kind}' for kind, n in kinds.most_common()) or 'none') + '.',
-        f'- WS convolutions that the run saw without a norm behind them: '
-        f'{sum(len(r["bare"]) for r in run.values())}.',
+        f'- WS convolutions that the runs saw without a norm behind them: '
+        f'{sum(len(r["bare"]) for r in run.values()) if run else "not looked at"}.',
         f'- Written and read back, {sum(r["read_back"] for r in converted)} of them: always the '
         'same config (one that is not would count as failed).',
         '', '## Why', '',
