@@ -103,6 +103,9 @@ def test_every_backend_is_the_reference(name, case):
     with torch.no_grad():
         deviation = x.double().reshape(x.size(0), case['num_groups'], -1).std(2, correction=0).min()
     assume(x.dtype is torch.float64 or deviation > 0.05)
+    # Two values normalise to -1 and 1 whatever they are: their gradient is a difference of nearly
+    # equal numbers, all rounding but in float64.
+    assume(x.dtype is torch.float64 or x[0].numel() // case['num_groups'] > 2)
     assert found['y'].dtype is x.dtype
     for key, value in expected.items():
         other = found[key].double()

@@ -148,9 +148,11 @@ def bars(study: Study) -> str:
     The spread is the larger one of the two cells' deviations over the seeds.
     """
     lines = ['| task | BCN + WS at 1 image against | difference | spread | |', '|---' * 5 + '|']
-    for task in study.tasks():
+    for task in study.tasks() if OURS in study.grid['rows'] else ():
         ours = study.values(grids.Cell(task, OURS, 1), 'test')
         for row, count in (('BN', 1), ('GN', 1), ('GN + WS', 1), ('BN', 8)):
+            if row not in study.grid['rows']:
+                continue
             theirs = study.values(grids.Cell(task, row, count), 'test')
             if len(ours) < 2 or len(theirs) < 2:
                 continue
