@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from wsbcn_mm.audit import LEVELS, Finding, audit_model
 from wsbcn_mm.functional import auto_groups
 from wsbcn_mm.layers import BatchChannelNorm, WeightStandardized
-from wsbcn_mm.openmmlab import probe
+from wsbcn_mm.openmmlab import checkpoint, probe
 from wsbcn_mm.openmmlab.config import find_config
 from wsbcn_mm.openmmlab.convert_config import ESTIMATES_HOOK
 from wsbcn_mm.openmmlab.probe import CannotBuild, Node, dotted
@@ -378,21 +378,9 @@ def _formula_in(text: str) -> str | None:
 
 
 def _read(path: str | Path) -> tuple[dict[str, Tensor], dict]:
-    if not Path(path).is_file():
-        raise FileNotFoundError(f'no checkpoint file {path}')
-    try:
-        content = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as error:
-        first = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f'{path} cannot be read as a checkpoint\n  {type(error).__name__}: {first}'
-        ) from None
-    if not isinstance(content, dict):
-        raise ValueError(f'{path} holds a {type(content).__name__}, not a state dict')
-    state = content.get('state_dict', content)
-    tensors = {k.removeprefix('module.'): v for k, v in state.items() if isinstance(v, Tensor)}
-    if not tensors:
-        raise ValueError(f'{path} holds no tensors: not a checkpoint of a model')
+    content = checkpoint.read_checkpoint(path)
+    state = checkpoint.state_dict_of(content, path)
+    tensors = {key.removeprefix('module.'): value for key, value in state.items()}
     meta = content.get('meta')
     return tensors, meta if isinstance(meta, dict) else {}
 

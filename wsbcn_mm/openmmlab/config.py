@@ -188,18 +188,27 @@ def _pretrained(part: dict | list, place: str):
 def harden(cfg: Config) -> None:
     """Adds what training with BCN needs and the config does not have.
 
-    `EstimatesHook`, and the atomic checkpoint hook in the place of mmengine's own; hooks of other
-    types are left alone.
+    `EstimatesHook` where the model has BCN, and the atomic checkpoint hook in the place of
+    mmengine's own; hooks of other types are left alone.
 
     Args:
         cfg: Changed in place.
     """
-    if not any(hook.get('type') == 'EstimatesHook' for hook in cfg.get('custom_hooks') or []):
+    present = any(hook.get('type') == 'EstimatesHook' for hook in cfg.get('custom_hooks') or [])
+    if not present and _has_bcn(cfg.get('model')):
         add_hook(cfg, dict(type='EstimatesHook'))
     hooks = cfg.setdefault('default_hooks', {})
     checkpoint = hooks.setdefault('checkpoint', dict(type='CheckpointHook', interval=1))
     if checkpoint.get('type') == 'CheckpointHook':
         checkpoint['type'] = 'AtomicCheckpointHook'
+
+
+def _has_bcn(part: object) -> bool:
+    """Whether a part of a model's config names one of our norms."""
+    if isinstance(part, dict):
+        own = str(part.get('type')).startswith('BCN')
+        return own or any(_has_bcn(value) for value in part.values())
+    return isinstance(part, (list, tuple)) and any(_has_bcn(value) for value in part)
 
 
 def resume_from(cfg: Config, checkpoint: str) -> list[str]:
