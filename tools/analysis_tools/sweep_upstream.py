@@ -7,6 +7,7 @@ go on where it stopped.
 
 import argparse
 import json
+import re
 import sys
 import tempfile
 import time
@@ -199,6 +200,7 @@ def _kept(text: str) -> str:
 
 
 def _cell(text: str) -> str:
+    text = re.sub(r'/[^\s\'"]*/site-packages/', '', text)  # nobody else's paths
     return text.replace('|', '\\|')[:160]
 
 
