@@ -1,10 +1,13 @@
 """Instance segmentation: the small Mask R-CNN of configs/quick, run by mmengine's Runner."""
 
+import contextlib
 import copy
+import io
 import json
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import cycle
 from pathlib import Path
 
 import torch
@@ -18,6 +21,7 @@ from wsbcn_mm.openmmlab.config import load_config
 
 CONFIG = Path(__file__).parents[3] / 'configs/quick/quick_mask-rcnn_r18_fpn_ws-bcn_1xb1_shapes.py'
 DATASETS = ('nuclei', 'shapes_instances')
+CALIBRATION_IMAGES = 100
 
 
 class Recorder(Hook):
@@ -44,7 +48,7 @@ class Recorder(Hook):
             for name, value in singularities(self._observer.layers()).items():
                 self.watched.setdefault(name, []).append(value)
             self._observer = None
-        self.losses.append(float(outputs['loss']))
+        self.losses.append(outputs['loss'].item())
         self.diverged |= not torch.isfinite(torch.tensor(self.losses[-1])).item()
         step = runner.iter + 1
         if step * loop.CURVE_POINTS % self.steps < loop.CURVE_POINTS or step == self.steps:
@@ -53,28 +57,31 @@ class Recorder(Hook):
             self.losses = []
 
 
-def config(run: dict) -> Config:
-    """The config of a run; the task's ``arguments`` are ``root`` and ``val_images``."""
+def config(run: dict, folder: str | Path) -> Config:
+    """The config of a run.
+
+    The task's ``arguments``: ``root``, ``images`` (seen in training), ``val_images`` (choose the
+    learning rate), ``test_images`` (reported), for nuclei ``crop``.
+
+    Args:
+        run: See `experiments.grid.spec`.
+        folder: For annotations of parts of a split.
+
+    Raises:
+        FileNotFoundError: the data are not there.
+    """
     cfg = load_config(str(CONFIG))
     # The config's EstimatesHook makes the rate of an image that of a step.
     norm, conv = loop.norm_config(run['norm'], 1), run['conv']
     model, heads = cfg.model, cfg.model.roi_head
     for part in (model.backbone, model.neck, heads.bbox_head, heads.mask_head):
         part.norm_cfg, part.conv_cfg = copy.deepcopy(norm), copy.deepcopy(conv)
-    arguments = run['arguments']
-    if run['dataset'] == 'nuclei':
-        root = Path(arguments['root'])
-        if not root.is_dir():
-            raise FileNotFoundError(f'the nuclei (train.json, val.json, images/) belong at {root}')
-        _use_nuclei(cfg, root, arguments['val_images'], arguments['crop'])
-    else:
-        cfg.train_dataloader.dataset.data_root = arguments['root']
-        cfg.val_dataloader.dataset.data_root = arguments['root']
-        cfg.val_evaluator.ann_file = f'{arguments["root"]}annotations/instances_val2017.json'
-    count = run['images_per_step']
+    arguments, count = run['arguments'], run['images_per_step']
+    use = _use_nuclei if run['dataset'] == 'nuclei' else _use_shapes
+    use(cfg, Path(arguments['root']), arguments, Path(folder))
     cfg.train_dataloader.batch_size = count
     steps = arguments['images'] // count
-    cfg.train_cfg = dict(type='IterBasedTrainLoop', max_iters=steps, val_interval=steps)
+    cfg.train_cfg = dict(type='IterBasedTrainLoop', max_iters=steps, val_begin=steps + 1)
     cfg.train_dataloader.sampler = dict(type='InfiniteSampler', shuffle=True, seed=run['seed'])
     # AdamW as in the config: with SGD this many steps detect nothing at all.
     cfg.optim_wrapper.optimizer.update(lr=run['lr'] * count, weight_decay=run['weight_decay'])
@@ -87,70 +94,108 @@ def config(run: dict) -> Config:
     cfg.default_hooks.logger = dict(type='LoggerHook', interval=10**6)
     cfg.default_hooks.visualization = dict(type='DetVisualizationHook', draw=False)
     cfg.vis_backends, cfg.visualizer = [], dict(type='DetLocalVisualizer', vis_backends=[])
-    cfg.test_dataloader = cfg.test_cfg = cfg.test_evaluator = None
     cfg.log_processor = dict(by_epoch=False)
     cfg.log_level = 'ERROR'
     cfg.randomness = dict(seed=run['seed'])
     cfg.experiment_name = f'study_{time.time_ns()}'
+    cfg.work_dir = str(folder)
     return cfg
 
 
-def _use_nuclei(cfg: Config, root: Path, val_images: int, crop: int) -> None:
-    classes = dict(classes=('nucleus',))
+def _read(path: Path) -> dict:
+    if not path.is_file():
+        raise FileNotFoundError(f'no annotations at {path}')
+    return json.loads(path.read_text())
+
+
+def _use_part(cfg: Config, split: str, content: dict, images: list[dict], folder: Path) -> None:
+    """Makes ``split`` ('train', 'val', 'test') of these images; metrics read the same file."""
+    ids = {image['id'] for image in images}
+    annotations = [a for a in content['annotations'] if a['image_id'] in ids]
+    path = folder / f'{split}.json'
+    path.write_text(json.dumps(dict(content, images=images, annotations=annotations)))
+    cfg[f'{split}_dataloader'].dataset.ann_file = str(path)
+    if split != 'train':
+        cfg[f'{split}_evaluator'].ann_file = str(path)
+
+
+def _use_shapes(cfg: Config, root: Path, arguments: dict, folder: Path) -> None:
+    for split in ('train', 'val', 'test'):
+        cfg[f'{split}_dataloader'].dataset.data_root = f'{root}/'
+    content = _read(root / 'annotations/instances_val2017.json')
+    first = arguments['val_images']
+    _use_part(cfg, 'val', content, content['images'][:first], folder)
+    rest = content['images'][first:][: arguments['test_images']]
+    _use_part(cfg, 'test', content, rest, folder)
+
+
+def _use_nuclei(cfg: Config, root: Path, arguments: dict, folder: Path) -> None:
+    if not root.is_dir():
+        raise FileNotFoundError(f'the nuclei (train.json, val.json, images/) belong at {root}')
     for part in (cfg.model.roi_head.bbox_head, cfg.model.roi_head.mask_head):
         part.num_classes = 1
     cfg.model.rpn_head.anchor_generator.scales = [3]  # most nuclei measure 10 to 40 pixels
-    train, val = cfg.train_dataloader.dataset, cfg.val_dataloader.dataset
-    load, annotate, *_ = train.pipeline
-    for dataset, split in ((train, 'train'), (val, 'val')):
-        dataset.update(
-            type='CocoDataset', data_root=str(root), ann_file=f'{split}.json',
-            data_prefix=dict(img='images/'), metainfo=classes,
+    load, annotate, *_ = cfg.train_dataloader.dataset.pipeline
+    for split in ('train', 'val', 'test'):
+        cfg[f'{split}_dataloader'].dataset.update(
+            type='CocoDataset', data_root=str(root), data_prefix=dict(img='images/'),
+            metainfo=dict(classes=('nucleus',)),
         )  # fmt: skip
-    train.pipeline = [
+    size = (arguments['crop'], arguments['crop'])
+    cfg.train_dataloader.dataset.pipeline = [
         load, annotate,
-        dict(type='RandomCrop', crop_size=(crop, crop), allow_negative_crop=True),
+        dict(type='RandomCrop', crop_size=size, allow_negative_crop=True),
         dict(type='RandomFlip', prob=0.5, direction=['horizontal', 'vertical']),
         dict(type='PackDetInputs'),
     ]  # fmt: skip
-    val.pipeline[1].update(scale=(256, 256))  # changes nothing, but notes the scale
-    # Images of one size only, which keeps evaluation short; the metric reads its own file.
-    content = json.loads((root / 'val.json').read_text())
-    images = [i for i in content['images'] if i['height'] == i['width'] == 256][:val_images]
-    ids = {image['id'] for image in images}
-    content['images'] = images
-    content['annotations'] = [a for a in content['annotations'] if a['image_id'] in ids]
-    with tempfile.NamedTemporaryFile('w', suffix='.json', delete=False) as file:
-        json.dump(content, file)
-    val.ann_file = cfg.val_evaluator.ann_file = file.name
+    for split in ('val', 'test'):  # changes nothing, but notes the scale
+        cfg[f'{split}_dataloader'].dataset.pipeline[1].update(scale=(256, 256))
+    # The rate is chosen on images held out of the training; images of one size keep it short.
+    train, test = _read(root / 'train.json'), _read(root / 'val.json')
+    held_out = _squares(train)[: arguments['val_images']]
+    _use_part(cfg, 'val', train, held_out, folder)
+    _use_part(cfg, 'train', train, [i for i in train['images'] if i not in held_out], folder)
+    _use_part(cfg, 'test', test, _squares(test)[: arguments['test_images']], folder)
+
+
+def _squares(content: dict) -> list[dict]:
+    return [image for image in content['images'] if image['height'] == image['width'] == 256]
 
 
 def run(run: dict, report: Callable[[str], None] = lambda text: None) -> dict:
     """Trains and evaluates once; the record is that of `experiments.loop.run`."""
-    cfg = config(run)
     started, cpu = time.time(), time.process_time()
-    with tempfile.TemporaryDirectory() as folder:
-        cfg.work_dir = folder
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        cfg = config(run, folder)
         runner = Runner.from_cfg(cfg)
         recorder = Recorder(cfg.train_cfg['max_iters'])
         runner.register_hook(recorder)
         runner.train()
-    if run['dataset'] == 'nuclei':
-        Path(cfg.val_evaluator.ann_file).unlink()
-    scalars = runner.message_hub.log_scalars
-    # A model that detects nothing at all gets no entry from CocoMetric.
-    metrics = {
-        name: scalars[f'val/coco/{name}_mAP'].current()
-        if f'val/coco/{name}_mAP' in scalars else 0.0
-        for name in ('bbox', 'segm')
-    }  # fmt: skip
-    # One evaluation split: it chooses the learning rate and is reported, for every row alike.
-    metrics = dict(val=metrics['segm'], test=metrics['segm'], bbox=metrics['bbox'])
+        metrics = {} if recorder.diverged else evaluate(runner, run['images_per_step'])
     record = dict(
         run, metric='segm mAP', steps=recorder.steps, diverged=recorder.diverged,
-        curve=recorder.curve, singularities=recorder.watched,
-        metrics={} if recorder.diverged else metrics,
+        curve=recorder.curve, singularities=recorder.watched, metrics=metrics,
         **loop.circumstances(runner.model, started, cpu),
     )  # fmt: skip
     report(f'{record["metrics"]} in {record["cpu_seconds"]:.1f} s')
     return loop.plain(record)
+
+
+def evaluate(runner: Runner, images_per_step: int) -> dict[str, float]:
+    """The metrics, and once more with running statistics averaged anew over training images."""
+    found, tested = runner.val(), runner.test()
+    metrics = dict(val=_map(found, 'segm'), test=_map(tested, 'segm'), bbox=_map(tested, 'bbox'))
+    batches = cycle(runner.train_dataloader)
+    model = runner.model
+
+    def forward() -> None:
+        model(**model.data_preprocessor(next(batches), True), mode='loss')
+
+    if loop.average_statistics(model, forward, CALIBRATION_IMAGES // images_per_step):
+        metrics['test_recalibrated'] = _map(runner.test(), 'segm')
+    return metrics
+
+
+def _map(metrics: dict, kind: str) -> float:
+    # A model that detects nothing at all gets no entry from CocoMetric.
+    return float(metrics.get(f'coco/{kind}_mAP', 0.0))

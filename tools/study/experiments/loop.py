@@ -128,7 +128,25 @@ def evaluate(task: Task, model: nn.Module, spec: dict) -> dict[str, float]:
 
 
 def recalibrate(task: Task, model: nn.Module, spec: dict) -> bool:
+    """`average_statistics` over training images of the task."""
+    rng = np.random.default_rng([spec['seed'], 2])
+    count = spec['images_per_step']
+
+    def forward() -> None:
+        images, _ = task.train_batch(rng.integers(task.num_train, size=count).tolist(), rng)
+        model(images)
+
+    return average_statistics(model, forward, CALIBRATION_IMAGES // count)
+
+
+@torch.no_grad()
+def average_statistics(model: nn.Module, forward: Callable[[], object], steps: int) -> bool:
     """Replaces running statistics by plain averages over training images, weights untouched.
+
+    Args:
+        model: Left in training mode.
+        forward: Runs the model on the next images.
+        steps: How often.
 
     Returns:
         Whether the model has any.
@@ -141,16 +159,12 @@ def recalibrate(task: Task, model: nn.Module, spec: dict) -> bool:
         layer.momentum = None  # cumulative
     # The estimate mode normalises with the average so far: its first images must not spoil it.
     rounds = 2 if any(isinstance(m, BatchChannelNorm2d) for m in model.modules()) else 1
-    rng = np.random.default_rng([spec['seed'], 2])
-    count = spec['images_per_step']
     model.train()
-    with torch.no_grad():
-        for _ in range(rounds):
-            for layer in layers:
-                layer.num_batches_tracked.zero_()
-            for _ in range(max(1, CALIBRATION_IMAGES // count)):
-                images, _ = task.train_batch(rng.integers(task.num_train, size=count).tolist(), rng)
-                model(images)
+    for _ in range(rounds):
+        for layer in layers:
+            layer.num_batches_tracked.zero_()
+        for _ in range(max(1, steps)):
+            forward()
     return True
 
 
