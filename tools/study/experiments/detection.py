@@ -18,6 +18,7 @@ from mmengine.runner import Runner
 from experiments import loop
 from wsbcn_mm.diagnostics import ActivationObserver, singularities
 from wsbcn_mm.openmmlab.config import load_config
+from wsbcn_mm.shapes import draw_dataset
 
 CONFIG = Path(__file__).parents[3] / 'configs/quick/quick_mask-rcnn_r18_fpn_ws-bcn_1xb1_shapes.py'
 DATASETS = ('nuclei', 'shapes_instances')
@@ -120,6 +121,7 @@ def _use_part(cfg: Config, split: str, content: dict, images: list[dict], folder
 
 
 def _use_shapes(cfg: Config, root: Path, arguments: dict, folder: Path) -> None:
+    draw_dataset(root.parent)
     for split in ('train', 'val', 'test'):
         cfg[f'{split}_dataloader'].dataset.data_root = f'{root}/'
     content = _read(root / 'annotations/instances_val2017.json')
