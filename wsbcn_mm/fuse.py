@@ -55,10 +55,12 @@ class Plan:
     Attributes:
         folds: The changes.
         left: Names of the layers of this package that stay, each with the reason.
+        fixed: Names of layers in whose place no other may stand.
     """
 
     folds: tuple[Fold, ...]
     left: dict[str, str]
+    fixed: frozenset[str] = frozenset()
 
     def __str__(self) -> str:
         paired = [fold for fold in self.folds if fold.norm is not None]
@@ -88,10 +90,12 @@ class Plan:
             elif norm is not None:
                 new[norm] = nn.Identity().eval()
         if plain:
-            for name in self.left:
+            for name in self.left.keys() - self.fixed:
                 layer = folded.get_submodule(name)
-                if isinstance(layer, BatchChannelNorm) and not _hooks(layer):
+                if isinstance(layer, BatchChannelNorm):
                     new[layer] = nn.Sequential(_batch_norm(layer), _group_norm(layer)).eval()
+                else:
+                    new[layer] = _conv_with_raw_weight(layer)
         folded = _replace(folded, new)
         for name, conv in at_one_place.items():
             holder, _, attribute = name.rpartition('.')
@@ -130,8 +134,10 @@ def fold(
         inputs: The argument of one call ``model(inputs)``, or a tuple of the arguments.
         run: Instead, for a model that is called in another way: a function of a copy of the model
             that runs it as it will be used, and returns what is used of the result.
-        plain: Replace a BCN that cannot be folded by torch's BatchNorm followed by GroupNorm (one
-            pass over the map more, the same result), unless it has hooks.
+        plain: Replace what cannot be folded as well, unless it has hooks or is referred to from
+            outside of the module tree: a BCN by torch's BatchNorm followed by GroupNorm (one pass
+            over the map more, the same result); a WS convolution that is never run, whose weight
+            something else reads as it is, by a convolution with that weight.
 
     Returns:
         The new model in evaluation mode, with parameters of its own. Its results differ from the
@@ -181,6 +187,7 @@ def _evaluating_copy(model: nn.Module) -> nn.Module:
 # What the run shows
 
 _ELSEWHERE = 'the result of the run'
+_HOLDS = 'no run calls it; something else reads its weight, without Weight Standardization'
 _GUESSES = 4  # registration order is seldom far from the order of use
 
 
@@ -390,7 +397,8 @@ def _decide(root: nn.Module, names: dict[nn.Module, str], evidence: _Evidence) -
                 left[name] = fixed[conv]
             else:
                 folds.append(Fold((name,), None))
-    return Plan(tuple(folds), left)
+    immovable = {name for layer, name in names.items() if fixed.get(layer, _HOLDS) != _HOLDS}
+    return Plan(tuple(folds), left, frozenset(immovable))
 
 
 def _why_not_at_all(
@@ -445,7 +453,10 @@ def _splits(norm: nn.Module, conv: nn.Module, evidence: _Evidence, holders: dict
 
 def _fixed(root: nn.Module, evidence: _Evidence) -> dict[nn.Module, str]:
     """Layers that cannot be replaced without changing what happens around them."""
-    found = {layer: 'something else reads its parameters' for layer in evidence.leaks}
+    found = {
+        layer: _HOLDS if isinstance(layer, WeightStandardized) and layer not in evidence.calls
+        else 'something else reads its parameters' for layer in evidence.leaks
+    }  # fmt: skip
     for module in root.modules():
         if _hooks(module) and _watched(module):
             found[module] = 'it has hooks, which a new layer would not have'
@@ -522,6 +533,13 @@ def _plain_conv(conv: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     plain = conv.to_plain() if isinstance(conv, WeightStandardized) else copy.deepcopy(conv)
     plain.requires_grad_(conv.weight.requires_grad)
     return _like(plain.to(dtype or conv.weight.dtype), conv)
+
+
+def _conv_with_raw_weight(conv: nn.Module) -> nn.Module:
+    """A plain convolution that holds the parameters of a WS convolution as they are."""
+    plain = _plain_conv(conv)
+    plain.weight.copy_(conv.weight)
+    return plain
 
 
 def _like(new: nn.Module, conv: nn.Module) -> nn.Module:

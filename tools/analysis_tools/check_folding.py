@@ -1,12 +1,15 @@
-"""Checks that folding is exact, config by config: folded against original in float64 and float32.
+"""Checks that folding is exact, network by network: folded against original, float64 and float32.
 
 Each CONFIG is a file, or an upstream name such as mmdet::retinanet/retinanet_r50_fpn_1x_coco.py,
-which is converted to WS + BCN first. The model gets random weights, statistics and affines, the
-image is small and random. One line of JSON per config; with -o it goes to a file, and configs that
-are in the file already are passed over. The exit status is 1 if a folded model is off.
+which is converted to WS + BCN first. Configs that differ in training alone have the same network,
+which is checked once. It gets random weights, statistics and affines, the image is small and
+random; the model that tools/model_converters/fold.py would write is built and compared as well.
+Ends with a table. With -o the results go to a file, a line of JSON per config, and configs that are
+in the file already are passed over. The exit status is 1 if a folded model is off.
 """
 
 import argparse
+import hashlib
 import json
 import sys
 import time
@@ -14,7 +17,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # also from a clone not installed
 
-BOUNDS = {'fold_float64': 1e-10, 'fold_float32': 1e-5, 'plain_float32': 1e-5}
+BOUNDS = {'fold_float64': 1e-10, 'fold_float32': 1e-5, 'stock_float32': 1e-5}
+# Keys of a model's config that say nothing about the network in evaluation; losses are others.
+TRAINING = {'init_cfg', 'pretrained', 'train_cfg', 'frozen_stages', 'norm_eval', 'with_cp',
+            'requires_grad', 'momentum', 'mode', 'sync', 'zero_init_residual',
+            'batch_augments'}  # fmt: skip
 
 
 def parse_args() -> argparse.Namespace:
@@ -22,7 +29,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('configs', nargs='+', metavar='CONFIG')
     parser.add_argument('-o', '--output', type=Path, help='file of the results; continued')
-    parser.add_argument('--shape', nargs=2, type=int, default=(96, 128), metavar=('H', 'W'))
+    parser.add_argument('--shape', nargs=2, type=int, default=(64, 96), metavar=('H', 'W'))
     parser.add_argument('--seconds', type=float, help='start no further config after this time')
     return parser.parse_args()
 
@@ -34,6 +41,24 @@ def load(name: str):
     if '::' in name:
         return convert_config.convert_config(name).cfg
     return config.load_config(name)
+
+
+def network_of(cfg) -> str:
+    """A name for the network of a config: the same for configs that differ in training alone."""
+
+    def without_training(value: object) -> object:
+        if isinstance(value, dict):
+            return {
+                key: without_training(item) for key, item in value.items()
+                if key not in TRAINING and not str(key).startswith('loss')
+            }  # fmt: skip
+        if isinstance(value, (list, tuple)):
+            return [without_training(item) for item in value]
+        return value
+
+    network = dict(scope=cfg.get('default_scope'), model=without_training(cfg.model))
+    text = json.dumps(network, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def randomise(model) -> None:
@@ -52,15 +77,14 @@ def randomise(model) -> None:
                 torch.nn.init.normal_(parameter, 1, 0.3)
 
 
-def check(name: str, shape: tuple[int, int]) -> dict:
+def check(cfg, shape: tuple[int, int]) -> dict:
     """The errors of one config."""
     import torch
 
     from wsbcn_mm import fuse
-    from wsbcn_mm.openmmlab import inference, plain
+    from wsbcn_mm.openmmlab import inference, plain, stock
 
     torch.manual_seed(0)
-    cfg = load(name)
     model = inference.build_model(cfg)
     randomise(model)
     image = inference.random_image(*shape)
@@ -79,49 +103,80 @@ def check(name: str, shape: tuple[int, int]) -> dict:
 
     result['fold_float32'] = error(steps.apply(model), x, parts)
     try:
-        stock = inference.build_model(plain.plain_config(cfg, model))
-        plain.load_plain(stock, model, steps)
+        stock_cfg, other = stock.stock_model(cfg, model, steps)
     except plain.CannotBePlain as reason:
-        result['plain'] = str(reason)
+        result['stock'] = str(reason)
     else:
-        result['plain_float32'] = error(stock, x, parts)
+        listed = len(stock_cfg.model.layers) if stock.lists_layers(stock_cfg) else 0
+        result['stock'] = f'{listed} layers listed' if listed else 'settings alone'
+        result['stock_float32'] = error(other, x, parts)
     model.double()
     x = inference.preprocess(model, cfg, image)
     result['fold_float64'] = error(steps.apply(model), x, inference.tensor_parts(model, x))
     return result
 
 
+def read(file: Path | None) -> dict[str, dict]:
+    """What a file has, by config."""
+    if file is None or not file.exists():
+        return {}
+    return {row['config']: row for row in map(json.loads, file.read_text().splitlines())}
+
+
+def table(rows: list[dict]) -> str:
+    """Markdown: a line per network, with the number of configs that have it."""
+    lines = ['| network of | configs | norms folded | left | float64 | float32 | stock model | '
+             'float32 |', '|---|---|---|---|---|---|---|---|']  # fmt: skip
+    for row in rows:
+        if 'same_as' in row:
+            continue
+        count = sum(other['network'] == row['network'] for other in rows)
+        stock = f'{row["stock_float32"]:.1e}' if 'stock_float32' in row else 'none'
+        lines.append(
+            f'| {Path(row["config"]).stem} | {count} | {row["norms"]} | {len(row["left"])} | '
+            f'{row["fold_float64"]:.1e} | {row["fold_float32"]:.1e} | '
+            f'{row["stock"].partition(chr(10))[0]} | {stock} |'
+        )
+    return '\n'.join(lines)
+
+
 def main() -> None:
     """Goes through the configs."""
     args = parse_args()
-    done = {}
-    if args.output and args.output.exists():
-        done = {r['config']: r for r in map(json.loads, args.output.read_text().splitlines())}
+    done = read(args.output)
+    networks = {row['network']: row['config'] for row in done.values() if 'same_as' not in row}
     started, off = time.monotonic(), []
     for i, name in enumerate(args.configs):
-        if name not in done:
-            if args.seconds and time.monotonic() - started > args.seconds:
-                sys.exit(f'{len(args.configs) - i} configs remain: run again')
-            print(f'[{i + 1}/{len(args.configs)}] {name}', file=sys.stderr, flush=True)
-            try:
-                done[name] = dict(config=name, **check(name, tuple(args.shape)))
-            except (ValueError, ImportError, FileNotFoundError) as error:
-                sys.exit(f'error: {name}: {error}')
-            line = json.dumps(done[name])
-            if args.output:
-                args.output.parent.mkdir(parents=True, exist_ok=True)
-                with args.output.open('a') as file:
-                    file.write(line + '\n')
+        if name in done:
+            continue
+        if args.seconds and time.monotonic() - started > args.seconds:
+            sys.exit(f'{len(args.configs) - i} configs remain: run again')
+        print(f'[{i + 1}/{len(args.configs)}] {name}', file=sys.stderr, flush=True)
+        try:
+            cfg = load(name)
+            row = dict(config=name, network=network_of(cfg))
+            if row['network'] in networks:
+                row['same_as'] = networks[row['network']]
             else:
-                print(line)
+                row |= check(cfg, tuple(args.shape))
+                networks[row['network']] = name
+        except (ValueError, ImportError, FileNotFoundError) as error:
+            sys.exit(f'error: {name}: {error}')
+        done[name] = row
+        if args.output:
+            args.output.parent.mkdir(parents=True, exist_ok=True)
+            with args.output.open('a') as file:
+                file.write(json.dumps(row) + '\n')
+    rows = [done[name] for name in args.configs]
+    for row in rows:
         for key, bound in BOUNDS.items():
-            if key in done[name] and not done[name][key] <= bound:
-                off.append(f'{name}: {key} {done[name][key]:.2g}')
-    checked = [done[name] for name in args.configs]
+            if key in row and not row[key] <= bound:
+                off.append(f'{row["config"]}: {key} {row[key]:.2g}')
+    print(table(rows))
     for key in BOUNDS:
-        errors = [r[key] for r in checked if key in r]
+        errors = [row[key] for row in rows if key in row]
         if errors:
-            print(f'{key}: {len(errors)} configs, largest relative error {max(errors):.2g}')
+            print(f'{key}: {len(errors)} networks, largest relative error {max(errors):.2g}')
     if off:
         sys.exit('too large:\n  ' + '\n  '.join(off))
 

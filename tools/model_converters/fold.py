@@ -1,9 +1,11 @@
 """Turns a trained model with WS and BCN into one that stock MMDetection or MMSegmentation load.
 
-Writes DST/<config>_folded.py and DST/<config>_folded.pth: convolutions with constant weights,
-BatchNorm and GroupNorm, no import of wsbcn_mm. `mmcv.cnn.fuse_conv_bn(model)` there, or
-`wsbcn_mm.fold(model)` here, leaves a convolution with bias and a GroupNorm. Nothing is written
-unless the new model gives the same results.
+Writes DST/<config>_folded.py and DST/<config>_folded.pth, without any import of wsbcn_mm. Where
+settings of stock layers can express the model, those: convolutions with constant weights, BatchNorm
+and GroupNorm; `mmcv.cnn.fuse_conv_bn(model)` leaves a convolution with bias and a GroupNorm. For
+any other network the config lists the layers that differ from the stock model, and
+DST/folded_layers.py, which needs torch and mmengine alone, puts them in. Nothing is written unless
+the new model gives the same results.
 """
 
 import argparse
@@ -94,9 +96,10 @@ def convert(args: argparse.Namespace) -> None:
     """Raises before anything is written where something is wrong."""
     import torch
     from mmcv.cnn import fuse_conv_bn
+    from mmengine.config import Config
 
     from wsbcn_mm import fuse
-    from wsbcn_mm.openmmlab import config, inference, plain
+    from wsbcn_mm.openmmlab import config, inference, stock
 
     cfg = config.load_config(args.config, args.cfg_options)
     config.check_checkpoint_file(args.checkpoint)
@@ -107,14 +110,13 @@ def convert(args: argparse.Namespace) -> None:
     model = inference.load_model(cfg, checkpoint)
     steps = fuse.plan(model, run=inference.run_on(cfg, next(iter(images.values()))))
     print(steps)
-    plain_cfg = plain.plain_config(cfg, model)
-    plain_model = inference.build_model(plain_cfg)
-    plain.load_plain(plain_model, model, steps)
-    candidates = {
-        'written': plain_model,
-        'written, after fuse_conv_bn': fuse_conv_bn(copy.deepcopy(plain_model)),
-        'wsbcn_mm.fold': steps.apply(model),
-    }
+    stock_cfg, stock_model = stock.stock_model(cfg, model, steps)
+    candidates = {'written': stock_model, 'wsbcn_mm.fold': steps.apply(model)}
+    if stock.lists_layers(stock_cfg):
+        print(f'{len(stock_cfg.model.layers)} layers differ from those of any stock config')
+    else:
+        fused = fuse_conv_bn(copy.deepcopy(stock_model))
+        candidates['written, after fuse_conv_bn'] = fused
     for name, image in images.items():
         x = inference.preprocess(model, cfg, image)
         parts = inference.tensor_parts(model, x)
@@ -131,17 +133,18 @@ def convert(args: argparse.Namespace) -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     stem = f'{Path(args.config).stem}_folded'
     with tempfile.TemporaryDirectory(dir=args.output, prefix='.') as folder:
-        files = [Path(folder) / f'{stem}{suffix}' for suffix in ('.pth', '.py')]
+        weights = Path(folder) / f'{stem}.pth'
         meta = {
             key: value for key, value in checkpoint.get('meta', {}).items()
             if key in ('dataset_meta', 'epoch', 'iter')
         }  # fmt: skip
-        meta['cfg'] = plain_cfg.pretty_text
-        torch.save(dict(meta=meta, state_dict=plain_model.state_dict()), files[0])
-        plain_cfg.dump(str(files[1]))
+        meta['cfg'] = stock_cfg.pretty_text
+        torch.save(dict(meta=meta, state_dict=stock_model.state_dict()), weights)
+        files = [weights, *stock.write_config(stock_cfg, Path(folder) / f'{stem}.py')]
+        written = Config.fromfile(files[1])
         if args.evaluate:
             before = evaluate(cfg, args.checkpoint, f'{folder}/original')
-            after = evaluate(plain_cfg, str(files[0]), f'{folder}/folded')
+            after = evaluate(written, str(weights), f'{folder}/folded')
             difference = print_metrics(before, after)
             if difference > 1e-3 * max(1.0, *map(abs, before.values())):
                 raise ValueError(f'metrics differ by {difference:.4f}; nothing was written')

@@ -15,7 +15,7 @@ convolution and leaves a convolution with bias and a GroupNorm, as `wsbcn_mm.fol
 import copy
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from mmcv.cnn import ConvModule
@@ -52,19 +52,32 @@ def plain_config(cfg: Config, model: nn.Module) -> Config:
     Raises:
         CannotBePlain: something of this package is left; the message says where.
     """
+    return without_this_package(cfg, lambda part: _replace_layers(part, model))
+
+
+def without_this_package(cfg: Config, replace_layers: Callable[[dict], None]) -> Config:
+    """A copy of a config without anything of this package.
+
+    Args:
+        cfg: The config.
+        replace_layers: Puts other layers into a model's config, in place.
+
+    Raises:
+        CannotBePlain: something of this package is left; the message says where.
+    """
     plain = copy.deepcopy(cfg)
-    _replace_layers(plain.model, model)
+    replace_layers(plain.model)
     drop_pretrained(plain.model)
     plain.load_from, plain.resume = None, False
     for key in ('custom_imports', 'custom_hooks'):
         plain.pop(key, None)
-    imports = [n for n in (cfg.get('custom_imports') or {}).get('imports', ()) if not _ours(n)]
+    imports = [name for name in imports_of(cfg) if not _ours(name)]
     if imports:
         plain.custom_imports = dict(cfg.custom_imports, imports=imports)
     hooks = [hook for hook in cfg.get('custom_hooks') or () if not _is_our_type(hook, HOOKS)]
     if hooks:
         plain.custom_hooks = hooks
-    for dataset in _dicts(plain._cfg_dict):
+    for dataset in dicts(plain._cfg_dict):
         _replace_dataset(dataset)
     ours = {name for name, kind in MODELS.module_dict.items() if _ours(kind.__module__)}
     # Variables of the config file that nothing reads.
@@ -79,6 +92,12 @@ def plain_config(cfg: Config, model: nn.Module) -> Config:
     return plain
 
 
+def imports_of(cfg: Config) -> list[str]:
+    """What a config imports."""
+    imports = (cfg.get('custom_imports') or {}).get('imports') or []
+    return [imports] if isinstance(imports, str) else list(imports)
+
+
 def _ours(name: str) -> bool:
     return name.partition('.')[0] == 'wsbcn_mm'
 
@@ -88,13 +107,14 @@ def _is_our_type(value: dict, registry) -> bool:
     return kind is not None and _ours(kind.__module__)
 
 
-def _dicts(value: object) -> Iterator[dict]:
+def dicts(value: object) -> Iterator[dict]:
+    """Every dict in a config, from the outside in."""
     if isinstance(value, dict):
         yield value
         value = list(value.values())
     if isinstance(value, (list, tuple)):
         for item in value:
-            yield from _dicts(item)
+            yield from dicts(item)
 
 
 def _places_of_ours(value: object, ours: set[str], path: str = '') -> Iterator[str]:
@@ -119,9 +139,9 @@ def _replace_layers(part: object, model: nn.Module, path: str = '') -> None:
         _replace_layers(value, model, f'{path}.{key}'.lstrip('.'))
     for key in [k for k in part if k != 'conv_cfg']:  # predictors take a layer under other names
         if isinstance(part[key], dict) and part[key].get('type') in CONVS:
-            part[key] = _plain_conv_cfg(part[key]) or ConfigDict(type='Conv2d')
+            part[key] = plain_conv_cfg(part[key]) or ConfigDict(type='Conv2d')
     norm_cfg, conv_cfg = part.get('norm_cfg'), part.get('conv_cfg')
-    conv = None if conv_cfg is None else _plain_conv_cfg(conv_cfg)
+    conv = None if conv_cfg is None else plain_conv_cfg(conv_cfg)
     if conv_cfg is not None:
         part['conv_cfg'] = conv
     if norm_cfg is None:
@@ -155,7 +175,8 @@ def _auto_groups(model: nn.Module, path: str) -> int:
     return found.pop()
 
 
-def _plain_conv_cfg(conv_cfg: dict) -> dict | None:
+def plain_conv_cfg(conv_cfg: dict) -> dict | None:
+    """The ``conv_cfg`` without WS; None where that is mmcv's default."""
     if conv_cfg.get('type') not in CONVS:
         return conv_cfg
     kind = CONVS[conv_cfg['type']]
@@ -166,7 +187,7 @@ def _plain_conv_cfg(conv_cfg: dict) -> dict | None:
 def drop_pretrained(model: dict) -> None:
     """Removes from a model's config where weights would be loaded from; changes it in place."""
     model.pop('pretrained', None)
-    for part in _dicts(model):
+    for part in dicts(model):
         init = part.get('init_cfg')
         if isinstance(init, dict) and init.get('type') == 'Pretrained':
             part['init_cfg'] = None
