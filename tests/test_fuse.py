@@ -296,6 +296,43 @@ def test_plain_gives_the_same_without_a_layer_of_this_package():
         assert relative(folded(x), model.eval()(x)) < 1e-12
 
 
+class Decomposition(nn.Module):
+    """As in TOOD: the weight of a convolution is used, the convolution itself is never run."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = WSConv2d(4, 8, 1, bias=False), BatchChannelNorm2d(8, 2)
+
+    def forward(self, x):
+        weight = self.conv.weight.flatten(1) * x.mean((0, 2, 3))
+        return self.norm(torch.einsum('oi,bihw->bohw', weight, x))
+
+
+def test_a_weight_that_is_used_without_its_convolution():
+    x = torch.randn(2, 4, 5, 5).double()
+    model = trained(Decomposition()).eval()
+    check_fold(model, x, ['norm', 'conv'], inputs=x)
+    steps = fuse.plan(model, inputs=x)
+    assert steps.left['conv'].startswith('no run calls it')
+    folded = steps.apply(model, plain=True)
+    assert left_in(folded) == [] and type(folded.conv) is nn.Conv2d
+    assert torch.equal(folded.conv.weight, model.conv.weight)  # not the standardized one
+    assert relative(folded(x), model(x)) < 1e-12
+
+
+def test_plain_replaces_nothing_that_others_refer_to():
+    """Whoever holds the norm, or reads its scale, would go on with another one."""
+    x = torch.randn(2, 4, 5, 5).double()
+    for change in (lambda m: setattr(m, 'also', [m.norm]),
+                   lambda m: m.norm.register_forward_hook(lambda *a: None)):  # fmt: skip
+        model = trained(Decomposition()).eval()
+        change(model)
+        steps = fuse.plan(model, inputs=x)
+        assert 'norm' in steps.fixed and 'conv' not in steps.fixed
+        folded = steps.apply(model, plain=True)
+        assert type(folded.norm) is BatchChannelNorm2d and type(folded.conv) is nn.Conv2d
+
+
 def test_without_inputs_a_model_is_confirmed_part_by_part():
     """The tower takes a list: only its parts run on one tensor. What joins them is not seen."""
     steps = fuse.plan(Tower())

@@ -25,11 +25,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from wsbcn_mm.layers import BatchChannelNorm, WeightStandardized
+from wsbcn_mm.structure import Call, Watch, holders_of
 
 Run = Callable[[nn.Module], object]
 
@@ -203,14 +202,14 @@ class _Evidence:
     """
 
     def __init__(self) -> None:
-        self.calls: dict[nn.Module, list[_Call]] = defaultdict(list)
-        self.inputs: dict[nn.Module, list[_Call | None]] = defaultdict(list)
+        self.calls: dict[nn.Module, list[Call]] = defaultdict(list)
+        self.inputs: dict[nn.Module, list[Call | None]] = defaultdict(list)
         self.leaks: set[nn.Module] = set()
         self.failed: dict[nn.Module, str] = {}
 
     def add(self, module: nn.Module, run: Run) -> None:
         """Runs the module and remembers what was seen; nothing of a run that raises."""
-        watch = _Watch(module)
+        watch = Watch(module)
         with torch.no_grad(), watch:
             result = run(module)
             for leaf in tree_leaves(result):
@@ -238,7 +237,8 @@ class _Evidence:
 
     def _is_open(self, module: nn.Module) -> bool:
         kind = (WeightStandardized, BatchChannelNorm)
-        return isinstance(module, kind) and not (module in self.calls or module in self.inputs)
+        seen = (self.calls, self.inputs, self.leaks)
+        return isinstance(module, kind) and not any(module in some for some in seen)
 
 
 def _watched(module: nn.Module) -> bool:
@@ -259,115 +259,13 @@ def _guess_inputs(module: nn.Module) -> list[Tensor]:
     return list(inputs.values())[:_GUESSES]
 
 
-@dataclass
-class _Call:
-    """One call of a convolution.
-
-    Attributes:
-        conv: The convolution.
-        holder: The module that has it as a child; of several, the one that was running.
-        version: Of the output.
-        readers: The norms that got the output as input, and names of operations that read it
-            otherwise.
-    """
-
-    conv: nn.Module
-    holder: nn.Module | None
-    version: int
-    readers: list
-
-
-class _Watch(TorchDispatchMode):
-    """While active: hooks on convolutions and norms, and a look at the inputs of every operation.
-
-    Under the module system nothing is missed: every operation on a tensor passes here.
-    """
-
-    def __init__(self, root: nn.Module) -> None:
-        super().__init__()
-        self.layers = [m for m in root.modules() if _watched(m)]
-        inner = {m.bn for m in self.layers if isinstance(m, BatchChannelNorm)}
-        self.layers = [m for m in self.layers if m not in inner]
-        self.owners = {
-            id(p): layer for layer in self.layers for p in layer.parameters()
-        }  # the root keeps the parameters alive
-        self.outputs: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-        self.calls: list[_Call] = []
-        self.inputs: list[tuple[nn.Module, _Call | None]] = []
-        self.leaks: set[nn.Module] = set()
-        self.active: list[nn.Module] = []
-        self.holders = _holders(root)
-        self.running: list[nn.Module] = []  # of the modules that hold a shared convolution
-
-    def __enter__(self):
-        self.hooks = []
-        for holder in {h for some in self.holders.values() if len(some) > 1 for h in some}:
-            self.hooks.append(
-                holder.register_forward_pre_hook(lambda m, args: self.running.append(m))
-            )
-            self.hooks.append(holder.register_forward_hook(lambda m, *_: self.running.remove(m)))
-        for layer in self.layers:
-            self.hooks.append(layer.register_forward_pre_hook(self._enter_layer, with_kwargs=True))
-            self.hooks.append(layer.register_forward_hook(self._leave_layer))
-        return super().__enter__()
-
-    def __exit__(self, *error):
-        for hook in self.hooks:
-            hook.remove()
-        return super().__exit__(*error)
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        for value in tree_leaves((args, kwargs)):
-            if isinstance(value, Tensor):
-                self._see(value, func)
-        return func(*args, **(kwargs or {}))
-
-    def _see(self, tensor: Tensor, func: Callable) -> None:
-        owner = self.owners.get(id(tensor))
-        if owner is not None and owner not in self.active:
-            self.leaks.add(owner)
-        call = self.outputs.get(tensor)
-        # What a norm does with its input is the norm's reading of it, noted when it was entered.
-        if call is not None and not (self.active and self.active[-1] in call.readers):
-            call.readers.append(str(func))
-
-    def _enter_layer(self, layer: nn.Module, args: tuple, kwargs: dict) -> None:
-        if not isinstance(layer, _ConvNd):
-            x = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
-            call = None if x is None else self.outputs.get(x)
-            if call is not None:
-                call.readers.append(layer)
-            unchanged = call is not None and call.version == x._version
-            self.inputs.append((layer, call if unchanged else None))
-        self.active.append(layer)
-
-    def _leave_layer(self, layer: nn.Module, args: tuple, output: object) -> None:
-        self.active.remove(layer)
-        if isinstance(layer, _ConvNd) and isinstance(output, Tensor):
-            holders = self.holders.get(layer, [])
-            if len(holders) > 1:
-                holders = [m for m in reversed(self.running) if m in holders]
-            call = _Call(layer, holders[0] if holders else None, output._version, [])
-            self.calls.append(call)
-            self.outputs[output] = call
-
-
-def _holders(root: nn.Module) -> dict[nn.Module, list[nn.Module]]:
-    """The modules that have a convolution as a child, by convolution."""
-    found = defaultdict(list)
-    for module in root.modules():
-        for child in {c for c in module.children() if isinstance(c, _ConvNd)}:
-            found[child].append(module)
-    return found
-
-
 # ----------------------------------------------------------------------------------------------
 # Decisions
 
 
 def _decide(root: nn.Module, names: dict[nn.Module, str], evidence: _Evidence) -> Plan:
     fixed = _fixed(root, evidence)
-    holders = _holders(root)
+    holders = holders_of(root)
     folds, left, done = [], {}, set()
     for norm, name in names.items():
         ours = isinstance(norm, BatchChannelNorm)

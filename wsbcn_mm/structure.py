@@ -2,19 +2,22 @@
 
 The structure is what modules show without being run: the order in which they were registered, their
 names, and the ``order`` of OpenMMLab's ConvModule. It covers the usual ways to write a block; a run
-of the model (`trace`) covers the rest, and tells what else reads a convolution's output.
+of the model (`trace`) covers the rest, and tells what else reads a convolution's output. `Watch` is
+what looks on; folding uses it, too.
 """
 
 from __future__ import annotations
 
 import math
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakTensorKeyDictionary
 
 CONVS = (nn.modules.conv._ConvNd,)
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
@@ -190,84 +193,135 @@ def trace(model: nn.Module, run: Callable[[], object]) -> dict[int, tuple[list[s
 
     Args:
         model: Any module, not compiled.
-        run: Runs it once.
+        run: Runs it forward once.
 
     Returns:
         For each convolution that took part, by ``id``: the names of the normalisations that read
-        its output, and what else did (names of torch functions, or ``'nothing'``).
+        its output, and what else did (names of torch operations, or ``'nothing'``).
     """
-    names = {id(module): name for name, module in model.named_modules()}
-    convs = {id(m): m for m in model.modules() if isinstance(m, CONVS)}
-    # A BatchChannelNorm holds a BatchNorm, which is a part of it.
-    parts = {id(c) for m in model.modules() if is_norm(m) for c in m.children()}
-    norms = {id(m): m for m in model.modules() if is_norm(m) and id(m) not in parts}
-    owner: dict[int, tuple[int, Tensor]] = {}  # the tensor is kept, so that its id stays its own
+    names = {module: name for name, module in model.named_modules()}
     seen: dict[int, tuple[list[str], list[str]]] = {}
-    read: set[int] = set()
-    mode = _Reads(owner, seen, read)
-
-    def before_norm(module, args):
-        mode.inside += 1
-        if args and id(args[0]) in owner:
-            conv, _ = owner[id(args[0])]
-            seen[conv][0].append(names[id(module)])
-            read.add(id(args[0]))
-
-    def after_norm(module, args, output):
-        mode.inside -= 1
-
-    def after_conv(module, args, output):
-        seen.setdefault(id(module), ([], []))
-        owner[id(output)] = (id(module), output)
-
-    handles = [m.register_forward_hook(after_conv) for m in convs.values()]
-    for norm in norms.values():
-        handles.append(norm.register_forward_pre_hook(before_norm))
-        handles.append(norm.register_forward_hook(after_norm))
-    try:
-        with mode:
-            run()
-    finally:
-        for handle in handles:
-            handle.remove()
-    for key, (conv, _) in owner.items():
-        if key not in read:
-            seen[conv][1].append('nothing')
+    watch = Watch(model)
+    with watch:
+        run()
+    for call in watch.calls:
+        norms, others = seen.setdefault(id(call.conv), ([], []))
+        for reader in call.readers or ['nothing']:
+            if isinstance(reader, nn.Module):
+                norms.append(names[reader])
+            else:
+                others.append(reader.removeprefix('aten.').partition('.')[0])
     return {
-        conv: (list(dict.fromkeys(by)), list(dict.fromkeys(bare)))
-        for conv, (by, bare) in seen.items()
+        conv: (list(dict.fromkeys(by)), list(dict.fromkeys(others)))
+        for conv, (by, others) in seen.items()
     }
 
 
-class _Reads(TorchFunctionMode):
-    """Notes every torch function, outside of the normalisations, that reads a conv's output."""
+@dataclass
+class Call:
+    """One call of a convolution.
 
-    def __init__(self, owner: dict, seen: dict, read: set) -> None:
+    Attributes:
+        conv: The convolution.
+        holder: The module that has it as a child; of several, the one that was running.
+        version: Of the output.
+        readers: The norms that got the output as input, and names of operations that read it
+            otherwise.
+    """
+
+    conv: nn.Module
+    holder: nn.Module | None
+    version: int
+    readers: list
+
+
+class Watch(TorchDispatchMode):
+    """While active: hooks on convolutions and norms, and a look at the inputs of every operation.
+
+    Under the module system nothing is missed: every operation on a tensor passes here.
+
+    Attributes:
+        calls: Every call of a convolution.
+        inputs: For every call of a norm: the convolution's call whose unchanged output came in, or
+            None.
+        outputs: The call that a tensor is the output of.
+        leaks: Layers whose parameters something outside of them read.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
         super().__init__()
-        self.owner, self.seen, self.read, self.inside = owner, seen, read, 0
+        norms = [m for m in root.modules() if is_norm(m)]
+        inner = {part for norm in norms for part in norm.children()}  # BCN holds a BatchNorm
+        self.layers = [m for m in norms if m not in inner]
+        self.layers += [m for m in root.modules() if isinstance(m, CONVS)]
+        self.owners = {
+            id(p): layer for layer in self.layers for p in layer.parameters()
+        }  # the root keeps the parameters alive
+        self.outputs: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self.calls: list[Call] = []
+        self.inputs: list[tuple[nn.Module, Call | None]] = []
+        self.leaks: set[nn.Module] = set()
+        self.active: list[nn.Module] = []
+        self.holders = holders_of(root)
+        self.running: list[nn.Module] = []  # of the modules that hold a shared convolution
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        # Questions about shape or device read nothing of the content.
-        if not self.inside and _holds_tensor(result):
-            for value in _tensors((args, kwargs or {})):
-                if id(value) in self.owner:
-                    self.read.add(id(value))
-                    conv, _ = self.owner[id(value)]
-                    self.seen[conv][1].append(getattr(function, '__name__', str(function)))
-        return result
+    def __enter__(self):
+        self.hooks = []
+        for holder in {h for some in self.holders.values() if len(some) > 1 for h in some}:
+            self.hooks.append(
+                holder.register_forward_pre_hook(lambda m, args: self.running.append(m))
+            )
+            self.hooks.append(holder.register_forward_hook(lambda m, *_: self.running.remove(m)))
+        for layer in self.layers:
+            self.hooks.append(layer.register_forward_pre_hook(self._enter_layer, with_kwargs=True))
+            self.hooks.append(layer.register_forward_hook(self._leave_layer))
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        for hook in self.hooks:
+            hook.remove()
+        return super().__exit__(*error)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        for value in tree_leaves((args, kwargs)):
+            if isinstance(value, Tensor):
+                self._see(value, func)
+        return func(*args, **(kwargs or {}))
+
+    def _see(self, tensor: Tensor, func: Callable) -> None:
+        owner = self.owners.get(id(tensor))
+        if owner is not None and owner not in self.active:
+            self.leaks.add(owner)
+        call = self.outputs.get(tensor)
+        # What a norm does with its input is the norm's reading of it, noted when it was entered.
+        if call is not None and not (self.active and self.active[-1] in call.readers):
+            call.readers.append(str(func))
+
+    def _enter_layer(self, layer: nn.Module, args: tuple, kwargs: dict) -> None:
+        if not isinstance(layer, CONVS):
+            x = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
+            call = None if x is None else self.outputs.get(x)
+            if call is not None:
+                call.readers.append(layer)
+            unchanged = call is not None and call.version == x._version
+            self.inputs.append((layer, call if unchanged else None))
+        self.active.append(layer)
+
+    def _leave_layer(self, layer: nn.Module, args: tuple, output: object) -> None:
+        self.active.remove(layer)
+        if isinstance(layer, CONVS) and isinstance(output, Tensor):
+            holders = self.holders.get(layer, [])
+            if len(holders) > 1:
+                holders = [m for m in reversed(self.running) if m in holders]
+            call = Call(layer, holders[0] if holders else None, output._version, [])
+            self.calls.append(call)
+            self.outputs[output] = call
 
 
-def _tensors(value: object) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, (list, tuple)) and not isinstance(value, torch.Size):
-        for item in value:
-            yield from _tensors(item)
-
-
-def _holds_tensor(value: object) -> bool:
-    return next(_tensors(value), None) is not None
+def holders_of(root: nn.Module) -> dict[nn.Module, list[nn.Module]]:
+    """The modules that have a convolution as a child, by convolution."""
+    found = defaultdict(list)
+    for module in root.modules():
+        for child in {c for c in module.children() if isinstance(c, CONVS)}:
+            found[child].append(module)
+    return found
