@@ -9,6 +9,8 @@ pytest.importorskip('mmseg', reason='converts configs of mmseg')
 import importlib.util
 import json
 
+from wsbcn_mm import BatchChannelNorm2d
+from wsbcn_mm.openmmlab import sweep
 from wsbcn_mm.openmmlab.sweep import examine, upstream_configs
 
 # One of every way in which norms and convolutions come into a model.
@@ -41,7 +43,7 @@ CONVERTED = {
     'mmseg::segformer/segformer_mit-b0_8xb2-160k_ade20k-512x512.py': 'transformer with a BN head',
 }  # fmt: skip
 OTHERS = {
-    'mmdet::dcn/mask-rcnn_r50-dconv-c3-c5_fpn_1x_coco.py': 'without WS',
+    'mmdet::dcn/mask-rcnn_r50-dconv-c3-c5_fpn_1x_coco.py': 'all but DCN',
     'mmdet::ssd/ssd300_coco.py': 'nothing to convert',
     'mmseg::segmenter/segmenter_vit-t_mask_8xb1-160k_ade20k-512x512.py': 'nothing to convert',
 }
@@ -64,7 +66,7 @@ def test_upstream_configs_that_are_something_else(source, outcome):
 def test_a_run_confirms_what_the_structure_says(tmp_path):
     source = 'mmseg::nonlocal_net/nonlocal_r50-d8_4xb2-40k_cityscapes-512x1024.py'
     record = examine(source, forward=True, written=tmp_path / 'x.py')
-    assert record['forward'] == 'whole' and record['bare'] == []
+    assert (record['forward'], record['size'], record['bare']) == ('whole', 64, [])
 
 
 def test_the_sample_is_of_configs_that_are_shipped():
@@ -97,12 +99,41 @@ def test_the_sweep_goes_on_where_it_was_killed(tool, tmp_path):
 
 def test_the_table_counts(tool):
     base = dict(reason='', left=[], clean=True, findings=[], layers={}, read_back=True)
+    reason = 'RuntimeError: too small'
     records = {
         'mmdet::a/1.py': dict(base, outcome='converted', model='x', forward='whole', bare=[]),
         'mmdet::a/2.py': dict(base, outcome='failed', reason='ValueError: a | b'),
+        'mmdet::a/3.py': dict(base, outcome='all but DCN', reason='DCN', model='y', bare=[],
+                              forward=reason, size=256, original='whole', config='mmdet::a/3.py'),
         'mmseg::b/1.py': dict(base, outcome='nothing to convert', reason='no norm'),
-    }
-    text = tool.report(records, 3)
-    assert '| mmdet | 2 | 1 | 0 | 0 | 0 | 0 | 1 | 2 | 50.0 % |' in text
+    }  # fmt: skip
+    text = tool.report(records, 4)
+    assert '| mmdet | 3 | 1 | 1 | 0 | 0 | 0 | 1 | 3 | 66.7 % |' in text
     assert '| mmseg | 1 | 0 | 0 | 1 | 0 | 0 | 0 | 0 |  |' in text
-    assert 'ValueError: a \\| b' in text and '1 whole network' in text
+    assert 'ValueError: a \\| b' in text
+    assert '2: 1 whole at 64x64, 1 did not run' in text
+    assert f'| mmdet::a/3.py | 256 | {reason} | whole |' in text  # a defect of ours, for all to see
+
+
+def test_the_tables_leave_what_is_written_by_hand(tool, tmp_path):
+    file = tmp_path / 'a.md'
+    file.write_text(f'by hand\n{tool.BEGIN}\nold\n{tool.END}\nmore\n')
+    tool.write_report(file, 'new')
+    assert file.read_text() == f'by hand\n{tool.BEGIN}\n\nnew\n{tool.END}\nmore\n'
+    file.write_text('by hand')
+    with pytest.raises(SystemExit, match='to write between'):
+        tool.write_report(file, 'new')
+    assert file.read_text() == 'by hand'
+
+
+def test_a_run_that_fails_says_what_the_original_does(monkeypatch):
+    """The original runs and the converted network does not: that is ours to see."""
+    source = 'mmseg::fcn/fcn_r18-d8_4xb2-80k_cityscapes-512x1024.py'
+    monkeypatch.setattr(sweep, 'SIZES', (32, 32))
+
+    def broken(self, x):
+        raise RuntimeError('broken')
+
+    monkeypatch.setattr(BatchChannelNorm2d, 'forward', broken)
+    record = examine(source)
+    assert (record['forward'], record['original']) == ('RuntimeError: broken', 'whole')

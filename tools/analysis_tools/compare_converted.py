@@ -1,9 +1,13 @@
 """Trains an upstream config and its WS + BCN version at one image per step, and plots the losses.
 
 Both start from random weights, with the same seed, data order, learning rate and schedule (the
-converted one's), and nothing frozen: what differs is the layers. The data: a folder with train.json
-and images/ (COCO format) for mmdet, or a VOC layout with ImageSets/Segmentation/train.txt and
-classes.txt for mmseg.
+converted one's), and nothing frozen: what differs is the layers, and `EstimatesHook` beside them.
+The data: a folder with train.json and images/ (COCO format) for mmdet, or a VOC layout with
+ImageSets/Segmentation/train.txt and classes.txt for mmseg.
+
+Run it again, with the same -n or a larger one, and training goes on from the last checkpoint: a
+long comparison may be cut into pieces. The losses are kept in --record; -n 0 trains nothing and
+draws what is there.
 """
 
 import argparse
@@ -14,17 +18,22 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # also from a clone not installed
 
 
+KINDS = ('original', 'converted')
+CHECKPOINT_INTERVAL = 50  # iterations that an interruption can cost
+
+
 def parse_args() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('source', nargs='+', help='mmdet::... or mmseg::... names')
-    parser.add_argument('--data', nargs='+', required=True, help='a data folder per source')
+    parser.add_argument('source', nargs='*', help='mmdet::... or mmseg::... names')
+    parser.add_argument('--data', nargs='+', default=[], help='a data folder per source')
     parser.add_argument('-n', '--iterations', type=int, default=400, help='0: plot what is there')
     parser.add_argument('-o', '--out', default='work_dirs/compare_converted', help='folder')
+    parser.add_argument('--record', default='work_dirs/compare_converted/losses.json', help='JSON')
     parser.add_argument('--plot', help='PNG to draw')
     parser.add_argument('--size', type=int, default=160, help='pixels of an image')
     parser.add_argument('--seed', type=int, default=0)
-    parser.add_argument('--only', choices=['original', 'converted'], help='train this one alone')
+    parser.add_argument('--only', choices=KINDS, help='train this one alone')
     return parser.parse_args()
 
 
@@ -85,6 +94,7 @@ def configure(source: str, data: str, kind: str, args: argparse.Namespace):
             cfg[f'{name}_{key}'] = None
     if detection:
         cfg.model.data_preprocessor.pad_size_divisor = 32
+        cfg.model.data_preprocessor.batch_augments = None
     else:
         cfg.model.data_preprocessor.size = (args.size, args.size)
     cfg.train_cfg = dict(type='IterBasedTrainLoop', max_iters=args.iterations)
@@ -92,13 +102,26 @@ def configure(source: str, data: str, kind: str, args: argparse.Namespace):
         dict(type='LinearLR', start_factor=0.02, by_epoch=False, begin=0, end=50)
     ]
     cfg.optim_wrapper.clip_grad = dict(max_norm=35)
-    cfg.default_hooks = dict(logger=dict(type='LoggerHook', interval=10), checkpoint=None)
-    # Those of the source (EMA, switches of pipelines) are for its own schedule.
-    cfg.custom_hooks = [] if kind == 'original' else [dict(type=ESTIMATES_HOOK)]
+    cfg.default_hooks = dict(
+        logger=dict(type='LoggerHook', interval=10),
+        checkpoint=dict(
+            type='AtomicCheckpointHook', by_epoch=False, interval=CHECKPOINT_INTERVAL,
+            max_keep_ckpts=1,
+        ),
+    )  # fmt: skip
+    cfg.resume = True  # from the latest checkpoint of the work dir, if there is one
+    # Other hooks of the source (EMA, switches of pipelines) are for its own schedule.
+    ours = [hook for hook in cfg.custom_hooks if hook.type == ESTIMATES_HOOK]
+    cfg.custom_hooks = [] if kind == 'original' else ours
     cfg.log_processor = dict(by_epoch=False)
     cfg.randomness = dict(seed=args.seed)
-    cfg.work_dir = str(Path(args.out) / f'{Path(source).stem}_{kind}')
+    cfg.work_dir = str(work_dir(source, kind, args))
     return cfg
+
+
+def work_dir(source: str, kind: str, args: argparse.Namespace) -> Path:
+    """The folder of one run; another seed or size is another run."""
+    return Path(args.out) / f'{Path(source).stem}_{kind}_{args.size}px_seed{args.seed}'
 
 
 def unfreeze(value: object) -> None:
@@ -123,30 +146,36 @@ def set_classes(value: object, classes: int) -> None:
             set_classes(item, classes)
 
 
-def losses_of(work_dir: Path) -> tuple[list[int], list[float]]:
-    """Iterations and losses that the latest run in a folder logged; each is a mean over ten."""
-    logs = sorted(work_dir.glob('*/vis_data/scalars.json'))
-    lines = [json.loads(line) for line in logs[-1].read_text().splitlines()] if logs else []
-    lines = [line for line in lines if 'loss' in line]
-    return [line['step'] for line in lines], [line['loss'] for line in lines]
+def losses_of(folder: Path) -> dict[int, float]:
+    """Losses by iteration of all pieces of a run; each is a mean over ten."""
+    losses = {}
+    for log in sorted(folder.glob('*/vis_data/scalars.json')):
+        for line in map(json.loads, log.read_text().splitlines()):
+            if 'loss' in line:  # iterations after a checkpoint come again, the later ones count
+                losses[line['step']] = round(line['loss'], 4)
+    return dict(sorted(losses.items()))
 
 
-def plot(out: Path, sources: list[str], file: str) -> None:
+def plot(record: dict, file: str) -> None:
     """One panel per source, the loss of both runs."""
     import matplotlib
 
     matplotlib.use('Agg')
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(sources), figsize=(6 * len(sources), 4), squeeze=False)
-    for axis, source in zip(axes[0], sources):
+    figure, axes = pyplot.subplots(1, len(record), figsize=(6 * len(record), 4), squeeze=False)
+    for axis, (source, entry) in zip(axes[0], record.items()):
         for kind, label, color in (
             ('original', 'as shipped (BN)', 'tab:gray'), ('converted', 'converted (WS + BCN)', 'C0')
         ):  # fmt: skip
-            steps, losses = losses_of(out / f'{Path(source).stem}_{kind}')
-            axis.plot(steps, losses, color=color, label=label)
-        axis.set(title=source, xlabel='iteration, one image each', ylabel='training loss')
+            losses = entry.get(kind, {})
+            axis.plot([int(n) for n in losses], losses.values(), color=color, label=label)
+        axis.set(
+            title=f'{source}\n{entry["data"]}, {entry["size"]} px, seed {entry["seed"]}',
+            xlabel='iteration, one image each', ylabel='training loss (mean of 10)',
+        )  # fmt: skip
         axis.title.set_fontsize(9)
+        axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
         axis.legend()
     figure.tight_layout()
@@ -154,23 +183,35 @@ def plot(out: Path, sources: list[str], file: str) -> None:
 
 
 def main() -> None:
-    """Trains what is asked for, prints the losses, plots."""
+    """Trains what is asked for, keeps and prints the losses, plots."""
     args = parse_args()
     if len(args.data) != len(args.source):
         sys.exit('error: --data needs a folder per source')
-    from mmengine.runner import Runner
+    from wsbcn_mm.openmmlab import files
 
-    out = Path(args.out)
+    path = Path(args.record)
+    record = json.loads(path.read_text()) if path.is_file() else {}
     for source, data in zip(args.source, args.data):
-        for kind in ('original', 'converted') if args.only is None else (args.only,):
+        settings = dict(data=Path(data).name, size=args.size, seed=args.seed)
+        entry = record.setdefault(source, settings)
+        if {key: entry[key] for key in settings} != settings:
+            sys.exit(f'error: {path} holds {source} with other settings: name another --record')
+        for kind in KINDS if args.only is None else (args.only,):
             if args.iterations:
+                from mmengine.runner import Runner
+
                 Runner.from_cfg(configure(source, data, kind, args)).train()
-            steps, losses = losses_of(out / f'{Path(source).stem}_{kind}')
+            entry[kind] = losses_of(work_dir(source, kind, args)) or entry.get(kind, {})
+            files.write_atomically(path, (json.dumps(record, indent=1) + '\n').encode())
+    for source, entry in record.items():
+        for kind in KINDS:
+            steps = list(entry.get(kind, {}).items())
             if steps:
-                print(f'{source} {kind}: loss {losses[0]:.3f} at iteration {steps[0]}, '
-                      f'{losses[-1]:.3f} at {steps[-1]} (seed {args.seed})')  # fmt: skip
+                (first, before), (last, after) = steps[0], steps[-1]
+                print(f'{source} {kind}: loss {before:.3f} at iteration {first}, {after:.3f} at '
+                      f'{last} (seed {entry["seed"]})')  # fmt: skip
     if args.plot:
-        plot(out, args.source, args.plot)
+        plot(record, args.plot)
 
 
 if __name__ == '__main__':

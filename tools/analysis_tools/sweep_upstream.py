@@ -2,7 +2,8 @@
 
 Each config is converted, built, audited, written and read back; with --forward, one config of every
 different network also runs once. Results go to a file of JSON lines as they come: run it again to
-go on where it stopped.
+go on where it stopped. The tables go between two marks of a Markdown file; what stands around them
+stays.
 """
 
 import argparse
@@ -27,8 +28,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--match', default='', help='only configs with this in their name')
     parser.add_argument('--timeout', type=float, default=120, help='seconds per config')
     parser.add_argument('--seconds', type=float, default=float('inf'), help='stop after so many')
-    parser.add_argument('--again', nargs='*', default=[], help='repeat configs of these outcomes')
-    parser.add_argument('--report', help='write the table to this Markdown file')
+    parser.add_argument(
+        '--again', nargs='*', default=[],
+        help='repeat configs of these outcomes; with --forward: "not run" repeats what did not run',
+    )  # fmt: skip
+    parser.add_argument('--report', help='Markdown file: writes the tables between its two marks')
     return parser.parse_args()
 
 
@@ -59,7 +63,10 @@ def jobs(records: dict[str, dict], names: list[str], forward: bool, again: list[
     """What is still to be done."""
     if not forward:
         return [n for n in names if n not in records or records[n]['outcome'] in again]
-    done = {r['model'] for r in records.values() if 'forward' in r}
+    from wsbcn_mm.openmmlab.sweep import RUNS
+
+    run = [r for r in records.values() if 'forward' in r]
+    done = {r['model'] for r in run if r['forward'] in RUNS or 'not run' not in again}
     first = {}
     for name in names:
         model = records.get(name, {}).get('model')
@@ -95,40 +102,42 @@ def main() -> None:
     worker.stop()
     if args.report:
         records = {n: r for n, r in read(out).items() if n in set(names)}
-        Path(args.report).write_text(report(records, len(names)))
+        write_report(Path(args.report), report(records, len(names)))
+
+
+BEGIN = '<!-- from here on written by tools/analysis_tools/sweep_upstream.py --report -->'
+END = '<!-- up to here -->'
+
+
+def write_report(path: Path, tables: str) -> None:
+    """Replaces what stands between the two marks of a file, or writes a new file.
+
+    Raises:
+        SystemExit: the file is there and lacks the marks.
+    """
+    text = path.read_text() if path.is_file() else f'{BEGIN}\n{END}\n'
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        sys.exit(f'error: {path} has no lines {BEGIN!r} and {END!r} to write between')
+    path.write_text(f'{before}{BEGIN}\n\n{tables}\n{END}{after}')
 
 
 def report(records: dict[str, dict], total: int) -> str:
-    """The table, in Markdown."""
-    from wsbcn_mm.openmmlab.sweep import OUTCOMES
+    """The tables, in Markdown."""
+    from wsbcn_mm.openmmlab.sweep import DONE, OUTCOMES
 
-    lines = [INTRODUCTION.format(done=len(records), total=total)]
-    lines += ['| | configs | ' + ' | '.join(OUTCOMES) + ' | with a conv network | converted |',
-              '|---|--:|' + '--:|' * (len(OUTCOMES) + 2)]  # fmt: skip
+    converted = [r for r in records.values() if r['outcome'] in DONE]
+    lines = [
+        '| | configs | ' + ' | '.join(OUTCOMES) + ' | with a conv network | converted |',
+        '|---|--:|' + '--:|' * (len(OUTCOMES) + 2),
+    ]
     for package in sorted({name.partition('::')[0] for name in records}):
         lines.append(_row(package, [r for n, r in records.items() if n.startswith(package)]))
-    lines.append(_row('all', list(records.values())))
-    converted = [r for r in records.values() if r['outcome'] in ('converted', 'without WS')]
-    run = {r['model']: r for r in converted if 'forward' in r}
-    kinds = Counter(
-        {'whole': 'whole network', 'features': 'backbone and neck'}.get(r['forward'], 'not run')
-        for r in run.values()
-    )
-    models = {r['model'] for r in converted}
-    lines += [
-        '',
-        f'- Audit clean on {sum(r["clean"] for r in converted)} of {len(converted)} converted.',
-        f'- Networks: {len(models)} different ones; run once at 64x64, in training mode: '
-        + (', '.join(f'{n} {kind}' for kind, n in kinds.most_common()) or 'none') + '.',
-        f'- WS convolutions that the runs saw without a norm behind them: '
-        f'{sum(len(r["bare"]) for r in run.values()) if run else "not looked at"}.',
-        f'- Written and read back, {sum(r["read_back"] for r in converted)} of them: always the '
-        'same config (one that is not would count as failed).',
-        '', '## Why', '',
-        '| package | outcome | reason | configs |', '|---|---|---|--:|',
-    ]  # fmt: skip
+    lines += [_row('all', list(records.values())), '', *_state(records, converted, total)]
+    lines += ['', '## Why', '', '| package | outcome | reason | configs |', '|---|---|---|--:|']
     why = Counter(
-        (n.partition('::')[0], r['outcome'], _short(r)) for n, r in records.items()
+        (n.partition('::')[0], r['outcome'], _cell(r['reason'])) for n, r in records.items()
         if r['outcome'] != 'converted'
     )  # fmt: skip
     lines += [f'| {p} | {o} | {w} | {n} |' for (p, o, w), n in sorted(why.items())]
@@ -145,51 +154,71 @@ def report(records: dict[str, dict], total: int) -> str:
         count = Counter(r['outcome'] for r in members)
         cells = ' | '.join(str(count[o] or '') for o in OUTCOMES)
         lines.append(f'| {family} | {len(members)} | {cells} |')
-    failed = [r for r in run.values() if r['forward'] not in ('whole', 'features')]
-    if failed:
-        lines += ['', '## Not run', '', '| config | why |', '|---|---|']
-        lines += [f'| {r["config"]} | {_cell(r["forward"])} |' for r in failed]
-    return '\n'.join(lines) + '\n'
+    return '\n'.join(lines + _not_clean(converted) + _not_run(converted)) + '\n'
 
 
-INTRODUCTION = """\
-# Compatibility: what becomes of every upstream config
+def _state(records: dict[str, dict], converted: list[dict], total: int) -> list[str]:
+    """What was done, and what was not."""
+    import platform
 
-`tools/analysis_tools/sweep_upstream.py` takes every config that the installed mmdet 3.3.0 and
-mmsegmentation 1.2.2 ship outside of `_base_`, converts it
-(`tools/model_converters/convert_config.py`), builds the converted model and audits it; most were
-also written and read back. {done} of {total} configs are in this table.
+    import torch
 
-- **converted**: BN, SyncBN and GN are BCN, the convolutions before them WSConv2d.
-- **without WS**: parts with deformable convolutions: the converter refuses them with a clear error
-  (the host asserts that `dcn` and `conv_cfg` exclude each other) and converts with `--conv none`.
-- **nothing to convert**: no BN, SyncBN or GN behind a convolution (transformers, VGG with L2 norm).
-- **refused**: a clear error says why.
-- **needs**: the *original* cannot be built here: a package, a file or a download is missing.
-- **failed**: a defect of ours.
+    from wsbcn_mm.openmmlab.sweep import RUNS
 
-*With a conv network* are those that could be built and hold such a norm; *converted* is the share
-of them that the converter turns into one that builds, `without WS` included.
-"""
+    run = _runs(converted)
+    sizes = Counter((r['forward'], r.get('size', 64)) for r in run if r['forward'] in RUNS)
+    names = {'whole': 'whole', 'features': 'backbone and neck'}
+    kinds = [f'{n} {names[kind]} at {size}x{size}' for (kind, size), n in sizes.most_common()]
+    kinds.append(f'{len(run) - sum(sizes.values())} did not run')
+    return [
+        f'- Converted, built and audited: {len(records)} of {total} configs; audit clean on '
+        f'{sum(r["clean"] for r in converted)} of the {len(converted)} that were converted.',
+        f'- Written and read back: {sum(r["read_back"] for r in converted)} of them; always the '
+        'same config (one that is not would count as failed).',
+        f'- Different networks: {len({r["model"] for r in converted})}. Run once, in training mode '
+        f'on the CPU: {len(run)}: {", ".join(kinds)}.',
+        '- WS convolutions that these runs saw without a norm behind them: '
+        f'{sum(len(r["bare"]) for r in run)}.',
+        f'- Python {platform.python_version()}, torch {torch.__version__}.',
+    ]
+
+
+def _runs(converted: list[dict]) -> list[dict]:
+    """One record of each network that was run."""
+    return list({r['model']: r for r in converted if 'forward' in r}.values())
+
+
+def _not_clean(converted: list[dict]) -> list[str]:
+    rows = [(r['config'], f) for r in converted if not r['clean'] for f in r['findings']]
+    rows = [f'| {name} | {_cell(f)} |' for name, f in rows if not f.startswith('note')]
+    title = '## What the audit finds in converted configs'
+    return ['', title, '', '| config | finding |', '|---|---|', *rows] if rows else []
+
+
+def _not_run(converted: list[dict]) -> list[str]:
+    """Beside each reason what the original does: where it runs, the defect is ours."""
+    from wsbcn_mm.openmmlab.sweep import RUNS
+
+    failed = [r for r in _runs(converted) if r['forward'] not in RUNS]
+    rows = []
+    for r in failed:
+        original = r.get('original', 'not tried')
+        original = 'the same' if original == r['forward'] else original
+        size = r.get('size', 64)
+        rows.append(f'| {r["config"]} | {size} | {_cell(r["forward"])} | {_cell(original)} |')
+    head = ['', '## Not run', '', '| config | pixels | why | the original |', '|---|--:|---|---|']
+    return head + rows if rows else []
 
 
 def _row(name: str, records: list[dict]) -> str:
+    from wsbcn_mm.openmmlab.sweep import DONE, OUTCOMES
+
     count = Counter(r['outcome'] for r in records)
-    done = count['converted'] + count['without WS']
+    done = sum(count[outcome] for outcome in DONE)
     having = done + count['refused'] + count['failed']
-    cells = ' | '.join(str(count[outcome]) for outcome in _outcomes())
+    cells = ' | '.join(str(count[outcome]) for outcome in OUTCOMES)
     share = f'{100 * done / having:.1f} %' if having else ''
     return f'| {name} | {len(records)} | {cells} | {having} | {share} |'
-
-
-def _outcomes() -> tuple[str, ...]:
-    from wsbcn_mm.openmmlab.sweep import OUTCOMES
-
-    return OUTCOMES
-
-
-def _short(record: dict) -> str:
-    return _cell(record['reason'])
 
 
 def _kept(text: str) -> str:

@@ -17,6 +17,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--images-per-gpu', type=int, default=1, help='batch size of one process')
     parser.add_argument('--keep-lr', action='store_true', help='do not scale the learning rate')
     parser.add_argument(
+        '--keep-dcn', action='store_true',
+        help='deformable convolutions stay as they are, the others get WS; without it they are '
+        'refused',
+    )  # fmt: skip
+    parser.add_argument(
         '--checkpoint', help='backbone weights that were trained with these layers'
     )
     return parser.parse_args()
@@ -29,8 +34,9 @@ def main() -> None:
         from wsbcn_mm.openmmlab import convert_config
 
         conversion = convert_config.convert_config(
-            args.source, args.norm, args.conv, args.images_per_gpu, args.keep_lr, args.checkpoint
-        )
+            args.source, args.norm, args.conv, args.images_per_gpu, args.keep_lr, args.checkpoint,
+            args.keep_dcn,
+        )  # fmt: skip
         if args.out is not None:
             convert_config.write_config(conversion, args.out)
     except (ValueError, TypeError, ImportError, FileNotFoundError, SyntaxError) as error:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mmengine.config import Config, ConfigDict
+from mmengine.config.utils import ConfigParsingError
 from torch import nn
 
 from wsbcn_mm import layers
@@ -37,6 +38,9 @@ CONVS = {
     'Conv1d': 'WSConv1d', 'Conv3d': 'WSConv3d',
 }  # fmt: skip
 TARGET_NORMS, TARGET_CONVS = ('BCN', 'GN'), ('WSConv2d', 'none')
+# What mmengine raises where a config cannot inherit from another: read by other rules (configs in
+# pure Python), a key in two bases, a dict merged into something else.
+MERGE_ERRORS = (ConfigParsingError, KeyError, TypeError)
 ESTIMATES_HOOK = 'EstimatesHook'  # same estimates on all ranks, their rate by images per step
 
 
@@ -97,6 +101,7 @@ def convert_config(
     images_per_gpu: int = 1,
     keep_lr: bool = False,
     checkpoint: str | None = None,
+    keep_dcn: bool = False,
 ) -> Conversion:
     """The WS + BCN version of a config.
 
@@ -118,12 +123,14 @@ def convert_config(
         images_per_gpu: The batch size of one process.
         keep_lr: Leave the learning rate as it is.
         checkpoint: File of backbone weights that were trained with these layers.
+        keep_dcn: Convert parts with deformable convolutions as well: these stay as they are, with
+            BCN behind them, and the others of the part get WS. Otherwise such a part is refused.
 
     Raises:
         FileNotFoundError: no such config; names similar ones.
         CannotBuild: a ValueError; the config needs something that is missing here.
         NothingToConvert: a ValueError; nothing in the config has a norm that BCN could replace.
-        UnsupportedConfig: a ValueError; DCN in a part that would get WS.
+        UnsupportedConfig: a ValueError; DCN in a part that would get WS, without ``keep_dcn``.
         ValueError: an argument out of range, a config without a model.
     """
     _check_arguments(norm, conv, images_per_gpu)
@@ -133,7 +140,7 @@ def convert_config(
         file, base = find_config(str(source))
         original = Config.fromfile(file)
     result = Conversion(copy.deepcopy(original), file and str(file), base, original)
-    converted = _convert_layers(result, norm, conv)
+    converted = _convert_layers(result, norm, conv, keep_dcn)
     _unfreeze(result, converted, checkpoint)
     _replace_checkpoints(result, converted, checkpoint)
     _set_batch_size(result, images_per_gpu, keep_lr)
@@ -176,10 +183,10 @@ class _Part:
     why_not: str = ''  # no conv_cfg
 
 
-def _convert_layers(result: Conversion, norm: str, conv: str) -> list[Node]:
+def _convert_layers(result: Conversion, norm: str, conv: str, keep_dcn: bool) -> list[Node]:
     """Sets norm_cfg and conv_cfg; returns the nodes that changed."""
     nodes = probe.nodes(result.cfg)
-    parts = _parts(result, nodes, conv)
+    parts = _parts(result, nodes, conv, keep_dcn)
     for part in parts:
         _set(result, part.norm_path, _new_norm(part, norm))
         if part.standardize:
@@ -268,7 +275,7 @@ def _fixed_norms(model: nn.Module) -> dict[tuple, str]:
     return found
 
 
-def _parts(result: Conversion, nodes: list[Node], conv: str) -> list[_Part]:
+def _parts(result: Conversion, nodes: list[Node], conv: str, keep_dcn: bool) -> list[_Part]:
     model = probe.build(result.cfg)
     owner = probe.owners(model)
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -295,7 +302,7 @@ def _parts(result: Conversion, nodes: list[Node], conv: str) -> list[_Part]:
                 continue
             part = _Part(node, path, old, widths[node.path])
             if conv != 'none' and path == (*node.path, 'norm_cfg'):
-                _plan_conv(result, part)
+                _plan_conv(result, part, keep_dcn)
             parts.append(part)
     return parts
 
@@ -326,7 +333,7 @@ def _norm_cfgs(node: Node) -> list[tuple[tuple, dict]]:
     return found
 
 
-def _plan_conv(result: Conversion, part: _Part) -> None:
+def _plan_conv(result: Conversion, part: _Part, keep_dcn: bool) -> None:
     node = part.node
     if not node.accepts('conv_cfg'):
         part.why_not = f'{node.kind.__name__} takes no conv_cfg'
@@ -339,10 +346,13 @@ def _plan_conv(result: Conversion, part: _Part) -> None:
         result.left.append(f'{node.where}: its convolutions are {kind}, which stay: no WS')
         return
     if node.get('dcn') is not None:
+        if keep_dcn:
+            part.why_not = 'dcn and conv_cfg exclude each other'
+            return
         raise UnsupportedConfig(
             f'{node.where} uses deformable convolutions (dcn), and {node.kind.__name__} refuses '
-            'dcn together with conv_cfg\n  convert without WS (--conv none), or set '
-            f'{node.where}.dcn=None in the source first'
+            'dcn together with conv_cfg\n  convert all but the deformable ones (--keep-dcn), '
+            f'nothing to WS (--conv none), or set {node.where}.dcn=None in the source first'
         )
     part.standardize = True
 
@@ -567,7 +577,7 @@ def write_config(conversion: Conversion, path: str | Path) -> str:
     """Writes a converted config and reads it back.
 
     A child of the source with the differences alone, where the source has a name or a path that a
-    config can inherit from; otherwise the complete config.
+    config can inherit from; otherwise the complete config, and a warning says why.
 
     Args:
         conversion: From `convert_config`.
@@ -588,22 +598,29 @@ def write_config(conversion: Conversion, path: str | Path) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f'{path.stem}_{os.getpid()}_part.py')
     wanted = _plain(conversion.cfg)
+    text, why = _child(conversion, path.parent)
     try:
-        for make in (_child, _complete):
-            text = make(conversion, path.parent)
-            if text is None:
-                continue
+        if text is not None:
             part.write_text(text)
             try:
-                found = _plain(Config.fromfile(str(part)))
-            except Exception:  # noqa: BLE001  a base that cannot be inherited: write it all
-                found = None
-            if found == wanted:
-                os.replace(part, path)
-                return text
+                if _plain(Config.fromfile(str(part))) != wanted:
+                    why = 'merging the source and the differences does not give it'
+            except MERGE_ERRORS as error:
+                why = f'{type(error).__name__}: {(str(error).splitlines() or [""])[0]}'
+        if why:
+            warning = f'{path.name} is written as a complete config, not as a child: {why}'
+            if warning not in conversion.warnings:
+                conversion.warnings.append(warning)
+            text = _complete(conversion)
+            part.write_text(text)
+            if _plain(Config.fromfile(str(part))) != wanted:
+                raise RuntimeError(
+                    f'the config written to {path} does not read back as it was converted'
+                )
+        os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
-    raise RuntimeError(f'the config written to {path} does not read back as it was converted')
+    return text
 
 
 def _plain(cfg: Config) -> object:
@@ -627,18 +644,20 @@ def _header(conversion: Conversion) -> str:
     return '\n'.join(line.replace('\n', ' ') for line in lines) + '\n'
 
 
-def _child(conversion: Conversion, folder: Path) -> str | None:
+def _child(conversion: Conversion, folder: Path) -> tuple[str | None, str]:
+    """The text of a config that inherits from the source; None and why, where none can."""
     base = conversion.base
     if base is None:
-        if not conversion.source or 'site-packages' in Path(conversion.source).parts:
-            return None  # not a path to write into a user's file
+        if not conversion.source:
+            return None, 'it was given without a file'
+        if 'site-packages' in Path(conversion.source).parts:
+            return None, f'mmengine cannot inherit from {Path(conversion.source).name} by name'
         base = os.path.relpath(Path(conversion.source).resolve(), folder.resolve())
     overrides = _difference(conversion.original.to_dict(), conversion.cfg.to_dict())
-    body = Config(overrides).pretty_text
-    return f'{_header(conversion)}_base_ = {base!r}\n{body}'
+    return f'{_header(conversion)}_base_ = {base!r}\n{Config(overrides).pretty_text}', ''
 
 
-def _complete(conversion: Conversion, folder: Path) -> str:
+def _complete(conversion: Conversion) -> str:
     return _header(conversion) + conversion.cfg.pretty_text
 
 

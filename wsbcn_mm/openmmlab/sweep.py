@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
-from torch import nn
+from torch import Tensor, nn
 
 from wsbcn_mm.audit import has_problems
 from wsbcn_mm.layers import BatchChannelNorm, WeightStandardized
@@ -34,7 +34,9 @@ NEEDS = {
     'a file of its own (a teacher, an embedding)': ('No such file', 'does not exist', 'not found'),
     'a download': ('HTTP', 'urlopen', 'Connection', 'resolve', 'Name or service', 'download'),
 }  # fmt: skip
-OUTCOMES = ('converted', 'without WS', 'nothing to convert', 'refused', 'needs', 'failed')
+SIZES = (64, 256)  # pixels of the image of a run: the second where the first is too small
+DONE = ('converted', 'all but DCN')
+OUTCOMES = (*DONE, 'nothing to convert', 'refused', 'needs', 'failed')
 
 
 def upstream_configs(package: str) -> list[str]:
@@ -52,14 +54,14 @@ def examine(source: str, forward: bool = True, written: Path | None = None) -> d
 
     Args:
         source: ``mmdet::...`` or ``mmseg::...``.
-        forward: Run the converted model once, at 64x64 pixels.
+        forward: Run the converted model once, see `run_once`.
         written: Write the config to this file and read it back.
 
     Returns:
         ``config``, ``outcome`` (see `OUTCOMES`), ``reason``, ``seconds``; for a converted one also
         ``layers`` (numbers of BCN, WS, remaining BN and plain conv -> norm pairs), ``left``,
-        ``findings`` of the audit, ``read_back`` (was it written), ``forward`` (what ran, or why
-        nothing did) and ``bare`` (WS convolutions that the run saw without a norm behind them).
+        ``findings`` of the audit, ``read_back`` (was it written) and what `run_once` returns; where
+        nothing ran, ``original`` is the same of the model as shipped.
     """
     start = time.perf_counter()
     record = dict(config=source, outcome='failed', reason='')
@@ -88,8 +90,8 @@ def _examine(source: str, forward: bool, written: Path | None) -> dict:
     try:
         conversion = convert_config.convert_config(source)
     except convert_config.UnsupportedConfig as error:
-        outcome, reason = 'without WS', _first_line(error)
-        conversion = convert_config.convert_config(source, conv='none')
+        outcome, reason = 'all but DCN', _first_line(error)
+        conversion = convert_config.convert_config(source, keep_dcn=True)
     except probe.CannotBuild as error:
         raise Upstream from error.__cause__
     except convert_config.NothingToConvert:
@@ -111,6 +113,10 @@ def _examine(source: str, forward: bool, written: Path | None) -> dict:
     )  # fmt: skip
     if forward:
         record.update(run_once(model, cfg))
+        if record['forward'] not in RUNS:
+            original = conversion.original
+            _few_proposals(original.model)
+            record['original'] = run_once(probe.build(original), original)['forward']
     return record
 
 
@@ -172,37 +178,61 @@ def _few_proposals(value: object) -> None:
 # ---- one run -----------------------------------------------------------------------------------
 
 
-def run_once(model: nn.Module, cfg: Config, size: int = 64) -> dict:
+RUNS = ('whole', 'features')
+
+
+def run_once(model: nn.Module, cfg: Config) -> dict:
     """Runs a model from `probe.build` once, and looks at what follows its WS convolutions.
 
-    The whole network where it can be called so (mode ``'tensor'``), else backbone and neck.
+    The whole network where it can be called so (mode ``'tensor'``), else backbone and neck; with an
+    image of 64 pixels, else of the size that its backbone is made for, or of 256. In training mode:
+    estimates move, and nothing is taken from running statistics of nothing; but BatchNorms, which a
+    network as shipped has, are in evaluation: they refuse single values.
 
     Returns:
-        ``forward``: ``'whole'``, ``'features'`` or the reason why neither ran; ``bare``: names of
-        WS convolutions that something else than a norm read.
+        ``forward``: ``'whole'``, ``'features'`` or the reason why neither ran; ``size``: of the
+        image; ``bare``: names of WS convolutions that something else than a norm read.
     """
     _fill(model)
-    image = torch.randn(1, 3, size, size)
-    attempts = {
-        'whole': lambda: model(image, _samples(cfg, size), mode='tensor'),
-        'features': lambda: model.extract_feat(image),
-    }
     names = {id(module): name for name, module in model.named_modules()}
     modules = {id(module): module for module in model.modules()}
-    reason = ''
-    # Training mode: estimates move, and nothing is taken from running statistics of nothing.
     model.train()
-    with DefaultScope.overwrite_default_scope(cfg.get('default_scope')), torch.no_grad():
+    ours = {id(part) for module in modules.values() if isinstance(module, BatchChannelNorm)
+            for part in module.children()}  # fmt: skip
+    for key, module in modules.items():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and key not in ours:
+            module.eval()
+    for size in _sizes(cfg):
+        image, reason = torch.randn(1, 3, size, size), ''
+        attempts = {
+            'whole': lambda image=image: model(image, _samples(cfg, image), mode='tensor'),
+            'features': lambda image=image: _features(model, image),
+        }
         for kind, attempt in attempts.items():
             try:
-                seen = trace(model, attempt)
+                with (DefaultScope.overwrite_default_scope(cfg.get('default_scope')),
+                      torch.no_grad()):  # fmt: skip
+                    seen = trace(model, attempt)
             except Exception as error:  # noqa: BLE001  what cannot run so is recorded
                 reason = reason or f'{type(error).__name__}: {_first_line(error)}'
                 continue
             bare = [names[key] for key, (norms, others) in seen.items()
                     if isinstance(modules[key], WeightStandardized) and (others or not norms)]
-            return dict(forward=kind, bare=bare)
-    return dict(forward=reason, bare=[])
+            return dict(forward=kind, size=size, bare=bare)
+    return dict(forward=reason, size=size, bare=[])
+
+
+def _sizes(cfg: Config) -> list[int]:
+    """Those to try; a vision transformer may know positions of one size alone."""
+    own = (cfg.model.get('backbone') or {}).get('img_size')
+    own = own[0] if isinstance(own, (list, tuple)) else own
+    return [SIZES[0], own or SIZES[1]]
+
+
+def _features(model: nn.Module, image: Tensor) -> object:
+    """Backbone and neck; those of its detector, of a model that tracks."""
+    model = getattr(model, 'detector', model)
+    return model.extract_feat(image) if hasattr(model, 'extract_feat') else model.backbone(image)
 
 
 # ---- many, one worker at a time ----------------------------------------------------------------
@@ -261,12 +291,12 @@ class Worker:
             self.process = None
 
 
-def _samples(cfg: Config, size: int) -> list | None:
+def _samples(cfg: Config, image: Tensor) -> list | None:
     if cfg.get('default_scope') != 'mmdet':
         return None
     from mmdet.structures import DetDataSample
 
-    shape = (size, size)
+    shape = tuple(image.shape[2:])
     meta = dict(img_shape=shape, ori_shape=shape, pad_shape=shape, batch_input_shape=shape,
                 scale_factor=(1.0, 1.0), img_id=0)  # fmt: skip
     return [DetDataSample(metainfo=meta)]
