@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -15,7 +16,7 @@ pytest.importorskip('mmseg', reason='segmenters are built from it')
 
 import numpy as np
 import torch
-from mmcv.cnn import fuse_conv_bn
+from mmcv.cnn import ConvAWS2d, fuse_conv_bn
 from mmengine.config import Config
 from PIL import Image
 from torch import nn
@@ -24,6 +25,7 @@ from wsbcn_mm import BatchChannelNorm2d, fold, fuse, shapes
 from wsbcn_mm.layers import BatchChannelNorm
 from wsbcn_mm.openmmlab import config, export, inference, plain, predict
 from wsbcn_mm.openmmlab.checkpoint import CheckpointMismatch
+from wsbcn_mm.openmmlab.stock import lists_layers, stock_model
 
 ROOT = Path(__file__).parents[2]
 QUICK = {
@@ -33,6 +35,58 @@ QUICK = {
 MASK_RCNN = ROOT / 'configs/mask_rcnn/mask-rcnn_r50_fpn_ws-bcn_8xb1-scratch-6x_coco.py'
 EACH = pytest.mark.parametrize('name', list(QUICK))
 SIZE = (64, 96)
+# What no settings of stock layers can express: pyramid levels with norms of their own behind shared
+# convolutions, and numbers of groups that differ within a part. Written to files, with their data.
+LISTED = {
+    'retinanet': f"""
+default_scope = 'mmdet'
+custom_imports = dict(imports=['wsbcn_mm'])
+norm_cfg, conv_cfg = dict(type='BCN', num_groups='auto'), dict(type='WSConv2d')
+model = dict(
+    type='RetinaNet',
+    data_preprocessor=dict(
+        type='DetDataPreprocessor', mean=[120.0, 110.0, 100.0], std=[60.0, 50.0, 40.0],
+        bgr_to_rgb=True, pad_size_divisor=32),
+    backbone=dict(type='ResNet', depth=18, base_channels=8, out_indices=(2, 3),
+                  norm_cfg=norm_cfg, conv_cfg=conv_cfg),
+    neck=dict(type='FPN', in_channels=[32, 64], out_channels=8, num_outs=3, norm_cfg=norm_cfg,
+              conv_cfg=conv_cfg),
+    bbox_head=dict(
+        type='RetinaSepBNHead', num_classes=5, num_ins=3, in_channels=8, feat_channels=8,
+        stacked_convs=2, norm_cfg=norm_cfg, conv_cfg=conv_cfg,
+        anchor_generator=dict(type='AnchorGenerator', octave_base_scale=4, ratios=[1.0],
+                              scales_per_octave=1, strides=[16, 32, 64])),
+    test_cfg=dict(nms_pre=10, score_thr=0.05, nms=dict(type='nms', iou_threshold=0.5),
+                  max_per_img=5))
+ann_file = 'data/coco/annotations/instances_val2017.json'
+test_dataloader = dict(
+    batch_size=1, num_workers=0, sampler=dict(type='DefaultSampler', shuffle=False),
+    dataset=dict(
+        type='CocoDataset', data_root='data/coco/', ann_file='annotations/instances_val2017.json',
+        data_prefix=dict(img='val2017/'), test_mode=True,
+        metainfo=dict(classes={shapes.CLASSES!r}),
+        pipeline=[
+            dict(type='LoadImageFromFile'), dict(type='Resize', scale=(96, 64)),
+            dict(type='LoadAnnotations', with_bbox=True),
+            dict(type='PackDetInputs', meta_keys=(
+                'img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor'))]))
+test_evaluator, test_cfg = dict(type='CocoMetric', ann_file=ann_file), dict(type='TestLoop')
+""",
+    'segmenter': f"""
+_base_ = {str(QUICK['deeplabv3'])!r}
+custom_imports = dict(imports=['wsbcn_mm'])
+norm_cfg = dict(type='BCN', num_groups='auto')
+model = dict(backbone=dict(base_channels=8, norm_cfg=norm_cfg),
+             decode_head=dict(in_channels=32, channels=16, norm_cfg=norm_cfg),
+             auxiliary_head=dict(in_channels=16, channels=16, norm_cfg=norm_cfg))
+test_dataloader = dict(dataset=dict(
+    _delete_=True, type='BaseSegDataset', data_root='data/VOCdevkit/VOC2012',
+    ann_file='ImageSets/Segmentation/val.txt', img_suffix='.jpg', seg_map_suffix='.png',
+    data_prefix=dict(img_path='JPEGImages', seg_map_path='SegmentationClass'),
+    metainfo=dict(classes={('background', *shapes.CLASSES)!r}, palette={shapes.PALETTE!r}),
+    pipeline={{{{_base_.test_pipeline}}}}))
+""",
+}
 
 pytestmark = pytest.mark.filterwarnings('ignore')  # of the hosts about their own futures
 
@@ -162,23 +216,7 @@ def test_retinanet_with_a_norm_per_level_gets_convolutions_of_its_own():
 
     The RetinaNet configs of this repository use it.
     """
-    norm, conv = dict(type='BCN', num_groups=4), dict(type='WSConv2d')
-    cfg = Config(dict(
-        default_scope='mmdet',
-        model=dict(
-            type='RetinaNet', data_preprocessor=dict(type='DetDataPreprocessor'),
-            backbone=dict(type='ResNet', depth=18, base_channels=8, out_indices=(2, 3),
-                          norm_cfg=norm, conv_cfg=conv),
-            neck=dict(type='FPN', in_channels=[32, 64], out_channels=8, num_outs=3,
-                      norm_cfg=norm, conv_cfg=conv),
-            bbox_head=dict(
-                type='RetinaSepBNHead', num_classes=2, num_ins=3, in_channels=8, feat_channels=8,
-                stacked_convs=2, norm_cfg=norm, conv_cfg=conv,
-                anchor_generator=dict(type='AnchorGenerator', octave_base_scale=4, ratios=[1.0],
-                                      scales_per_octave=1, strides=[16, 32, 64])),
-            test_cfg=dict(nms_pre=10, score_thr=0.05, nms=dict(type='nms', iou_threshold=0.5),
-                          max_per_img=5)),
-    ))  # fmt: skip
+    cfg = Config.fromstring(LISTED['retinanet'], '.py')
     model = as_trained(inference.build_model(cfg)).double()
     image = inference.random_image(*SIZE)
     steps = fuse.plan(model, run=inference.run_on(cfg, image))
@@ -187,8 +225,16 @@ def test_retinanet_with_a_norm_per_level_gets_convolutions_of_its_own():
     folded = steps.apply(model)
     assert our_layers(folded) == []
     assert error(model, folded, image_of(model, cfg)) < 1e-10
+    settings = copy.deepcopy(cfg)
+    settings.model.bbox_head.norm_cfg = dict(type='BCN', num_groups=4)
+    settings.model.backbone.norm_cfg = settings.model.neck.norm_cfg = dict(type='BCN', num_groups=4)
     with pytest.raises(plain.CannotBePlain, match=r'(?s)share the batch stage.*cls_convs'):
-        plain.load_plain(inference.build_model(plain.plain_config(cfg, model)), model, steps)
+        plain.load_plain(
+            inference.build_model(plain.plain_config(settings, model)), model, steps
+        )
+    stock_cfg, other = stock_model(cfg, model, steps)
+    towers = other.bbox_head.cls_convs
+    assert towers[0][0].conv is not towers[1][0].conv and lists_layers(stock_cfg)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -242,6 +288,22 @@ def test_what_is_of_this_package_in_a_config_is_dropped_or_named():
         plain.plain_config(cfg, model)
 
 
+def test_what_no_stock_model_can_be_is_refused_by_name():
+    cfg = Config.fromstring(LISTED['retinanet'], '.py')
+    model = as_trained(inference.build_model(cfg))
+    run = inference.run_on(cfg, inference.random_image(*SIZE))
+    handle = model.neck.lateral_convs[0].bcn.register_forward_hook(lambda *a: None)
+    with pytest.raises(plain.CannotBePlain, match=r'neck\.lateral_convs\.0\.bcn: it has hooks'):
+        stock_model(cfg, model, fuse.plan(model, run=run))
+    handle.remove()
+    model.backbone.conv1 = ConvAWS2d(3, 8, 7, stride=2, padding=3)  # not from the config
+    with pytest.raises(plain.CannotBePlain, match=r'backbone\.conv1: ConvAWS2d, where the stock'):
+        stock_model(cfg, model, fuse.plan(model, run=run))
+    cfg.model.neck.norm_cfg = dict(type='SampleLayerNorm')
+    with pytest.raises(plain.CannotBePlain, match=r"neck\.norm_cfg\.type='SampleLayerNorm'"):
+        stock_model(cfg, model, fuse.plan(model, run=run))
+
+
 # Shapes of boxes and scores, summed: what stock OpenMMLab finds, without this package.
 WITHOUT_US = """
 import sys
@@ -270,9 +332,19 @@ for image in images:
     if scope == 'mmdet':
         found = sample.pred_instances
         print(json.dumps([found.bboxes.tolist(), found.scores.tolist(), found.labels.tolist(),
-                          found.masks.sum((1, 2)).tolist()]))
+                          found.masks.sum((1, 2)).tolist() if 'masks' in found else None]))
     else:
         print(json.dumps(sample.pred_sem_seg.data.tolist()))
+
+from pathlib import Path
+from mmengine.config import Config
+from mmengine.runner import Runner
+
+cfg = Config.fromfile(config)
+cfg.load_from, cfg.work_dir = checkpoint, 'tested'
+if Path(cfg.test_dataloader.dataset.data_root).exists():
+    found = Runner.from_cfg(cfg).test()
+    print('metrics', json.dumps({key: float(value) for key, value in found.items()}))
 assert 'wsbcn_mm' not in sys.modules
 """
 
@@ -301,20 +373,32 @@ def folder(tmp_path_factory):
         colours = shapes.PALETTE[1:] if name == 'mask_rcnn' else shapes.PALETTE
         meta = dict(dataset_meta=dict(classes=classes, palette=list(colours)), cfg='wsbcn_mm')
         torch.save(dict(state_dict=model.state_dict(), meta=meta), folder / f'{name}.pth')
+    shapes.draw_dataset(folder / 'data', 1, 2, (96, 64))
+    for name, text in LISTED.items():
+        (folder / f'{name}.py').write_text(text)
+        torch.manual_seed(0)
+        model = as_trained(inference.build_model(config.load_config(f'{folder}/{name}.py')))
+        torch.save(dict(state_dict=model.state_dict(), meta={}), folder / f'{name}.pth')
     return folder
 
 
-@EACH
+@pytest.mark.parametrize('name', [*QUICK, *LISTED])
 def test_stock_openmmlab_loads_what_fold_writes(folder, name):
     """In a process where this package cannot be imported; predictions are those of the original."""
-    done = tool('model_converters/fold.py', QUICK[name], folder / f'{name}.pth', '-o',
-                folder / 'stock', '--shape', *SIZE)  # fmt: skip
+    source = QUICK.get(name, folder / f'{name}.py')
+    evaluate = ['--evaluate'] if name in LISTED else []
+    done = tool('model_converters/fold.py', source, folder / f'{name}.pth', '-o', folder / 'stock',
+                '--shape', *SIZE, *evaluate, cwd=folder)  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    files = [folder / 'stock' / f'{QUICK[name].stem}_folded{suffix}' for suffix in ('.py', '.pth')]
+    files = [folder / 'stock' / f'{source.stem}_folded{suffix}' for suffix in ('.py', '.pth')]
     assert 'wsbcn_mm' not in files[0].read_text() and b'wsbcn_mm' not in files[1].read_bytes()
     assert 'largest relative error' in done.stdout and str(files[1]) in done.stdout
+    assert ('folded_layers' in files[0].read_text()) == (name in LISTED)
+    if name in LISTED:
+        beside = folder / 'stock/folded_layers.py'
+        assert 'wsbcn_mm' not in beside.read_text() and str(beside) in done.stdout
 
-    cfg = config.load_config(str(QUICK[name]))
+    cfg = config.load_config(str(source))
     images = sorted((folder / 'images').glob('*.*g'))[:2]
     code = subprocess.run(
         [sys.executable, '-W', 'ignore', '-c', WITHOUT_US, cfg.default_scope, *files, *images],
@@ -322,12 +406,17 @@ def test_stock_openmmlab_loads_what_fold_writes(folder, name):
         env={k: v for k, v in os.environ.items() if k != 'PYTHONPATH'} | {'OMP_NUM_THREADS': '1'},
     )  # fmt: skip
     assert code.returncode == 0, code.stderr[-3000:]
+    metrics = [line for line in code.stdout.splitlines() if line.startswith('metrics')]
+    assert len(metrics) == (name in LISTED)
+    for key, value in json.loads(metrics[0].partition(' ')[2]).items() if metrics else ():
+        original, folded = re.search(rf'^{key} +(\S+) +(\S+)$', done.stdout, re.MULTILINE).groups()
+        assert abs(value - float(original)) < 2e-3 and abs(value - float(folded)) < 1e-4
     lines = [line for line in code.stdout.splitlines() if line.startswith('[')]
     assert len(lines) == len(images) == 2
     predictor = predict.Predictor(cfg, inference.load_model(cfg, str(folder / f'{name}.pth')))
     for line, file in zip(lines, images):
         sample, found = predictor(predict.read_image(file)), json.loads(line)
-        if name == 'deeplabv3':
+        if cfg.default_scope == 'mmseg':
             same = np.asarray(found) == sample.pred_sem_seg.data.numpy()
             assert same.mean() > 0.999  # ties of two classes
             continue
@@ -348,6 +437,24 @@ def test_fold_refuses_and_writes_nothing(folder):
     assert done.returncode == 1 and 'does not fill' in done.stderr and not target.exists()
     done = tool('model_converters/fold.py', *arguments, '--images', 'nowhere.png')
     assert done.returncode == 1 and 'no image nowhere.png' in done.stderr
+
+
+def test_check_folding_goes_through_networks_and_goes_on_where_it_stopped(folder):
+    other = folder / 'other_training.py'
+    other.write_text("_base_ = 'segmenter.py'\nmodel = dict(backbone=dict(norm_eval=True))\n")
+    file = folder / 'found.jsonl'
+    arguments = [folder / 'segmenter.py', other, '--shape', *SIZE, '-o', file]
+    done = tool('analysis_tools/check_folding.py', *arguments)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (row,) = (line for line in done.stdout.splitlines() if line.startswith('| segmenter'))
+    assert row.startswith('| segmenter | 2 | 23 | 0 |') and 'layers listed' in row
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert rows[1]['same_as'] == str(folder / 'segmenter.py')
+    assert 0 < rows[0]['fold_float64'] < 1e-10 and rows[0]['left'] == {}
+    rows[0]['fold_float64'] = 1e-9  # what is in the file is not computed again, but judged
+    file.write_text('\n'.join(map(json.dumps, rows)))
+    done = tool('analysis_tools/check_folding.py', *arguments)
+    assert done.returncode == 1 and 'segmenter.py: fold_float64 1e-09' in done.stderr
 
 
 # ----------------------------------------------------------------------------------------------

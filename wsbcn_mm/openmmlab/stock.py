@@ -26,6 +26,7 @@ MODULE = Path(folded_layers.__file__)
 HEADER = """import sys
 
 sys.path.append('{{{{ fileDirname }}}}')  # {module}.py lies beside this file
+
 """
 
 
