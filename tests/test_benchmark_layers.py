@@ -222,6 +222,14 @@ def test_peers_take_turns():
     assert set(times) == {'a', 'b'} and set(times['a']) == set(timing.PHASES)
 
 
+def test_no_peer_always_comes_after_the_same_one():
+    order = []
+    cases = {name: timing.Case(lambda name=name: order.append(name)) for name in 'abc'}
+    timing.round_robin(cases, CPU, repeats=20)
+    neighbours = {(a, b) for a, b in zip(order, order[1:]) if a != b}
+    assert neighbours == {(a, b) for a in 'abc' for b in 'abc' if a != b}
+
+
 def test_saved_bytes_counts_storages_once_and_no_parameters():
     x = torch.randn(2, 64, 3, 5, requires_grad=True)
     norm = nn.BatchNorm2d(64)

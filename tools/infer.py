@@ -93,9 +93,10 @@ def infer(args: argparse.Namespace) -> list[str]:
             progress.update()
         complete = True
     finally:
+        print(file=sys.stderr)  # the bar has no end of line
         if coco is not None:
             coco.close(complete)
-    print(f'\n{len(images) - len(failed)} images: {args.output}')
+    print(f'{len(images) - len(failed)} images: {args.output}')
     return failed
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -84,6 +85,9 @@ def round_robin(
 ) -> dict[str, dict[str, dict]]:
     """Times all cases, one sample of each per round, so that a slow minute hits every one.
 
+    The order is another one in every round: what a case leaves behind (caches, threads that wait
+    for more work) slows down whatever comes next, and that must not always be the same one.
+
     Args:
         cases: By name.
         device: Whose time counts.
@@ -102,10 +106,12 @@ def round_robin(
             expected = _sample(case, clock, 1)['both']
             calls[name] = max(1, min(_MAX_CALLS, round(_SAMPLE_MS / expected)))
     samples = {name: {phase: [] for phase in PHASES} for name in cases}
+    order, generator = list(cases), random.Random(0)
     with _no_garbage_collection():
         for _ in range(repeats):
-            for name, case in cases.items():
-                for phase, ms in _sample(case, clock, calls[name]).items():
+            generator.shuffle(order)
+            for name in order:
+                for phase, ms in _sample(cases[name], clock, calls[name]).items():
                     samples[name][phase].append(ms)
     return {
         name: {phase: summary(values) for phase, values in phases.items()}
