@@ -6,6 +6,7 @@ constant (a computed one is refused by TensorRT) and when onnxruntime gives what
 
 import copy
 import json
+import logging
 import warnings
 from pathlib import Path
 
@@ -89,8 +90,10 @@ def export_part(
     x = part.input
     if shapes and x.shape[0] == 1:
         x = torch.cat([x, x])  # torch takes a size of 1 for a constant
+    # Torch's remarks about itself: deprecations, and torchvision, which is not used, is missing.
+    logging.getLogger('torch.onnx._internal.exporter._registration').setLevel(logging.ERROR)
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter('ignore')  # of torch about itself
+        warnings.simplefilter('ignore')
         program = torch.onnx.export(
             _exportable(part.module, opset), (x,), dynamo=True, opset_version=opset, verbose=False,
             input_names=[part.input_name], output_names=part.outputs, dynamic_shapes=shapes,
