@@ -433,28 +433,32 @@ def test_fold_refuses_and_writes_nothing(folder):
     done = tool('model_converters/fold.py', *arguments, '--tolerance', '1e-12')
     assert done.returncode == 1 and 'Traceback' not in done.stderr
     assert 'nothing was written' in done.stderr and not target.exists()
+    assert float(re.search(r'in float64 folding changes (\S+):', done.stderr)[1]) < 1e-10
     done = tool('model_converters/fold.py', QUICK['mask_rcnn'], *arguments[1:])
     assert done.returncode == 1 and 'does not fill' in done.stderr and not target.exists()
     done = tool('model_converters/fold.py', *arguments, '--images', 'nowhere.png')
     assert done.returncode == 1 and 'no image nowhere.png' in done.stderr
 
 
-def test_check_folding_goes_through_networks_and_goes_on_where_it_stopped(folder):
+def test_check_folding_goes_through_networks_and_goes_on(folder, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT / 'tools/analysis_tools')
+    import check_folding
+
     other = folder / 'other_training.py'
     other.write_text("_base_ = 'segmenter.py'\nmodel = dict(backbone=dict(norm_eval=True))\n")
+    names = [f'{folder}/segmenter.py', str(other)]
     file = folder / 'found.jsonl'
-    arguments = [folder / 'segmenter.py', other, '--shape', *SIZE, '-o', file]
-    done = tool('analysis_tools/check_folding.py', *arguments)
-    assert done.returncode == 0, done.stderr[-3000:]
-    (row,) = (line for line in done.stdout.splitlines() if line.startswith('| segmenter'))
+    monkeypatch.setattr(sys, 'argv', ['', *names, '--shape', '64', '96', '-o', str(file)])
+    check_folding.main()
+    (row,) = (x for x in capsys.readouterr().out.splitlines() if x.startswith('| segmenter'))
     assert row.startswith('| segmenter | 2 | 23 | 0 |') and 'layers listed' in row
     rows = [json.loads(line) for line in file.read_text().splitlines()]
-    assert rows[1]['same_as'] == str(folder / 'segmenter.py')
+    assert rows[1]['same_as'] == names[0]
     assert 0 < rows[0]['fold_float64'] < 1e-10 and rows[0]['left'] == {}
     rows[0]['fold_float64'] = 1e-9  # what is in the file is not computed again, but judged
     file.write_text('\n'.join(map(json.dumps, rows)))
-    done = tool('analysis_tools/check_folding.py', *arguments)
-    assert done.returncode == 1 and 'segmenter.py: fold_float64 1e-09' in done.stderr
+    with pytest.raises(SystemExit, match='(?s)too large.*segmenter.py: fold_float64 1e-09'):
+        check_folding.main()
 
 
 # ----------------------------------------------------------------------------------------------
