@@ -638,6 +638,23 @@ def test_infer_takes_ids_from_an_annotation_file(folder):
     assert 'Traceback' not in done.stderr
 
 
+@pytest.mark.parametrize(
+    'scope, kind, first',
+    [('mmdet', 'CocoDataset', 'person'), ('mmseg', 'CityscapesDataset', 'road')],
+)
+def test_classes_of_a_hosts_dataset_where_the_checkpoint_names_none(scope, kind, first):
+    loader = dict(dataset=dict(type='RepeatDataset', dataset=dict(type=kind)))
+    cfg = Config(dict(default_scope=scope, test_dataloader=loader))
+    model = nn.Identity()
+    assert predict.classes_of(cfg, model)['classes'][0] == first
+    model.dataset_meta = dict(classes=('a', 'b'))
+    assert predict.classes_of(cfg, model)['classes'] == ['a', 'b']
+    cfg.test_dataloader.dataset.dataset.type = 'BaseSegDataset' if scope == 'mmseg' else 'Unknown'
+    del model.dataset_meta
+    with pytest.raises(ValueError, match='knows the names of the classes'):
+        predict.classes_of(cfg, model)
+
+
 def test_files_with_one_result_are_named(tmp_path):
     for name in ('a.png', 'a.jpg'):
         (tmp_path / name).write_bytes(b'x')

@@ -81,7 +81,8 @@ def classes_of(cfg: Config, model: nn.Module) -> dict:
     meta = getattr(model, 'dataset_meta', None)
     if not meta or 'classes' not in meta:
         dataset = _innermost_dataset(cfg)
-        own = getattr(DATASETS.get(dataset['type']), 'METAINFO', {})
+        with DATASETS.switch_scope_and_registry(cfg.get('default_scope')) as registry:
+            own = getattr(registry.get(dataset['type']), 'METAINFO', {})
         meta = {**own, **(dataset.get('metainfo') or {})}
     if 'classes' not in meta:
         raise ValueError(
