@@ -1,7 +1,6 @@
 """Evaluates a checkpoint: the arguments of MMDetection's tool of the same name."""
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -10,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also from a clon
 
 def parse_args() -> argparse.Namespace:
     """The command line."""
-    from mmengine.config import DictAction
+    from wsbcn_mm.openmmlab import command_line
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('config', help='config file')
@@ -27,20 +26,10 @@ def parse_args() -> argparse.Namespace:
         '<work-dir>/<timestamp>/<show-dir>',
     )  # fmt: skip
     parser.add_argument('--wait-time', type=float, default=2, help='seconds per window')
-    parser.add_argument(
-        '--cfg-options', nargs='+', action=DictAction,
-        help='override settings of the config: a.b.c=value, key="[a,b]", key="[(a,b),(c,d)]"',
-    )  # fmt: skip
-    parser.add_argument(
-        '--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none',
-        help='how the processes were started',
-    )  # fmt: skip
+    command_line.add_config_options(parser)
+    command_line.add_launcher(parser)
     parser.add_argument('--tta', action='store_true', help='test-time augmentation')
-    # torch.distributed.launch passes --local-rank
-    parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
-    args = parser.parse_args()
-    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    return args
+    return command_line.parse(parser)
 
 
 def configure(args: argparse.Namespace):
@@ -66,16 +55,15 @@ def configure(args: argparse.Namespace):
 
 def main() -> None:
     """Reads the config, loads the checkpoint, evaluates."""
-    try:
-        cfg = configure(parse_args())
-    except (ValueError, ImportError, FileNotFoundError) as error:
-        sys.exit(f'error: {error}')
+    args = parse_args()
     from mmengine.registry import RUNNERS
     from mmengine.runner import Runner
 
-    from wsbcn_mm.openmmlab import compat
+    from wsbcn_mm.openmmlab import command_line, compat
     from wsbcn_mm.openmmlab.checkpoint import CheckpointMismatch
 
+    with command_line.errors_in_one_line():
+        cfg = configure(args)
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
     try:
         runner.test()

@@ -1,7 +1,6 @@
 """Trains a detector or a segmenter: the arguments of MMDetection's tool of the same name."""
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -10,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also from a clon
 
 def parse_args() -> argparse.Namespace:
     """The command line."""
-    from mmengine.config import DictAction
+    from wsbcn_mm.openmmlab import command_line
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('config', help='config file')
@@ -24,19 +23,9 @@ def parse_args() -> argparse.Namespace:
         '--resume', nargs='?', const='auto',
         help='resume from this checkpoint; without a value from the latest in the work dir',
     )  # fmt: skip
-    parser.add_argument(
-        '--cfg-options', nargs='+', action=DictAction,
-        help='override settings of the config: a.b.c=value, key="[a,b]", key="[(a,b),(c,d)]"',
-    )  # fmt: skip
-    parser.add_argument(
-        '--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none',
-        help='how the processes were started',
-    )  # fmt: skip
-    # torch.distributed.launch passes --local-rank
-    parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
-    args = parser.parse_args()
-    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    return args
+    command_line.add_config_options(parser)
+    command_line.add_launcher(parser)
+    return command_line.parse(parser)
 
 
 def configure(args: argparse.Namespace):
@@ -71,15 +60,14 @@ def configure(args: argparse.Namespace):
 
 def main() -> None:
     """Reads the config and trains."""
-    try:
-        cfg = configure(parse_args())
-    except (ValueError, ImportError, FileNotFoundError) as error:
-        sys.exit(f'error: {error}')
+    args = parse_args()
     from mmengine.registry import RUNNERS
     from mmengine.runner import Runner
 
-    from wsbcn_mm.openmmlab import compat, config
+    from wsbcn_mm.openmmlab import command_line, compat, config
 
+    with command_line.errors_in_one_line():
+        cfg = configure(args)
     try:
         runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
         runner.train()

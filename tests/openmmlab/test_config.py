@@ -8,7 +8,7 @@ pytest.importorskip('mmcv', reason='a config is not read without mmcv')
 import torch
 from mmengine.config import Config
 
-from wsbcn_mm.openmmlab import compat, config
+from wsbcn_mm.openmmlab import command_line, compat, config
 
 
 @pytest.fixture
@@ -22,6 +22,36 @@ def file(tmp_path):
 def test_load_config_reads_and_overrides(file):
     cfg = config.load_config(str(file), {'model.backbone.depth': 101})
     assert (cfg.lr, cfg.model.backbone.depth) == (0.1, 101)
+
+
+@pytest.mark.parametrize(
+    'text, reason',
+    [
+        ('lr = (0.1\n', 'SyntaxError'),
+        ('lr = undefined\n', "NameError: name 'undefined'"),
+        ("_base_ = 'nowhere.py'\n", 'FileNotFoundError'),
+    ],
+)
+def test_a_file_that_is_no_config_says_so_in_two_lines(file, text, reason):
+    file.write_text(text)
+    with pytest.raises(ValueError, match=f'{file.name} cannot be read as a config') as error:
+        config.load_config(str(file))
+    assert reason in str(error.value) and len(str(error.value).splitlines()) == 2
+
+
+def test_a_missing_import_of_a_config_stays_an_import_error(file):
+    file.write_text(file.read_text() + "custom_imports = dict(imports=['no_such_package'])\n")
+    with pytest.raises(ImportError, match='no_such_package'):
+        config.load_config(str(file))
+
+
+def test_errors_in_one_line():
+    """A mistake of the user ends the program; a defect keeps its traceback."""
+    with pytest.raises(SystemExit) as ended, command_line.errors_in_one_line():
+        raise ValueError('lr must be positive')
+    assert ended.value.code == 'error: lr must be positive'
+    with pytest.raises(AttributeError), command_line.errors_in_one_line():
+        raise AttributeError('a defect')
 
 
 def test_load_config_wants_a_model(file):

@@ -48,7 +48,7 @@ def test_statistics_go_into_a_checkpoint_and_nothing_else(prefix, bare):
         if value.is_floating_point():
             assert (value == (1 if key in keys else 2)).all(), key
     assert (other.conv.weight == 2).all()
-    with pytest.raises(KeyError, match='no bcn.bn.running_mean'):
+    with pytest.raises(ValueError, match='no bcn.bn.running_mean'):
         recalibration.write_statistics(model, dict(state_dict={'conv.weight': torch.zeros(1)}))
 
 

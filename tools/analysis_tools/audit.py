@@ -23,12 +23,13 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Audits, prints, tells by the exit code."""
     args = parse_args()
-    try:
-        from wsbcn_mm.audit import has_problems
-        from wsbcn_mm.openmmlab.audit import audit
+    from wsbcn_mm.audit import has_problems
+    from wsbcn_mm.openmmlab import command_line
+    from wsbcn_mm.openmmlab.audit import audit
 
+    try:
         findings = audit(args.source, args.images_per_gpu, args.gpus)
-    except (ValueError, TypeError, ImportError, FileNotFoundError, SyntaxError) as error:
+    except command_line.USER_ERRORS as error:
         print(f'error: {error}', file=sys.stderr)
         sys.exit(2)
     for finding in findings:

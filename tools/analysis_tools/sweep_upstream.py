@@ -30,21 +30,21 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--seconds', type=float, default=float('inf'), help='stop after so many')
     parser.add_argument(
         '--again', nargs='*', default=[],
-        help='repeat configs of these outcomes; with --forward: "not run" repeats what did not run',
+        help='repeat configs of these outcomes; with --forward "not whole": what did not run so',
     )  # fmt: skip
     parser.add_argument('--report', help='Markdown file: writes the tables between its two marks')
     return parser.parse_args()
 
 
 def read(path: Path) -> dict[str, dict]:
-    """Records by config; a line that was cut off by a kill is passed over, later ones win."""
+    """Records by config; a line that was cut off by a kill is passed over, later ones add to it."""
     records = {}
     for line in path.read_text().splitlines() if path.is_file() else ():
         try:
             record = json.loads(line)
         except json.JSONDecodeError:
             continue
-        records[record['config']] = record
+        records.setdefault(record['config'], {}).update(record)
     return records
 
 
@@ -63,10 +63,8 @@ def jobs(records: dict[str, dict], names: list[str], forward: bool, again: list[
     """What is still to be done."""
     if not forward:
         return [n for n in names if n not in records or records[n]['outcome'] in again]
-    from wsbcn_mm.openmmlab.sweep import RUNS
-
     run = [r for r in records.values() if 'forward' in r]
-    done = {r['model'] for r in run if r['forward'] in RUNS or 'not run' not in again}
+    done = {r['model'] for r in run if r['forward'] == 'whole' or 'not whole' not in again}
     first = {}
     for name in names:
         model = records.get(name, {}).get('model')
@@ -154,7 +152,7 @@ def report(records: dict[str, dict], total: int) -> str:
         count = Counter(r['outcome'] for r in members)
         cells = ' | '.join(str(count[o] or '') for o in OUTCOMES)
         lines.append(f'| {family} | {len(members)} | {cells} |')
-    return '\n'.join(lines + _not_clean(converted) + _not_run(converted)) + '\n'
+    return '\n'.join(lines + _not_clean(converted) + _not_whole(converted)) + '\n'
 
 
 def _state(records: dict[str, dict], converted: list[dict], total: int) -> list[str]:
@@ -163,18 +161,16 @@ def _state(records: dict[str, dict], converted: list[dict], total: int) -> list[
 
     import torch
 
-    from wsbcn_mm.openmmlab.sweep import RUNS
-
-    run = _runs(converted)
-    sizes = Counter((r['forward'], r.get('size', 64)) for r in run if r['forward'] in RUNS)
+    run, read_back = _runs(converted), sum(r.get('read_back', False) for r in converted)
+    sizes = Counter((r['forward'], r['size']) for r in run if r['forward'])
     names = {'whole': 'whole', 'features': 'backbone and neck'}
     kinds = [f'{n} {names[kind]} at {size}x{size}' for (kind, size), n in sizes.most_common()]
     kinds.append(f'{len(run) - sum(sizes.values())} did not run')
     return [
         f'- Converted, built and audited: {len(records)} of {total} configs; audit clean on '
         f'{sum(r["clean"] for r in converted)} of the {len(converted)} that were converted.',
-        f'- Written and read back: {sum(r["read_back"] for r in converted)} of them; always the '
-        'same config (one that is not would count as failed).',
+        f'- Written and read back: {read_back} of them; always the same config (one that is not '
+        'would count as failed).',
         f'- Different networks: {len({r["model"] for r in converted})}. Run once, in training mode '
         f'on the CPU: {len(run)}: {", ".join(kinds)}.',
         '- WS convolutions that these runs saw without a norm behind them: '
@@ -195,19 +191,17 @@ def _not_clean(converted: list[dict]) -> list[str]:
     return ['', title, '', '| config | finding |', '|---|---|', *rows] if rows else []
 
 
-def _not_run(converted: list[dict]) -> list[str]:
-    """Beside each reason what the original does: where it runs, the defect is ours."""
-    from wsbcn_mm.openmmlab.sweep import RUNS
-
-    failed = [r for r in _runs(converted) if r['forward'] not in RUNS]
-    rows = []
-    for r in failed:
-        original = r.get('original', 'not tried')
-        original = 'the same' if original == r['forward'] else original
-        size = r.get('size', 64)
-        rows.append(f'| {r["config"]} | {size} | {_cell(r["forward"])} | {_cell(original)} |')
-    head = ['', '## Not run', '', '| config | pixels | why | the original |', '|---|--:|---|---|']
-    return head + rows if rows else []
+def _not_whole(converted: list[dict]) -> list[str]:
+    """Beside each reason what of the original runs: where it is more, the defect is ours."""
+    rows = Counter(
+        (r['forward'] or 'nothing', r['original'] or 'nothing', _cell(r['why']))
+        for r in _runs(converted) if r['forward'] != 'whole'
+    )  # fmt: skip
+    title = '## Networks that did not run whole'
+    head = ['', title, '', '| what ran | of the original | why not the whole | networks |',
+            '|---|---|---|--:|']  # fmt: skip
+    rows = [f'| {ran} | {original} | {why} | {n} |' for (ran, original, why), n in rows.items()]
+    return head + sorted(rows) if rows else []
 
 
 def _row(name: str, records: list[dict]) -> str:

@@ -73,10 +73,11 @@ def run(args: argparse.Namespace) -> None:
 
 def main() -> None:
     """Runs, and turns mistakes of the user into one message."""
-    try:
-        run(parse_args())
-    except (ValueError, ImportError, OSError) as error:
-        sys.exit(f'error: {error}')
+    args = parse_args()
+    from wsbcn_mm.openmmlab import command_line
+
+    with command_line.errors_in_one_line():
+        run(args)
 
 
 if __name__ == '__main__':

@@ -30,17 +30,15 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Converts, prints the difference, writes."""
     args = parse_args()
-    try:
-        from wsbcn_mm.openmmlab import convert_config
+    from wsbcn_mm.openmmlab import command_line, convert_config
 
+    with command_line.errors_in_one_line():
         conversion = convert_config.convert_config(
             args.source, args.norm, args.conv, args.images_per_gpu, args.keep_lr, args.checkpoint,
             args.keep_dcn,
         )  # fmt: skip
         if args.out is not None:
             convert_config.write_config(conversion, args.out)
-    except (ValueError, TypeError, ImportError, FileNotFoundError, SyntaxError) as error:
-        sys.exit(f'error: {error}')
     print(conversion)
     print(f'written: {args.out}' if args.out else 'nothing written: give -o FILE')
 

@@ -1,7 +1,6 @@
 """Estimates the running statistics of a checkpoint again, over N training images as tested."""
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -10,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # also from a clon
 
 def parse_args() -> argparse.Namespace:
     """The command line."""
-    from mmengine.config import DictAction
+    from wsbcn_mm.openmmlab import command_line
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('config', help='config file of the model')
@@ -26,20 +25,12 @@ def parse_args() -> argparse.Namespace:
         help='batch_weight and batch_bias follow the statistics: the model computes what it did '
         'before (after a conversion from GN + WS)',
     )  # fmt: skip
-    parser.add_argument(
-        '--cfg-options', nargs='+', action=DictAction,
-        help='override settings of the config: a.b.c=value, key="[a,b]", key="[(a,b),(c,d)]"',
-    )  # fmt: skip
-    parser.add_argument(
-        '--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none',
-        help='how the processes were started',
-    )  # fmt: skip
-    parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
-    args = parser.parse_args()
+    command_line.add_config_options(parser)
+    command_line.add_launcher(parser)
+    args = command_line.parse(parser)
     for name in ('num_images', 'batch_size', 'passes'):
         if getattr(args, name) < 1:
             parser.error(f'--{name.replace("_", "-")} must be at least 1')
-    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     return args
 
 
@@ -110,10 +101,11 @@ def run(args: argparse.Namespace) -> None:
 
 def main() -> None:
     """Runs, and turns mistakes of the user into one message."""
-    try:
-        run(parse_args())
-    except (ValueError, KeyError, ImportError, OSError) as error:
-        sys.exit(f'error: {error.args[0] if isinstance(error, KeyError) else error}')
+    args = parse_args()
+    from wsbcn_mm.openmmlab import command_line
+
+    with command_line.errors_in_one_line():
+        run(args)
 
 
 if __name__ == '__main__':

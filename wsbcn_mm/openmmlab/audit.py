@@ -21,7 +21,7 @@ from wsbcn_mm.audit import LEVELS, Finding, audit_model
 from wsbcn_mm.functional import auto_groups
 from wsbcn_mm.layers import BatchChannelNorm, WeightStandardized
 from wsbcn_mm.openmmlab import checkpoint, probe
-from wsbcn_mm.openmmlab.config import find_config
+from wsbcn_mm.openmmlab.config import PRETRAINED, find_config, read_config, type_name, with_names
 from wsbcn_mm.openmmlab.convert_config import ESTIMATES_HOOK
 from wsbcn_mm.openmmlab.probe import CannotBuild, Node, dotted
 
@@ -63,9 +63,9 @@ def audit_config(
     another WS formula), ``checkpoint`` (of other layers), ``unsynchronised-estimates``.
     """
     if isinstance(source, Config):
-        cfg = copy.deepcopy(source)
+        cfg = with_names(copy.deepcopy(source))
     else:
-        cfg = Config.fromfile(find_config(str(source))[0])
+        cfg = read_config(find_config(str(source))[0])
     nodes = probe.nodes(cfg)
     findings = []
     try:
@@ -224,7 +224,7 @@ def _frozen(nodes: list[Node], model: nn.Module, owner: dict[str, str]) -> list[
         nothing = 0 if node.defaults.get('frozen_stages') == 0 else -1
         if node.where in ours and isinstance(frozen, int) and frozen > nothing:
             init = node.get('init_cfg')
-            if not (isinstance(init, dict) and init.get('type') == 'Pretrained'):
+            if not (isinstance(init, dict) and type_name(init) in PRETRAINED):
                 why = f'frozen_stages={frozen} freezes random weights: no checkpoint fills them'
                 fix = _line(f'{node.where}.frozen_stages', str(nothing))
                 findings.append(Finding('error', 'frozen-random-weights', node.where, why, fix))
@@ -285,7 +285,7 @@ def _unsynchronised(cfg: Config, model: nn.Module, processes: int) -> list[Findi
     step = [m for m in model.modules() if isinstance(m, BatchChannelNorm)
             and m.mode == 'estimate' and getattr(m, 'sync', 'step') != 'forward']  # fmt: skip
     hooks = cfg.get('custom_hooks') or []
-    if not step or processes == 1 or any(hook.get('type') == ESTIMATES_HOOK for hook in hooks):
+    if not step or processes == 1 or any(type_name(hook) == ESTIMATES_HOOK for hook in hooks):
         return []
     why = (
         f'the estimates of {len(step)} layers are never synchronised: each of {processes} '

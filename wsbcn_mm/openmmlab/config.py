@@ -10,6 +10,7 @@ from wsbcn_mm.openmmlab import checkpoint, compat
 from wsbcn_mm.openmmlab.files import damage, latest_complete
 
 PACKAGE_OF_SCOPE = {'mmdet': 'mmdet', 'mmseg': 'mmseg', 'mmpretrain': 'mmpretrain'}
+PRETRAINED = ('Pretrained', 'PretrainedInit')  # the initialisation from a file
 
 COCO_LAYOUT = """\
   expected layout (`ln -s /path/to/coco data/coco` puts it there):
@@ -37,7 +38,7 @@ def load_config(path: str, options: dict | None = None) -> Config:
     """
     path, _ = find_config(path)
     compat.require('mmengine', 'mmcv')
-    cfg = Config.fromfile(path)
+    cfg = read_config(path)
     if options:
         cfg.merge_from_dict(options)
     package = PACKAGE_OF_SCOPE.get(cfg.get('default_scope'))
@@ -49,6 +50,36 @@ def load_config(path: str, options: dict | None = None) -> Config:
             '  is it a file of _base_ parts, or of a dataset?'
         )
     return cfg
+
+
+def read_config(path: str | Path) -> Config:
+    """Reads a config file, which is a program and may raise anything.
+
+    Raises:
+        ImportError: one of its ``custom_imports`` or bases needs a package that is missing.
+        ValueError: the file, or one that it inherits from, cannot be read as a config.
+    """
+    try:
+        return with_names(Config.fromfile(path))
+    except ImportError:
+        raise
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [''])[0]
+        raise ValueError(
+            f'{path} cannot be read as a config\n  {type(error).__name__}: {first}'
+        ) from error
+
+
+def with_names(cfg: Config) -> Config:
+    """A config in pure Python holds classes; the same with their names (``mmdet.models.FPN``)."""
+    # What else tells them apart is the file; a config of the other kind imports nothing.
+    return Config(cfg.to_dict(), filename=cfg.filename) if cfg._imported_names else cfg
+
+
+def type_name(cfg: dict) -> str:
+    """The ``type`` of a config without the package in front of it; classes count by their name."""
+    kind = cfg.get('type')
+    return str(getattr(kind, '__name__', kind)).rpartition('.')[2]
 
 
 def find_config(source: str) -> tuple[Path, str | None]:
@@ -175,7 +206,7 @@ def _pretrained(part: dict | list, place: str):
     if isinstance(part, dict):
         init = part.get('init_cfg')
         for cfg in init if isinstance(init, list) else [init]:
-            if isinstance(cfg, dict) and cfg.get('type') == 'Pretrained':
+            if isinstance(cfg, dict) and type_name(cfg) in PRETRAINED:
                 yield place, cfg
         items = part.items()
     else:
@@ -194,19 +225,19 @@ def harden(cfg: Config) -> None:
     Args:
         cfg: Changed in place.
     """
-    present = any(hook.get('type') == 'EstimatesHook' for hook in cfg.get('custom_hooks') or [])
+    present = any(type_name(hook) == 'EstimatesHook' for hook in cfg.get('custom_hooks') or [])
     if not present and _has_bcn(cfg.get('model')):
         add_hook(cfg, dict(type='EstimatesHook'))
     hooks = cfg.setdefault('default_hooks', {})
     checkpoint = hooks.setdefault('checkpoint', dict(type='CheckpointHook', interval=1))
-    if checkpoint.get('type') == 'CheckpointHook':
+    if type_name(checkpoint) == 'CheckpointHook':
         checkpoint['type'] = 'AtomicCheckpointHook'
 
 
 def _has_bcn(part: object) -> bool:
     """Whether a part of a model's config names one of our norms."""
     if isinstance(part, dict):
-        own = str(part.get('type')).startswith('BCN')
+        own = type_name(part).startswith(('BCN', 'BatchChannelNorm'))
         return own or any(_has_bcn(value) for value in part.values())
     return isinstance(part, (list, tuple)) and any(_has_bcn(value) for value in part)
 

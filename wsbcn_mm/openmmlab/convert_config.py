@@ -9,7 +9,6 @@ without a norm behind them keeps plain ones.
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 import os
 import re
@@ -17,13 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mmengine.config import Config, ConfigDict
-from mmengine.config.utils import ConfigParsingError
 from torch import nn
 
 from wsbcn_mm import layers
 from wsbcn_mm.functional import auto_groups
 from wsbcn_mm.openmmlab import probe
-from wsbcn_mm.openmmlab.config import find_config
+from wsbcn_mm.openmmlab.config import PRETRAINED, find_config, read_config, type_name, with_names
 from wsbcn_mm.openmmlab.probe import CannotBuild, Node, dotted
 from wsbcn_mm.structure import followers, standardizable
 
@@ -31,16 +29,20 @@ from wsbcn_mm.structure import followers, standardizable
 NORMS = {
     'BN': 'BCN', 'BN2d': 'BCN', 'SyncBN': 'BCN', 'MMSyncBN': 'BCN', 'GN': 'BCN',
     'BN1d': 'BCN1d', 'BN3d': 'BCN3d',
+    # torch's names, which configs in pure Python hold
+    'BatchNorm2d': 'BCN', 'SyncBatchNorm': 'BCN', 'GroupNorm': 'BCN', 'BatchNorm1d': 'BCN1d',
+    'BatchNorm3d': 'BCN3d',
 }  # fmt: skip
 # Convolutions that WSConv2d can take the place of: those that differ in the weight alone.
 CONVS = {
     'Conv': 'WSConv2d', 'Conv2d': 'WSConv2d', 'ConvWS': 'WSConv2d', 'ConvAWS': 'WSConv2d',
     'Conv1d': 'WSConv1d', 'Conv3d': 'WSConv3d',
 }  # fmt: skip
+OURS = ('BCN', 'BCN1d', 'BCN3d', 'BatchChannelNorm2d', 'BatchChannelNorm1d', 'BatchChannelNorm3d')
 TARGET_NORMS, TARGET_CONVS = ('BCN', 'GN'), ('WSConv2d', 'none')
-# What mmengine raises where a config cannot inherit from another: read by other rules (configs in
-# pure Python), a key in two bases, a dict merged into something else.
-MERGE_ERRORS = (ConfigParsingError, KeyError, TypeError)
+# What mmengine raises where a config cannot inherit from another: one in pure Python, a key in two
+# bases, a dict merged into something else.
+MERGE_ERRORS = (RuntimeError, KeyError, TypeError)
 ESTIMATES_HOOK = 'EstimatesHook'  # same estimates on all ranks, their rate by images per step
 
 
@@ -135,10 +137,10 @@ def convert_config(
     """
     _check_arguments(norm, conv, images_per_gpu)
     if isinstance(source, Config):
-        original, file, base = copy.deepcopy(source), source.filename, None
+        original, file, base = with_names(copy.deepcopy(source)), source.filename, None
     else:
         file, base = find_config(str(source))
-        original = Config.fromfile(file)
+        original = read_config(file)
     result = Conversion(copy.deepcopy(original), file and str(file), base, original)
     converted = _convert_layers(result, norm, conv, keep_dcn)
     _unfreeze(result, converted, checkpoint)
@@ -146,7 +148,7 @@ def convert_config(
     _set_batch_size(result, images_per_gpu, keep_lr)
     _spare_norms_from_decay(result)
     hooks = list(result.cfg.get('custom_hooks') or [])
-    if norm == 'BCN' and not any(hook.get('type') == ESTIMATES_HOOK for hook in hooks):
+    if norm == 'BCN' and not any(type_name(hook) == ESTIMATES_HOOK for hook in hooks):
         why = 'the same estimates on all ranks; their rate by images per step'
         _set(result, ('custom_hooks',), [*hooks, ConfigDict(type=ESTIMATES_HOOK)], why)
     imports = (result.cfg.get('custom_imports') or {}).get('imports') or []
@@ -290,9 +292,9 @@ def _parts(result: Conversion, nodes: list[Node], conv: str, keep_dcn: bool) -> 
     parts = []
     for node in nodes:
         for path, old in _norm_cfgs(node):
-            kind = _type_name(old)
+            kind = type_name(old)
             if kind not in NORMS:
-                if kind in ('BCN', 'BCN1d', 'BCN3d'):
+                if kind in OURS:
                     result.left.append(f'{dotted(path)}: is BCN already')
                 continue
             if not widths.get(node.path):
@@ -339,7 +341,7 @@ def _plan_conv(result: Conversion, part: _Part, keep_dcn: bool) -> None:
         part.why_not = f'{node.kind.__name__} takes no conv_cfg'
         return
     part.old_conv = node.get('conv_cfg')
-    kind = 'Conv2d' if part.old_conv is None else _type_name(part.old_conv)
+    kind = 'Conv2d' if part.old_conv is None else type_name(part.old_conv)
     if kind.startswith('WSConv'):
         return
     if kind not in CONVS:
@@ -361,13 +363,13 @@ def _new_norm(part: _Part, norm: str) -> dict:
     groups = {auto_groups(width) for width in part.widths}
     if norm == 'GN':
         return dict(type='GN', num_groups=auto_groups(math.gcd(*part.widths)))
-    new = dict(type=NORMS[_type_name(part.old_norm)])
+    new = dict(type=NORMS[type_name(part.old_norm)])
     new['num_groups'] = groups.pop() if len(groups) == 1 else 'auto'
     return new
 
 
 def _set_conv(result: Conversion, part: _Part) -> None:
-    kind = 'Conv2d' if part.old_conv is None else _type_name(part.old_conv)
+    kind = 'Conv2d' if part.old_conv is None else type_name(part.old_conv)
     _set(result, (*part.node.path, 'conv_cfg'), dict(type=CONVS[kind]))
 
 
@@ -419,7 +421,7 @@ def _replace_checkpoints(
         if not any(path[: len(node.path)] == node.path for path in paths):
             continue
         init = node.get('init_cfg')
-        if isinstance(init, dict) and init.get('type') == 'Pretrained':
+        if isinstance(init, dict) and type_name(init) in PRETRAINED:
             dropped.append(init['checkpoint'])
             new = None
             if given is not None and node.path in paths:
@@ -535,12 +537,6 @@ def _spare_norms_from_decay(result: Conversion) -> None:
 # ---- editing -----------------------------------------------------------------------------------
 
 
-def _type_name(cfg: dict) -> str:
-    kind = cfg['type']
-    kind = kind.__name__ if inspect.isclass(kind) else str(kind)
-    return kind.rpartition('.')[2]  # 'mmdet.BN'
-
-
 def _at(cfg: Config, path: tuple) -> object:
     value = cfg._cfg_dict  # Config itself has no `in`
     for key in path:
@@ -606,7 +602,7 @@ def write_config(conversion: Conversion, path: str | Path) -> str:
                 if _plain(Config.fromfile(str(part))) != wanted:
                     why = 'merging the source and the differences does not give it'
             except MERGE_ERRORS as error:
-                why = f'{type(error).__name__}: {(str(error).splitlines() or [""])[0]}'
+                why = str(error).partition('. ')[0].partition('\n')[0]
         if why:
             warning = f'{path.name} is written as a complete config, not as a child: {why}'
             if warning not in conversion.warnings:

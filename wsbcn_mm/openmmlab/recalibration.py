@@ -133,7 +133,7 @@ def write_statistics(
         The keys that were written.
 
     Raises:
-        KeyError: the checkpoint lacks one; nothing was written.
+        ValueError: the checkpoint lacks one; nothing was written.
     """
     state = checkpoint.get('state_dict', checkpoint)
     prefix = 'module.' if all(key.startswith('module.') for key in state) else ''
@@ -148,7 +148,7 @@ def write_statistics(
     }
     missing = [key for key in new if key not in state]
     if missing:
-        raise KeyError(f'the checkpoint has no {missing[0]}: it is not one of this model')
+        raise ValueError(f'the checkpoint has no {missing[0]}: it is not one of this model')
     for key, value in new.items():
         state[key] = value.detach().to('cpu', state[key].dtype, copy=True)
     return list(new)

@@ -60,8 +60,8 @@ def examine(source: str, forward: bool = True, written: Path | None = None) -> d
     Returns:
         ``config``, ``outcome`` (see `OUTCOMES`), ``reason``, ``seconds``; for a converted one also
         ``layers`` (numbers of BCN, WS, remaining BN and plain conv -> norm pairs), ``left``,
-        ``findings`` of the audit, ``read_back`` (was it written) and what `run_once` returns; where
-        nothing ran, ``original`` is the same of the model as shipped.
+        ``findings`` of the audit, ``read_back`` (True, where it was written) and what `run_once`
+        returns; where the whole did not run, ``original`` tells what ran of the model as shipped.
     """
     start = time.perf_counter()
     record = dict(config=source, outcome='failed', reason='')
@@ -109,14 +109,17 @@ def _examine(source: str, forward: bool, written: Path | None) -> dict:
     record = dict(
         outcome=outcome, reason=reason, layers=_count(model), left=conversion.left,
         findings=[f'{f.level} {f.code} {f.where}' for f in findings],
-        clean=not has_problems(findings), model=_fingerprint(cfg), read_back=written is not None,
+        clean=not has_problems(findings), model=_fingerprint(cfg),
     )  # fmt: skip
+    if written is not None:
+        record['read_back'] = True
     if forward:
         record.update(run_once(model, cfg))
-        if record['forward'] not in RUNS:
+        if record['forward'] != 'whole':
             original = conversion.original
             _few_proposals(original.model)
-            record['original'] = run_once(probe.build(original), original)['forward']
+            ran = run_once(probe.build(original), original)
+            record['original'] = ran['forward']
     return record
 
 
@@ -178,9 +181,6 @@ def _few_proposals(value: object) -> None:
 # ---- one run -----------------------------------------------------------------------------------
 
 
-RUNS = ('whole', 'features')
-
-
 def run_once(model: nn.Module, cfg: Config) -> dict:
     """Runs a model from `probe.build` once, and looks at what follows its WS convolutions.
 
@@ -190,8 +190,8 @@ def run_once(model: nn.Module, cfg: Config) -> dict:
     network as shipped has, are in evaluation: they refuse single values.
 
     Returns:
-        ``forward``: ``'whole'``, ``'features'`` or the reason why neither ran; ``size``: of the
-        image; ``bare``: names of WS convolutions that something else than a norm read.
+        ``forward``: ``'whole'``, ``'features'`` or ``''``; ``why`` it was not the whole; ``size``:
+        of the image; ``bare``: names of WS convolutions that something else than a norm read.
     """
     _fill(model)
     names = {id(module): name for name, module in model.named_modules()}
@@ -202,24 +202,30 @@ def run_once(model: nn.Module, cfg: Config) -> dict:
     for key, module in modules.items():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and key not in ours:
             module.eval()
-    for size in _sizes(cfg):
-        image, reason = torch.randn(1, 3, size, size), ''
-        attempts = {
-            'whole': lambda image=image: model(image, _samples(cfg, image), mode='tensor'),
-            'features': lambda image=image: _features(model, image),
-        }
-        for kind, attempt in attempts.items():
+    channels = (cfg.model.get('backbone') or {}).get('in_channels', 3)
+    why = ''
+    for kind in ('whole', 'features'):
+        for size in _sizes(cfg):
+            image = torch.randn(1, channels, size, size)
             try:
                 with (DefaultScope.overwrite_default_scope(cfg.get('default_scope')),
                       torch.no_grad()):  # fmt: skip
-                    seen = trace(model, attempt)
+                    seen = trace(model, lambda: _run(kind, model, cfg, image))  # noqa: B023
             except Exception as error:  # noqa: BLE001  what cannot run so is recorded
-                reason = reason or f'{type(error).__name__}: {_first_line(error)}'
+                if kind == 'whole':
+                    why = f'{type(error).__name__}: {_first_line(error)}'
                 continue
             bare = [names[key] for key, (norms, others) in seen.items()
                     if isinstance(modules[key], WeightStandardized) and (others or not norms)]
-            return dict(forward=kind, size=size, bare=bare)
-    return dict(forward=reason, size=size, bare=[])
+            return dict(forward=kind, why=why * (kind != 'whole'), size=size, bare=bare)
+    return dict(forward='', why=why, size=size, bare=[])
+
+
+def _run(kind: str, model: nn.Module, cfg: Config, image: Tensor) -> object:
+    if kind == 'whole':
+        return model(image, _samples(cfg, image), mode='tensor')
+    model = getattr(model, 'detector', model)  # of one that tracks
+    return model.extract_feat(image) if hasattr(model, 'extract_feat') else model.backbone(image)
 
 
 def _sizes(cfg: Config) -> list[int]:
@@ -227,12 +233,6 @@ def _sizes(cfg: Config) -> list[int]:
     own = (cfg.model.get('backbone') or {}).get('img_size')
     own = own[0] if isinstance(own, (list, tuple)) else own
     return [SIZES[0], own or SIZES[1]]
-
-
-def _features(model: nn.Module, image: Tensor) -> object:
-    """Backbone and neck; those of its detector, of a model that tracks."""
-    model = getattr(model, 'detector', model)
-    return model.extract_feat(image) if hasattr(model, 'extract_feat') else model.backbone(image)
 
 
 # ---- many, one worker at a time ----------------------------------------------------------------
