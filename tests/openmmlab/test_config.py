@@ -29,7 +29,6 @@ def test_load_config_reads_and_overrides(file):
     [
         ('lr = (0.1\n', 'SyntaxError'),
         ('lr = undefined\n', "NameError: name 'undefined'"),
-        ("_base_ = 'nowhere.py'\n", 'FileNotFoundError'),
     ],
 )
 def test_a_file_that_is_no_config_says_so_in_two_lines(file, text, reason):
@@ -37,6 +36,12 @@ def test_a_file_that_is_no_config_says_so_in_two_lines(file, text, reason):
     with pytest.raises(ValueError, match=f'{file.name} cannot be read as a config') as error:
         config.load_config(str(file))
     assert reason in str(error.value) and len(str(error.value).splitlines()) == 2
+
+
+def test_a_missing_base_is_named(file):
+    file.write_text("_base_ = 'wsbcn_mm::mask_rcnn/mask-rcnn_r50_fpn_ws-bnc_8xb1-2x_coco.py'\n")
+    with pytest.raises(FileNotFoundError, match='(?s)has no such config.*ws-bcn_8xb1-2x_coco'):
+        config.load_config(str(file))
 
 
 def test_a_missing_import_of_a_config_stays_an_import_error(file):

@@ -260,16 +260,42 @@ def test_the_tool_refuses_with_one_clear_line(convert, tmp_path):
 
     whole = source.read_bytes()
     source.write_bytes(whole[: len(whole) // 2])
-    assert 'damaged' in refused('--from', 'openmmlab-gn-ws')[0]
-    source.write_bytes(b'not a checkpoint')
-    assert 'cannot be read' in refused('--from', 'openmmlab-gn-ws')[0]
+    assert 'is incomplete' in refused('--from', 'openmmlab-gn-ws')[0]
+    source.write_bytes(b'')
+    assert 'is empty' in refused('--from', 'openmmlab-gn-ws')[0]
+    source.write_bytes(b'hello world')
+    assert 'is not a checkpoint' in refused('--from', 'openmmlab-gn-ws')[0]
     source.write_bytes(pickle.dumps(dict(state_dict=Code())))
     code, said = refused('--from', 'openmmlab-gn-ws')
-    assert 'which is never run' in code and 'this was run' not in said
-    torch.save(dict(state_dict={}), source)
-    assert 'no tensors' in refused('--from', 'openmmlab-gn-ws')[0]
+    assert 'could run any code' in code and 'this was run' not in said
+    for empty in ({}, None, 5):
+        torch.save(dict(state_dict=empty), source)
+        assert 'no tensors' in refused('--from', 'openmmlab-gn-ws')[0]
     torch.save([1, 2], source)
     assert 'holds a list' in refused('--from', 'openmmlab-gn-ws')[0]
+
+
+@pytest.mark.parametrize('keys', [('model',), ('state_dict', 'state_dict'), ('state_dict_ema',)])
+def test_the_tool_finds_the_tensors(convert, tmp_path, keys):
+    content = layouts.module(stem(layouts.affine))
+    for key in keys:
+        content = {key: content, 'epoch': 3}
+    torch.save(content, tmp_path / 'a.pth')
+    code, _ = convert(tmp_path / 'a.pth', '-o', tmp_path / 'b.pth', '--from', 'openmmlab-gn-ws')
+    assert code is None
+    assert 'bcn1.weight' in torch.load(tmp_path / 'b.pth', weights_only=True)['state_dict']
+
+
+def test_the_tool_takes_a_part_of_a_model(convert, tmp_path):
+    state = {f'encoder.{key}': value for key, value in stem(layouts.affine).items()}
+    torch.save(state | {'other.weight': torch.zeros(2, 2)}, tmp_path / 'a.pth')
+    arguments = [tmp_path / 'a.pth', '-o', tmp_path / 'b.pth', '--from', 'openmmlab-gn-ws']
+    assert 'NOT CONVERTED: encoder.conv1.weight' in convert(*arguments)[1]
+    code, said = convert(*arguments, '--prefix', 'encoder.')
+    assert code is None and 'conv1.weight -> conv1.weight' in said
+    assert "no name that starts with 'decoder.'" in convert(*arguments, '--prefix', 'decoder.')[0]
+    torch.save(state, tmp_path / 'a.pth')
+    assert "all names start with 'encoder.': give --prefix" in convert(*arguments)[0]
 
 
 # ---- loading through a config ------------------------------------------------------------------
@@ -342,7 +368,7 @@ def test_a_missing_or_damaged_start_is_told_before_training(tmp_path, monkeypatc
     (tmp_path / 'checkpoints').mkdir()
     file = tmp_path / 'checkpoints/resnet50_ws-bcn.pth'
     file.write_bytes(b'PK\x03\x04 cut short')
-    with pytest.raises(ValueError, match='cannot be read'):
+    with pytest.raises(ValueError, match='is incomplete'):
         check_pretrained(cfg)
     torch.save({'conv1.weight': torch.zeros(1)}, file)
     check_pretrained(cfg)

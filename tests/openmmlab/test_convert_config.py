@@ -204,6 +204,54 @@ def test_deformable_convolutions_are_refused(tmp_path):
         convert_config(source)
     plain = convert_config(source, conv='none').cfg.model.backbone
     assert plain.norm_cfg.type == 'BCN' and 'conv_cfg' not in plain
+    kept = convert_config(source, keep_dcn=True)
+    backbone = probe.build(kept.cfg).backbone
+    assert isinstance(backbone.conv1, WSConv2d)
+    assert type(backbone.layer2[0].conv2).__name__ == 'DeformConv2dPack'
+    assert isinstance(backbone.layer2[0].norm2, BatchChannelNorm2d)
+    assert audit(kept.cfg) == []
+
+
+PURE = """
+from mmengine.model import PretrainedInit
+from mmdet.models import FPN, ResNet, RetinaHead, RetinaNet
+from mmdet.models.task_modules import AnchorGenerator, DeltaXYWHBBoxCoder
+from torch.nn import BatchNorm2d
+
+default_scope = 'mmdet'
+model = dict(
+    type=RetinaNet,
+    backbone=dict(type=ResNet, depth=18, norm_cfg=dict(type=BatchNorm2d), frozen_stages=1,
+                  init_cfg=dict(type=PretrainedInit, checkpoint='torchvision://resnet18')),
+    neck=dict(type=FPN, in_channels=[64, 128, 256, 512], out_channels=16, num_outs=5),
+    bbox_head=dict(
+        type=RetinaHead, num_classes=2, in_channels=16, feat_channels=16, stacked_convs=1,
+        norm_cfg=dict(type='GN', num_groups=4),
+        anchor_generator=dict(type=AnchorGenerator, ratios=[1.0], octave_base_scale=4,
+                              strides=[8, 16, 32, 64, 128], scales_per_octave=1),
+        bbox_coder=dict(type=DeltaXYWHBBoxCoder)))
+"""
+
+
+def test_a_config_in_pure_python(tmp_path):
+    """It holds classes; a text config cannot inherit from it, which is said."""
+    (tmp_path / 'pure.py').write_text(PURE)
+    (tmp_path / 'child.py').write_text(
+        'from mmengine.config import read_base\nwith read_base():\n    from .pure import *\n'
+        'model.backbone.update(dict(depth=34))\n'
+    )
+    conversion = convert_config(str(tmp_path / 'child.py'))
+    text = write_config(conversion, tmp_path / 'mine.py')
+    assert any('a complete config, not as a child' in warning for warning in conversion.warnings)
+    assert any('torchvision://resnet18 dropped' in warning for warning in conversion.warnings)
+    assert '_base_ =' not in text and '# Warning: mine.py is written as' in text
+    model = Config.fromfile(tmp_path / 'mine.py').model
+    assert model.backbone.norm_cfg == BCN and model.backbone.conv_cfg == WS
+    assert (model.backbone.depth, model.backbone.frozen_stages) == (34, -1)
+    assert model.bbox_head.norm_cfg == dict(type='BCN', num_groups=8)
+    assert audit(str(tmp_path / 'mine.py')) == []
+    found = audit(Config.fromfile(tmp_path / 'child.py'))
+    assert 'frozen-bn' in {finding.code for finding in found}
 
 
 def test_nothing_to_convert(tmp_path):
@@ -246,6 +294,7 @@ def test_a_config_that_cannot_be_inherited_is_written_whole(tmp_path):
     conversion = convert_config('mmdet::gn+ws/faster-rcnn_r50_fpn_gn-ws-all_1x_coco.py')
     text = write_config(conversion, tmp_path / 'mine.py')
     assert '_base_' not in text
+    assert any('cannot inherit from faster-rcnn' in warning for warning in conversion.warnings)
     assert Config.fromfile(tmp_path / 'mine.py').model.neck.conv_cfg == WS
 
 

@@ -20,6 +20,10 @@ def parse_args() -> argparse.Namespace:
         '--num-groups', type=int, default=32,
         help='groups of the norms, as in the config (ignored where the file says it)',
     )  # fmt: skip
+    parser.add_argument(
+        '--prefix', default='',
+        help="convert the tensors alone whose names start so, without it: 'backbone.' of a model",
+    )  # fmt: skip
     return parser.parse_args()
 
 
@@ -30,6 +34,10 @@ def run(args: argparse.Namespace) -> None:
     from wsbcn_mm.openmmlab.checkpoint import read_checkpoint, state_dict_of
 
     state = state_dict_of(read_checkpoint(args.checkpoint), args.checkpoint)
+    state = {key.removeprefix('module.'): value for key, value in state.items()}
+    state = {k.removeprefix(args.prefix): v for k, v in state.items() if k.startswith(args.prefix)}
+    if not state:
+        raise ValueError(f'{args.checkpoint} has no name that starts with {args.prefix!r}')
     done = convert_state(state, args.source, args.to, args.num_groups)
     for old, new in done.moved:
         print(f'{old} -> {new}')
@@ -40,9 +48,11 @@ def run(args: argparse.Namespace) -> None:
     for key, reason in done.left.items():
         print(f'NOT CONVERTED: {key}: {reason}')
     if done.left:
+        first = {key.partition('.')[0] for key in state}
+        hint = f"\n  all names start with '{min(first)}.': give --prefix" if len(first) == 1 else ''
         raise ValueError(
             f'{len(done.left)} of {len(state)} tensors were not converted, see above; nothing was '
-            'written'
+            f'written{hint}'
         )
     meta = dict(
         formula=done.formula, affine=done.affine, num_groups=done.num_groups,

@@ -5,6 +5,7 @@
 """
 
 import logging
+import pickle
 import zipfile
 from pathlib import Path
 
@@ -17,9 +18,13 @@ from mmengine.runner.checkpoint import CheckpointLoader, load_state_dict
 from torch import Tensor, nn
 
 from wsbcn_mm.layers import BatchChannelNorm, WeightStandardized
+from wsbcn_mm.openmmlab.compat import refusal
+from wsbcn_mm.openmmlab.files import damage
 
 CONVS = (nn.modules.conv._ConvNd,)
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
+# Where a file may hold its tensors: OpenMMLab's and the authors' key, then others'.
+HOLDERS = ('state_dict', 'model', 'model_state_dict', 'state_dict_ema')
 
 
 def missing_tensors(model: nn.Module, state_dict: dict[str, Tensor]) -> tuple[list[str], int]:
@@ -90,7 +95,7 @@ def read_checkpoint(path: str | Path) -> dict:
     path = Path(path)
     if not path.is_file():
         folder = path.parent
-        there = sorted(file.name for file in folder.glob('*.pth')) if folder.is_dir() else []
+        there = sorted(file.name for file in folder.glob('*.pth') if file.is_file())
         raise FileNotFoundError(
             f'no checkpoint file {path}\n  in {folder}: {", ".join(there) or "no .pth files"}'
         )
@@ -100,26 +105,37 @@ def read_checkpoint(path: str | Path) -> dict:
             path, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(path)
         )
     except Exception as error:  # a damaged pickle can raise anything
+        reason = damage(path)
+        if reason is not None:
+            raise ValueError(f'the checkpoint {path} {reason}') from error
+        if isinstance(error, pickle.UnpicklingError):
+            raise refusal(path, error) from error
         first = (str(error).strip().splitlines() or [''])[0]
-        raise ValueError(
-            f'{path} cannot be read as a checkpoint: damaged, incomplete, or holding code, which '
-            f'is never run\n  {type(error).__name__}: {first}'
-        ) from error
+        raise ValueError(f'{path} is damaged or incomplete\n  {first}') from error
     if not isinstance(content, dict):
         raise ValueError(f'{path} holds a {type(content).__name__}, not a checkpoint')
     return content
 
 
+def holder_of_tensors(checkpoint: dict) -> dict:
+    """The dict inside of a checkpoint that holds the tensors of the model; maybe itself."""
+    for key in HOLDERS:
+        if isinstance(checkpoint.get(key), dict):
+            return holder_of_tensors(checkpoint[key])
+    return checkpoint
+
+
 def state_dict_of(checkpoint: dict, path: str | Path = 'the checkpoint') -> dict[str, Tensor]:
-    """The tensors of a checkpoint by name: those of its ``state_dict``, or its own.
+    """The tensors of a checkpoint by name: those of its ``state_dict`` or ``model``, or its own.
 
     Raises:
         ValueError: there are none.
     """
-    state = checkpoint.get('state_dict', checkpoint)
-    tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)}
+    holder = holder_of_tensors(checkpoint)
+    tensors = {k: v for k, v in holder.items() if isinstance(v, Tensor)}
     if not tensors:
-        raise ValueError(f'{path} holds no tensors: not a checkpoint of a model')
+        keys = ', '.join(map(str, list(holder)[:6])) or 'none'
+        raise ValueError(f'{path} holds no tensors of a model by name\n  its keys: {keys}')
     return tensors
 
 

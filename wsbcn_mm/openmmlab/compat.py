@@ -136,6 +136,17 @@ class CheckpointRefused(pickle.UnpicklingError, ValueError):
     """A checkpoint that is damaged, or that would run code."""
 
 
+def refusal(file: Path, error: pickle.UnpicklingError) -> CheckpointRefused:
+    """What to raise where torch's safe loader refuses a file, with the class that it stopped at."""
+    asked = re.search(r'(?:GLOBAL|global|attribute) `?\'?([\w.]+)', str(error))
+    return CheckpointRefused(
+        f'{file} was refused: it holds more than tensors and numbers'
+        + (f' ({asked[1]})' if asked else '')
+        + ', and loading it could run any code\n  if you made it yourself, save its '
+        "state_dict alone: torch.save(dict(state_dict=...), 'new.pth')"
+    )
+
+
 def refuse_unsafe_checkpoints() -> None:
     """Makes mmengine's loader of local files say what is wrong with one."""
     from mmengine.runner.checkpoint import CheckpointLoader
@@ -155,13 +166,7 @@ def refuse_unsafe_checkpoints() -> None:
         try:
             return torch.load(file, map_location=map_location, **check)
         except pickle.UnpicklingError as error:
-            asked = re.search(r'(?:GLOBAL|global|attribute) `?\'?([\w.]+)', str(error))
-            raise CheckpointRefused(
-                f'{file} was refused: it holds more than tensors and numbers'
-                + (f' ({asked[1]})' if asked else '')
-                + ', and loading it could run any code\n  if you made it yourself, save its '
-                "state_dict alone: torch.save(dict(state_dict=...), 'new.pth')"
-            ) from error
+            raise refusal(file, error) from error
 
     CheckpointLoader.register_scheme(prefixes='', loader=load_from_local, force=True)
 

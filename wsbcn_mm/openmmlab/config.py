@@ -57,11 +57,12 @@ def read_config(path: str | Path) -> Config:
 
     Raises:
         ImportError: one of its ``custom_imports`` or bases needs a package that is missing.
+        FileNotFoundError: one that it inherits from is missing.
         ValueError: the file, or one that it inherits from, cannot be read as a config.
     """
     try:
         return with_names(Config.fromfile(path))
-    except ImportError:
+    except (ImportError, FileNotFoundError):  # say all there is to say
         raise
     except Exception as error:
         first = (str(error).strip().splitlines() or [''])[0]

@@ -82,7 +82,7 @@ def damage(path: str | Path) -> str | None:
         return 'is empty'
     with open(path, 'rb') as file:
         start = file.read(2)
-    if start == b'\x80\x02':  # a pickle: torch < 1.6
+    if start.startswith(b'\x80'):  # a pickle: torch < 1.6
         return None
     if start != b'PK':
         return 'is not a checkpoint'

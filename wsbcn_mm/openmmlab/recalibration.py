@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 
 from wsbcn_mm.layers import BatchChannelNorm
+from wsbcn_mm.openmmlab.checkpoint import holder_of_tensors
 from wsbcn_mm.recalibration import Recalibration, recalibrate
 
 
@@ -135,7 +136,7 @@ def write_statistics(
     Raises:
         ValueError: the checkpoint lacks one; nothing was written.
     """
-    state = checkpoint.get('state_dict', checkpoint)
+    state = holder_of_tensors(checkpoint)
     prefix = 'module.' if all(key.startswith('module.') for key in state) else ''
     kinds = ['bn.running_mean', 'bn.running_var']
     if keep_function:
