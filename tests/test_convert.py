@@ -40,7 +40,7 @@ def test_layers_weights_and_report():
     assert [(c.name, c.before, c.after) for c in report.changed] == [
         ('0', 'Conv2d', 'WSConv2d'), ('1', 'BatchNorm2d', 'BatchChannelNorm2d'),
     ]  # fmt: skip
-    assert left(report) == {'3': 'no normalisation follows'}
+    assert left(report) == {'3': 'no normalisation follows, by the structure alone'}
     assert '0: Conv2d -> WSConv2d' in str(report)
     # The result, from the old weights and the functions.
     x = torch.randn(2, 3, 9, 9)
@@ -209,7 +209,7 @@ def test_batch_norms_that_follow_no_convolution():
         model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), norm)
         report = convert_model(model)
         assert type(model[0]) is nn.Conv2d and type(model[2]) is BatchChannelNorm2d
-        assert left(report) == {'0': 'no normalisation follows'}
+        assert left(report) == {'0': 'no normalisation follows, by the structure alone'}
         model(torch.randn(1, 3, 9, 9))
     linear = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8))
     assert 'no convolution' in left(convert_model(linear))['1']
@@ -297,3 +297,61 @@ def test_wrong_arguments():
         convert_model(nn.Sequential(), mode='micro')
     with pytest.raises(ValueError, match='formula'):
         convert_model(nn.Sequential(), formula='timm')
+    with pytest.raises(TypeError, match='before scripting'):
+        convert_model(torch.jit.script(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))))
+
+
+class Lists(nn.Module):
+    """A ModuleList says nothing about the order in which it is used."""
+
+    def __init__(self):
+        super().__init__()
+        self.parts = nn.ModuleList(
+            [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)]
+        )
+
+    def forward(self, x):
+        for part in self.parts:
+            x = part(x)
+        return x
+
+
+def test_a_run_shows_what_a_module_list_does_not():
+    model = Lists()
+    assert left(convert_model(copy.deepcopy(model))) == dict.fromkeys(
+        ['parts.0', 'parts.2'], 'no normalisation follows, by the structure alone'
+    )
+    assert convert_model(model, torch.randn(1, 3, 9, 9)).left == []
+
+
+class Functional(nn.Module):
+    """Reads the statistics of a layer itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        n = self.norm
+        return nn.functional.batch_norm(
+            self.conv(x), n.running_mean, n.running_var, n.weight, n.bias
+        )
+
+
+def test_a_model_that_does_not_run_converted_is_left_as_it_was():
+    model = Functional()
+    layers, state = dict(model.named_modules()), copy.deepcopy(model.state_dict())
+    x = torch.randn(1, 3, 9, 9)
+    with pytest.raises(ValueError, match='(?s)not converted: AttributeError.*nothing was changed'):
+        convert_model(model, x)
+    assert {n: id(m) for n, m in model.named_modules()} == {n: id(m) for n, m in layers.items()}
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    model(x)
+
+
+def test_a_norm_that_two_convolutions_share():
+    a, b, norm = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)
+    model = nn.Sequential(a, norm, nn.ReLU(), b, norm)
+    assert convert_model(model).left == []
+    assert type(model[0]) is type(model[3]) is WSConv2d
+    assert type(model[1]) is BatchChannelNorm2d and model[1] is model[4]

@@ -101,9 +101,9 @@ def convert_model(
 
     Args:
         model: Changed in place; mode, device, dtype, ``requires_grad`` and hooks stay.
-        example_input: What to call the model with (a tensor, or a tuple of arguments), once, in
-            eval mode without gradients. What is seen decides what follows what; without it the
-            structure does, see `wsbcn_mm.structure`.
+        example_input: What to call the model with (a tensor, or a tuple of arguments), in eval mode
+            without gradients, before and after. What is seen decides what follows what; without it
+            the structure does, see `wsbcn_mm.structure`, which knows no order in a ModuleList.
         standardize: Whether convolutions become WS; False: norms alone.
         num_groups: G of every layer, ``'auto'`` (see `BatchChannelNorm2d`), or a function of the
             width.
@@ -115,9 +115,10 @@ def convert_model(
         What changed, and what was left and why. Converting a second time changes nothing.
 
     Raises:
-        TypeError: ``model`` is not a module.
+        TypeError: ``model`` is not a module, or one of TorchScript, whose layers are fixed.
         ValueError: the model is itself a single convolution or normalisation, an unknown mode or
-            formula, groups that do not divide a width (nothing was changed then).
+            formula, groups that do not divide a width, a model that runs with ``example_input``
+            before and not afterwards. Nothing is changed then.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64), nn.Conv2d(64, 2, 1))
@@ -125,10 +126,12 @@ def convert_model(
         >>> [c.after for c in report.changed]
         ['WSConv2d', 'BatchChannelNorm2d']
         >>> report.left[0].reason
-        'no normalisation follows'
+        'no normalisation follows, by the structure alone'
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f'model must be a torch.nn.Module\n  got {type(model).__name__}')
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError('the layers of a TorchScript model are fixed: convert it before scripting')
     if is_norm(model) or isinstance(model, nn.modules.conv._ConvNd):
         raise ValueError(
             f'model must hold the layers that are to be replaced\n  got a {type(model).__name__} '
@@ -153,7 +156,7 @@ def convert_model(
     )
     tied = _tied_to_bare(found)
     conv_lines = [
-        _convert_conv(follower, modules, replacement, standardize, formula, tied)
+        _convert_conv(follower, modules, replacement, standardize, formula, tied, run is not None)
         for follower in found
     ]
     order = {name: i for i, name in enumerate(modules)}
@@ -165,11 +168,26 @@ def convert_model(
                 new = replacement.get(id(modules[name]))
                 if isinstance(new, layers.BatchChannelNorm):
                     new.bn.reset_running_stats()
+    _replace(model, replacement)
+    if run is not None:
+        try:
+            run()
+        except Exception as error:
+            originals = {id(m): m for m in modules.values()}
+            _replace(model, {id(new): originals[key] for key, new in replacement.items()})
+            raise ValueError(
+                f'the model runs as it is, but not converted: {type(error).__name__}: {error}\n'
+                '  does its forward read tensors of a layer instead of calling it? nothing was '
+                'changed'
+            ) from error
+    return report
+
+
+def _replace(model: nn.Module, replacement: dict[int, nn.Module]) -> None:
     for module in list(model.modules()):
         for name, child in list(module._modules.items()):
             if id(child) in replacement:
                 module._modules[name] = replacement[id(child)]
-    return report
 
 
 def _run(model: nn.Module, example_input: object) -> None:
@@ -292,10 +310,12 @@ def _tied_to_bare(found: list[Follower]) -> set[int]:
     return {id(f.conv.weight) for f in found if not f.normalised}
 
 
-def _convert_conv(follower, modules, replacement, standardize, formula, tied) -> Changed | Left:
+def _convert_conv(
+    follower, modules, replacement, standardize, formula, tied, ran
+) -> Changed | Left:
     conv, name = follower.conv, follower.names[0]
     kind = type(conv).__name__
-    reason = _why_not_conv(follower, modules, replacement, standardize, tied)
+    reason = _why_not_conv(follower, modules, replacement, standardize, tied, ran)
     if reason is not None:
         return Left(name, kind, reason)
     target = STANDARDIZED[torch_class(conv)]
@@ -314,12 +334,12 @@ def _convert_conv(follower, modules, replacement, standardize, formula, tied) ->
     return Changed(name, kind, target.__name__)
 
 
-def _why_not_conv(follower, modules, replacement, standardize, tied) -> str | None:
+def _why_not_conv(follower, modules, replacement, standardize, tied, ran) -> str | None:
     conv = follower.conv
     if isinstance(conv, layers.WeightStandardized):
         return 'is standardized already'
     if not follower.norms:
-        return 'no normalisation follows'
+        return 'no normalisation follows' + ('' if ran else ', by the structure alone')
     if follower.bare:
         return f'not only a normalisation follows: also {", ".join(follower.bare)}'
     left = [n for n in follower.norms if id(modules[n]) not in replacement]
