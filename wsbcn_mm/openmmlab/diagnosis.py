@@ -21,6 +21,7 @@ from wsbcn_mm.diagnostics import (
     singularities,
     smoothness,
 )
+from wsbcn_mm.layers import BatchChannelNorm
 from wsbcn_mm.openmmlab.checkpoint import CONVS, NORMS, CheckpointMismatch, missing_tensors
 
 KINDS = (*CONVS, *NORMS)
@@ -102,10 +103,12 @@ def diagnose(
         gradient_norm=_mean([s.gradient_norm for s in steps]),
         beta=_mean([s.beta for s in steps]),
     )
+    inner = {m.bn for m in model.modules() if isinstance(m, BatchChannelNorm)}
+    layers = [m for m in model.modules() if isinstance(m, KINDS) and m not in inner]
     return dict(
         config=cfg.filename,
         checkpoint=checkpoint,
-        layers=dict(Counter(type(m).__name__ for m in model.modules() if isinstance(m, KINDS))),
+        layers=dict(Counter(type(layer).__name__ for layer in layers)),
         images=shown,
         step_size=step_size,
         summary=summary,
