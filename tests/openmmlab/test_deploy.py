@@ -451,7 +451,7 @@ def test_check_folding_goes_through_networks_and_goes_on(folder, monkeypatch, ca
     monkeypatch.setattr(sys, 'argv', ['', *names, '--shape', '64', '96', '-o', str(file)])
     check_folding.main()
     (row,) = (x for x in capsys.readouterr().out.splitlines() if x.startswith('| segmenter'))
-    assert row.startswith('| segmenter | 2 | 23 | 0 |') and 'layers listed' in row
+    assert row.startswith('| segmenter | 2 | 23 | 0 | 0 |') and 'layers listed' in row
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert rows[1]['same_as'] == names[0]
     assert 0 < rows[0]['fold_float64'] < 1e-10 and rows[0]['left'] == {}

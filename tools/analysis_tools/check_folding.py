@@ -125,15 +125,17 @@ def read(file: Path | None) -> dict[str, dict]:
 
 def table(rows: list[dict]) -> str:
     """Markdown: a line per network, with the number of configs that have it."""
-    lines = ['| network of | configs | norms folded | left | float64 | float32 | stock model | '
-             'float32 |', '|---|---|---|---|---|---|---|---|']  # fmt: skip
+    head = ['network of', 'configs', 'norms folded', 'further weights', 'left', 'float64',
+            'float32', 'stock model', 'float32']  # fmt: skip
+    lines = [f'| {" | ".join(head)} |', '|---' * len(head) + '|']
     for row in rows:
         if 'same_as' in row:
             continue
         count = sum(other['network'] == row['network'] for other in rows)
         stock = f'{row["stock_float32"]:.1e}' if 'stock_float32' in row else 'none'
         lines.append(
-            f'| {Path(row["config"]).stem} | {count} | {row["norms"]} | {len(row["left"])} | '
+            f'| {Path(row["config"]).stem} | {count} | {row["norms"]} | '
+            f'{row["weights"]} | {len(row["left"])} | '
             f'{row["fold_float64"]:.1e} | {row["fold_float32"]:.1e} | '
             f'{row["stock"].partition(chr(10))[0]} | {stock} |'
         )
