@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also from a clon
 
 def parse_args() -> argparse.Namespace:
     """The command line."""
-    from mmengine.config import DictAction
+    from wsbcn_mm.openmmlab import command_line
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('config', help='config file')
@@ -33,19 +33,17 @@ def parse_args() -> argparse.Namespace:
         help='COCO annotation file of these images: its ids are used, for an evaluation',
     )  # fmt: skip
     parser.add_argument('--device', default='cpu', help='default: cpu')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, help='as in test.py')
+    command_line.add_config_options(parser)
     return parser.parse_args()
 
 
 def main() -> None:
     """Loads, folds, runs over the images."""
     args = parse_args()
-    from wsbcn_mm.openmmlab.checkpoint import CheckpointMismatch
+    from wsbcn_mm.openmmlab import command_line
 
-    try:
+    with command_line.errors_in_one_line():
         failed = infer(args)
-    except (FileNotFoundError, ImportError, CheckpointMismatch, ValueError) as error:
-        sys.exit(f'error: {error}')
     if failed:
         sys.exit(f'{len(failed)} files could not be read as images:\n  ' + '\n  '.join(failed))
 

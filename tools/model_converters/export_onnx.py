@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # also from a clon
 
 def parse_args() -> argparse.Namespace:
     """The command line."""
-    from mmengine.config import DictAction
+    from wsbcn_mm.openmmlab import command_line
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('config', help='config file')
@@ -34,19 +34,17 @@ def parse_args() -> argparse.Namespace:
         '--opset', type=int, default=18,
         help='default: 18; from 21 on GroupNorm is one operator (GroupNormalization)',
     )  # fmt: skip
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, help='as in test.py')
+    command_line.add_config_options(parser)
     return parser.parse_args()
 
 
 def main() -> None:
     """Folds, exports, checks, writes."""
     args = parse_args()
-    from wsbcn_mm.openmmlab.checkpoint import CheckpointMismatch
+    from wsbcn_mm.openmmlab import command_line
 
-    try:
+    with command_line.errors_in_one_line():
         export(args)
-    except (FileNotFoundError, ImportError, CheckpointMismatch, ValueError) as error:
-        sys.exit(f'error: {error}')
 
 
 def export(args: argparse.Namespace) -> None:

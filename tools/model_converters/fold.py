@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # also from a clon
 
 def parse_args() -> argparse.Namespace:
     """The command line."""
-    from mmengine.config import DictAction
+    from wsbcn_mm.openmmlab import command_line
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('config', help='config file')
@@ -40,7 +40,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--evaluate', action='store_true', help='evaluate both models on the test data first'
     )
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, help='as in test.py')
+    command_line.add_config_options(parser)
     return parser.parse_args()
 
 
@@ -83,13 +83,10 @@ def print_metrics(before: dict, after: dict) -> float:
 def main() -> None:
     """Builds, compares, writes."""
     args = parse_args()
-    from wsbcn_mm.openmmlab.checkpoint import CheckpointMismatch
-    from wsbcn_mm.openmmlab.plain import CannotBePlain
+    from wsbcn_mm.openmmlab import command_line
 
-    try:
+    with command_line.errors_in_one_line():
         convert(args)
-    except (FileNotFoundError, ImportError, CheckpointMismatch, CannotBePlain, ValueError) as error:
-        sys.exit(f'error: {error}')
 
 
 def convert(args: argparse.Namespace) -> None:
