@@ -53,6 +53,10 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--shape', nargs=2, type=int, metavar=('H', 'W'), help='of all images')
     parser.add_argument('--threads', type=int, help='CPU threads; default: what torch chooses')
     parser.add_argument('--repeats', type=int, default=15, help='rounds; default: %(default)s')
+    parser.add_argument(
+        '--cpu-time', action='store_true',
+        help='time of the process instead of time that passes: on a busy machine, with --threads 1',
+    )  # fmt: skip
     parser.add_argument('--no-memory', action='store_true', help='do not measure peak memory')
     parser.add_argument(
         '-o', '--output', type=Path, default=Path('work_dirs/benchmark_inference'),
@@ -207,7 +211,9 @@ def measure(config: str, shape: tuple[int, int], args: argparse.Namespace, folde
         if not args.no_memory and 'onnxruntime' not in variant:
             torch.save(network, folder / f'{list(VARIANTS).index(variant)}.pt')
     print(f'{Path(config).stem}: {args.repeats} rounds', file=sys.stderr, flush=True)
-    times = timing.round_robin(cases, torch.device('cpu'), args.repeats, warm_up=1)
+    times = timing.round_robin(
+        cases, torch.device('cpu'), args.repeats, warm_up=1, cpu_time=args.cpu_time
+    )
     timing.add_ratios(times, BASE)
     result = {name: dict(phases['forward'], weights=sizes[name]) for name, phases in times.items()}
     for found in result.values():
@@ -221,7 +227,7 @@ def measure(config: str, shape: tuple[int, int], args: argparse.Namespace, folde
             result[variant]['peak'] = peak_memory(saved, shape, torch.get_num_threads())
     unfolded = zip(result['WS + BCN, folded']['samples_ms'], result['WS + BCN']['samples_ms'])
     return dict(
-        config=config, size=list(shape), variants=result,
+        config=config, size=list(shape), variants=result, cpu_time=args.cpu_time,
         folded_over_unfolded=statistics.median(a / b for a, b in unfolded),
     )  # fmt: skip
 
@@ -229,7 +235,8 @@ def measure(config: str, shape: tuple[int, int], args: argparse.Namespace, folde
 def show(row: dict) -> None:
     """A table."""
     height, width = row['size']
-    print(f'\n## {Path(row["config"]).stem}, 1 image of {height}x{width}, float32\n')
+    kind = ', CPU time' if row['cpu_time'] else ''
+    print(f'\n## {Path(row["config"]).stem}, 1 image of {height}x{width}, float32{kind}\n')
     lines = [
         [name, f'{v["ms"]:.4g} ±{v["iqr_ms"]:.2g}', f'{v["fastest_ms"]:.4g}', f'{v["ratio"]:.3f}',
          f'{v["weights"] / 2**20:.0f}', f'{v["peak"] / 2**20:.0f}' if v.get('peak') else '-']
@@ -271,7 +278,8 @@ def draw(results: dict, file: Path) -> None:
         axis.tick_params(labelsize=8)
         title = Path(row['config']).stem.partition('_ws-bcn')[0]
         axis.set_title(f'{title}, 1 image of {row["size"][0]}x{row["size"][1]}', fontsize=9)
-        axis.set_xlabel(f'median ms per image; x: multiple of {BASE}', fontsize=8)
+        kind = 'ms of CPU time' if row['cpu_time'] else 'ms'
+        axis.set_xlabel(f'median {kind} per image; x: multiple of {BASE}', fontsize=8)
     machine = results['machine']
     figure.suptitle(
         f'Inference, float32: {machine["name"]}, torch {machine["torch"]}, '

@@ -31,15 +31,20 @@ class Case:
 
 
 class Clock:
-    """Marks on the timeline of a device. On CUDA they are events: the time of the GPU itself."""
+    """Marks on the timeline of a device. On CUDA they are events: the time of the GPU itself.
 
-    def __init__(self, device: torch.device) -> None:
+    ``cpu_time`` counts what the process itself computes, all threads together: with one thread, and
+    other work on the machine, more to the point than the time that passes.
+    """
+
+    def __init__(self, device: torch.device, cpu_time: bool = False) -> None:
         self.cuda = device.type == 'cuda'
+        self.now = time.process_time if cpu_time else time.perf_counter
 
     def mark(self) -> torch.cuda.Event | float:
         """Now."""
         if not self.cuda:
-            return time.perf_counter()
+            return self.now()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
@@ -81,8 +86,9 @@ def summary(samples: list[float]) -> dict:
 
 
 def round_robin(
-    cases: dict[str, Case], device: torch.device, repeats: int, warm_up: int = 3
-) -> dict[str, dict[str, dict]]:
+    cases: dict[str, Case], device: torch.device, repeats: int, warm_up: int = 3,
+    cpu_time: bool = False,
+) -> dict[str, dict[str, dict]]:  # fmt: skip
     """Times all cases, one sample of each per round, so that a slow minute hits every one.
 
     The order is another one in every round: what a case leaves behind (caches, threads that wait
@@ -93,11 +99,12 @@ def round_robin(
         device: Whose time counts.
         repeats: Rounds. With one, which only shows that everything runs, little is warmed up.
         warm_up: Calls before anything counts; the first also compiles what is compiled then.
+        cpu_time: As in `Clock`.
 
     Returns:
         By case and phase (`PHASES`): `summary`.
     """
-    clock = Clock(device)
+    clock = Clock(device, cpu_time)
     calls = {}
     for name, case in cases.items():
         _sample(case, clock, 1 if repeats == 1 else warm_up)
