@@ -106,9 +106,11 @@ def find_config(source: str) -> tuple[Path, str | None]:
             near = compat.near_names(source, ours, Path('configs'), Path(source).parent)
             raise FileNotFoundError(f'no config file {source}{near}')
         return Path(source), None
-    if package not in (*PACKAGE_OF_SCOPE, 'wsbcn_mm'):
+    known = (*PACKAGE_OF_SCOPE, 'wsbcn_mm')
+    if package not in known:
         raise ValueError(
-            f'{source!r} names no known package\n  expected mmdet::..., mmseg::... or wsbcn_mm::...'
+            f'{source!r} names no known package\n  expected '
+            + ', '.join(f'{name}::...' for name in known)
         )
     if package in compat.PACKAGES:
         compat.require(package)
