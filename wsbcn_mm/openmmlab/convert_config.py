@@ -27,18 +27,19 @@ from wsbcn_mm.structure import followers, standardizable
 
 # The norms that BCN takes the place of, and its name for that number of axes.
 NORMS = {
-    'BN': 'BCN', 'BN2d': 'BCN', 'SyncBN': 'BCN', 'MMSyncBN': 'BCN', 'GN': 'BCN',
+    'BN': 'BCN2d', 'BN2d': 'BCN2d', 'SyncBN': 'BCN2d', 'MMSyncBN': 'BCN2d', 'GN': 'BCN2d',
     'BN1d': 'BCN1d', 'BN3d': 'BCN3d',
     # torch's names, which configs in pure Python hold
-    'BatchNorm2d': 'BCN', 'SyncBatchNorm': 'BCN', 'GroupNorm': 'BCN', 'BatchNorm1d': 'BCN1d',
-    'BatchNorm3d': 'BCN3d',
+    'BatchNorm2d': 'BCN2d', 'SyncBatchNorm': 'BCN2d', 'GroupNorm': 'BCN2d',
+    'BatchNorm1d': 'BCN1d', 'BatchNorm3d': 'BCN3d',
 }  # fmt: skip
 # Convolutions that WSConv2d can take the place of: those that differ in the weight alone.
 CONVS = {
     'Conv': 'WSConv2d', 'Conv2d': 'WSConv2d', 'ConvWS': 'WSConv2d', 'ConvAWS': 'WSConv2d',
     'Conv1d': 'WSConv1d', 'Conv3d': 'WSConv3d',
 }  # fmt: skip
-OURS = ('BCN', 'BCN1d', 'BCN3d', 'BatchChannelNorm2d', 'BatchChannelNorm1d', 'BatchChannelNorm3d')
+OURS = ('BCN', 'BCN1d', 'BCN2d', 'BCN3d',
+        'BatchChannelNorm1d', 'BatchChannelNorm2d', 'BatchChannelNorm3d')  # fmt: skip
 TARGET_NORMS, TARGET_CONVS = ('BCN', 'GN'), ('WSConv2d', 'none')
 # What mmengine raises where a config cannot inherit from another: one in pure Python, a key in two
 # bases, a dict merged into something else.
@@ -195,6 +196,7 @@ def _convert_layers(result: Conversion, norm: str, conv: str, keep_dcn: bool) ->
             _set_conv(result, part)
     # Only a build shows which convolutions a conv_cfg reaches, and which norms no norm_cfg does.
     model = _build_converted(result)
+    _shorten_names(result, parts, model)
     bare = _bare_convs(model)
     for part in parts:
         if part.standardize and part.node.path in bare:
@@ -209,6 +211,17 @@ def _convert_layers(result: Conversion, norm: str, conv: str, keep_dcn: bool) ->
         why = '; '.join(result.left) or 'no part of it holds a BN, SyncBN or GN that BCN replaces'
         raise NothingToConvert(f'nothing to convert: {why}')
     return changed
+
+
+def _shorten_names(result: Conversion, parts: list[_Part], model: nn.Module) -> None:
+    """``'BCN2d'`` is ``'BCN'``, except where a part makes ``'BCN1d'`` of it (mmseg's EncHead)."""
+    owner = probe.owners(model)
+    one_axis = {owner[name] for name, module in model.named_modules()
+                if isinstance(module, layers.BatchChannelNorm1d)}  # fmt: skip
+    for part in parts:
+        cfg = _at(result.cfg, part.norm_path)
+        if cfg['type'] == 'BCN2d' and part.node.path not in one_axis:
+            cfg['type'] = 'BCN'
 
 
 def _build_converted(result: Conversion) -> nn.Module:

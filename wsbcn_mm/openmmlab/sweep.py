@@ -34,7 +34,7 @@ NEEDS = {
     'a file of its own (a teacher, an embedding)': ('No such file', 'does not exist', 'not found'),
     'a download': ('HTTP', 'urlopen', 'Connection', 'resolve', 'Name or service', 'download'),
 }  # fmt: skip
-SIZES = (64, 256)  # pixels of the image of a run: the second where the first is too small
+SIZES = (64, 256, 512)  # pixels of the image of a run: the next where one is too small
 DONE = ('converted', 'all but DCN')
 OUTCOMES = (*DONE, 'nothing to convert', 'refused', 'needs', 'failed')
 
@@ -133,7 +133,8 @@ def _upstream(error: BaseException) -> dict:
 
 def _first_line(error: BaseException) -> str:
     line = ' '.join((str(error).strip().splitlines() or [''])[0].split())
-    return re.sub(r'/\S*/site-packages/', '', line)[:200]  # not where this machine keeps them
+    line = re.sub(r'/\S*/site-packages/', '', line)  # not where this machine keeps them
+    return re.sub(r'(?<![\w./:])/(?:[^\s/]+/)+', '', line)[:200]
 
 
 def _count(model: nn.Module) -> dict[str, int]:
@@ -185,9 +186,9 @@ def run_once(model: nn.Module, cfg: Config) -> dict:
     """Runs a model from `probe.build` once, and looks at what follows its WS convolutions.
 
     The whole network where it can be called so (mode ``'tensor'``), else backbone and neck; with an
-    image of 64 pixels, else of the size that its backbone is made for, or of 256. In training mode:
-    estimates move, and nothing is taken from running statistics of nothing; but BatchNorms, which a
-    network as shipped has, are in evaluation: they refuse single values.
+    image of 64 pixels, else of the size that its backbone is made for, or of more. In training
+    mode: estimates move, and nothing is taken from running statistics of nothing; but BatchNorms,
+    which a network as shipped has, are in evaluation: they refuse single values.
 
     Returns:
         ``forward``: ``'whole'``, ``'features'`` or ``''``; ``why`` it was not the whole; ``size``:
@@ -232,7 +233,7 @@ def _sizes(cfg: Config) -> list[int]:
     """Those to try; a vision transformer may know positions of one size alone."""
     own = (cfg.model.get('backbone') or {}).get('img_size')
     own = own[0] if isinstance(own, (list, tuple)) else own
-    return [SIZES[0], own or SIZES[1]]
+    return [SIZES[0], own] if own else list(SIZES)
 
 
 # ---- many, one worker at a time ----------------------------------------------------------------
@@ -295,11 +296,17 @@ def _samples(cfg: Config, image: Tensor) -> list | None:
     if cfg.get('default_scope') != 'mmdet':
         return None
     from mmdet.structures import DetDataSample
+    from mmengine.structures import InstanceData
 
     shape = tuple(image.shape[2:])
     meta = dict(img_shape=shape, ori_shape=shape, pad_shape=shape, batch_input_shape=shape,
                 scale_factor=(1.0, 1.0), img_id=0)  # fmt: skip
-    return [DetDataSample(metainfo=meta)]
+    sample = DetDataSample(metainfo=meta)
+    # An object for queries that are made of it, a proposal for detectors that find none.
+    box = torch.tensor([[8.0, 8.0, 40.0, 40.0]])
+    sample.gt_instances = InstanceData(bboxes=box, labels=torch.zeros(1, dtype=torch.long))
+    sample.proposals = InstanceData(bboxes=box)
+    return [sample]
 
 
 def _fill(model: nn.Module) -> None:
