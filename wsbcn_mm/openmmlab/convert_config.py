@@ -600,7 +600,7 @@ def write_config(conversion: Conversion, path: str | Path) -> str:
         RuntimeError: the file that was written does not give the converted config (a defect).
     """
     path = Path(path)
-    if path.suffix != '.py':
+    if path.suffix != '.py' or path.is_dir():
         raise ValueError(f'a config is a .py file\n  got {path}')
     if conversion.source and path.resolve() == Path(conversion.source).resolve():
         raise ValueError(f'{path} is the source itself: name another file')
