@@ -14,7 +14,7 @@ sys.path[:0] = [str(HERE), str(HERE.parents[1])]  # also from a clone not instal
 
 def parse_args() -> argparse.Namespace:
     """The command line."""
-    from mmengine.config import DictAction
+    from wsbcn_mm.openmmlab import command_line
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('config', help='config file')
@@ -30,9 +30,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--against', metavar='JSON', help='diagnostics.json of another model, drawn beside this one'
     )
-    parser.add_argument(
-        '--cfg-options', nargs='+', action=DictAction, help='override settings of the config'
-    )
+    command_line.add_config_options(parser)
     return parser.parse_args()
 
 
@@ -41,9 +39,9 @@ def main() -> None:
     args = parse_args()
     from diagnosis_page import read_numbers, write_page
 
-    from wsbcn_mm.openmmlab import config, diagnosis
+    from wsbcn_mm.openmmlab import command_line, config, diagnosis
 
-    try:
+    with command_line.errors_in_one_line():
         for name in ('images', 'train_batches', 'step_size'):
             value = getattr(args, name)
             if value is not None and value <= 0:
@@ -59,8 +57,6 @@ def main() -> None:
             lambda text: print(f'\r{text:<40}', end='', file=sys.stderr, flush=True),
         )  # fmt: skip
         print(file=sys.stderr)
-    except (ValueError, ImportError, FileNotFoundError) as error:
-        sys.exit(f'error: {error}')
     (out / 'diagnostics.json').write_text(json.dumps(numbers) + '\n')
     write_page(numbers, out / 'index.html', other)
     for name, value in numbers['summary'].items():
