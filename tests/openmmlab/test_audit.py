@@ -216,7 +216,7 @@ def test_the_config_inside_of_a_checkpoint_is_audited(tmp_path):
 def test_files_that_are_no_checkpoints(tmp_path):
     path = tmp_path / 'broken.pth'
     path.write_bytes(b'nothing')
-    with pytest.raises(ValueError, match='cannot be read'):
+    with pytest.raises(ValueError, match='is not a checkpoint'):
         audit(path)
     torch.save(dict(a=1), path)
     with pytest.raises(ValueError, match='no tensors'):

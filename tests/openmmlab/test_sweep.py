@@ -120,7 +120,7 @@ def test_the_table_counts(tool):
     assert '| mmseg | 1 | 0 | 0 | 1 | 0 | 0 | 0 | 0 |  |' in text
     assert 'ValueError: a \\| b' in text
     assert '2: 1 whole at 64x64, 1 did not run' in text
-    assert f'| nothing | whole | {why} | 1 |' in text  # a defect of ours, for all to see
+    assert f'| nothing at all | whole | {why} | 1 |' in text  # a defect of ours, for all to see
 
 
 def test_the_tables_leave_what_is_written_by_hand(tool, tmp_path):

@@ -103,6 +103,7 @@ def main() -> None:
         write_report(Path(args.report), report(records, len(names)))
 
 
+RAN = {'whole': 'whole', 'features': 'backbone and neck', '': 'nothing at all'}
 BEGIN = '<!-- from here on written by tools/analysis_tools/sweep_upstream.py --report -->'
 END = '<!-- up to here -->'
 
@@ -163,8 +164,7 @@ def _state(records: dict[str, dict], converted: list[dict], total: int) -> list[
 
     run, read_back = _runs(converted), sum(r.get('read_back', False) for r in converted)
     sizes = Counter((r['forward'], r['size']) for r in run if r['forward'])
-    names = {'whole': 'whole', 'features': 'backbone and neck'}
-    kinds = [f'{n} {names[kind]} at {size}x{size}' for (kind, size), n in sizes.most_common()]
+    kinds = [f'{n} {RAN[kind]} at {size}x{size}' for (kind, size), n in sizes.most_common()]
     kinds.append(f'{len(run) - sum(sizes.values())} did not run')
     return [
         f'- Converted, built and audited: {len(records)} of {total} configs; audit clean on '
@@ -180,8 +180,10 @@ def _state(records: dict[str, dict], converted: list[dict], total: int) -> list[
 
 
 def _runs(converted: list[dict]) -> list[dict]:
-    """One record of each network that was run."""
-    return list({r['model']: r for r in converted if 'forward' in r}.values())
+    """One record of each network that was run, the one where most of it did."""
+    run = [r for r in converted if 'forward' in r]
+    run.sort(key=lambda r: list(RAN).index(r['forward']), reverse=True)
+    return list({r['model']: r for r in run}.values())
 
 
 def _not_clean(converted: list[dict]) -> list[str]:
@@ -194,7 +196,7 @@ def _not_clean(converted: list[dict]) -> list[str]:
 def _not_whole(converted: list[dict]) -> list[str]:
     """Beside each reason what of the original runs: where it is more, the defect is ours."""
     rows = Counter(
-        (r['forward'] or 'nothing', r['original'] or 'nothing', _cell(r['why']))
+        (RAN[r['forward']], RAN[r['original']], _cell(r['why']))
         for r in _runs(converted) if r['forward'] != 'whole'
     )  # fmt: skip
     title = '## Networks that did not run whole'
