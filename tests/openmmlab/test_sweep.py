@@ -30,6 +30,8 @@ CONVERTED = {
     'mmdet::nas_fpn/retinanet_r50_nasfpn_crop640-50e_coco.py': 'activation before convolution',
     'mmdet::mask2former/mask2former_r50_8xb2-lsj-50e_coco-panoptic.py': 'norms of a pixel decoder',
     'mmdet::gn+ws/mask-rcnn_r50_fpn_gn-ws-all_2x_coco.py': 'GN + WS',
+    'mmdet::strong_baselines/mask-rcnn_r50_fpn_rpn-2conv_4conv1fc_syncbn-all_lsj-50e_coco.py':
+        'MMSyncBN, which is built where several processes run alone',
     'mmdet::centernet/centernet_r18_8xb16-crop512-140e_coco.py': 'transposed convolutions',
     'mmseg::deeplabv3/deeplabv3_r50-d8_4xb2-40k_cityscapes-512x1024.py': 'image pooling',
     'mmseg::deeplabv3plus/deeplabv3plus_r18-d8_4xb2-80k_cityscapes-512x1024.py': 'depthwise',

@@ -23,6 +23,9 @@ from torch import nn
 # Dicts under these keys are built by mmcv's own builders, with arguments of their parents'.
 LAYER_KEYS = {'norm_cfg', 'conv_cfg', 'act_cfg', 'upsample_cfg', 'init_cfg', 'loss'}
 
+# mmcv's own SyncBN can be built only where several processes run.
+SAME_LAYER = {'MMSyncBN': 'SyncBN'}
+
 
 @dataclass
 class Node:
@@ -182,7 +185,7 @@ def _tag(value: object, path: tuple) -> object:
         for key, item in value.items():
             copy[key] = _tag(item, (*path, key))
         if isinstance(copy.get('type'), str):
-            kind = _Tagged(copy['type'])
+            kind = _Tagged(SAME_LAYER.get(copy['type'], copy['type']))
             kind.path = path
             copy['type'] = kind
         return copy
