@@ -9,6 +9,7 @@ pytest.importorskip('mmseg', reason='converts configs of mmseg')
 import subprocess
 import sys
 
+import torch
 from mmengine.config import Config
 
 from wsbcn_mm import BatchChannelNorm2d, WSConv2d
@@ -178,6 +179,23 @@ def test_options(tmp_path):
     filled = convert_config(source, checkpoint='mine.pth').cfg.model.backbone
     assert filled.init_cfg == dict(type='Pretrained', checkpoint='mine.pth')
     assert filled.frozen_stages == 1
+
+
+def test_a_checkpoint_brings_its_formula_and_affine(tmp_path):
+    source, file = tiny(tmp_path, retinanet()), tmp_path / 'converted.pth'
+    torch.save(dict(meta=dict(formula='std_eps', affine='channel'), state_dict={}), file)
+    conversion = convert_config(source, checkpoint=str(file))
+    backbone = conversion.cfg.model.backbone
+    assert backbone.conv_cfg == dict(type='WSConv2d', formula='std_eps')
+    assert backbone.norm_cfg == dict(BCN, affine='channel')
+    write_config(conversion, tmp_path / 'mine.py')
+    torch.save(dict(state_dict={}), file)  # of these layers, as they are by default
+    assert convert_config(source, checkpoint=str(file)).cfg.model.backbone.norm_cfg == BCN
+    missing = convert_config(source, checkpoint='mine.pth')
+    assert any('mine.pth is not here' in warning for warning in missing.warnings)
+    file.write_bytes(b'')
+    with pytest.raises(ValueError, match='is empty'):
+        convert_config(source, checkpoint=str(file))
 
 
 @pytest.mark.parametrize(

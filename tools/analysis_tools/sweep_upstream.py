@@ -153,7 +153,8 @@ def report(records: dict[str, dict], total: int) -> str:
         count = Counter(r['outcome'] for r in members)
         cells = ' | '.join(str(count[o] or '') for o in OUTCOMES)
         lines.append(f'| {family} | {len(members)} | {cells} |')
-    return '\n'.join(lines + _not_clean(converted) + _not_whole(converted)) + '\n'
+    lines += _not_clean(converted) + _not_whole(converted) + _others(records)
+    return '\n'.join(lines) + '\n'
 
 
 def _state(records: dict[str, dict], converted: list[dict], total: int) -> list[str]:
@@ -204,6 +205,19 @@ def _not_whole(converted: list[dict]) -> list[str]:
             '|---|---|---|--:|']  # fmt: skip
     rows = [f'| {ran} | {original} | {why} | {n} |' for (ran, original, why), n in rows.items()]
     return head + sorted(rows) if rows else []
+
+
+def _others(records: dict[str, dict]) -> list[str]:
+    """Every config that is not simply converted, by name."""
+    lines = ['', '## The configs that are not simply converted', '']
+    outcomes = defaultdict(list)
+    for name, record in sorted(records.items()):
+        if record['outcome'] != 'converted':
+            outcomes[record['outcome']].append(name)
+    for outcome, names in outcomes.items():
+        lines += ['<details>', f'<summary>{outcome}: {len(names)}</summary>', '',
+                  *(f'- `{name}`' for name in names), '', '</details>']  # fmt: skip
+    return lines
 
 
 def _row(name: str, records: list[dict]) -> str:

@@ -21,6 +21,7 @@ from torch import nn
 from wsbcn_mm import layers
 from wsbcn_mm.functional import auto_groups
 from wsbcn_mm.openmmlab import probe
+from wsbcn_mm.openmmlab.checkpoint import read_checkpoint
 from wsbcn_mm.openmmlab.config import PRETRAINED, find_config, read_config, type_name, with_names
 from wsbcn_mm.openmmlab.probe import CannotBuild, Node, dotted
 from wsbcn_mm.structure import followers, standardizable
@@ -125,7 +126,8 @@ def convert_config(
         conv: ``'WSConv2d'``, or ``'none'`` for norms alone.
         images_per_gpu: The batch size of one process.
         keep_lr: Leave the learning rate as it is.
-        checkpoint: File of backbone weights that were trained with these layers.
+        checkpoint: File of backbone weights that were trained with these layers; the WS formula and
+            the affine that our converter recorded in it are set.
         keep_dcn: Convert parts with deformable convolutions as well: these stay as they are, with
             BCN behind them, and the others of the part get WS. Otherwise such a part is refused.
 
@@ -438,7 +440,7 @@ def _replace_checkpoints(
             dropped.append(init['checkpoint'])
             new = None
             if given is not None and node.path in paths:
-                new, given = dict(type='Pretrained', checkpoint=given), None
+                new, given, target = dict(type='Pretrained', checkpoint=given), None, node.path
             _set(result, (*node.path, 'init_cfg'), new, f'was for {_layers_of(init)}')
         if node.get('pretrained') is not None and isinstance(node.get('pretrained'), str):
             dropped.append(node.get('pretrained'))
@@ -447,8 +449,10 @@ def _replace_checkpoints(
         backbone = next((p for p in paths if p[-1] == 'backbone'), None)
         if backbone is None:
             raise ValueError('checkpoint: the config has no converted backbone to load it into')
-        new = dict(type='Pretrained', checkpoint=given)
-        _set(result, (*backbone, 'init_cfg'), new)
+        target = backbone
+        _set(result, (*target, 'init_cfg'), dict(type='Pretrained', checkpoint=given))
+    if checkpoint is not None:
+        _fit_checkpoint(result, target, checkpoint)
     if cfg.get('load_from'):
         dropped.append(cfg.load_from)
         _set(result, ('load_from',), None, 'weights of other layers')
@@ -460,6 +464,27 @@ def _replace_checkpoints(
             '(tools/model_converters/convert_checkpoint.py makes them)'
         )  # fmt: skip
         result.warnings.append(f'checkpoint {name} dropped: {instead}')
+
+
+def _fit_checkpoint(result: Conversion, path: tuple, checkpoint: str) -> None:
+    """Formula and affine of the part that a checkpoint is for, as the checkpoint records them."""
+    if not Path(checkpoint).is_file():
+        result.warnings.append(
+            f'{checkpoint} is not here: the WS formula and the affine of its layers are not known '
+            'and were not set; tools/analysis_tools/audit.py tells where they differ'
+        )
+        return
+    meta = read_checkpoint(checkpoint).get('meta')
+    part = _at(result.cfg, path)
+    for key, place, default in (('formula', 'conv_cfg', 'paper'), ('affine', 'norm_cfg', 'group')):
+        value = (meta if isinstance(meta, dict) else {}).get(key) or default
+        if isinstance(part.get(place), dict):
+            if part[place].get(key, default) != value:
+                _set(result, (*path, place, key), value, f'that of {checkpoint}')
+        elif value != default:
+            result.warnings.append(
+                f'{checkpoint} is for {key}={value!r}, and {dotted(path)} has no {place} to say so'
+            )
 
 
 def _layers_of(init: dict) -> str:
