@@ -283,7 +283,7 @@ def draw(results: dict, file: Path) -> None:
     machine = results['machine']
     figure.suptitle(
         f'Inference, float32: {machine["name"]}, torch {machine["torch"]}, '
-        f'{machine["threads"]} threads', fontsize=9,
+        f'{machine["threads"]} thread{"s" * (machine["threads"] > 1)}', fontsize=9,
     )  # fmt: skip
     figure.savefig(file, dpi=130)
     plt.close(figure)
