@@ -288,6 +288,42 @@ def test_what_is_of_this_package_in_a_config_is_dropped_or_named():
         plain.plain_config(cfg, model)
 
 
+PURE_PYTHON = """
+from mmdet.models import FPN, DetDataPreprocessor, ResNet, RetinaHead, RetinaNet
+from mmdet.models.task_modules import AnchorGenerator
+from mmengine.model import PretrainedInit
+
+from wsbcn_mm import BatchChannelNorm2d, WSConv2d
+from wsbcn_mm.openmmlab.hooks import EstimatesHook
+
+layers = dict(norm_cfg=dict(type=BatchChannelNorm2d, num_groups={groups}),
+              conv_cfg=dict(type=WSConv2d))
+model = dict(
+    type=RetinaNet, data_preprocessor=dict(type=DetDataPreprocessor),
+    backbone=dict(type=ResNet, depth=18, base_channels=8, out_indices=(2, 3),
+                  init_cfg=dict(type=PretrainedInit, checkpoint='nowhere.pth'), **layers),
+    neck=dict(type=FPN, in_channels=[32, 64], out_channels=8, num_outs=2, **layers),
+    bbox_head=dict(
+        type=RetinaHead, num_classes=2, in_channels=8, feat_channels=8, stacked_convs=1,
+        anchor_generator=dict(type=AnchorGenerator, octave_base_scale=4, ratios=[1.0],
+                              scales_per_octave=1, strides=[16, 32])))
+custom_hooks = [dict(type=EstimatesHook)]
+"""
+
+
+@pytest.mark.parametrize('groups, lists', [(4, False), ("'auto'", True)])
+def test_configs_in_pure_python(tmp_path, groups, lists):
+    (tmp_path / 'pure.py').write_text(PURE_PYTHON.format(groups=groups))
+    cfg = config.load_config(f'{tmp_path}/pure.py')
+    model = as_trained(inference.build_model(cfg)).double()
+    steps = fuse.plan(model, run=inference.run_on(cfg, inference.random_image(*SIZE)))
+    stock_cfg, other = stock_model(cfg, model, steps)
+    assert lists_layers(stock_cfg) == lists and 'wsbcn_mm' not in stock_cfg.pretty_text
+    assert stock_cfg.model.backbone.init_cfg is None and not our_layers(other)
+    assert error(model, other.double(), image_of(model, cfg)) < 1e-6
+    assert inference.scope_of(stock_cfg) == 'mmdet'
+
+
 def test_what_no_stock_model_can_be_is_refused_by_name():
     cfg = Config.fromstring(LISTED['retinanet'], '.py')
     model = as_trained(inference.build_model(cfg))

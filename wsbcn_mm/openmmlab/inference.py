@@ -26,10 +26,14 @@ def scope_of(cfg: Config) -> str:
     Raises:
         ValueError: the config is of neither.
     """
+    model = cfg.get('model') or {}
     scope = cfg.get('default_scope')
+    if scope is None:  # a config in pure Python has types such as mmdet.models.RetinaNet
+        scope = str(model.get('kind') or model.get('type')).partition('.')[0]
     if scope not in ('mmdet', 'mmseg'):
         raise ValueError(
-            f'a config of MMDetection or MMSegmentation is needed\n  got default_scope {scope!r}'
+            'a config of MMDetection or MMSegmentation is needed\n  got default_scope '
+            f'{cfg.get("default_scope")!r}, model {model.get("type")!r}'
         )
     return scope
 

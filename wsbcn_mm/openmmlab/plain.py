@@ -13,6 +13,7 @@ convolution and leaves a convolution with bias and a GroupNorm, as `wsbcn_mm.fol
 """
 
 import copy
+import inspect
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -21,12 +22,18 @@ import torch
 from mmcv.cnn import ConvModule
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import HOOKS, MODELS
+from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from wsbcn_mm.fuse import Plan
 from wsbcn_mm.layers import BatchChannelNorm, WeightStandardized
+from wsbcn_mm.openmmlab.config import PRETRAINED, type_name
 
-NORMS = {'BCN': 'BN', 'BCN1d': 'BN1d', 'BCN2d': 'BN', 'BCN3d': 'BN3d'}
+NORMS = {'BCN': 'BN', 'BCN1d': 'BN1d', 'BCN2d': 'BN', 'BCN3d': 'BN3d',
+         # in configs in pure Python
+         'BatchChannelNorm1d': 'BN1d', 'BatchChannelNorm2d': 'BN',
+         'BatchChannelNorm3d': 'BN3d'}  # fmt: skip
+MICRO_BN = ('MicroBN', 'MicroBatchNorm2d')
 CONVS = {'WSConv': None, 'WSConv1d': 'Conv1d', 'WSConv2d': None, 'WSConv3d': 'Conv3d',
          'WSConvTranspose2d': 'deconv'}  # fmt: skip
 
@@ -80,8 +87,9 @@ def without_this_package(cfg: Config, replace_layers: Callable[[dict], None]) ->
     for dataset in dicts(plain._cfg_dict):
         _replace_dataset(dataset)
     ours = {name for name, kind in MODELS.module_dict.items() if _ours(kind.__module__)}
-    # Variables of the config file that nothing reads.
-    for key in [k for k, v in plain.items() if isinstance(v, dict) and v.get('type') in ours]:
+    read = {*inspect.signature(Runner).parameters, 'tta_model'}
+    # Variables of the config file, of use in that file alone.
+    for key in [k for k, v in plain.items() if k not in read and any(_places_of_ours(v, ours))]:
         plain.pop(key)
     left = sorted(_places_of_ours(plain._cfg_dict, ours))
     if left:
@@ -103,6 +111,8 @@ def _ours(name: str) -> bool:
 
 
 def _is_our_type(value: dict, registry) -> bool:
+    if isinstance(value['type'], str) and _ours(value['type']):
+        return True
     kind = registry.get(value['type']) if isinstance(value['type'], str) else value['type']
     return kind is not None and _ours(kind.__module__)
 
@@ -138,7 +148,7 @@ def _replace_layers(part: object, model: nn.Module, path: str = '') -> None:
     for key, value in part.items():
         _replace_layers(value, model, f'{path}.{key}'.lstrip('.'))
     for key in [k for k in part if k != 'conv_cfg']:  # predictors take a layer under other names
-        if isinstance(part[key], dict) and part[key].get('type') in CONVS:
+        if isinstance(part[key], dict) and type_name(part[key]) in CONVS:
             part[key] = plain_conv_cfg(part[key]) or ConfigDict(type='Conv2d')
     norm_cfg, conv_cfg = part.get('norm_cfg'), part.get('conv_cfg')
     conv = None if conv_cfg is None else plain_conv_cfg(conv_cfg)
@@ -146,9 +156,9 @@ def _replace_layers(part: object, model: nn.Module, path: str = '') -> None:
         part['conv_cfg'] = conv
     if norm_cfg is None:
         return
-    if norm_cfg.get('type') == 'MicroBN':  # in evaluation it is one
+    if type_name(norm_cfg) in MICRO_BN:  # in evaluation it is one
         part['norm_cfg'] = ConfigDict({**norm_cfg, 'type': 'BN'})
-    elif norm_cfg.get('type') in NORMS:
+    elif type_name(norm_cfg) in NORMS:
         shared = {k: norm_cfg[k] for k in ('eps', 'requires_grad') if k in norm_cfg}
         groups = norm_cfg.get('num_groups', 32)
         if groups == 'auto':
@@ -158,7 +168,7 @@ def _replace_layers(part: object, model: nn.Module, path: str = '') -> None:
         part['conv_cfg'] = ConfigDict(
             type='ConvModule',
             conv_cfg=conv,
-            norm_cfg=dict(type=NORMS[norm_cfg['type']], **shared),
+            norm_cfg=dict(type=NORMS[type_name(norm_cfg)], **shared),
             act_cfg=None,
         )
 
@@ -177,9 +187,9 @@ def _auto_groups(model: nn.Module, path: str) -> int:
 
 def plain_conv_cfg(conv_cfg: dict) -> dict | None:
     """The ``conv_cfg`` without WS; None where that is mmcv's default."""
-    if conv_cfg.get('type') not in CONVS:
+    if type_name(conv_cfg) not in CONVS:
         return conv_cfg
-    kind = CONVS[conv_cfg['type']]
+    kind = CONVS[type_name(conv_cfg)]
     rest = {k: v for k, v in conv_cfg.items() if k not in ('type', 'eps', 'formula')}
     return ConfigDict(type=kind or 'Conv2d', **rest) if kind or rest else None
 
@@ -189,7 +199,7 @@ def drop_pretrained(model: dict) -> None:
     model.pop('pretrained', None)
     for part in dicts(model):
         init = part.get('init_cfg')
-        if isinstance(init, dict) and init.get('type') == 'Pretrained':
+        if isinstance(init, dict) and type_name(init) in PRETRAINED:
             part['init_cfg'] = None
 
 

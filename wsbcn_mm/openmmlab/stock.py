@@ -19,6 +19,7 @@ from torch import nn
 from wsbcn_mm.fuse import Plan
 from wsbcn_mm.layers import BatchChannelNorm, WeightStandardized
 from wsbcn_mm.openmmlab import folded_layers, inference, plain
+from wsbcn_mm.openmmlab.config import type_name
 from wsbcn_mm.openmmlab.micro_bn import MicroBatchNorm2d
 from wsbcn_mm.openmmlab.plain import CannotBePlain
 
@@ -107,13 +108,13 @@ def model_with_layers(cfg: Config, model: nn.Module, steps: Plan) -> tuple[Confi
 def _replace_layers(part: object) -> None:
     """Plain convolutions and GroupNorms wherever a model's config names layers of this package."""
     for value in plain.dicts(part):
-        kind = value.get('type')
+        kind = type_name(value)
         if kind in plain.CONVS:
             new = plain.plain_conv_cfg(value) or dict(type='Conv2d')
         elif kind in plain.NORMS:
             groups = value.get('num_groups', 32)
             new = dict(type='GN', num_groups=1 if groups == 'auto' else groups)
-        elif kind == 'MicroBN':
+        elif kind in plain.MICRO_BN:
             new = {**value, 'type': 'BN'}
         elif kind == 'Converted':  # its layers are listed
             new = {key: item for key, item in value.items() if key not in ('kind', 'convert')}
