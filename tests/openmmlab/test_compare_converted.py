@@ -68,6 +68,7 @@ def test_the_picture_comes_from_the_record_alone(tool, monkeypatch, root, tmp_pa
     for entry in json.loads(record.read_text()).values():
         assert entry['original'].keys() == entry['converted'].keys()  # of equal length
         assert max(map(int, entry['original'])) >= 300
+        assert entry['validation'].keys() == {'original', 'converted'}
 
 
 def test_a_record_of_other_settings_is_not_overwritten(tool, monkeypatch, tmp_path):

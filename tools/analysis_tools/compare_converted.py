@@ -2,8 +2,9 @@
 
 Both start from random weights, with the same seed, data order, learning rate and schedule (the
 converted one's), and nothing frozen: what differs is the layers, and `EstimatesHook` beside them.
-The data: a folder with train.json and images/ (COCO format) for mmdet, or a VOC layout with
-ImageSets/Segmentation/train.txt and classes.txt for mmseg.
+Afterwards the loss of the validation images is taken, in evaluation: with running statistics.
+The data: a folder with train.json, val.json and images/ (COCO format) for mmdet, or a VOC layout
+with ImageSets/Segmentation/{train,val}.txt and classes.txt for mmseg.
 
 Run it again, with the same -n or a larger one, and training goes on from the last checkpoint: a
 long comparison may be cut into pieces. The losses are kept in --record; -n 0 trains nothing and
@@ -19,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # also from a clon
 
 
 KINDS = ('original', 'converted')
+COLORS = {'original': 'tab:gray', 'converted': 'C0'}
 CHECKPOINT_INTERVAL = 50  # iterations that an interruption can cost
 
 
@@ -37,8 +39,8 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def detection_data(root: str, size: int) -> tuple[dict, int]:
-    """The dataset of a COCO-format folder of one class, and its number of classes."""
+def detection_data(root: str, size: int, split: str = 'train') -> tuple[dict, int]:
+    """The dataset of a COCO-format folder, and its number of classes."""
     names = json.loads((Path(root) / 'train.json').read_text())['categories']
     pipeline = [
         dict(type='LoadImageFromFile'),
@@ -48,13 +50,13 @@ def detection_data(root: str, size: int) -> tuple[dict, int]:
         dict(type='PackDetInputs'),
     ]
     return dict(
-        type='CocoDataset', data_root=root, ann_file='train.json', data_prefix=dict(img='images/'),
-        metainfo=dict(classes=tuple(c['name'] for c in names)), pipeline=pipeline,
+        type='CocoDataset', data_root=root, ann_file=f'{split}.json', pipeline=pipeline,
+        data_prefix=dict(img='images/'), metainfo=dict(classes=tuple(c['name'] for c in names)),
         filter_cfg=dict(filter_empty_gt=True),
     ), len(names)  # fmt: skip
 
 
-def segmentation_data(root: str, size: int) -> tuple[dict, int]:
+def segmentation_data(root: str, size: int, split: str = 'train') -> tuple[dict, int]:
     """The dataset of a VOC-layout folder with classes.txt, and its number of classes."""
     names = (Path(root) / 'classes.txt').read_text().split()
     pipeline = [
@@ -66,11 +68,16 @@ def segmentation_data(root: str, size: int) -> tuple[dict, int]:
         dict(type='PackSegInputs'),
     ]
     return dict(
-        type='BaseSegDataset', data_root=root, ann_file='ImageSets/Segmentation/train.txt',
+        type='BaseSegDataset', data_root=root, ann_file=f'ImageSets/Segmentation/{split}.txt',
         data_prefix=dict(img_path='JPEGImages', seg_map_path='SegmentationClass'),
         img_suffix='.jpg', seg_map_suffix='.png', metainfo=dict(classes=tuple(names)),
         pipeline=pipeline,
     ), len(names)  # fmt: skip
+
+
+def data_of(scope: str):
+    """The function that makes the dataset of a host."""
+    return detection_data if scope == 'mmdet' else segmentation_data
 
 
 def configure(source: str, data: str, kind: str, args: argparse.Namespace):
@@ -83,7 +90,7 @@ def configure(source: str, data: str, kind: str, args: argparse.Namespace):
         cfg.model = conversion.original.model
         unfreeze(cfg.model)
     detection = cfg.default_scope == 'mmdet'
-    dataset, classes = (detection_data if detection else segmentation_data)(data, args.size)
+    dataset, classes = data_of(cfg.default_scope)(data, args.size)
     set_classes(cfg.model, classes)
     cfg.train_dataloader = dict(
         batch_size=1, num_workers=0, sampler=dict(type='InfiniteSampler', shuffle=True),
@@ -146,6 +153,25 @@ def set_classes(value: object, classes: int) -> None:
             set_classes(item, classes)
 
 
+def validation_loss(runner, data: str, args: argparse.Namespace) -> float:
+    """The mean loss of the validation images in evaluation: running statistics, no dropout."""
+    import torch
+    from mmengine.runner import set_random_seed
+
+    dataset, _ = data_of(runner.cfg.default_scope)(data, args.size, 'val')
+    loader = runner.build_dataloader(
+        dict(batch_size=1, num_workers=0, dataset=dataset,
+             sampler=dict(type='DefaultSampler', shuffle=False))
+    )  # fmt: skip
+    set_random_seed(args.seed)  # the same crops for both
+    model, losses = runner.model.eval(), []
+    with torch.no_grad():
+        for batch in loader:
+            batch = model.data_preprocessor(batch, training=True)  # pads as in training
+            losses.append(model.parse_losses(model(**batch, mode='loss'))[0].item())
+    return round(sum(losses) / len(losses), 4)
+
+
 def losses_of(folder: Path) -> dict[int, float]:
     """Losses by iteration of all pieces of a run; each is a mean over ten."""
     losses = {}
@@ -157,7 +183,7 @@ def losses_of(folder: Path) -> dict[int, float]:
 
 
 def plot(record: dict, file: str) -> None:
-    """One panel per source, the loss of both runs."""
+    """One panel per source, the losses of both runs; what is off the scale is at its upper end."""
     import matplotlib
 
     matplotlib.use('Agg')
@@ -165,19 +191,22 @@ def plot(record: dict, file: str) -> None:
 
     figure, axes = pyplot.subplots(1, len(record), figsize=(6 * len(record), 4), squeeze=False)
     for axis, (source, entry) in zip(axes[0], record.items()):
-        for kind, label, color in (
-            ('original', 'as shipped (BN)', 'tab:gray'), ('converted', 'converted (WS + BCN)', 'C0')
-        ):  # fmt: skip
+        for kind, label in (('original', 'as shipped (BN)'), ('converted', 'converted (WS + BCN)')):
             losses = entry.get(kind, {})
-            axis.plot([int(n) for n in losses], losses.values(), color=color, label=label)
+            axis.plot([int(n) for n in losses], losses.values(), color=COLORS[kind], label=label)
+        top = 1.1 * max(loss for kind in KINDS for loss in entry.get(kind, {'0': 1.0}).values())
+        for kind, value in entry.get('validation', {}).items():
+            color, label = COLORS[kind], f'validation, {kind}: {value:.4g}'
+            end = max(map(int, entry[kind]))
+            axis.plot(end, min(value, top), 'D' if value < top else '^', color=color, label=label)
         axis.set(
             title=f'{source}\n{entry["data"]}, {entry["size"]} px, seed {entry["seed"]}',
             xlabel='iteration, one image each', ylabel='training loss (mean of 10)',
         )  # fmt: skip
         axis.title.set_fontsize(9)
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.02 * top)
         axis.grid(alpha=0.3)
-        axis.legend()
+        axis.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(file, dpi=110)
 
@@ -200,7 +229,10 @@ def main() -> None:
             if args.iterations:
                 from mmengine.runner import Runner
 
-                Runner.from_cfg(configure(source, data, kind, args)).train()
+                runner = Runner.from_cfg(configure(source, data, kind, args))
+                runner.train()
+                validation = validation_loss(runner, data, args)
+                entry.setdefault('validation', {})[kind] = validation
             entry[kind] = losses_of(work_dir(source, kind, args)) or entry.get(kind, {})
             files.write_atomically(path, (json.dumps(record, indent=1) + '\n').encode())
     for source, entry in record.items():
@@ -208,8 +240,9 @@ def main() -> None:
             steps = list(entry.get(kind, {}).items())
             if steps:
                 (first, before), (last, after) = steps[0], steps[-1]
+                validation = entry.get('validation', {}).get(kind, 'unknown')
                 print(f'{source} {kind}: loss {before:.3f} at iteration {first}, {after:.3f} at '
-                      f'{last} (seed {entry["seed"]})')  # fmt: skip
+                      f'{last}, validation {validation} (seed {entry["seed"]})')  # fmt: skip
     if args.plot:
         plot(record, args.plot)
 
