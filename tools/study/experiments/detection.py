@@ -73,10 +73,13 @@ def config(run: dict, folder: str | Path) -> Config:
     """
     cfg = load_config(str(CONFIG))
     # The config's EstimatesHook makes the rate of an image that of a step.
-    norm, conv = loop.norm_config(run['norm'], 1), run['conv']
+    norm = loop.norm_config(run['norm'], 1)
+    roi_norm = loop.norm_config(run.get('roi_norm', run['norm']), 1)
     model, heads = cfg.model, cfg.model.roi_head
-    for part in (model.backbone, model.neck, heads.bbox_head, heads.mask_head):
-        part.norm_cfg, part.conv_cfg = copy.deepcopy(norm), copy.deepcopy(conv)
+    norms = ((model.backbone, norm), (model.neck, norm), (heads.bbox_head, roi_norm),
+             (heads.mask_head, roi_norm))  # fmt: skip
+    for part, norm_cfg in norms:
+        part.norm_cfg, part.conv_cfg = copy.deepcopy(norm_cfg), copy.deepcopy(run['conv'])
     arguments, count = run['arguments'], run['images_per_step']
     use = _use_nuclei if run['dataset'] == 'nuclei' else _use_shapes
     use(cfg, Path(arguments['root']), arguments, Path(folder))

@@ -74,7 +74,10 @@ def seeds(grid: dict, task: str) -> list[int]:
 def spec(grid: dict, cell: Cell, lr: float, seed: int) -> dict:
     """All that defines a run."""
     task, row = grid['tasks'][cell.task], grid['rows'][cell.row]
-    norm = {k: task['num_groups'] if v == 'task' else v for k, v in row['norm'].items()}
+    norms = {
+        part: {k: task['num_groups'] if v == 'task' else v for k, v in row[part].items()}
+        for part in ('norm', 'roi_norm') if part in row
+    }  # fmt: skip
     return dict(
         task=cell.task,
         row=cell.row,
@@ -85,8 +88,8 @@ def spec(grid: dict, cell: Cell, lr: float, seed: int) -> dict:
         arguments=task.get('arguments', {}),
         epochs=task['epochs'],
         weight_decay=float(task['weight_decay']),
-        norm=norm,
         conv=row.get('conv'),
+        **norms,
     )
 
 
