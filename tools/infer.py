@@ -60,7 +60,7 @@ def infer(args: argparse.Namespace) -> list[str]:
     config.check_checkpoint_file(args.checkpoint)
     model = inference.load_model(cfg, args.checkpoint)
     if not args.no_fold:
-        image = inference.random_image(128, 160)
+        image = inference.random_image(512, 512)  # some models take no smaller one
         steps = fuse.plan(model, run=inference.run_on(cfg, image))
         print(steps)
         meta, model = model.dataset_meta, steps.apply(model)

@@ -160,6 +160,19 @@ def test_without_a_run_the_parts_of_a_detector_are_found_as_well(trained):
     assert set(fuse.plan(model).folds) == set(steps.folds)
 
 
+def test_an_image_that_is_too_small_is_named():
+    model = dict(type='EncoderDecoder', data_preprocessor=dict(type='SegDataPreProcessor'),
+                 backbone=dict(type='MobileNetV3', arch='small', out_indices=(0, 1, 12)),
+                 decode_head=dict(type='LRASPPHead', in_channels=(16, 16, 576), channels=8,
+                                  in_index=(0, 1, 2), input_transform='multiple_select',
+                                  num_classes=2, loss_decode=dict(type='CrossEntropyLoss')),
+                 test_cfg=dict(mode='whole'))  # fmt: skip
+    cfg = Config(dict(default_scope='mmseg', model=model))
+    run = inference.run_on(cfg, inference.random_image(*SIZE))
+    with pytest.raises(ValueError, match='does not run on an image of 64x96'):
+        fuse.plan(inference.build_model(cfg), run=run)
+
+
 def test_a_wrong_model_is_seen(trained):
     """The comparison that guards the tools: one shift in one norm is found."""
     cfg, model, steps = trained

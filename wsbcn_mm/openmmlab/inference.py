@@ -132,10 +132,20 @@ def preprocess(model: nn.Module, cfg: Config, image: np.ndarray) -> Tensor:
 def run_on(cfg: Config, image: np.ndarray) -> Callable[[nn.Module], object]:
     """A ``run`` for `wsbcn_mm.fold`: every tensor part on one image.
 
-    Models whose heads are no tensor parts (transformers) run inference on it instead.
+    Models whose heads are no tensor parts (transformers) run inference on it instead. The run
+    raises ValueError where the model does not take an image of this size.
     """
 
     def run(model: nn.Module) -> object:
+        try:
+            return run_parts(model)
+        except RuntimeError as error:
+            size = f'{image.shape[0]}x{image.shape[1]}'
+            raise ValueError(
+                f'the model does not run on an image of {size}\n  {error}\n  try another size'
+            ) from error
+
+    def run_parts(model: nn.Module) -> object:
         parts = tensor_parts(model, preprocess(model, cfg, image))
         if hasattr(model, 'bbox_head') and _image_function(model) is _features:
             model.test_step(batch_of(cfg, image))
