@@ -229,7 +229,7 @@ def tensor_parts(model: nn.Module, image: Tensor) -> list[Part]:
                 parts.append(_part(f'auxiliary_head_{i}', model, _auxiliary_function(i), image))
         return parts
     roi_head = getattr(model, 'roi_head', None)
-    if roi_head is None:
+    if roi_head is None or _has_learned_proposals(model):
         return parts
     features = model.extract_feat(image)
     for kind in ('bbox', 'mask'):
@@ -260,10 +260,16 @@ def _image_function(model: nn.Module) -> Callable:
     if hasattr(model, 'decode_head'):
         return _segment
     if hasattr(model, 'roi_head') or hasattr(model, 'rpn_head'):
-        return _features_and_rpn if getattr(model, 'rpn_head', None) is not None else _features
+        dense = getattr(model, 'rpn_head', None) is not None and not _has_learned_proposals(model)
+        return _features_and_rpn if dense else _features
     from mmdet.models.detectors import SingleStageDetector
 
     return _features_and_head if isinstance(model, SingleStageDetector) else _features
+
+
+def _has_learned_proposals(model: nn.Module) -> bool:
+    """Sparse R-CNN and its kin: no dense head, and RoI heads that also take proposals."""
+    return type(getattr(model, 'rpn_head', None)).__name__ == 'EmbeddingRPNHead'
 
 
 def _segment(model: nn.Module, x: Tensor) -> dict:
