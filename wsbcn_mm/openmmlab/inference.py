@@ -5,6 +5,7 @@ normalised image and the raw predictions, without boxes, non-maximum suppression
 """
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
@@ -307,7 +308,10 @@ def _roi_function(attribute: str, index: int | None) -> Callable:
         if getattr(roi_head, 'with_shared_head', False):
             x = roi_head.shared_head(x)
         heads = getattr(roi_head, attribute)
-        result = (heads if index is None else heads[index])(x)
+        module = heads if index is None else heads[index]
+        # Double heads take the features twice, one for each branch.
+        needed = inspect.signature(module.forward).parameters.values()
+        result = module(*[x] * sum(p.default is p.empty for p in needed))
         if attribute == 'mask_head':
             return dict(masks=result)
         return dict(zip(('scores', 'boxes'), result))

@@ -164,16 +164,22 @@ def _other_layers(
             continue
         layer = _describe(module)
         same = type(module) is type(other) if layer is None else layer == _describe(other)
+        # A convolution of another class that got a bias is another layer, too.
+        same = same and _own_tensors(module) == _own_tensors(other)
         if same and taken.setdefault(other, module) is module:
             continue
         if layer is None:
-            found = 'nothing' if other is None else f'a {type(other).__name__}'
+            found = 'nothing' if other is None else f'a {type(other).__name__} as it is'
             raise CannotBePlain(
                 f'{name}: {type(module).__name__}, where the stock model has {found}; only '
                 "convolutions and norms of torch's own kinds can be put into it"
             )
         layers[place] = layer
     return layers
+
+
+def _own_tensors(module: nn.Module) -> dict:
+    return {key: value.shape for key, value in module.state_dict().items() if '.' not in key}
 
 
 CONV = ('in_channels', 'out_channels', 'kernel_size', 'stride', 'padding', 'dilation', 'groups',
