@@ -264,15 +264,24 @@ def load_plain(plain: nn.Module, model: nn.Module, plan: Plan) -> None:
         elif name.endswith('.bn') and name.removesuffix('.bn') in norms:
             continue
         state |= {f'{target}.{key}'.lstrip('.'): value for key, value in own.items()}
+    load_every_tensor(plain, state)
+
+
+def load_every_tensor(stock: nn.Module, state: dict[str, Tensor]) -> None:
+    """Fills a stock model.
+
+    Raises:
+        CannotBePlain: a tensor is missing, left over or of another shape; nothing was loaded.
+    """
     found = {key: tuple(value.shape) for key, value in state.items()}
-    wanted = {key: tuple(value.shape) for key, value in plain.state_dict().items()}
+    wanted = {key: tuple(value.shape) for key, value in stock.state_dict().items()}
     wrong = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
     if wrong:
         raise CannotBePlain(
             'the stock model has other tensors than the weights need\n  first: '
             + '\n  '.join(f'{k}: {found.get(k)} for {wanted.get(k)}' for k in wrong[:4])
         )
-    plain.load_state_dict(state)
+    stock.load_state_dict(state)
 
 
 def _plain_name(name: str) -> str:

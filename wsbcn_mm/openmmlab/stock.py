@@ -93,15 +93,7 @@ def model_with_layers(cfg: Config, model: nn.Module, steps: Plan) -> tuple[Confi
         for holder, module in folded.named_modules(remove_duplicate=False)
         for key, value in module.state_dict().items() if '.' not in key
     }  # fmt: skip
-    found = {key: value.shape for key, value in state.items()}
-    wanted = {key: value.shape for key, value in stock.state_dict().items()}
-    wrong = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
-    if wrong:
-        raise CannotBePlain(
-            'the stock model has other tensors than the folded one\n  first: '
-            + '\n  '.join(f'{k}: {wanted.get(k)} for {found.get(k)}' for k in wrong[:4])
-        )
-    stock.load_state_dict(state)
+    plain.load_every_tensor(stock, state)
     return new_cfg, stock
 
 
