@@ -32,9 +32,10 @@ def resnet(depth='50', norm=None, groups=1, width=64, shape=None):
 
 def statistics(name, channels):
     return {
-        f'{name}.running_mean': torch.zeros(channels), f'{name}.running_var': torch.ones(channels),
+        f'{name}.running_mean': torch.zeros(channels),
+        f'{name}.running_var': torch.ones(channels),
         f'{name}.num_batches_tracked': torch.tensor(7),
-    }  # fmt: skip
+    }
 
 
 def affine(name, channels):
@@ -43,9 +44,11 @@ def affine(name, channels):
 
 def authors_bcn(name, channels):
     return {
-        f'{name}.weight': torch.randn(1, 32, 1), f'{name}.bias': torch.randn(1, 32, 1),
-        **affine(f'{name}.pbn', channels), **statistics(f'{name}.pbn', channels),
-    }  # fmt: skip
+        f'{name}.weight': torch.randn(1, 32, 1),
+        f'{name}.bias': torch.randn(1, 32, 1),
+        **affine(f'{name}.pbn', channels),
+        **statistics(f'{name}.pbn', channels),
+    }
 
 
 def batch_norm(name, channels):

@@ -86,15 +86,19 @@ def test_a_norm_without_ws():
 
 
 def test_findings_are_made_per_part():
-    model = nn.ModuleDict(dict(
-        backbone=nn.Sequential(*block(nn.Conv2d, nn.BatchNorm2d(8)),
-                               nn.Conv2d(8, 4, 1), nn.BatchNorm2d(4)),
-        head=block(nn.Conv2d, nn.BatchNorm2d(8)),
-    ))  # fmt: skip
+    model = nn.ModuleDict(
+        dict(
+            backbone=nn.Sequential(
+                *block(nn.Conv2d, nn.BatchNorm2d(8)), nn.Conv2d(8, 4, 1), nn.BatchNorm2d(4)
+            ),
+            head=block(nn.Conv2d, nn.BatchNorm2d(8)),
+        )
+    )
     findings = audit_model(model)
     assert [f.where for f in findings] == [
-        'backbone (2 layers, first backbone.1)', 'head (head.1)',
-    ]  # fmt: skip
+        'backbone (2 layers, first backbone.1)',
+        'head (head.1)',
+    ]
     assert 'convert_model' in findings[0].fix and 'error: backbone' in str(findings[0])
 
 

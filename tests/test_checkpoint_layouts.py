@@ -6,8 +6,8 @@ whole models is shown in tests/openmmlab/test_convert_checkpoint.py.
 
 import pytest
 import torch
-from published_layouts import affine, authors_bcn, batch_norm, module, resnet
 
+from tests.published_layouts import affine, authors_bcn, batch_norm, module, resnet
 from wsbcn_mm import reference
 from wsbcn_mm.checkpoint_layouts import FORMULAS, SOURCES, convert_state, guess_source
 
@@ -23,9 +23,10 @@ def test_the_authors_bcn_files(depth, groups, tensors, millions):
     state = module(resnet(depth, authors_bcn, groups))
     assert len(state) == tensors
     parameters = sum(
-        value.numel() for key, value in state.items()
+        value.numel()
+        for key, value in state.items()
         if 'running' not in key and 'tracked' not in key
-    )  # fmt: skip
+    )
     assert parameters == pytest.approx(millions * 1e6)
     done = convert_state(state, 'authors-bcn', 'bcn-ws')
     assert not done.left and not done.added
@@ -80,9 +81,10 @@ def test_batch_norm_networks_are_a_starting_point(source):
     assert done.state['layer2.0.bcn1.bias'].tolist() == [0.0] * 32
     # The statistics are divided as the weights: exact where a filter has mean 0.
     for conv, norm, new in (
-        ('conv1', 'bn1', 'bcn1'), ('layer2.0.conv3', 'layer2.0.bn3', 'layer2.0.bcn3'),
+        ('conv1', 'bn1', 'bcn1'),
+        ('layer2.0.conv3', 'layer2.0.bn3', 'layer2.0.bcn3'),
         ('layer2.0.downsample.0', 'layer2.0.downsample.1', 'layer2.0.downsample.1'),
-    ):  # fmt: skip
+    ):
         weight = state[f'{conv}.weight'].double()
         weight = weight - weight.mean((1, 2, 3), keepdim=True)
         ratio = (weight / reference.weight_standardize(weight)).flatten(1)[:, 0]
@@ -104,8 +106,9 @@ def test_whole_models_of_openmmlab_keep_what_has_no_norm():
         **affine('neck.lateral_convs.0.gn', 64),
         'rpn_head.rpn_conv.weight': torch.zeros(64, 64, 3, 3),
         'roi_head.bbox_head.fc_cls.weight': torch.zeros(81, 64),
-        'backbone.stem.0.weight': torch.zeros(32, 3, 3, 3), **affine('backbone.stem.1', 32),
-    }  # fmt: skip
+        'backbone.stem.0.weight': torch.zeros(32, 3, 3, 3),
+        **affine('backbone.stem.1', 32),
+    }
     done = convert_state(state, 'openmmlab-gn-ws', 'bcn-ws')
     assert not done.left and not done.dropped
     keys = dict(done.moved)
@@ -138,8 +141,10 @@ def test_nothing_is_lost_silently():
 @pytest.mark.parametrize('source', SOURCES)
 def test_another_layout_than_the_one_named_is_refused(source):
     layouts = {
-        'authors-bcn': authors_bcn, 'openmmlab-bn': batch_norm, 'openmmlab-gn-ws': affine,
-    }  # fmt: skip
+        'authors-bcn': authors_bcn,
+        'openmmlab-bn': batch_norm,
+        'openmmlab-gn-ws': affine,
+    }
     for found, norm in layouts.items():
         state = {**norm('bn1', 64), 'conv1.weight': torch.zeros(64, 3, 7, 7)}
         assert guess_source(module(state)) == found

@@ -17,8 +17,8 @@ from wsbcn_mm import (
     batch_channel_norm,
     weight_standardize,
 )
+from wsbcn_mm.checks import auto_groups
 from wsbcn_mm.convert import convert_model
-from wsbcn_mm.functional import auto_groups
 
 
 @pytest.fixture(autouse=True)
@@ -38,8 +38,9 @@ def test_layers_weights_and_report():
     assert type(model[0]) is WSConv2d and type(model[1]) is BatchChannelNorm2d
     assert type(model[3]) is nn.Conv2d
     assert [(c.name, c.before, c.after) for c in report.changed] == [
-        ('0', 'Conv2d', 'WSConv2d'), ('1', 'BatchNorm2d', 'BatchChannelNorm2d'),
-    ]  # fmt: skip
+        ('0', 'Conv2d', 'WSConv2d'),
+        ('1', 'BatchNorm2d', 'BatchChannelNorm2d'),
+    ]
     assert left(report) == {'3': 'no normalisation follows, by the structure alone'}
     assert '0: Conv2d -> WSConv2d' in str(report)
     # The result, from the old weights and the functions.
@@ -67,14 +68,26 @@ def test_a_second_conversion_changes_nothing():
         (nn.Conv1d(4, 8, 3), nn.BatchNorm1d(8), (WSConv1d, BatchChannelNorm1d), (2, 4, 9)),
         (nn.Conv2d(4, 8, 3, 2, 1), nn.BatchNorm2d(8), (WSConv2d, BatchChannelNorm2d), (2, 4, 9, 8)),
         (nn.Conv3d(4, 8, 3), nn.BatchNorm3d(8), (WSConv3d, BatchChannelNorm3d), (1, 4, 5, 5, 5)),
-        (nn.Conv2d(4, 8, 3, groups=4, dilation=2, padding_mode='reflect', padding=2),
-         nn.BatchNorm2d(8), (WSConv2d, BatchChannelNorm2d), (1, 4, 9, 9)),
-        (nn.ConvTranspose2d(4, 8, 3, 2, 1, output_padding=1, groups=2), nn.GroupNorm(2, 8),
-         (WSConvTranspose2d, BatchChannelNorm2d), (1, 4, 5, 5)),
-        (nn.Conv2d(4, 8, 3, bias=False), nn.SyncBatchNorm(8), (WSConv2d, BatchChannelNorm2d),
-         (1, 4, 5, 5)),
+        (
+            nn.Conv2d(4, 8, 3, groups=4, dilation=2, padding_mode='reflect', padding=2),
+            nn.BatchNorm2d(8),
+            (WSConv2d, BatchChannelNorm2d),
+            (1, 4, 9, 9),
+        ),
+        (
+            nn.ConvTranspose2d(4, 8, 3, 2, 1, output_padding=1, groups=2),
+            nn.GroupNorm(2, 8),
+            (WSConvTranspose2d, BatchChannelNorm2d),
+            (1, 4, 5, 5),
+        ),
+        (
+            nn.Conv2d(4, 8, 3, bias=False),
+            nn.SyncBatchNorm(8),
+            (WSConv2d, BatchChannelNorm2d),
+            (1, 4, 5, 5),
+        ),
     ],
-)  # fmt: skip
+)
 def test_every_kind_of_convolution(conv, norm, classes, shape):
     model = nn.Sequential(conv, norm)
     x = torch.randn(shape)
@@ -87,8 +100,9 @@ def test_every_kind_of_convolution(conv, norm, classes, shape):
 
 
 def test_parameters_stay_the_same_objects():
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1),
-                          nn.GroupNorm(4, 8))  # fmt: skip
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1), nn.GroupNorm(4, 8)
+    )
     before = {id(p) for p in model.parameters()}
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     convert_model(model)
@@ -159,8 +173,9 @@ def test_mode_dtype_gradients_and_hooks_stay():
     convert_model(model)
     assert not model[0].training and not model[1].training and not model[1].bn.training
     assert all(not p.requires_grad for p in model.parameters())
-    assert all(t.dtype == torch.float64 for t in model.state_dict().values()
-               if t.is_floating_point())  # fmt: skip
+    assert all(
+        t.dtype == torch.float64 for t in model.state_dict().values() if t.is_floating_point()
+    )
     model(torch.randn(1, 3, 5, 5, dtype=torch.float64))
     assert calls == ['conv']
 
@@ -186,13 +201,20 @@ def test_what_is_left_and_why():
         pass
 
     model = nn.Sequential(
-        nn.Conv2d(3, 8, 3), nn.InstanceNorm2d(8),
-        nn.Conv2d(8, 8, 1, groups=8), nn.BatchNorm2d(8),
-        Own(8, 8, 1), nn.BatchNorm2d(8),
-        nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 8, 1)), nn.BatchNorm2d(8),
-        nn.ReLU(), nn.GroupNorm(2, 8), nn.ConvTranspose1d(8, 8, 1), nn.BatchNorm1d(8),
+        nn.Conv2d(3, 8, 3),
+        nn.InstanceNorm2d(8),
+        nn.Conv2d(8, 8, 1, groups=8),
+        nn.BatchNorm2d(8),
+        Own(8, 8, 1),
+        nn.BatchNorm2d(8),
+        nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 8, 1)),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.GroupNorm(2, 8),
+        nn.ConvTranspose1d(8, 8, 1),
+        nn.BatchNorm1d(8),
         nn.LayerNorm(8),
-    )  # fmt: skip
+    )
     reasons = left(convert_model(model))
     assert 'stays as it is' in reasons['0'] and 'each sample by itself' in reasons['1']
     assert 'fan-in of 1' in reasons['2'] and type(model[3]) is BatchChannelNorm2d
@@ -237,8 +259,12 @@ def test_frozen_batch_norm_of_torchvision():
         def __init__(self, width):
             super().__init__()
             self.eps = 1e-5
-            for name, value in (('weight', 2.0), ('bias', 0.5), ('running_mean', 1.0),
-                                ('running_var', 4.0)):  # fmt: skip
+            for name, value in (
+                ('weight', 2.0),
+                ('bias', 0.5),
+                ('running_mean', 1.0),
+                ('running_var', 4.0),
+            ):
                 self.register_buffer(name, torch.full((width,), value))
 
     model = nn.Sequential(nn.Conv2d(3, 8, 3), FrozenBatchNorm2d(8))
@@ -268,8 +294,9 @@ def test_an_example_input_decides():
 
 
 def test_training_goes_on():
-    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(),
-                          nn.Conv2d(8, 1, 1))  # fmt: skip
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 1, 1)
+    )
     convert_model(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     x, y = torch.randn(1, 3, 8, 8), torch.randn(1, 1, 8, 8)

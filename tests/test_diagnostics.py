@@ -41,7 +41,7 @@ def test_statistics_of_a_relu():
     with ActivationObserver(model) as seen:
         model(x[:1])
         model(x[1:])
-    (name, layer), = seen.layers().items()
+    ((name, layer),) = seen.layers().items()
     assert name == '0'
     assert layer.num_samples == 3
     torch.testing.assert_close(layer.mean, x.mean((0, 2, 3)))
@@ -146,13 +146,14 @@ def test_gap_of_the_estimates(norm):
     with EstimateObserver(model) as seen:
         for image in x:
             model(image[None])
-    (name, layer), = seen.layers().items()
+    ((name, layer),) = seen.layers().items()
     assert name == '0'
     torch.testing.assert_close(
         layer.mean_gap.float(), torch.tensor([0, 0.4, 0.6, 0]), rtol=1e-3, atol=1e-4
     )
-    torch.testing.assert_close(layer.std_ratio.float(), torch.tensor([1.0, 1, 1, 2]), rtol=1e-3,
-                               atol=0)
+    torch.testing.assert_close(
+        layer.std_ratio.float(), torch.tensor([1.0, 1, 1, 2]), rtol=1e-3, atol=0
+    )
     assert layer.drifts.tolist() == [False, False, True, True]
     gaps = estimate_gaps(seen.layers())
     assert gaps['drift_share'] == 0.5
@@ -186,7 +187,7 @@ def test_gradient_of_the_weight_against_its_bound(formula, transposed):
     # By hand: the gradient at the standardized weight, filter by filter.
     w_hat = conv.standardized_weight().detach().requires_grad_()
     run = F.conv_transpose2d if transposed else F.conv2d
-    g, = torch.autograd.grad((run(x, w_hat, groups=2) * cotangent).sum(), w_hat)
+    (g,) = torch.autograd.grad((run(x, w_hat, groups=2) * cotangent).sum(), w_hat)
     bound = 0.0
     for o in range(6):
         if transposed:
@@ -275,8 +276,10 @@ def test_smoothness_puts_back_after_an_error():
     assert torch.equal(model.weight, start)
 
 
-@pytest.mark.parametrize('arguments', [dict(step_size=0), dict(step_size=1, factors=()),
-                                       dict(step_size=1, factors=(1, -1))])
+@pytest.mark.parametrize(
+    'arguments',
+    [dict(step_size=0), dict(step_size=1, factors=()), dict(step_size=1, factors=(1, -1))],
+)
 def test_smoothness_refuses(arguments):
     model, loss = quadratic(1.0)
     with pytest.raises(ValueError, match='positive'):

@@ -58,9 +58,10 @@ def train(net, mine, world, dtype=torch.float64, after=lambda net: None):
         after(net)
         outputs.append((y.detach(), x.grad))
     return dict(
-        outputs=torch.cat([y for y, _ in outputs]), grad_x=torch.cat([g for _, g in outputs]),
+        outputs=torch.cat([y for y, _ in outputs]),
+        grad_x=torch.cat([g for _, g in outputs]),
         state={name: value.detach() for name, value in net.state_dict().items()},
-    )  # fmt: skip
+    )
 
 
 def norm_alone(mode='estimate', sync='step'):
@@ -103,10 +104,13 @@ def case_norms(rank):
                 if sync == 'step':
                     synchronize_estimates(norm)
                 results[f'{name}/{sync}/{mode}'] = dict(
-                    y=y.detach(), grad_x=x.grad, counts=norm.counts.clone(),
-                    mean=norm.bn.running_mean, var=norm.bn.running_var,
+                    y=y.detach(),
+                    grad_x=x.grad,
+                    counts=norm.counts.clone(),
+                    mean=norm.bn.running_mean,
+                    var=norm.bn.running_var,
                     grads=[p.grad for p in norm.parameters()],
-                )  # fmt: skip
+                )
     return results
 
 
@@ -314,9 +318,11 @@ def test_collectives(ranks):
     """``'step'``: one for the model; ``'forward'``: one per use of a layer, none in backward."""
     found = ranks[0]['case_calls']
     assert found['step'] == dict(
-        forward=[], backward=[], after=[('all_reduce', 2 * 3 * CHANNELS)],
+        forward=[],
+        backward=[],
+        after=[('all_reduce', 2 * 3 * CHANNELS)],
         bytes=2 * 3 * CHANNELS * 4,
-    )  # fmt: skip
+    )
     one = ('all_reduce', 2 * CHANNELS + 1)
     assert found['forward'] == dict(forward=[one] * 3, backward=[], after=[], bytes=0)
     gather, back = ('all_gather', 2 * (2 * CHANNELS + 1)), ('all_reduce', 2 * CHANNELS)

@@ -49,8 +49,9 @@ def test_a_damaged_channel_keeps_its_estimates_and_the_others_go_on(
     for old, new in zip(before, (layer.bn.running_mean, layer.bn.running_var)):
         assert torch.equal(old == new, kept)
     assert layer.counts.tolist() == [
-        [samples * (c != 3) for c in range(C)], [int(c == 3) for c in range(C)]
-    ]  # fmt: skip
+        [samples * (c != 3) for c in range(C)],
+        [int(c == 3) for c in range(C)],
+    ]
     assert skipped_updates(layer) == {'': 1}
     layer(image())  # and the next step is as ever
     assert layer.bn.running_mean.isfinite().all()
@@ -63,9 +64,13 @@ def test_the_normalisation_uses_the_kept_estimates(backend):
     x[1, 3] = INF
     y = layer(x)
     expected = reference.normalize(
-        x[:1].double(), layer.bn.running_mean.double(), layer.bn.running_var.double(), G,
-        layer.batch_weight.double(), layer.batch_bias.double(),
-    )  # fmt: skip
+        x[:1].double(),
+        layer.bn.running_mean.double(),
+        layer.bn.running_var.double(),
+        G,
+        layer.batch_weight.double(),
+        layer.batch_bias.double(),
+    )
     torch.testing.assert_close(y[:1].double(), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -133,9 +138,13 @@ def test_triton_in_its_interpreter():
     pytest.importorskip('triton', reason='the kernels are written in it')
     root = Path(__file__).parents[1]
     done = subprocess.run(
-        [sys.executable, '-W', 'ignore', '-c', TRITON], cwd=root, capture_output=True, text=True,
-        env={**os.environ, 'TRITON_INTERPRET': '1'}, timeout=300,
-    )  # fmt: skip
+        [sys.executable, '-W', 'ignore', '-c', TRITON],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        env={**os.environ, 'TRITON_INTERPRET': '1'},
+        timeout=300,
+    )
     assert done.stdout.strip() == 'as the specification', done.stderr[-2000:]
 
 

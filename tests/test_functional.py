@@ -102,9 +102,11 @@ def gradients(run, x, parameters, grad_y, *args, **settings):
     wanted = {'x': x} | {k: v for k, v in parameters.items() if v is not None}
     found = torch.autograd.grad(y, list(wanted.values()), grad_y)
     return {
-        'y': y.detach(), 'running_mean': mean, 'running_var': var,
+        'y': y.detach(),
+        'running_mean': mean,
+        'running_var': var,
         **{f'grad_{k}': g for k, g in zip(wanted, found, strict=True)},
-    }  # fmt: skip
+    }
 
 
 def assert_equal(actual, expected, tolerance=1e-10):
@@ -140,8 +142,13 @@ def test_bcn_equals_reference(mode, training, affine, layout):
         actual = gradients(fast, x, parameters, grad_y, *args, **settings)
         assert_equal(actual, expected)
         with torch.no_grad():  # another way through a backend: nothing is kept for a gradient
-            values = dict(zip(('y', 'running_mean', 'running_var'),
-                              fast(x, *args, parameters, **settings), strict=True))
+            values = dict(
+                zip(
+                    ('y', 'running_mean', 'running_var'),
+                    fast(x, *args, parameters, **settings),
+                    strict=True,
+                )
+            )
         assert_equal(values, {name: expected[name] for name in values})
         tested += 1
     assert tested >= 4
@@ -196,7 +203,6 @@ def test_outer_weight_and_bias_may_differ_in_shape(given):
     assert_equal(gradients(fast, *args, **settings), gradients(spec, *args, **settings))
 
 
-
 def test_estimate_mode_normalises_with_the_new_estimates_as_constants():
     x, parameters, (mean, var) = make_input((2, 6, 4, 3)), make_parameters(6, 3), make_buffers(6)
     grad_y, settings = rand(*x.shape), dict(training=True, mode='estimate', momentum=0.4)
@@ -205,6 +211,7 @@ def test_estimate_mode_normalises_with_the_new_estimates_as_constants():
     def normalize(statistics):
         def run(x, groups, mean, var, parameters, **_):
             return reference.normalize(x, *statistics, groups, **parameters), *new
+
         return gradients(run, x, parameters, grad_y, 3, mean, var)
 
     actual = gradients(fast, x, parameters, grad_y, 3, mean, var, **settings)
@@ -264,9 +271,16 @@ def test_bcn_numeric_gradients(check, training, mode, affine):
 
     def run(x, *values):
         return batch_channel_norm(
-            x, 2, mean.clone(), var.clone(), **dict(zip(parameters, values, strict=True)),
-            training=training, mode=mode, momentum=0.0, eps=1e-3,
-        )  # fmt: skip
+            x,
+            2,
+            mean.clone(),
+            var.clone(),
+            **dict(zip(parameters, values, strict=True)),
+            training=training,
+            mode=mode,
+            momentum=0.0,
+            eps=1e-3,
+        )
 
     inputs = [v.requires_grad_() for v in (x, *parameters.values())]
     assert check(run, inputs)
@@ -302,6 +316,7 @@ def test_bcn_double_backward_where_the_input_depends_on_the_parameters(mode):
         def run_twice(x, groups, mean, var, parameters, **settings):
             y, mean, var = run(x, groups, mean, var, parameters, **settings)
             return run(y.tanh(), groups, mean, var, parameters, **settings)
+
         return run_twice
 
     args = make_input((2, 6, 4)), make_parameters(6, 3), 3, *make_buffers(6)
@@ -339,9 +354,14 @@ def test_bcn_errs_at_most_twice_as_much_as_plain_torch(training, mode, dtype):
         return F.group_norm(x1, groups, *outer), *new
 
     oracle = gradients(
-        spec, x.double(), {k: v.double() for k, v in parameters.items()}, grad_y.double(), groups,
-        *[b.double() for b in buffers], **settings,
-    )  # fmt: skip
+        spec,
+        x.double(),
+        {k: v.double() for k, v in parameters.items()},
+        grad_y.double(),
+        groups,
+        *[b.double() for b in buffers],
+        **settings,
+    )
     ours = gradients(fast, x, parameters, grad_y, groups, *buffers, **settings)
     theirs = gradients(plain, x, parameters, grad_y, groups, *buffers)
     assert all(v.dtype == dtype for v in ours.values())  # gradients and buffers included
@@ -382,9 +402,14 @@ def test_bcn_stays_accurate_in_float32_at_mean_1000(training, mode, layout):
     grad_y, parameters = rand(*shape, dtype=torch.float32), make_parameters(8, 4, dtype=x.dtype)
     settings = dict(training=training, mode=mode)
     oracle = gradients(
-        spec, x.double(), {k: v.double() for k, v in parameters.items()}, grad_y.double(), 4,
-        *[b.double() for b in buffers], **settings,
-    )  # fmt: skip
+        spec,
+        x.double(),
+        {k: v.double() for k, v in parameters.items()},
+        grad_y.double(),
+        4,
+        *[b.double() for b in buffers],
+        **settings,
+    )
     actual = gradients(fast, x, parameters, grad_y, 4, *buffers, **settings)
     assert_equal({k: v.double() for k, v in actual.items()}, oracle, 1e-3)
 
@@ -424,9 +449,14 @@ def test_gradients_have_the_dtype_of_what_they_belong_to():
         assert found[f'grad_{name}'].dtype == torch.float32
     # Parameters and buffers in float32 are used as they are, not rounded to bfloat16 first.
     oracle = gradients(
-        spec, x.double(), {k: v.double() for k, v in parameters.items()}, grad_y.double(), 4,
-        *[b.double() for b in buffers], training=True,
-    )  # fmt: skip
+        spec,
+        x.double(),
+        {k: v.double() for k, v in parameters.items()},
+        grad_y.double(),
+        4,
+        *[b.double() for b in buffers],
+        training=True,
+    )
     for name in ('running_mean', 'running_var', 'grad_batch_weight', 'grad_weight'):
         torch.testing.assert_close(found[name].double(), oracle[name], rtol=1e-4, atol=1e-4)
 
@@ -484,9 +514,13 @@ def test_constant_input_is_finite(mode):
 
 @pytest.mark.parametrize(
     'shape, memory_format',
-    [((2, 8, 5, 6), torch.contiguous_format), ((2, 8, 5, 6), torch.channels_last),
-     ((2, 8, 3, 5, 6), torch.contiguous_format), ((2, 8, 3, 5, 6), torch.channels_last_3d)],
-)  # fmt: skip
+    [
+        ((2, 8, 5, 6), torch.contiguous_format),
+        ((2, 8, 5, 6), torch.channels_last),
+        ((2, 8, 3, 5, 6), torch.contiguous_format),
+        ((2, 8, 3, 5, 6), torch.channels_last_3d),
+    ],
+)
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize('mode', MODES)
 def test_memory_format_is_kept(mode, dtype, shape, memory_format):
@@ -508,6 +542,7 @@ def test_in_place_relu_may_follow(shape, mode):
         def run_relu(*args, **settings):
             y, mean, var = run(*args, **settings)
             return F.relu_(y), mean, var
+
         return run_relu
 
     x, parameters, buffers = make_input(shape), make_parameters(8, 4), make_buffers(8)
@@ -674,13 +709,20 @@ MEAN, VAR = torch.zeros(8), torch.ones(8)
 @pytest.mark.parametrize(
     'change, error, message',
     [
-        (dict(input=torch.zeros(2, 8, dtype=torch.long)), TypeError,
-         r'input must be a floating-point tensor\n  got torch.int64'),
+        (
+            dict(input=torch.zeros(2, 8, dtype=torch.long)),
+            TypeError,
+            r'input must be a floating-point tensor\n  got torch.int64',
+        ),
         (dict(input=torch.zeros(2, 8, dtype=torch.complex64)), TypeError, 'input must be'),
         (dict(input=[1.0]), TypeError, r'input must be a floating-point tensor\n  got list'),
         (dict(input=torch.zeros(8)), ValueError, r'input must have at least 2 axes.*\n.*\(8,\)'),
-        (dict(num_groups=3), ValueError, r'num_channels must be divisible by num_groups\n'
-         r'  got num_channels=8, num_groups=3\n  for 8 channels num_groups=[24] would fit'),
+        (
+            dict(num_groups=3),
+            ValueError,
+            r'num_channels must be divisible by num_groups\n'
+            r'  got num_channels=8, num_groups=3\n  for 8 channels num_groups=[24] would fit',
+        ),
         (dict(num_groups=32), ValueError, 'num_groups=8 would fit'),
         (dict(num_groups=0), ValueError, 'num_groups must be at least 1'),
         (dict(num_groups=-4), ValueError, r'num_groups must be at least 1\n  got -4'),
@@ -690,8 +732,11 @@ MEAN, VAR = torch.zeros(8), torch.ones(8)
         (dict(running_var=torch.zeros(1, 8)), ValueError, r'running_var must have shape \(8,\)'),
         (dict(batch_weight=torch.ones(4)), ValueError, r'batch_weight must have shape \(8,\)'),
         (dict(batch_bias=torch.ones(())), ValueError, r'batch_bias must have shape \(8,\)'),
-        (dict(weight=torch.ones(2)), ValueError,
-         r'^weight must have shape \(4,\).* or \(8,\).*\n  got \(2,\)'),
+        (
+            dict(weight=torch.ones(2)),
+            ValueError,
+            r'^weight must have shape \(4,\).* or \(8,\).*\n  got \(2,\)',
+        ),
         (dict(bias=torch.ones(1, 4, 1)), ValueError, r'^bias must have shape \(4,\)'),
         (dict(mode='sync'), ValueError, r"mode must be one of 'estimate', 'batch'\n  got 'sync'"),
         (dict(mode=None), ValueError, 'mode must be one of'),
@@ -707,13 +752,16 @@ MEAN, VAR = torch.zeros(8), torch.ones(8)
         (dict(eps=float('nan')), ValueError, 'eps must be finite and >= 0'),
         (dict(eps=float('inf')), ValueError, 'eps must be finite and >= 0'),
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize('training', [True, False])
 def test_bcn_errors(change, error, message, training):
     arguments = dict(
-        input=X, num_groups=4, running_mean=MEAN.clone(), running_var=VAR.clone(),
+        input=X,
+        num_groups=4,
+        running_mean=MEAN.clone(),
+        running_var=VAR.clone(),
         training=training,
-    )  # fmt: skip
+    )
     batch_channel_norm(**arguments)
     buffers = arguments['running_mean'].clone(), arguments['running_var'].clone()
     with pytest.raises(error, match=message):
@@ -726,14 +774,20 @@ def test_bcn_errors(change, error, message, training):
 @pytest.mark.parametrize(
     'change, error, message',
     [
-        (dict(weight=torch.ones(4, 4, dtype=torch.int)), TypeError,
-         r'weight must be a floating-point tensor\n  got torch.int32'),
+        (
+            dict(weight=torch.ones(4, 4, dtype=torch.int)),
+            TypeError,
+            r'weight must be a floating-point tensor\n  got torch.int32',
+        ),
         (dict(weight=None), TypeError, r'weight must be a floating-point tensor\n  got NoneType'),
         (dict(weight=torch.ones(4)), ValueError, 'weight must have at least 2 axes'),
         (dict(weight=torch.ones(8, 1, 1, 1)), ValueError, r'at least 2 weights.*\n.*got 1'),
         (dict(weight=torch.ones(8, 0, 3, 3)), ValueError, r'at least 2 weights.*\n.*got 0'),
-        (dict(formula='std'), ValueError,
-         r"formula must be one of 'paper', 'std_eps', 'var_eps'\n  got 'std'"),
+        (
+            dict(formula='std'),
+            ValueError,
+            r"formula must be one of 'paper', 'std_eps', 'var_eps'\n  got 'std'",
+        ),
         (dict(eps=True), TypeError, 'eps must be a number >= 0'),
         (dict(eps='small'), TypeError, 'eps must be a number >= 0'),
         (dict(eps=None), TypeError, 'eps must be a number >= 0'),
@@ -741,7 +795,7 @@ def test_bcn_errors(change, error, message, training):
         (dict(eps=float('nan')), ValueError, 'eps must be finite and >= 0'),
         (dict(eps=float('inf')), ValueError, 'eps must be finite and >= 0'),
     ],
-)  # fmt: skip
+)
 def test_ws_errors(change, error, message):
     arguments = dict(weight=torch.ones(4, 2, 3, 3))
     weight_standardize(**arguments)

@@ -67,9 +67,17 @@ def test_ws_layer(name):
     x, (out_channels, _, *kernel_size) = golden['x'].requires_grad_(), golden['weight'].shape
     stride, padding, dilation, groups = golden['stride_padding_dilation_groups'].tolist()
     conv = wsbcn_mm.WSConv2d(
-        x.size(1), out_channels, kernel_size, stride, padding, dilation, groups,
-        bias='bias' in golden, dtype=torch.float64, formula=formula_of(name),
-    )  # fmt: skip
+        x.size(1),
+        out_channels,
+        kernel_size,
+        stride,
+        padding,
+        dilation,
+        groups,
+        bias='bias' in golden,
+        dtype=torch.float64,
+        formula=formula_of(name),
+    )
     parameters = {key: golden[key] for key in ('weight', 'bias') if key in golden}
     conv.load_state_dict(parameters)
     y = conv(x)
@@ -96,9 +104,11 @@ def test_ws_formulas_can_be_told_apart(name):
 
 # Name in the golden files -> name of the argument and of the layer's parameter.
 PARAMETERS = {
-    'batch_weight': 'batch_weight', 'batch_bias': 'batch_bias',
-    'group_weight': 'weight', 'group_bias': 'bias',
-}  # fmt: skip
+    'batch_weight': 'batch_weight',
+    'batch_bias': 'batch_bias',
+    'group_weight': 'weight',
+    'group_bias': 'bias',
+}
 
 
 def mode_of(name):
@@ -138,9 +148,13 @@ def test_bcn_reference(name):
 def test_bcn_layer(name):
     golden = load(name)
     layer = wsbcn_mm.BatchChannelNorm2d(
-        golden['batch_weight'].numel(), int(golden['num_groups']), golden['eps'].item(),
-        momentum=golden['rate'].item(), mode=mode_of(name), dtype=torch.float64,
-    )  # fmt: skip
+        golden['batch_weight'].numel(),
+        int(golden['num_groups']),
+        golden['eps'].item(),
+        momentum=golden['rate'].item(),
+        mode=mode_of(name),
+        dtype=torch.float64,
+    )
     layer.load_state_dict(
         layer.state_dict() | {ours: golden[key] for key, ours in PARAMETERS.items()}
     )

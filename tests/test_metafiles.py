@@ -24,9 +24,10 @@ def test_every_config_is_listed_once_in_its_folder():
     listed = [model['Config'] for model in MODELS]
     configs = ROOT / 'configs'
     found = {
-        path.relative_to(ROOT).as_posix() for path in configs.rglob('*.py')
+        path.relative_to(ROOT).as_posix()
+        for path in configs.rglob('*.py')
         if '_base_' not in path.relative_to(configs).parts
-    }  # fmt: skip
+    }
     assert len(listed) == len(set(listed)) and set(listed) == found
     for model in MODELS:
         config = Path(model['Config'])

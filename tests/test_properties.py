@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from wsbcn_mm import backends, batch_channel_norm, reference, weight_standardize
-from wsbcn_mm.functional import FORMULAS, MODES
+from wsbcn_mm.checks import FORMULAS, MODES
 
 BACKENDS = [name for name in ('cpu', 'eager') if backends.BACKENDS[name].unavailable() is None]
 PARAMETERS = ('batch_weight', 'batch_bias', 'weight', 'bias')
@@ -20,9 +20,12 @@ PARAMETERS = ('batch_weight', 'batch_bias', 'weight', 'bias')
 
 def examples(count):
     return settings(
-        max_examples=count, derandomize=True, deadline=None, database=None,
+        max_examples=count,
+        derandomize=True,
+        deadline=None,
+        database=None,
         suppress_health_check=list(HealthCheck),
-    )  # fmt: skip
+    )
 
 
 @st.composite
@@ -57,12 +60,17 @@ def cases(draw, dtypes=(torch.float64, torch.float32, torch.bfloat16, torch.floa
         for name, size in sizes.items()
     }
     return dict(
-        x=x, num_groups=groups, mean=(random(channels) + offset).to(statistics),
-        var=(random(channels).square() + 0.1).to(statistics), parameters=parameters,
-        mode=draw(st.sampled_from(MODES)), training=draw(st.booleans()),
+        x=x,
+        num_groups=groups,
+        mean=(random(channels) + offset).to(statistics),
+        var=(random(channels).square() + 0.1).to(statistics),
+        parameters=parameters,
+        mode=draw(st.sampled_from(MODES)),
+        training=draw(st.booleans()),
         momentum=draw(st.sampled_from([0.0, 0.01, 0.3, 1.0])),
-        eps=draw(st.sampled_from([1e-5, 1e-3])), grad=random(*shape).to(dtype),
-    )  # fmt: skip
+        eps=draw(st.sampled_from([1e-5, 1e-3])),
+        grad=random(*shape).to(dtype),
+    )
 
 
 def run(case, function, dtype=None):
@@ -180,9 +188,11 @@ def weights(draw):
 @pytest.mark.parametrize('name', BACKENDS)
 @examples(40)
 @given(
-    weight=weights(), formula=st.sampled_from(FORMULAS), scale=st.floats(0.3, 30),
+    weight=weights(),
+    formula=st.sampled_from(FORMULAS),
+    scale=st.floats(0.3, 30),
     seed=st.integers(0, 99),
-)  # fmt: skip
+)
 def test_weight_standardization(name, weight, formula, scale, seed):
     """Equal to the specification; blind to shift and positive scale of a filter; sum of dL/dw 0."""
     weight = weight.requires_grad_()
@@ -195,8 +205,7 @@ def test_weight_standardization(name, weight, formula, scale, seed):
         found = weight_standardize(weight, 1e-5, formula)
         (gradient,) = torch.autograd.grad(found, weight, grad)
         moved = [
-            weight_standardize(w.detach(), 1e-18, formula)
-            for w in (weight, scale * weight + shift)
+            weight_standardize(w.detach(), 1e-18, formula) for w in (weight, scale * weight + shift)
         ]
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
     size = wanted.abs().max().clamp_min(1)

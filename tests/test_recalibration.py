@@ -241,8 +241,9 @@ def in_two_ranks(rank, folder):
         'gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2
     )
     batches = images(7)
-    for name, share in dict(uneven=batches[:5] if rank == 0 else batches[5:],
-                            empty=batches if rank == 1 else []).items():  # fmt: skip
+    for name, share in dict(
+        uneven=batches[:5] if rank == 0 else batches[5:], empty=batches if rank == 1 else []
+    ).items():
         net = Net(3)
         done = recalibrate(net, share, passes=5, tolerance=0)
         torch.save((done, buffers(net)), f'{folder}/{name}{rank}.pt')

@@ -33,9 +33,12 @@ def assert_close(actual, expected, atol=1e-12):
 @pytest.mark.parametrize(
     'formula, denominator',
     # w = [1, 2, 3, 6]: mean 3, squares 4 + 1 + 0 + 9 = 14; biased var 14/4, unbiased 14/3.
-    [('paper', (3.5 + 0.1) ** 0.5), ('std_eps', (14 / 3) ** 0.5 + 0.1),
-     ('var_eps', (14 / 3 + 0.1) ** 0.5)],
-)  # fmt: skip
+    [
+        ('paper', (3.5 + 0.1) ** 0.5),
+        ('std_eps', (14 / 3) ** 0.5 + 0.1),
+        ('var_eps', (14 / 3 + 0.1) ** 0.5),
+    ],
+)
 def test_ws_by_hand(formula, denominator):
     weight = torch.tensor([1.0, 2.0, 3.0, 6.0], dtype=torch.float64).view(1, 2, 1, 2)
     expected = torch.tensor([-2.0, -1.0, 0.0, 3.0], dtype=torch.float64).view(1, 2, 1, 2)
@@ -154,9 +157,16 @@ def test_first_stage_by_hand_shows_through_two_channels():
     mean = torch.tensor([2.0, -1.0], dtype=torch.float64)
     var = torch.tensor([4.0, 0.25], dtype=torch.float64)
     y = reference.normalize(
-        x, mean, var, 1, torch.tensor([2.0, 1.0]), torch.tensor([1.0, -2.0]),
-        torch.tensor([3.0]), torch.tensor([0.5]), eps=0.0,
-    )  # fmt: skip
+        x,
+        mean,
+        var,
+        1,
+        torch.tensor([2.0, 1.0]),
+        torch.tensor([1.0, -2.0]),
+        torch.tensor([3.0]),
+        torch.tensor([0.5]),
+        eps=0.0,
+    )
     # x1: 2 (1-2)/2 + 1 = 0, 2 (3-2)/2 + 1 = 2;  (0+1)/0.5 - 2 = 0, (2+1)/0.5 - 2 = 4.
     # Group: mean 1.5, var (2.25 + 0.25 + 2.25 + 6.25) / 4 = 2.75.
     x1 = torch.tensor([0.0, 2.0, 0.0, 4.0], dtype=torch.float64)
@@ -193,8 +203,10 @@ def test_batch_mode_is_torchs_batch_norm_then_group_norm():
         torch.nn.functional.batch_norm(
             x, torch_mean, torch_var, batch_weight, batch_bias, training=True, momentum=0.3
         ),
-        3, weight, bias,
-    )  # fmt: skip
+        3,
+        weight,
+        bias,
+    )
     y, new_mean, new_var = reference.batch_channel_norm(
         x, 3, mean, var, batch_weight, batch_bias, weight, bias, True, 'batch', 0.3
     )

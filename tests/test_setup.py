@@ -26,9 +26,13 @@ def source(tmp_path):
 
 def build(source, **environment):
     return subprocess.run(
-        [sys.executable, 'setup.py', 'build_ext', '--inplace'], cwd=source, text=True,
-        env=dict(os.environ, **environment), capture_output=True, timeout=300,
-    )  # fmt: skip
+        [sys.executable, 'setup.py', 'build_ext', '--inplace'],
+        cwd=source,
+        text=True,
+        env=dict(os.environ, **environment),
+        capture_output=True,
+        timeout=300,
+    )
 
 
 def test_a_compiler_that_fails_leaves_a_package_without_kernels(source):
@@ -43,9 +47,13 @@ def test_a_compiler_that_fails_leaves_a_package_without_kernels(source):
         'print(*[str(w.message) for w in said if "wsbcn_mm" in str(w.message)], sep="|")'
     )
     used = subprocess.run(
-        [sys.executable, '-c', code], cwd=source, capture_output=True, text=True,
-        env=dict(os.environ, PYTHONPATH=str(source)), timeout=120,
-    )  # fmt: skip
+        [sys.executable, '-c', code],
+        cwd=source,
+        capture_output=True,
+        text=True,
+        env=dict(os.environ, PYTHONPATH=str(source)),
+        timeout=120,
+    )
     assert used.returncode == 0, used.stderr[-2000:]
     assert 'the CPU kernels are not compiled' in used.stdout and '|' not in used.stdout
 

@@ -1,4 +1,5 @@
 """Tests of the drawn data set: its contents, its files, and what happens when things go wrong."""
+
 import json
 import subprocess
 import sys
@@ -21,8 +22,11 @@ NUM_TRAIN, NUM_VAL = 60, 5
 
 
 def file_bytes(root: Path) -> dict[str, bytes]:
-    return {path.relative_to(root).as_posix(): path.read_bytes()
-            for path in sorted(root.rglob('*')) if path.is_file()}
+    return {
+        path.relative_to(root).as_posix(): path.read_bytes()
+        for path in sorted(root.rglob('*'))
+        if path.is_file()
+    }
 
 
 @pytest.fixture(scope='module')
@@ -32,8 +36,10 @@ def dataset(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope='module')
 def coco(dataset) -> dict[str, COCO]:
-    return {split: COCO(dataset / f'coco/annotations/instances_{split}2017.json')
-            for split in shapes.SPLITS}
+    return {
+        split: COCO(dataset / f'coco/annotations/instances_{split}2017.json')
+        for split in shapes.SPLITS
+    }
 
 
 # ----------------------------------------------------------------------------------------------
@@ -59,11 +65,13 @@ def test_same_arguments_same_image():
         np.testing.assert_array_equal(mask_a, mask_b)
 
 
-@pytest.mark.parametrize('other', [('val', 0, SIZE, 0), ('train', 2, SIZE, 0),
-                                   ('train', 0, SIZE, 1)])
+@pytest.mark.parametrize(
+    'other', [('val', 0, SIZE, 0), ('train', 2, SIZE, 0), ('train', 0, SIZE, 1)]
+)
 def test_split_index_and_seed_each_change_the_image(other):
-    assert not np.array_equal(shapes.draw_image('train', 0, SIZE, 0)[0],
-                              shapes.draw_image(*other)[0])
+    assert not np.array_equal(
+        shapes.draw_image('train', 0, SIZE, 0)[0], shapes.draw_image(*other)[0]
+    )
 
 
 def test_every_painted_object_stays_annotated_and_visible(monkeypatch):
@@ -91,7 +99,8 @@ def test_every_painted_object_stays_annotated_and_visible(monkeypatch):
         for number, (window, covers, _) in enumerate(painted):
             owner[window][covers] = number
         for number, ((_, mask), (_, covers, full)) in enumerate(
-                zip(instances, painted, strict=True)):
+            zip(instances, painted, strict=True)
+        ):
             np.testing.assert_array_equal(mask, owner == number)
             assert mask.sum() >= shapes.MIN_VISIBLE_PIXELS
             assert mask.sum() >= shapes.MIN_VISIBLE_SHARE * full
@@ -108,7 +117,7 @@ def test_masks_are_where_the_objects_are():
         for _, mask in instances:
             ys, xs = np.nonzero(mask)
             near = np.zeros_like(mask)
-            near[max(ys.min() - 4, 0):ys.max() + 5, max(xs.min() - 4, 0):xs.max() + 5] = True
+            near[max(ys.min() - 4, 0) : ys.max() + 5, max(xs.min() - 4, 0) : xs.max() + 5] = True
             near &= ~occupied
             if near.any():
                 differences.append(np.abs(image[mask].mean(0) - image[near].mean(0)).max())
@@ -126,8 +135,7 @@ def test_images_differ_strongly_in_brightness():
 
 
 def test_about_two_percent_of_the_images_are_empty():
-    empty = [index for index in range(400)
-             if index % shapes._EMPTY_EVERY == shapes._EMPTY_OFFSET]
+    empty = [index for index in range(400) if index % shapes._EMPTY_EVERY == shapes._EMPTY_OFFSET]
     assert 4 <= len(empty) <= 12 and sum(index < 80 for index in empty) >= 2
     for index in empty[:2]:
         assert shapes.draw_image('train', index, SIZE)[1] == []
@@ -147,15 +155,18 @@ def test_outlines_fill_the_area_they_should(name):
         assert left <= x.min() and top <= y.min()
 
 
-@pytest.mark.parametrize('arguments, words', [
-    (('test', 0), ["split must be 'train' or 'val'", "'test'"]),
-    (('train2017', 0), ["split must be 'train' or 'val'"]),
-    (('train', -1), ['index', 'at least 0', '-1']),
-    (('train', 1.5), ['index', '1.5']),
-    (('train', 0, 192), ['size', '(width, height)', '192']),
-    (('train', 0, (192, 8)), ['size (height)', 'at least 48', '8']),
-    (('train', 0, SIZE, -3), ['seed', '-3']),
-])
+@pytest.mark.parametrize(
+    'arguments, words',
+    [
+        (('test', 0), ["split must be 'train' or 'val'", "'test'"]),
+        (('train2017', 0), ["split must be 'train' or 'val'"]),
+        (('train', -1), ['index', 'at least 0', '-1']),
+        (('train', 1.5), ['index', '1.5']),
+        (('train', 0, 192), ['size', '(width, height)', '192']),
+        (('train', 0, (192, 8)), ['size (height)', 'at least 48', '8']),
+        (('train', 0, SIZE, -3), ['seed', '-3']),
+    ],
+)
 def test_wrong_arguments_are_named(arguments, words):
     with pytest.raises(ValueError) as error:
         shapes.draw_image(*arguments)
@@ -171,17 +182,23 @@ def test_layout(dataset):
     voc = 'VOCdevkit/VOC2012'
     train = [f'{1 + i:012d}' for i in range(NUM_TRAIN)]
     val = [f'{1_000_001 + i:012d}' for i in range(NUM_VAL)]
-    expected = {'shapes.json', 'coco/annotations/instances_train2017.json',
-                'coco/annotations/instances_val2017.json'}
-    expected |= {f'{voc}/ImageSets/Segmentation/{name}.txt'
-                 for name in ('train', 'val', 'trainval')}
+    expected = {
+        'shapes.json',
+        'coco/annotations/instances_train2017.json',
+        'coco/annotations/instances_val2017.json',
+    }
+    expected |= {
+        f'{voc}/ImageSets/Segmentation/{name}.txt' for name in ('train', 'val', 'trainval')
+    }
     expected |= {f'coco/train2017/{name}.jpg' for name in train}
     expected |= {f'coco/val2017/{name}.jpg' for name in val}
     expected |= {f'{voc}/JPEGImages/{name}.jpg' for name in train + val}
     expected |= {f'{voc}/SegmentationClass/{name}.png' for name in train + val}
     assert set(files) == expected
-    lists = {name: files[f'{voc}/ImageSets/Segmentation/{name}.txt'].decode().split()
-             for name in ('train', 'val', 'trainval')}
+    lists = {
+        name: files[f'{voc}/ImageSets/Segmentation/{name}.txt'].decode().split()
+        for name in ('train', 'val', 'trainval')
+    }
     assert lists == {'train': train, 'val': val, 'trainval': train + val}
     for name in train:
         assert files[f'coco/train2017/{name}.jpg'] == files[f'{voc}/JPEGImages/{name}.jpg']
@@ -193,12 +210,11 @@ def test_coco_box_area_mask_and_semantic_png_agree(dataset, coco):
         assert len(set(annotation_ids)) == len(annotation_ids) == len(index.dataset['annotations'])
         for record in index.loadImgs(index.getImgIds()):
             stem = Path(record['file_name']).stem
-            with Image.open(dataset / f"coco/{split}2017/{record['file_name']}") as photo:
+            with Image.open(dataset / f'coco/{split}2017/{record["file_name"]}') as photo:
                 assert photo.size == SIZE == (record['width'], record['height'])
-            with Image.open(
-                    dataset / f'VOCdevkit/VOC2012/SegmentationClass/{stem}.png') as picture:
+            with Image.open(dataset / f'VOCdevkit/VOC2012/SegmentationClass/{stem}.png') as picture:
                 assert picture.mode == 'P'
-                colours = picture.getpalette()[:3 * len(shapes.PALETTE)]
+                colours = picture.getpalette()[: 3 * len(shapes.PALETTE)]
                 assert colours == [value for colour in shapes.PALETTE for value in colour]
                 semantic = np.array(picture)
             rebuilt = np.zeros_like(semantic)
@@ -234,11 +250,18 @@ def test_some_images_have_no_annotation(coco):
 
 def test_coco_evaluation_of_the_truth_is_perfect(coco):
     index = coco['val']
-    results = [{'image_id': annotation['image_id'], 'category_id': annotation['category_id'],
-                'bbox': annotation['bbox'], 'score': 1.0}
-               for annotation in index.dataset['annotations']]
-    overlaps = coco_mask.iou([r['bbox'] for r in results], [r['bbox'] for r in results],
-                             [0] * len(results))
+    results = [
+        {
+            'image_id': annotation['image_id'],
+            'category_id': annotation['category_id'],
+            'bbox': annotation['bbox'],
+            'score': 1.0,
+        }
+        for annotation in index.dataset['annotations']
+    ]
+    overlaps = coco_mask.iou(
+        [r['bbox'] for r in results], [r['bbox'] for r in results], [0] * len(results)
+    )
     np.testing.assert_allclose(np.diag(overlaps), 1)
     assert len(index.loadRes(results).getAnnIds()) == len(results)
 
@@ -276,8 +299,9 @@ def test_second_call_writes_nothing(tmp_path, monkeypatch):
     assert [path.name for path in root.parent.iterdir()] == ['shapes']
 
 
-@pytest.mark.parametrize('change', [{'num_train': 3}, {'num_val': 2}, {'size': (64, 80)},
-                                    {'seed': 1}])
+@pytest.mark.parametrize(
+    'change', [{'num_train': 3}, {'num_val': 2}, {'size': (64, 80)}, {'seed': 1}]
+)
 def test_other_parameters_at_the_root_are_an_error(tmp_path, change):
     parameters = {'num_train': 2, 'num_val': 1, 'size': SIZE, 'seed': 0}
     root = shapes.draw_dataset(tmp_path / 'shapes', **parameters)
@@ -312,9 +336,16 @@ def test_empty_folder_and_link_to_one_are_used(tmp_path):
     assert (tmp_path / 'disk' / 'shapes.json').exists()
 
 
-@pytest.mark.parametrize('arguments, word', [
-    ({'num_train': 0}, 'num_train'), ({'num_val': 0}, 'num_val'), ({'num_val': '80'}, 'num_val'),
-    ({'size': (160,)}, 'size'), ({'seed': -1}, 'seed')])
+@pytest.mark.parametrize(
+    'arguments, word',
+    [
+        ({'num_train': 0}, 'num_train'),
+        ({'num_val': 0}, 'num_val'),
+        ({'num_val': '80'}, 'num_val'),
+        ({'size': (160,)}, 'size'),
+        ({'seed': -1}, 'seed'),
+    ],
+)
 def test_wrong_dataset_arguments_are_named(tmp_path, arguments, word):
     with pytest.raises(ValueError, match=f'^{word}'):
         shapes.draw_dataset(tmp_path / 'shapes', **arguments)
@@ -361,18 +392,39 @@ def test_loser_of_a_race_uses_the_winners_files(tmp_path):
 def test_winner_with_other_parameters_is_an_error(tmp_path):
     root = tmp_path / 'shapes'
     with pytest.raises(ValueError, match='Name another root'):
-        shapes.draw_dataset(root, 2, 1, SIZE, progress=lambda done, total: (
-            done == total and shapes.draw_dataset(root, 2, 1, SIZE, seed=7)))
+        shapes.draw_dataset(
+            root,
+            2,
+            1,
+            SIZE,
+            progress=lambda done, total: (
+                done == total and shapes.draw_dataset(root, 2, 1, SIZE, seed=7)
+            ),
+        )
     assert json.loads((root / 'shapes.json').read_text())['seed'] == 7
     assert [path.name for path in tmp_path.iterdir()] == ['shapes']
 
 
 def test_two_processes_at_once(dataset, tmp_path):
     root = tmp_path / 'shapes'
-    command = [sys.executable, '-m', 'wsbcn_mm.shapes', str(root), '--num-train', str(NUM_TRAIN),
-               '--num-val', str(NUM_VAL), '--size', *map(str, SIZE)]
-    processes = [subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE,
-                                  stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    command = [
+        sys.executable,
+        '-m',
+        'wsbcn_mm.shapes',
+        str(root),
+        '--num-train',
+        str(NUM_TRAIN),
+        '--num-val',
+        str(NUM_VAL),
+        '--size',
+        *map(str, SIZE),
+    ]
+    processes = [
+        subprocess.Popen(
+            command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
     for process in processes:
         output, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors
@@ -385,8 +437,20 @@ def test_two_processes_at_once(dataset, tmp_path):
 # Command line
 # ----------------------------------------------------------------------------------------------
 def test_command_line(tmp_path, capsys):
-    arguments = [str(tmp_path / 'shapes'), '--num-train', '3', '--num-val', '1', '--size', '64',
-                 '48', '--seed', '2', '--preview', str(tmp_path / 'sheet.png')]
+    arguments = [
+        str(tmp_path / 'shapes'),
+        '--num-train',
+        '3',
+        '--num-val',
+        '1',
+        '--size',
+        '64',
+        '48',
+        '--seed',
+        '2',
+        '--preview',
+        str(tmp_path / 'sheet.png'),
+    ]
     shapes.main(arguments)
     output = capsys.readouterr()
     assert output.out.count('\n') == 1 and 'drew 4 images' in output.out

@@ -78,8 +78,10 @@ class Functional(nn.Module):
 
 def test_by_name():
     assert pairs(Block()) == {
-        'conv1': (['bn1'], True), 'conv2': (['bn2'], True), 'head': ([], False),
-    }  # fmt: skip
+        'conv1': (['bn1'], True),
+        'conv2': (['bn2'], True),
+        'head': ([], False),
+    }
 
 
 def test_pre_activation_is_not_taken_for_conv_and_norm():
@@ -92,9 +94,10 @@ def test_lists_side_by_side():
 
 def test_nested_sequentials_and_identity():
     model = nn.Sequential(
-        nn.Sequential(nn.Conv2d(3, 4, 1), nn.Identity()), nn.BatchNorm2d(4),
+        nn.Sequential(nn.Conv2d(3, 4, 1), nn.Identity()),
+        nn.BatchNorm2d(4),
         nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU(), nn.BatchNorm2d(4)),
-    )  # fmt: skip
+    )
     assert pairs(model) == {'0.0': (['1'], True), '2.0': ([], False)}
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import test_distributed as cases
+from tests import test_distributed as cases
 
 
 def run(rank, folder):
@@ -44,11 +44,13 @@ def main():
                 for kind in ('outputs', 'grad_x')
             ]
             for running in (False, True):
-                errors.append(max(
-                    error(first['state'][name], value)
-                    for name, value in expected['state'].items()
-                    if value.is_floating_point() and ('running' in name) == running
-                ))  # fmt: skip
+                errors.append(
+                    max(
+                        error(first['state'][name], value)
+                        for name, value in expected['state'].items()
+                        if value.is_floating_point() and ('running' in name) == running
+                    )
+                )
             same = all(
                 torch.equal(first['state'][name], second['state'][name])
                 for name in expected['state']

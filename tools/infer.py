@@ -25,13 +25,17 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--no-fold', action='store_true', help='run the model as it was trained')
     parser.add_argument('--no-pictures', action='store_true', help='write predictions alone')
     parser.add_argument(
-        '--score-threshold', type=float, default=0.3,
+        '--score-threshold',
+        type=float,
+        default=0.3,
         help='smallest score that a picture shows; predictions.json has all; default: %(default)s',
-    )  # fmt: skip
+    )
     parser.add_argument(
-        '--annotations', type=Path, metavar='FILE',
+        '--annotations',
+        type=Path,
+        metavar='FILE',
         help='COCO annotation file of these images: its ids are used, for an evaluation',
-    )  # fmt: skip
+    )
     parser.add_argument('--device', default='cpu', help='default: cpu')
     command_line.add_config_options(parser)
     return parser.parse_args()
@@ -52,8 +56,9 @@ def infer(args: argparse.Namespace) -> list[str]:
     """Returns the files that could not be read."""
     from mmengine.utils import ProgressBar
 
-    from wsbcn_mm import fuse
-    from wsbcn_mm.openmmlab import config, inference, predict
+    from wsbcn_mm import folding
+    from wsbcn_mm.openmmlab import config
+    from wsbcn_mm.openmmlab.deploy import inference, predict
 
     images = predict.find_images(args.source, args.output)
     cfg = config.load_config(args.config, args.cfg_options)
@@ -61,7 +66,7 @@ def infer(args: argparse.Namespace) -> list[str]:
     model = inference.load_model(cfg, args.checkpoint)
     if not args.no_fold:
         image = inference.random_image(512, 512)  # some models take no smaller one
-        steps = fuse.plan(model, run=inference.run_on(cfg, image))
+        steps = folding.plan(model, run=inference.run_on(cfg, image))
         print(steps)
         meta, model = model.dataset_meta, steps.apply(model)
         model.dataset_meta = meta

@@ -19,12 +19,12 @@ def parse_args() -> argparse.Namespace:
         '--out',
         help='detection: dump the predictions to this .pkl file; segmentation: write the predicted '
         'masks to this folder',
-    )  # fmt: skip
+    )
     parser.add_argument('--show', action='store_true', help='show the pictures in a window')
     parser.add_argument(
-        '--show-dir', help='write pictures, ground truth beside prediction, to '
-        '<work-dir>/<timestamp>/<show-dir>',
-    )  # fmt: skip
+        '--show-dir',
+        help='write pictures, ground truth beside prediction, to <work-dir>/<timestamp>/<show-dir>',
+    )
     parser.add_argument('--wait-time', type=float, default=2, help='seconds per window')
     command_line.add_config_options(parser)
     command_line.add_launcher(parser)
@@ -60,7 +60,7 @@ def main() -> None:
     from mmengine.runner import Runner
 
     from wsbcn_mm.openmmlab import command_line, compat
-    from wsbcn_mm.openmmlab.checkpoint import CheckpointMismatch
+    from wsbcn_mm.openmmlab.checkpoints import CheckpointMismatch
 
     with command_line.errors_in_one_line():
         cfg = configure(args)

@@ -16,13 +16,16 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--work-dir', help='folder of logs and checkpoints')
     parser.add_argument('--amp', action='store_true', help='automatic mixed precision')
     parser.add_argument(
-        '--auto-scale-lr', action='store_true',
-        help='scale the learning rate from the config\'s base batch size to the actual one',
-    )  # fmt: skip
+        '--auto-scale-lr',
+        action='store_true',
+        help="scale the learning rate from the config's base batch size to the actual one",
+    )
     parser.add_argument(
-        '--resume', nargs='?', const='auto',
+        '--resume',
+        nargs='?',
+        const='auto',
         help='resume from this checkpoint; without a value from the latest in the work dir',
-    )  # fmt: skip
+    )
     command_line.add_config_options(parser)
     command_line.add_launcher(parser)
     return command_line.parse(parser)

@@ -7,8 +7,8 @@ the layers there, so that a config says ``custom_imports = dict(imports=['wsbcn_
 
 from importlib.util import find_spec
 
+from wsbcn_mm.folding import fold
 from wsbcn_mm.functional import batch_channel_norm, weight_standardize
-from wsbcn_mm.fuse import fold
 from wsbcn_mm.layers import (
     BatchChannelNorm1d,
     BatchChannelNorm2d,

@@ -1,6 +1,7 @@
 """What is wrong with a model for training with 1-2 images per GPU.
 
-The part that needs torch alone; `wsbcn_mm.openmmlab.audit` adds what only a config shows.
+The part that needs torch alone; `wsbcn_mm.openmmlab.conversion.audit` adds what only a config
+shows.
 """
 
 from __future__ import annotations
@@ -115,9 +116,9 @@ def _batch_channel_norm(name: str, module: BatchChannelNorm, images: int):
         if images <= MICRO_BATCH or not synchronised:
             why = (
                 'BCN in batch mode takes its statistics from one or two images'
-                if images <= MICRO_BATCH else
-                'BCN in batch mode takes its statistics from the images of one process'
-            )  # fmt: skip
+                if images <= MICRO_BATCH
+                else 'BCN in batch mode takes its statistics from the images of one process'
+            )
             level = 'error' if images <= MICRO_BATCH else 'warning'
             yield level, 'batch-statistics', name, why, "mode='estimate', the default"
 
@@ -154,9 +155,12 @@ def _convs(model: nn.Module, run: Callable[[], object] | None):
                 f'sqrt(fan-in) = {fan_in**0.5:.0f} times larger, layer after layer'
             )
             yield 'error', 'ws-without-norm', name, why, 'a plain convolution, or a norm behind it'
-        elif standardizable(follower.conv) and follower.normalised and (
-            type(follower.conv).__name__ != 'ConvWS2d'
-        ) and any(isinstance(modules[n], nn.GroupNorm) for n in follower.norms):  # fmt: skip
+        elif (
+            standardizable(follower.conv)
+            and follower.normalised
+            and (type(follower.conv).__name__ != 'ConvWS2d')
+            and any(isinstance(modules[n], nn.GroupNorm) for n in follower.norms)
+        ):
             why = 'a norm of single samples behind a plain convolution: WS is what makes up for it'
             yield 'note', 'norm-without-ws', name, why, 'wsbcn_mm.convert.convert_model(model)'
 
@@ -173,5 +177,3 @@ def _by_part(hits: list[tuple], part_of: Callable[[str], str]) -> list[Finding]:
         where = part if name == part else f'{part} ({many})'
         findings.append(Finding(level, code, where, why, fix))
     return sorted(findings, key=lambda f: LEVELS.index(f.level))
-
-

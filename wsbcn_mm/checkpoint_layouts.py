@@ -23,11 +23,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from wsbcn_mm.functional import check_choice
+from wsbcn_mm.checks import check_choice
 
-SOURCES = (
-    'authors-bcn', 'authors-gn-ws', 'openmmlab-gn-ws', 'openmmlab-bn', 'torchvision', 'timm'
-)  # fmt: skip
+SOURCES = ('authors-bcn', 'authors-gn-ws', 'openmmlab-gn-ws', 'openmmlab-bn', 'torchvision', 'timm')
 TARGETS = ('bcn-ws', 'gn-ws')
 # The WS formula that the weights were trained with; None: without WS, so that ours is free.
 FORMULAS = {'authors-bcn': 'var_eps', 'authors-gn-ws': 'std_eps', 'openmmlab-gn-ws': 'std_eps'}
@@ -175,18 +173,24 @@ def _convert_norm(
     kind = _kind(source)
     if kind == 'authors-bcn':
         names = {
-            'weight': 'weight', 'bias': 'bias', 'pbn.weight': 'batch_weight',
-            'pbn.bias': 'batch_bias', 'pbn.running_mean': 'bn.running_mean',
+            'weight': 'weight',
+            'bias': 'bias',
+            'pbn.weight': 'batch_weight',
+            'pbn.bias': 'batch_bias',
+            'pbn.running_mean': 'bn.running_mean',
             'pbn.running_var': 'bn.running_var',
             'pbn.num_batches_tracked': 'bn.num_batches_tracked',
-        }  # fmt: skip
+        }
     elif kind == 'gn' or target == 'gn-ws':
         names = {'weight': 'weight', 'bias': 'bias'}
     else:
         names = {
-            'weight': 'batch_weight', 'bias': 'batch_bias', 'running_mean': 'bn.running_mean',
-            'running_var': 'bn.running_var', 'num_batches_tracked': 'bn.num_batches_tracked',
-        }  # fmt: skip
+            'weight': 'batch_weight',
+            'bias': 'batch_bias',
+            'running_mean': 'bn.running_mean',
+            'running_var': 'bn.running_var',
+            'num_batches_tracked': 'bn.num_batches_tracked',
+        }
     channels = own[f'{path}.pbn.weight' if kind == 'authors-bcn' else f'{path}.weight'].numel()
     divisor = _divisor(state, path) if kind == 'bn' and target == 'bcn-ws' else None
     for key, value in own.items():

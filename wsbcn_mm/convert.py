@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from wsbcn_mm import layers
-from wsbcn_mm.functional import FORMULAS, MODES, auto_groups, check_choice
+from wsbcn_mm.checks import FORMULAS, MODES, auto_groups, check_choice
 from wsbcn_mm.structure import (
     Follower,
     followers,
@@ -269,11 +269,15 @@ def _batch_channel_norm(norm, dim, num_groups, mode, momentum) -> layers.BatchCh
     scale, shift = norm.weight, norm.bias  # None without affine
     reference = next((t for t in (scale, norm._buffers.get('running_mean')) if t is not None), None)
     new = BATCH_CHANNEL_NORM[dim](
-        width, groups, eps=norm.eps, momentum=momentum, mode=mode,
+        width,
+        groups,
+        eps=norm.eps,
+        momentum=momentum,
+        mode=mode,
         affine='channel' if grouped and scale is not None else 'group',
         device=None if reference is None else reference.device,
         dtype=None if reference is None else reference.dtype,
-    )  # fmt: skip
+    )
     names = ('weight', 'bias') if grouped else ('batch_weight', 'batch_bias')
     for target, value in zip(names, (scale, shift)):
         if isinstance(value, nn.Parameter):
@@ -320,10 +324,14 @@ def _convert_conv(
         return Left(name, kind, reason)
     target = STANDARDIZED[torch_class(conv)]
     arguments = dict(
-        stride=conv.stride, padding=conv.padding, dilation=conv.dilation, groups=conv.groups,
-        bias=conv.bias is not None, padding_mode=conv.padding_mode,
+        stride=conv.stride,
+        padding=conv.padding,
+        dilation=conv.dilation,
+        groups=conv.groups,
+        bias=conv.bias is not None,
+        padding_mode=conv.padding_mode,
         device='meta',  # its parameters are replaced below
-    )  # fmt: skip
+    )
     if conv.transposed:
         arguments['output_padding'] = conv.output_padding
     own = 'std_eps' if kind == 'ConvWS2d' else formula
@@ -355,7 +363,7 @@ def _why_not_conv(follower, modules, replacement, standardize, tied, ran) -> str
     ):
         return 'its weight is computed by another parametrization'
     if torch_class(conv) is None:
-        return f'{type(conv).__name__} is not torch\'s own convolution, or has no WS version'
+        return f"{type(conv).__name__} is not torch's own convolution, or has no WS version"
     return None if standardizable(conv) else 'a fan-in of 1 has no variance'
 
 

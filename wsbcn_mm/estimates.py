@@ -1,8 +1,7 @@
 """The running statistics of a whole model: the same on every rank, and never poisoned.
 
 `synchronize_estimates` is what training with several processes needs after every step. A hook calls
-it under OpenMMLab (`wsbcn_mm.openmmlab.hooks.EstimatesHook`); a training loop of one's own calls it
-itself.
+it under OpenMMLab (`EstimatesHook`); a training loop of one's own calls it itself.
 """
 
 import torch
@@ -34,9 +33,10 @@ def synchronize_estimates(model: nn.Module, group: dist.ProcessGroup | None = No
         Bytes of the all-reduce; 0 where there is nothing to do, such as with one rank.
     """
     layers = [
-        layer for layer in layers_of(model).values()
+        layer
+        for layer in layers_of(model).values()
         if layer.sync == 'step' and layer.training and layer.bn.training
-    ]  # fmt: skip
+    ]
     if not layers:
         return 0
     taken_in = [layer.counts[0] for layer in layers]

@@ -1,14 +1,19 @@
 """The two operations as functions: check the arguments, then call the implementation."""
 
-import math
-
 import torch
 from torch import Tensor
 
 from wsbcn_mm.backends import autograd
-
-FORMULAS = ('paper', 'std_eps', 'var_eps')
-MODES = ('estimate', 'batch')
+from wsbcn_mm.checks import (
+    FORMULAS,
+    MODES,
+    check_choice,
+    check_eps,
+    check_fan_in,
+    check_floating,
+    check_groups,
+    check_rate,
+)
 
 
 def weight_standardize(
@@ -126,9 +131,11 @@ def batch_channel_norm(
     num_channels = input.size(1)
     check_groups(num_channels, num_groups)
     for name, value in (
-        ('running_mean', running_mean), ('running_var', running_var),
-        ('batch_weight', batch_weight), ('batch_bias', batch_bias),
-    ):  # fmt: skip
+        ('running_mean', running_mean),
+        ('running_var', running_var),
+        ('batch_weight', batch_weight),
+        ('batch_bias', batch_bias),
+    ):
         if value is None and name.startswith('batch'):
             continue
         if not isinstance(value, Tensor) or value.shape != (num_channels,):
@@ -148,86 +155,19 @@ def batch_channel_norm(
         check_rate(momentum)
     check_eps(eps)
     return autograd.batch_channel_norm(
-        input, num_groups, running_mean, running_var, batch_weight, batch_bias, weight, bias,
-        training, mode, momentum, eps,
-    )  # fmt: skip
-
-
-def check_choice(value: str | None, choices: tuple, name: str) -> None:
-    """Raises ValueError unless ``value`` is one of ``choices``."""
-    if value not in choices:
-        raise ValueError(f'{name} must be one of {", ".join(map(repr, choices))}\n  got {value!r}')
-
-
-def check_eps(eps: float) -> None:
-    """Raises ValueError unless ``eps`` is a finite number >= 0."""
-    if isinstance(eps, bool) or not isinstance(eps, (int, float)):
-        raise TypeError(f'eps must be a number >= 0\n  got {eps!r} of type {type(eps).__name__}')
-    if not 0 <= eps < math.inf:
-        raise ValueError(f'eps must be finite and >= 0 (usual: 1e-5)\n  got {eps!r}')
-
-
-def check_rate(momentum: float) -> None:
-    """Raises unless ``momentum`` is a number in [0, 1]."""
-    if isinstance(momentum, bool) or not isinstance(momentum, (int, float)):
-        raise TypeError(
-            'momentum must be a number in [0, 1], the weight of the new observation\n'
-            f'  got {momentum!r} of type {type(momentum).__name__}'
-        )
-    if not 0 <= momentum <= 1:
-        raise ValueError(
-            'momentum must lie in [0, 1]; it is the weight of the new observation, as in '
-            f'torch.nn.BatchNorm2d\n  got {momentum!r}'
-        )
-
-
-def check_groups(num_channels: int, num_groups: int) -> None:
-    """Raises ValueError unless ``num_groups`` is a positive divisor of ``num_channels``."""
-    for name, value in (('num_channels', num_channels), ('num_groups', num_groups)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            kind = type(value).__name__
-            raise TypeError(f'{name} must be an int\n  got {value!r} of type {kind}')
-        if value < 1:
-            raise ValueError(f'{name} must be at least 1\n  got {value}')
-    if num_channels % num_groups:
-        divisors = [g for g in range(1, num_channels + 1) if num_channels % g == 0]
-        nearest = min(divisors, key=lambda g: abs(g - num_groups))
-        raise ValueError(
-            'num_channels must be divisible by num_groups\n'
-            f'  got num_channels={num_channels}, num_groups={num_groups}\n'
-            f'  for {num_channels} channels num_groups={nearest} would fit'
-        )
-
-
-def auto_groups(num_channels: int, most: int = 32) -> int:
-    """The number of groups for a width: the largest divisor, at most 32, that leaves two channels.
-
-    A group of a single channel would be an instance normalisation. 64 and more channels of the
-    usual widths get the paper's 32; 48 get 24, 32 get 16, a prime number 1.
-
-    Args:
-        num_channels: C.
-        most: The paper's number of groups.
-    """
-    fitting = (g for g in range(min(most, num_channels // 2), 1, -1) if num_channels % g == 0)
-    return next(fitting, 1)
-
-
-def check_fan_in(fan_in: int) -> None:
-    """Raises ValueError where there is nothing to standardize over."""
-    if fan_in < 2:
-        raise ValueError(
-            'weight standardization needs at least 2 weights per output channel '
-            '(in_channels / groups * kernel area)\n'
-            f'  got {fan_in}: its standardized value would be 0 whatever the weight is\n'
-            '  use a plain convolution here (depthwise 1x1 convolutions cannot be standardized)'
-        )
-
-
-def check_floating(value: Tensor, name: str) -> None:
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        found = value.dtype if isinstance(value, Tensor) else type(value).__name__
-        raise TypeError(f'{name} must be a floating-point tensor\n  got {found}')
+        input,
+        num_groups,
+        running_mean,
+        running_var,
+        batch_weight,
+        batch_bias,
+        weight,
+        bias,
+        training,
+        mode,
+        momentum,
+        eps,
+    )
 
 
 __all__ = ['FORMULAS', 'MODES', 'batch_channel_norm', 'weight_standardize']

@@ -142,8 +142,9 @@ def batch_channel_norm(
         running_mean, running_var = keep_finite(
             (1 - momentum) * running_mean + momentum * mean.detach(),
             (1 - momentum) * running_var + momentum * unbiased,
-            running_mean, running_var,
-        )  # fmt: skip
+            running_mean,
+            running_var,
+        )
     else:
         raise ValueError(f'unknown mode {mode!r}')
     y = normalize(x, mean, var, num_groups, batch_weight, batch_bias, weight, bias, eps)

@@ -6,7 +6,7 @@ _base_ = [
     'mmseg::_base_/default_runtime.py',
     '../_base_/wsbcn.py',
 ]
-custom_imports = dict(imports=['wsbcn_mm', 'wsbcn_mm.openmmlab.shapes_voc'])
+custom_imports = dict(imports=['wsbcn_mm', 'wsbcn_mm.openmmlab.datasets.shapes_voc'])
 
 norm_cfg = dict(type='BCN', num_groups=16)  # 64 channels in the heads: 4 per group
 conv_cfg = {{_base_.ws_cfg}}
@@ -106,7 +106,12 @@ optim_wrapper = dict(
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=100),
     dict(
-        type='PolyLR', power=0.9, eta_min=0.0002, begin=0, end=max_epochs, by_epoch=True,
+        type='PolyLR',
+        power=0.9,
+        eta_min=0.0002,
+        begin=0,
+        end=max_epochs,
+        by_epoch=True,
         convert_to_iter_based=True,
     ),
 ]

@@ -5,7 +5,7 @@ _base_ = [
     'mmdet::_base_/default_runtime.py',
     '../_base_/wsbcn.py',
 ]
-custom_imports = dict(imports=['wsbcn_mm', 'wsbcn_mm.openmmlab.shapes_coco'])
+custom_imports = dict(imports=['wsbcn_mm', 'wsbcn_mm.openmmlab.datasets.shapes_coco'])
 
 # 64 channels in neck and heads: 4 per group. The estimates remember about 20 images: in a run of
 # minutes the weights move too fast for the default's 100.
@@ -24,7 +24,10 @@ model = dict(
         init_cfg=None,
     ),
     neck=dict(
-        in_channels=[32, 64, 128, 256], out_channels=64, num_outs=4, norm_cfg=norm_cfg,
+        in_channels=[32, 64, 128, 256],
+        out_channels=64,
+        num_outs=4,
+        norm_cfg=norm_cfg,
         conv_cfg=conv_cfg,
     ),
     rpn_head=dict(  # no norm in the RPN, therefore no WS either
@@ -33,9 +36,7 @@ model = dict(
         anchor_generator=dict(scales=[5], strides=[4, 8, 16, 32]),  # objects of 32 to 96 pixels
     ),
     roi_head=dict(
-        bbox_roi_extractor=dict(
-            out_channels=64, finest_scale=28, roi_layer=dict(sampling_ratio=1)
-        ),
+        bbox_roi_extractor=dict(out_channels=64, finest_scale=28, roi_layer=dict(sampling_ratio=1)),
         bbox_head=dict(
             # One normalised convolution and one layer: the usual four learn too slowly for minutes.
             type='ConvFCBBoxHead',
@@ -59,7 +60,10 @@ model = dict(
         mask_head=dict(
             class_agnostic=True,  # likewise five masks
             num_convs=2,  # with four the mask head is half of a step
-            in_channels=64, conv_out_channels=48, num_classes=num_classes, norm_cfg=norm_cfg,
+            in_channels=64,
+            conv_out_channels=48,
+            num_classes=num_classes,
+            norm_cfg=norm_cfg,
             conv_cfg=conv_cfg,
         ),
     ),
@@ -68,9 +72,7 @@ model = dict(
         rpn_proposal=dict(nms_pre=100, max_per_img=100),
         rcnn=dict(sampler=dict(num=48, pos_fraction=0.5), mask_size=20),
     ),
-    test_cfg=dict(
-        rpn=dict(nms_pre=100, max_per_img=100), rcnn=dict(max_per_img=50)
-    ),
+    test_cfg=dict(rpn=dict(nms_pre=100, max_per_img=100), rcnn=dict(max_per_img=50)),
 )
 
 data_root = 'data/shapes/coco/'
@@ -141,8 +143,13 @@ optim_wrapper = dict(
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=100),
     dict(
-        type='CosineAnnealingLR', by_epoch=True, begin=0, end=max_epochs, T_max=max_epochs,
-        eta_min=2e-5, convert_to_iter_based=True,
+        type='CosineAnnealingLR',
+        by_epoch=True,
+        begin=0,
+        end=max_epochs,
+        T_max=max_epochs,
+        eta_min=2e-5,
+        convert_to_iter_based=True,
     ),
 ]
 auto_scale_lr = dict(enable=False, base_batch_size=1)

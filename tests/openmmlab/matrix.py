@@ -16,9 +16,11 @@ from mmseg.structures import SegDataSample
 
 CONFIGS = Path(__file__).resolve().parents[2] / 'configs'
 FOLDERS = {
-    'mask-rcnn': 'mask_rcnn', 'faster-rcnn': 'faster_rcnn', 'retinanet': 'retinanet',
+    'mask-rcnn': 'mask_rcnn',
+    'faster-rcnn': 'faster_rcnn',
+    'retinanet': 'retinanet',
     'deeplabv3': 'deeplabv3',
-}  # fmt: skip
+}
 NAME = re.compile(
     r'(?P<family>mask-rcnn|faster-rcnn|retinanet|deeplabv3)_(?P<backbone>[rx]\d+(-32x4d)?)(_fpn)?_'
     r'(?P<norm>[a-z0-9-]+)_(?P<gpus>\d+)xb(?P<images>\d+)(-accu(?P<accumulation>\d+))?'
@@ -41,14 +43,15 @@ def expected_names():
     # The authors' regime: two images on each of 4 GPUs, one for the deep backbones. R50 also with
     # one image, on twice the GPUs.
     regimes = {
-        'r50': ('4xb2', '8xb1'), 'x50-32x4d': ('4xb2',), 'r101': ('4xb1',), 'x101-32x4d': ('4xb1',)
-    }  # fmt: skip
+        'r50': ('4xb2', '8xb1'),
+        'x50-32x4d': ('4xb2',),
+        'r101': ('4xb1',),
+        'x101-32x4d': ('4xb1',),
+    }
     schedules = {'mask-rcnn': ('2x', '20-23-24e'), 'faster-rcnn': ('1x',)}
     norms = ('frozen-bn', 'gn', 'ws-gn', 'ws-bcn')
     for family, (backbone, gpus) in product(schedules, regimes.items()):
-        for norm, regime, schedule in product(
-            (*norms, 'frozen-bn-2fc'), gpus, schedules[family]
-        ):
+        for norm, regime, schedule in product((*norms, 'frozen-bn-2fc'), gpus, schedules[family]):
             yield f'{family}_{backbone}_fpn_{norm}_{regime}-{schedule}_coco'
         for norm, regime in product(('ws-gn', 'ws-bcn'), gpus):
             yield f'{family}_{backbone}_fpn_{norm}_{regime}-scratch-6x_coco'
@@ -57,8 +60,9 @@ def expected_names():
     by_gpus = ('16xb1', '8xb2', '4xb4')
     on_one_gpu = ('1xb1-accu16', '1xb2-accu8', '1xb4-accu4')
     for backbone, alone in (
-        ('r101', ('bn', 'gn', 'ws-gn', 'ws-bcn')), ('r50', ('ws-gn', 'ws-bcn'))
-    ):  # fmt: skip
+        ('r101', ('bn', 'gn', 'ws-gn', 'ws-bcn')),
+        ('r50', ('ws-gn', 'ws-bcn')),
+    ):
         rows = [*product(('bn', 'sync-bn', 'gn', 'ws-gn', 'ws-bcn', 'ws-bcn-sync'), by_gpus)]
         for norm, regime in rows + [*product(alone, on_one_gpu)]:
             yield f'deeplabv3_{backbone}_{norm}_{regime}-50e_voc12aug-513x513'
@@ -89,9 +93,13 @@ def shrink(model):
         if 'num_groups' in part:
             part['num_groups'] = 4
         for key, value in dict(
-            out_channels=CHANNELS, feat_channels=CHANNELS, conv_out_channels=CHANNELS,
-            fc_out_channels=CHANNELS, nms_pre=50, max_per_img=10,
-        ).items():  # fmt: skip
+            out_channels=CHANNELS,
+            feat_channels=CHANNELS,
+            conv_out_channels=CHANNELS,
+            fc_out_channels=CHANNELS,
+            nms_pre=50,
+            max_per_img=10,
+        ).items():
             if key in part:
                 part[key] = value
     stages = [4 * WIDTH * 2**i for i in range(4)]

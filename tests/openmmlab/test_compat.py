@@ -2,7 +2,7 @@
 
 import pytest
 
-pytest.importorskip('mmengine', reason='the gaps are mmengine\'s')
+pytest.importorskip('mmengine', reason="the gaps are mmengine's")
 pytest.importorskip('mmcv', reason='layers are built by mmcv')
 
 import importlib
@@ -19,10 +19,9 @@ from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.logging.history_buffer import HistoryBuffer
 from mmengine.runner import load_checkpoint
 
+from tests.openmmlab.tiny import make_runner, tiny_model
 from wsbcn_mm import BatchChannelNorm2d, WSConv2d
 from wsbcn_mm.openmmlab import compat
-
-from .tiny import make_runner, tiny_model
 
 # ---- configs of packages -----------------------------------------------------------------------
 
@@ -112,8 +111,11 @@ def test_packages_are_found_without_pkg_resources(tmp_path, root):
     environment = {**os.environ, 'PYTHONPATH': str(root), 'PYTHONWARNINGS': 'ignore'}
     done = subprocess.run(
         [sys.executable, '-c', WITHOUT_PKG_RESOURCES, 'config.py'],
-        cwd=tmp_path, env=environment, capture_output=True, text=True,
-    )  # fmt: skip
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     before, after, loaded = done.stdout.strip().splitlines()[-3:]
     assert before == 'before: blocked: pkg_resources'

@@ -2,7 +2,7 @@
 
 import pytest
 
-pytest.importorskip('mmengine', reason='configs are mmengine\'s')
+pytest.importorskip('mmengine', reason="configs are mmengine's")
 pytest.importorskip('mmcv', reason='a config is not read without mmcv')
 
 import torch
@@ -15,7 +15,7 @@ from wsbcn_mm.openmmlab import command_line, compat, config
 def file(tmp_path):
     """A config of no package."""
     path = tmp_path / 'mask-rcnn_tiny.py'
-    path.write_text("lr = 0.1\nmodel = dict(backbone=dict(depth=50))\n")
+    path.write_text('lr = 0.1\nmodel = dict(backbone=dict(depth=50))\n')
     return path
 
 
@@ -101,16 +101,20 @@ def test_load_config_asks_for_the_package_of_the_scope(scope, file, monkeypatch)
 
 def coco(root):
     return dict(
-        type='CocoDataset', data_root=str(root), ann_file='annotations/instances_train2017.json',
+        type='CocoDataset',
+        data_root=str(root),
+        ann_file='annotations/instances_train2017.json',
         data_prefix=dict(img='train2017/'),
-    )  # fmt: skip
+    )
 
 
 def voc(root):
     return dict(
-        type='PascalVOCDataset', data_root=str(root), ann_file='ImageSets/Segmentation/train.txt',
+        type='PascalVOCDataset',
+        data_root=str(root),
+        ann_file='ImageSets/Segmentation/train.txt',
         data_prefix=dict(img_path='JPEGImages', seg_map_path='SegmentationClass'),
-    )  # fmt: skip
+    )
 
 
 PARTS = {
@@ -209,9 +213,11 @@ def test_augment_test_replaces_the_innermost_pipeline():
     inner = dict(type='D', pipeline=[dict(type='Old')])
     cfg = Config(
         dict(
-            model=dict(type='M'), tta_model=dict(type='T'), tta_pipeline=[dict(type='New')],
+            model=dict(type='M'),
+            tta_model=dict(type='T'),
+            tta_pipeline=[dict(type='New')],
             test_dataloader=dict(dataset=dict(type='RepeatDataset', dataset=inner)),
-        )  # fmt: skip
+        )
     )
     config.augment_test(cfg)
     assert cfg.model == dict(type='T', module=dict(type='M'))

@@ -10,21 +10,20 @@ import importlib.util
 import pickle
 import sys
 
-import published_layouts as layouts
 import torch
 from mmdet.models.backbones import ResNet, ResNeXt
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DefaultScope
 
+from tests import published_layouts as layouts
+from tests.openmmlab import matrix
 from wsbcn_mm import BatchChannelNorm2d, WSConv2d, reference
 from wsbcn_mm.checkpoint_layouts import convert_state
-from wsbcn_mm.openmmlab import checkpoint as loading
-from wsbcn_mm.openmmlab.checkpoint import missing_tensors
-from wsbcn_mm.openmmlab.recalibration import write_statistics
+from wsbcn_mm.openmmlab import checkpoints as loading
+from wsbcn_mm.openmmlab.checkpoints import missing_tensors
+from wsbcn_mm.openmmlab.measure.recalibration import write_statistics
 from wsbcn_mm.recalibration import recalibrate
-
-from . import matrix
 
 # ---- GN + WS keeps its function ----------------------------------------------------------------
 
@@ -91,9 +90,10 @@ def test_gn_ws_to_bcn_ws_computes_the_same(family, monkeypatch):
         done = recalibrate(new, batches, new.test_step, keep_function=True)
         assert done.drift < 1e-3  # what a layer gets does not depend on the statistics
         measured = [
-            m for name, m in new.named_modules()
+            m
+            for name, m in new.named_modules()
             if isinstance(m, BatchChannelNorm2d) and name not in done.unreached
-        ]  # fmt: skip
+        ]
         assert len(measured) >= 15
         for layer in measured:
             assert (layer.bn.running_var - 1).abs().max() > 1e-2
@@ -108,9 +108,7 @@ def test_gn_ws_to_bcn_ws_computes_the_same(family, monkeypatch):
         # The statistics alone, without batch_weight and batch_bias, change the function.
         again.load_state_dict(converted)
         recalibrate(again, batches, again.test_step)
-        difference = max(
-            (a - b).abs().max() for a, b in zip(features(again, images), expected)
-        )
+        difference = max((a - b).abs().max() for a, b in zip(features(again, images), expected))
         assert difference > 1e-2
 
 
@@ -139,13 +137,16 @@ def test_training_goes_on_from_a_converted_model(monkeypatch):
 
 # ---- every layout fills its backbone -----------------------------------------------------------
 
+
 @pytest.mark.parametrize('depth, groups', [(50, 1), (101, 1), (50, 32), (101, 32)])
 @pytest.mark.parametrize('source', ['authors-bcn', 'openmmlab-gn-ws', 'torchvision'])
 def test_a_converted_file_fills_every_conv_and_norm_tensor(source, depth, groups):
     norm = {
-        'authors-bcn': layouts.authors_bcn, 'openmmlab-gn-ws': layouts.affine,
+        'authors-bcn': layouts.authors_bcn,
+        'openmmlab-gn-ws': layouts.affine,
         'torchvision': layouts.batch_norm,
-    }[source]  # fmt: skip
+    }[source]
+
     def backbone(**arguments):
         conv = dict(type='WSConv2d', formula=done.formula)
         kind = ResNet if groups == 1 else functools.partial(ResNeXt, groups=32, base_width=4)
@@ -168,9 +169,15 @@ def test_a_converted_file_fills_every_conv_and_norm_tensor(source, depth, groups
 def test_the_authors_tensors_mean_what_ours_do():
     """Stem of an authors' file, computed by the reference from the file's own tensors."""
     torch.manual_seed(0)
-    state = {'module.conv1.weight': torch.randn(64, 3, 7, 7), **layouts.module(
-        {k: torch.rand_like(v) if v.dim() else v for k, v in layouts.authors_bcn('bn1', 64).items()}
-    )}  # fmt: skip
+    state = {
+        'module.conv1.weight': torch.randn(64, 3, 7, 7),
+        **layouts.module(
+            {
+                k: torch.rand_like(v) if v.dim() else v
+                for k, v in layouts.authors_bcn('bn1', 64).items()
+            }
+        ),
+    }
     done = convert_state(state, 'authors-bcn', 'bcn-ws')
     conv = WSConv2d(3, 64, 7, 2, 3, bias=False, formula=done.formula)
     norm = BatchChannelNorm2d(64, done.num_groups, affine=done.affine).eval()
@@ -181,9 +188,15 @@ def test_the_authors_tensors_mean_what_ours_do():
     z = torch.nn.functional.conv2d(x, weight, None, 2, 3)
     of = {k.removeprefix('module.bn1.'): v for k, v in state.items()}
     expected = reference.normalize(
-        z, of['pbn.running_mean'], of['pbn.running_var'], 32, of['pbn.weight'], of['pbn.bias'],
-        of['weight'].flatten(), of['bias'].flatten(),
-    )  # fmt: skip
+        z,
+        of['pbn.running_mean'],
+        of['pbn.running_var'],
+        32,
+        of['pbn.weight'],
+        of['pbn.bias'],
+        of['weight'].flatten(),
+        of['bias'].flatten(),
+    )
     torch.testing.assert_close(norm(conv(x)), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -311,10 +324,12 @@ def said(monkeypatch):
 def backbone(file, monkeypatch, formula='std_eps', affine='channel', **init):
     matrix.one_block_a_stage(monkeypatch)
     return ResNet(
-        depth=50, base_channels=8, norm_cfg=dict(type='BCN', num_groups=4, affine=affine),
+        depth=50,
+        base_channels=8,
+        norm_cfg=dict(type='BCN', num_groups=4, affine=affine),
         conv_cfg=dict(type='WSConv2d', formula=formula),
         init_cfg=dict(type='Pretrained', checkpoint=str(file), **init),
-    )  # fmt: skip
+    )
 
 
 def test_init_cfg_says_how_much_of_the_model_it_fills(said, tmp_path, monkeypatch):

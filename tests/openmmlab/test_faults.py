@@ -16,10 +16,9 @@ from mmengine.config import Config
 from mmengine.dataset.base_dataset import Compose
 from mmengine.registry import init_default_scope
 
+from tests.openmmlab.test_compat import Harmless, needs_allow_list
+from tests.openmmlab.tiny import make_runner
 from wsbcn_mm.openmmlab import compat, config
-
-from .test_compat import Harmless, needs_allow_list
-from .tiny import make_runner
 
 QUICK = 'configs/quick/quick_mask-rcnn_r18_fpn_ws-bcn_1xb1_shapes.py'
 
@@ -51,8 +50,13 @@ def test_an_unreadable_mask_is_named(picture, content):
     mask.write_bytes(content)
     init_default_scope('mmseg')
     pipeline = Compose([dict(type='LoadImageFromFile'), dict(type='LoadAnnotations')])
-    data = dict(img_path=str(picture), seg_map_path=str(mask), seg_fields=[], label_map=None,
-                reduce_zero_label=False)  # fmt: skip
+    data = dict(
+        img_path=str(picture),
+        seg_map_path=str(mask),
+        seg_fields=[],
+        label_map=None,
+        reduce_zero_label=False,
+    )
     with pytest.raises(compat.DataError, match=f'a.jpg or .*{mask.name} failed'):
         pipeline(data)
 
@@ -71,12 +75,18 @@ def test_damaged_annotations_are_found(tmp_path):
     good.write_text(json.dumps(dict(images=[])))
     bad.write_text(json.dumps(dict(images=list(range(1000))))[:500])
     odd.write_text('[]')
-    cfg = Config(dict(
-        train_dataloader=dict(dataset=dict(type='Repeat', dataset=dict(
-            data_root=str(tmp_path), ann_file='bad.json', type='CocoDataset'))),
-        val_dataloader=dict(dataset=dict(type='CocoDataset', ann_file=str(good))),
-        test_dataloader=dict(dataset=dict(type='CocoDataset', ann_file=str(odd))),
-    ))  # fmt: skip
+    cfg = Config(
+        dict(
+            train_dataloader=dict(
+                dataset=dict(
+                    type='Repeat',
+                    dataset=dict(data_root=str(tmp_path), ann_file='bad.json', type='CocoDataset'),
+                )
+            ),
+            val_dataloader=dict(dataset=dict(type='CocoDataset', ann_file=str(good))),
+            test_dataloader=dict(dataset=dict(type='CocoDataset', ann_file=str(odd))),
+        )
+    )
     loaders = ('train_dataloader', 'val_dataloader', 'test_dataloader')
     first, second = config.damaged_annotations(cfg, *loaders)
     assert first.startswith(f'train_dataloader: {bad} is damaged: ')
@@ -131,12 +141,18 @@ def data(tmp_path):
         for split in ('train2017', 'val2017'):
             cv2.imwrite(str(root / split / f'{i}.jpg'), picture)
         images.append(dict(id=i, file_name=f'{i}.jpg', width=64, height=64))
-        annotations.append(dict(
-            id=i + 1, image_id=i, category_id=1, bbox=[8, 8, 40, 40], area=1600, iscrowd=0,
-            segmentation=[[8, 8, 48, 8, 48, 48, 8, 48]],
-        ))  # fmt: skip
-    content = dict(images=images, annotations=annotations, categories=[
-        dict(id=1, name='thing')])  # fmt: skip
+        annotations.append(
+            dict(
+                id=i + 1,
+                image_id=i,
+                category_id=1,
+                bbox=[8, 8, 40, 40],
+                area=1600,
+                iscrowd=0,
+                segmentation=[[8, 8, 48, 8, 48, 48, 8, 48]],
+            )
+        )
+    content = dict(images=images, annotations=annotations, categories=[dict(id=1, name='thing')])
     for split in ('train2017', 'val2017'):
         path = root / 'annotations' / f'instances_{split}.json'
         path.write_text(json.dumps(content))
@@ -146,16 +162,21 @@ def data(tmp_path):
 def options(data, *more):
     """Of the quick config: this dataset, one step per epoch and image."""
     return [
-        '--cfg-options', 'train_dataloader.dataset.type=CocoDataset',
-        'val_dataloader.dataset.type=CocoDataset', 'test_dataloader.dataset.type=CocoDataset',
-        f'train_dataloader.dataset.data_root={data}/', f'val_dataloader.dataset.data_root={data}/',
+        '--cfg-options',
+        'train_dataloader.dataset.type=CocoDataset',
+        'val_dataloader.dataset.type=CocoDataset',
+        'test_dataloader.dataset.type=CocoDataset',
+        f'train_dataloader.dataset.data_root={data}/',
+        f'val_dataloader.dataset.data_root={data}/',
         f'test_dataloader.dataset.data_root={data}/',
         "train_dataloader.dataset.metainfo.classes=('thing',)",
         "val_dataloader.dataset.metainfo.classes=('thing',)",
         f'val_evaluator.ann_file={data}/annotations/instances_val2017.json',
-        'train_cfg.val_interval=99', 'model.roi_head.bbox_head.num_classes=1',
-        'model.roi_head.mask_head.num_classes=1', *more,
-    ]  # fmt: skip
+        'train_cfg.val_interval=99',
+        'model.roi_head.bbox_head.num_classes=1',
+        'model.roi_head.mask_head.num_classes=1',
+        *more,
+    ]
 
 
 def test_the_tool_resumes_from_the_last_complete_checkpoint(root, tmp_path, data, capsys):

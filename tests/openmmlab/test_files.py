@@ -2,7 +2,7 @@
 
 import pytest
 
-pytest.importorskip('mmengine', reason='the hook is mmengine\'s')
+pytest.importorskip('mmengine', reason="the hook is mmengine's")
 
 import errno
 import os
@@ -11,10 +11,9 @@ import sys
 
 import torch
 
+from tests.openmmlab.tiny import make_runner
 from wsbcn_mm.openmmlab import compat, files
 from wsbcn_mm.openmmlab.files import damage, latest_complete, write_atomically
-
-from .tiny import make_runner
 
 ATOMIC = dict(checkpoint=dict(type='AtomicCheckpointHook', interval=1))
 
@@ -68,8 +67,11 @@ def test_a_write_that_the_system_cuts_off(tmp_path, root):
     """For real: the file system takes 1,000 bytes and no more."""
     done = subprocess.run(
         [sys.executable, '-W', 'ignore', '-c', TOO_LARGE, tmp_path / 'a.pth'],
-        env={**os.environ, 'PYTHONPATH': str(root)}, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+        env={**os.environ, 'PYTHONPATH': str(root)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert 'File too large: writing 0.0 MB failed' in done.stdout, done.stderr
     assert names(tmp_path) == []
 
@@ -87,8 +89,10 @@ def test_damage_is_seen(tmp_path):
     assert damage(path) is None
     for size in (1, 10, len(content) // 2, len(content) - 100, len(content) - 1):
         path.write_bytes(content[:size])
-        assert damage(path) in ('is incomplete (a copy or a download that broke off?)',
-                                'is not a checkpoint')  # fmt: skip
+        assert damage(path) in (
+            'is incomplete (a copy or a download that broke off?)',
+            'is not a checkpoint',
+        )
     path.write_bytes(b'')
     assert damage(path) == 'is empty'
     flipped = bytearray(content)
@@ -153,7 +157,7 @@ def test_killed_while_a_checkpoint_is_written(tmp_path, monkeypatch, moment):
 
     runner = make_runner(tmp_path, epochs=2, default_hooks=hooks, resume=True)
     if moment == 'write':
-        monkeypatch.setattr('wsbcn_mm.openmmlab.saving.write_atomically', killed)
+        monkeypatch.setattr('wsbcn_mm.openmmlab.hooks.checkpoints.write_atomically', killed)
     else:
         monkeypatch.setattr(os, moment, killed)
     with pytest.raises(Killed):
@@ -214,7 +218,7 @@ def test_the_best_checkpoint_stays_until_the_better_one_is_there(tmp_path, monke
     assert [n for n in names(tmp_path) if 'best' in n] == ['best_acc_epoch_1.pth']
     runner.train_loop._epoch = 5
     with monkeypatch.context() as patch:
-        patch.setattr('wsbcn_mm.openmmlab.saving.write_atomically', lambda *_: 1 / 0)
+        patch.setattr('wsbcn_mm.openmmlab.hooks.checkpoints.write_atomically', lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             hook._save_best_checkpoint(runner, dict(acc=0.3))
     assert 'best_acc_epoch_1.pth' in names(tmp_path)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip('mmengine', reason='configs are mmengine\'s')
+pytest.importorskip('mmengine', reason="configs are mmengine's")
 
 CONFIGS = Path(__file__).resolve().parents[2] / 'configs'
 FILES = sorted((CONFIGS / 'imagenet').glob('*.py'))
@@ -65,9 +65,7 @@ def test_the_authors_recipe(file, load):
     assert (images, epochs) == ((32, 90) if name['backbone'] == 'resnet50' else (16, 100))
     assert cfg.train_dataloader.batch_size == images
     assert cfg.auto_scale_lr == dict(enable=False, base_batch_size=8 * images)
-    assert cfg.optim_wrapper.optimizer == dict(
-        type='SGD', lr=0.1, momentum=0.9, weight_decay=1e-4
-    )
+    assert cfg.optim_wrapper.optimizer == dict(type='SGD', lr=0.1, momentum=0.9, weight_decay=1e-4)
     assert cfg.train_cfg.max_epochs == epochs
     assert cfg.param_scheduler.milestones == ([30, 60] if epochs == 90 else [30, 60, 90])
     crop, flip = cfg.train_dataloader.dataset.pipeline[1:3]

@@ -30,9 +30,13 @@ print(type(model).__name__, type(model.backbone.norm1).__name__)
 
 def run(folder, *command, **environment):
     return subprocess.run(
-        [sys.executable, *map(str, command)], cwd=folder, capture_output=True, text=True,
-        env=dict(os.environ, **environment), timeout=300,
-    )  # fmt: skip
+        [sys.executable, *map(str, command)],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env=dict(os.environ, **environment),
+        timeout=300,
+    )
 
 
 def test_a_config_outside_inherits_from_the_installed_package(tmp_path):
@@ -41,9 +45,20 @@ def test_a_config_outside_inherits_from_the_installed_package(tmp_path):
     skip = shutil.ignore_patterns('__pycache__', '*.so', '.git', '.venv', 'work_dirs', 'data')
     shutil.copytree(ROOT, source, symlinks=True, ignore=skip)
     done = run(
-        source, '-m', 'pip', 'install', '-q', '--no-deps', '--no-build-isolation', '--target', site,
-        '.', WSBCN_BUILD='0', PIP_DISABLE_PIP_VERSION_CHECK='1', PIP_NO_INDEX='1',
-    )  # fmt: skip
+        source,
+        '-m',
+        'pip',
+        'install',
+        '-q',
+        '--no-deps',
+        '--no-build-isolation',
+        '--target',
+        site,
+        '.',
+        WSBCN_BUILD='0',
+        PIP_DISABLE_PIP_VERSION_CHECK='1',
+        PIP_NO_INDEX='1',
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     shutil.rmtree(source)  # what is installed stands alone
 

@@ -6,7 +6,7 @@ the inference run in small. ImageNet's configs have a file of their own, test_im
 
 import pytest
 
-pytest.importorskip('mmengine', reason='configs are mmengine\'s')
+pytest.importorskip('mmengine', reason="configs are mmengine's")
 pytest.importorskip('mmcv', reason='layers are built by mmcv')
 pytest.importorskip('mmdet', reason='half of the configs inherit from mmdet')
 pytest.importorskip('mmseg', reason='half of the configs inherit from mmseg')
@@ -21,10 +21,9 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
+from tests.openmmlab import matrix
 from wsbcn_mm import BatchChannelNorm2d, WSConv2d
-from wsbcn_mm.openmmlab.micro_bn import MicroBatchNorm2d
-
-from . import matrix
+from wsbcn_mm.openmmlab.layers import MicroBatchNorm2d
 
 FILES = sorted(f for f in matrix.CONFIGS.rglob('*.py') if f.parent.name in matrix.FOLDERS.values())
 each = pytest.mark.parametrize('file', FILES, ids=lambda f: f.stem)
@@ -63,9 +62,11 @@ EPOCHS = {'1x': 12, '2x': 24, '20-23-24e': 24, '6x': 73, '50e': 50}
 # The learning rate for one image of the total batch: the authors' 0.01 / 8 and 0.007 / 16,
 # MMDetection's 0.01 / 16 for RetinaNet.
 RATE = {
-    'mask-rcnn': 0.01 / 8, 'faster-rcnn': 0.01 / 8, 'retinanet': 0.01 / 16,
+    'mask-rcnn': 0.01 / 8,
+    'faster-rcnn': 0.01 / 8,
+    'retinanet': 0.01 / 16,
     'deeplabv3': 0.007 / 16,
-}  # fmt: skip
+}
 
 
 @each
@@ -104,9 +105,11 @@ def test_regime_and_schedule(file):
 # The formula of a published checkpoint; from scratch and in the heads it is the paper's.
 FORMULA = {'gn': None, 'ws-gn': 'std_eps', 'ws-bcn': 'var_eps', 'ws-bcn-sync': 'var_eps'}
 CHECKPOINTS = {
-    'r50': 'resnet50', 'r101': 'resnet101', 'x50-32x4d': 'resnext50_32x4d',
+    'r50': 'resnet50',
+    'r101': 'resnet101',
+    'x50-32x4d': 'resnext50_32x4d',
     'x101-32x4d': 'resnext101_32x4d',
-}  # fmt: skip
+}
 
 
 def checkpoint(backbone, norm):
@@ -132,9 +135,10 @@ def test_backbone_and_where_it_starts(file):
     assert backbone.layer1[0].conv2.out_channels == (128 if groups == 32 else 64)
     assert not backbone.deep_stem  # as in the checkpoints
 
-    init, formulas = cfg.model.backbone.init_cfg, {
-        m.formula for m in backbone.modules() if isinstance(m, WSConv2d)
-    }  # fmt: skip
+    init, formulas = (
+        cfg.model.backbone.init_cfg,
+        {m.formula for m in backbone.modules() if isinstance(m, WSConv2d)},
+    )
     affine = {m.affine for m in backbone.modules() if isinstance(m, BatchChannelNorm2d)}
     if name['scratch']:
         assert init is None
@@ -178,9 +182,13 @@ def test_norms_and_head(file):
     name, model = matrix.read_name(file.stem), built(file)
     norm = name['norm']
     kind = {
-        'gn': nn.GroupNorm, 'ws-gn': nn.GroupNorm, 'ws-bcn': BatchChannelNorm2d,
-        'ws-bcn-sync': BatchChannelNorm2d, 'bn': MicroBatchNorm2d, 'sync-bn': MODELS.get('SyncBN'),
-    }.get(norm, nn.BatchNorm2d)  # fmt: skip
+        'gn': nn.GroupNorm,
+        'ws-gn': nn.GroupNorm,
+        'ws-bcn': BatchChannelNorm2d,
+        'ws-bcn-sync': BatchChannelNorm2d,
+        'bn': MicroBatchNorm2d,
+        'sync-bn': MODELS.get('SyncBN'),
+    }.get(norm, nn.BatchNorm2d)
     conv = WSConv2d if norm.startswith('ws-') else nn.Conv2d
     places = [model.backbone.layer3[0].conv1]
     norms = [model.backbone.layer3[0].norm1]
@@ -224,6 +232,7 @@ def test_norms_and_head(file):
 
 
 # ---- it runs -----------------------------------------------------------------------------------
+
 
 @each
 def test_one_training_step_and_one_inference(file, monkeypatch):

@@ -2,7 +2,7 @@
 
 import pytest
 
-pytest.importorskip('mmengine', reason='the registry is mmengine\'s')
+pytest.importorskip('mmengine', reason="the registry is mmengine's")
 pytest.importorskip('mmcv', reason='layers are built by mmcv')
 
 import importlib

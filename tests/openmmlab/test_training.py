@@ -33,9 +33,15 @@ class Model(BaseModel):
         super().__init__()
         torch.manual_seed(0)
         self.backbone = MODELS.build(
-            dict(type='mmdet.ResNet', depth=18, base_channels=8, norm_cfg=BCN, conv_cfg=WS,
-                 **{'norm_eval': False, 'frozen_stages': -1, **backbone})
-        )  # fmt: skip
+            dict(
+                type='mmdet.ResNet',
+                depth=18,
+                base_channels=8,
+                norm_cfg=BCN,
+                conv_cfg=WS,
+                **{'norm_eval': False, 'frozen_stages': -1, **backbone},
+            )
+        )
         self.neck, self.head = BatchChannelNorm2d(64, 4), nn.Conv2d(64, 1, 1)
         self.branch = None
         if branch:
@@ -73,21 +79,26 @@ class Noise(torch.utils.data.Dataset):
 def make_runner(work_dir, epochs=2, model=None, hooks=(), data=None, batch_size=1, **kwargs):
     dataset = dict(type='Noise', **(data or {}))
     loader = dict(
-        dataset=dataset, batch_size=batch_size, num_workers=0,
+        dataset=dataset,
+        batch_size=batch_size,
+        num_workers=0,
         sampler=dict(type='DefaultSampler', shuffle=False),
-    )  # fmt: skip
+    )
     tested = dict(loader, dataset=dict(dataset, pipeline=[]))
     cfg = dict(train_dataloader=loader, test_dataloader=tested)
     runner = Runner(
-        Model() if model is None else model, str(work_dir), train_dataloader=loader,
+        Model() if model is None else model,
+        str(work_dir),
+        train_dataloader=loader,
         train_cfg=dict(by_epoch=True, max_epochs=epochs),
         **{'optim_wrapper': dict(optimizer=dict(type='SGD', lr=0.01, momentum=0.9)), **kwargs},
         param_scheduler=dict(type='MultiStepLR', milestones=[5]),
         custom_hooks=[dict(type='EstimatesHook', warmup=True), *hooks],
         default_hooks=dict(checkpoint=dict(type='AtomicCheckpointHook')),
-        experiment_name=f'training_{next(_numbers)}', log_level='ERROR',
+        experiment_name=f'training_{next(_numbers)}',
+        log_level='ERROR',
         randomness=dict(seed=0),
-    )  # fmt: skip
+    )
     runner.cfg.merge_from_dict(cfg)
     return runner
 
@@ -184,13 +195,15 @@ def test_loss_scaling_survives_an_overflow(tmp_path, monkeypatch):
     scaler = functools.partial(torch.amp.GradScaler, 'cpu')
     monkeypatch.setattr(f'{module}.GradScaler', scaler)
     wrapper = dict(
-        type='AmpOptimWrapper', dtype='bfloat16', loss_scale=dict(init_scale=16.0),
+        type='AmpOptimWrapper',
+        dtype='bfloat16',
+        loss_scale=dict(init_scale=16.0),
         optimizer=dict(type='SGD', lr=0.01),
-    )  # fmt: skip
+    )
     runner = make_runner(tmp_path, epochs=2, optim_wrapper=wrapper, data=dict(overflow=3))
     told = []
     monkeypatch.setattr(
-        'wsbcn_mm.openmmlab.hooks.print_log', lambda text, *_, **__: told.append(text)
+        'wsbcn_mm.openmmlab.hooks.estimates.print_log', lambda text, *_, **__: told.append(text)
     )
     runner.train()
     for name, value in runner.model.state_dict().items():
@@ -256,11 +269,17 @@ def test_hooks_say_what_they_cannot_do(tmp_path, caplog):
 @pytest.mark.parametrize(
     'arguments, expected',
     [
-        ((0.01,), 0.01), ((0.01, 2), 0.0199), ((0.5, 2, None, 0.5), 0.4375), ((0.01, 1, 0), 1.0),
-        ((0.01, 1, 9), 0.1), ((0.01, 1, 1000), 0.01), ((0.0,), 0.0), ((1.0, 4, 3), 1.0),
+        ((0.01,), 0.01),
+        ((0.01, 2), 0.0199),
+        ((0.5, 2, None, 0.5), 0.4375),
+        ((0.01, 1, 0), 1.0),
+        ((0.01, 1, 9), 0.1),
+        ((0.01, 1, 1000), 0.01),
+        ((0.0,), 0.0),
+        ((1.0, 4, 3), 1.0),
         ((0.9, 1, None, 2.0), 1.0),
     ],
-)  # fmt: skip
+)
 def test_rate_of_step(arguments, expected):
     assert rate_of_step(*arguments) == pytest.approx(expected)
 
@@ -301,22 +320,28 @@ def two_ranks(rank, folder):
         'gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2
     )
     wrapper = dict(
-        type='MMDistributedDataParallel', device_ids=None, broadcast_buffers=False,
+        type='MMDistributedDataParallel',
+        device_ids=None,
+        broadcast_buffers=False,
         find_unused_parameters=True,
-    )  # fmt: skip
+    )
     found = {}
     precise = dict(type='PreciseStatsHook', num_images=5)
     for name, hooks in dict(plain=[], precise=[precise]).items():
         runner = make_runner(
-            f'{folder}/{name}', model=Model(branch=True), hooks=hooks, launcher='pytorch',
+            f'{folder}/{name}',
+            model=Model(branch=True),
+            hooks=hooks,
+            launcher='pytorch',
             cfg=dict(model_wrapper_cfg=wrapper),
-        )  # fmt: skip
+        )
         runner.train()
         model = runner.model.module
         found[name] = dict(
-            statistics=statistics(model), weights=dict(model.named_parameters()),
+            statistics=statistics(model),
+            weights=dict(model.named_parameters()),
             rates=runner.message_hub.get_scalar('train/bcn_rate').data[0].tolist(),
-        )  # fmt: skip
+        )
     torch.save(found, f'{folder}/{rank}.pt')
     torch.distributed.destroy_process_group()
 

@@ -8,10 +8,10 @@ sum of a normalised output has gradient zero.
 
 import pytest
 
-pytest.importorskip('mmengine', reason='the traps are OpenMMLab\'s')
+pytest.importorskip('mmengine', reason="the traps are OpenMMLab's")
 pytest.importorskip('mmcv', reason='layers are built by mmcv')
-pytest.importorskip('mmdet', reason='backbones and heads are mmdet\'s')
-pytest.importorskip('mmseg', reason='the ASPP head is mmseg\'s')
+pytest.importorskip('mmdet', reason="backbones and heads are mmdet's")
+pytest.importorskip('mmseg', reason="the ASPP head is mmseg's")
 
 import copy
 import importlib
@@ -30,9 +30,8 @@ from mmengine.runner.checkpoint import load_state_dict
 from mmseg.models.decode_heads import ASPPHead
 from torch import nn
 
+from tests.openmmlab.naive import BatchEstimateNorm, SubclassBCN, WrapperBCN
 from wsbcn_mm import BatchChannelNorm2d, WSConv2d
-
-from .naive import BatchEstimateNorm, SubclassBCN, WrapperBCN
 
 BCN = dict(type='BCN', num_groups=2)
 WS = dict(type='WSConv2d')
@@ -42,10 +41,16 @@ MODES = pytest.mark.parametrize('mode', ['estimate', 'batch'])
 def resnet(norm_cfg=BCN, conv_cfg=WS, stages=1, **kwargs):
     """A real mmdet ResNet with bottlenecks, narrow and short."""
     arguments = dict(
-        depth=50, base_channels=8, num_stages=stages, strides=(1, 2)[:stages],
-        dilations=(1, 1)[:stages], out_indices=(stages - 1,), norm_cfg=norm_cfg, conv_cfg=conv_cfg,
+        depth=50,
+        base_channels=8,
+        num_stages=stages,
+        strides=(1, 2)[:stages],
+        dilations=(1, 1)[:stages],
+        out_indices=(stages - 1,),
+        norm_cfg=norm_cfg,
+        conv_cfg=conv_cfg,
         norm_eval=False,
-    )  # fmt: skip
+    )
     model = ResNet(**{**arguments, **kwargs})
     model.train()  # answers None
     return model
@@ -358,17 +363,26 @@ def test_trap_06_frozen_stages_freeze_parameters_and_statistics(mode):
 def mask_head(norm_cfg, conv_cfg=WS):
     with DefaultScope.overwrite_default_scope('mmdet'):
         return FCNMaskHead(
-            num_convs=2, in_channels=8, conv_out_channels=8, num_classes=3, conv_cfg=conv_cfg,
+            num_convs=2,
+            in_channels=8,
+            conv_out_channels=8,
+            num_classes=3,
+            conv_cfg=conv_cfg,
             norm_cfg=norm_cfg,
-        )  # fmt: skip
+        )
 
 
 def box_head(norm_cfg, conv_cfg=WS):
     with DefaultScope.overwrite_default_scope('mmdet'):
         return Shared4Conv1FCBBoxHead(
-            in_channels=8, conv_out_channels=8, fc_out_channels=16, roi_feat_size=7, num_classes=3,
-            conv_cfg=conv_cfg, norm_cfg=norm_cfg,
-        )  # fmt: skip
+            in_channels=8,
+            conv_out_channels=8,
+            fc_out_channels=16,
+            roi_feat_size=7,
+            num_classes=3,
+            conv_cfg=conv_cfg,
+            norm_cfg=norm_cfg,
+        )
 
 
 @MODES
@@ -378,9 +392,14 @@ def test_trap_08_with_cp_updates_once_and_keeps_the_gradients(mode):
     def run(with_cp):
         torch.manual_seed(0)
         net = ResNet(
-            18, base_channels=8, norm_cfg=dict(BCN, mode=mode, momentum=0.3), conv_cfg=WS,
-            norm_eval=False, frozen_stages=-1, with_cp=with_cp,
-        ).double()  # fmt: skip
+            18,
+            base_channels=8,
+            norm_cfg=dict(BCN, mode=mode, momentum=0.3),
+            conv_cfg=WS,
+            norm_eval=False,
+            frozen_stages=-1,
+            with_cp=with_cp,
+        ).double()
         net.train()
         for _ in range(2):
             # The input needs a gradient, or reentrant checkpointing would give none to the stem.
@@ -427,9 +446,14 @@ def test_trap_09_zero_rois_train_and_leave_no_trace(head, mode):
 def aspp_head(norm_cfg):
     with DefaultScope.overwrite_default_scope('mmseg'):
         return ASPPHead(
-            in_channels=8, in_index=0, channels=8, num_classes=3, dilations=(1, 2), conv_cfg=WS,
+            in_channels=8,
+            in_index=0,
+            channels=8,
+            num_classes=3,
+            dilations=(1, 2),
+            conv_cfg=WS,
             norm_cfg=norm_cfg,
-        )  # fmt: skip
+        )
 
 
 @MODES

@@ -6,7 +6,7 @@ in the wrong place changes nothing. Files are found, not listed: a new config is
 
 import pytest
 
-pytest.importorskip('mmengine', reason='configs are mmengine\'s')
+pytest.importorskip('mmengine', reason="configs are mmengine's")
 pytest.importorskip('mmcv', reason='layers are built by mmcv')
 pytest.importorskip('mmdet', reason='half of the configs inherit from mmdet')
 pytest.importorskip('mmseg', reason='half of the configs inherit from mmseg')
@@ -35,9 +35,10 @@ from wsbcn_mm.layers import WeightStandardized
 CONFIGS = Path(__file__).resolve().parents[2] / 'configs'
 # imagenet: those inherit from mmpretrain, see test_imagenet_configs.py.
 FILES = sorted(
-    f for f in CONFIGS.rglob('*.py')
+    f
+    for f in CONFIGS.rglob('*.py')
     if not {'_base_', 'imagenet'} & set(f.relative_to(CONFIGS).parts)
-)  # fmt: skip
+)
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
 
@@ -158,8 +159,7 @@ def test_trap_17_custom_imports_still_name_the_package(file):
 
 
 ALLOWED = dict(
-    norm_cfg={'type', 'requires_grad', 'num_groups', 'momentum', 'eps', 'affine', 'mode',
-              'sync'},
+    norm_cfg={'type', 'requires_grad', 'num_groups', 'momentum', 'eps', 'affine', 'mode', 'sync'},
     conv_cfg={'type', 'eps', 'formula'},
 )
 
@@ -200,9 +200,10 @@ def test_trap_13_19_weight_standardization_and_norm_come_together(ours):
     cfg, model = ours
     # By every name: the towers of RetinaNet run one convolution on each level, with other norms.
     convs = [
-        name for name, module in model.named_modules(remove_duplicate=False)
+        name
+        for name, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, WeightStandardized)
-    ]  # fmt: skip
+    ]
     assert len(convs) >= 20
     behind = [norm_behind(model, name) for name in convs]
     for name, norm in zip(convs, behind):
@@ -326,9 +327,10 @@ def empty_sample(cfg, height, width):
     if cfg.default_scope == 'mmdet':
         sample = DetDataSample(metainfo=dict(img_shape=(height, width), scale_factor=(1.0, 1.0)))
         sample.gt_instances = InstanceData(
-            bboxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.long),
+            bboxes=torch.zeros(0, 4),
+            labels=torch.zeros(0, dtype=torch.long),
             masks=BitmapMasks([], height, width),
-        )  # fmt: skip
+        )
         sample.ignored_instances = InstanceData(bboxes=torch.zeros(0, 4))
         return sample
     sample = SegDataSample(metainfo=dict(img_shape=(height, width), scale_factor=(1.0, 1.0)))

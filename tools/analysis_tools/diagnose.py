@@ -25,7 +25,7 @@ def parse_args() -> argparse.Namespace:
         '--train-batches', type=int, default=4, help='training batches for gradients, smoothness'
     )
     parser.add_argument(
-        '--step-size', type=float, help='learning rate for the smoothness; default: the config\'s'
+        '--step-size', type=float, help="learning rate for the smoothness; default: the config's"
     )
     parser.add_argument(
         '--against', metavar='JSON', help='diagnostics.json of another model, drawn beside this one'
@@ -39,7 +39,8 @@ def main() -> None:
     args = parse_args()
     from diagnosis_page import read_numbers, write_page
 
-    from wsbcn_mm.openmmlab import command_line, config, diagnosis
+    from wsbcn_mm.openmmlab import command_line, config
+    from wsbcn_mm.openmmlab.measure import diagnosis
 
     with command_line.errors_in_one_line():
         for name in ('images', 'train_batches', 'step_size'):
@@ -53,9 +54,13 @@ def main() -> None:
         out = Path(args.out)
         cfg.work_dir, cfg.log_level, cfg.load_from = str(out / 'log'), 'ERROR', None
         numbers = diagnosis.diagnose(
-            cfg, args.checkpoint, args.images, args.train_batches, args.step_size,
+            cfg,
+            args.checkpoint,
+            args.images,
+            args.train_batches,
+            args.step_size,
             lambda text: print(f'\r{text:<40}', end='', file=sys.stderr, flush=True),
-        )  # fmt: skip
+        )
         print(file=sys.stderr)
     (out / 'diagnostics.json').write_text(json.dumps(numbers) + '\n')
     write_page(numbers, out / 'index.html', other)

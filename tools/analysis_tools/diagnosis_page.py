@@ -13,38 +13,59 @@ import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 
 KEYS = {
-    'activations', 'checkpoint', 'config', 'estimates', 'gradients', 'images', 'layers',
-    'smoothness', 'step_size', 'summary',
-}  # fmt: skip
+    'activations',
+    'checkpoint',
+    'config',
+    'estimates',
+    'gradients',
+    'images',
+    'layers',
+    'smoothness',
+    'step_size',
+    'summary',
+}
 THIS, OTHER = '#0a6c74', '#d98032'
 
 # Measure -> (what people call it, what it means, where it should be).
 MEASURES = {
     'dead_channels': (
-        'dead channels', 'share of channels that their ReLU switches off in every image', '0'),
+        'dead channels',
+        'share of channels that their ReLU switches off in every image',
+        '0',
+    ),
     'singularity_distance': (
         'distance to singularities',
-        'mean over channels of min(1, 2 × share of values above zero); ours', 'near 1'),
+        'mean over channels of min(1, 2 × share of values above zero); ours',
+        'near 1',
+    ),
     'stat_spread': (
         'spread of channel statistics',
         'how much means and deviations differ between channels, in units of the layer’s rms; ours',
-        'small'),
-    'mean_gap': (
-        'gap of the estimated mean', 'in standard deviations of the data', 'near 0'),
+        'small',
+    ),
+    'mean_gap': ('gap of the estimated mean', 'in standard deviations of the data', 'near 0'),
     'drift_share': (
         'drifting estimates',
         'share of channels whose estimated mean is off by more than half a deviation, or whose '
-        'deviation by more than a factor 1.5', '0'),
+        'deviation by more than a factor 1.5',
+        '0',
+    ),
     'gradient_ratio': (
         'gradient against the WS bound',
-        '|dL/dw| in shares of |dL/dŵ| / σ, mean over WS convolutions', 'at most 1'),
+        '|dL/dw| in shares of |dL/dŵ| / σ, mean over WS convolutions',
+        'at most 1',
+    ),
     'loss_range': (
-        'loss range', 'highest minus lowest loss from half to four times the step', 'small'),
+        'loss range',
+        'highest minus lowest loss from half to four times the step',
+        'small',
+    ),
     'beta': (
         'effective β-smoothness',
         'largest change of the gradient per distance gone; compares nets with weights of like norm',
-        'small'),
-}  # fmt: skip
+        'small',
+    ),
+}
 
 STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;max-width:1060px;margin:2em auto;padding:0 1em;color:#222}
@@ -78,7 +99,7 @@ def write_page(numbers: dict, target: Path, other: dict | None = None) -> None:
     """Writes the page.
 
     Args:
-        numbers: What `wsbcn_mm.openmmlab.diagnosis.diagnose` returned.
+        numbers: What `wsbcn_mm.openmmlab.measure.diagnosis.diagnose` returned.
         target: The HTML file.
         other: Numbers of another model, drawn beside these.
     """
@@ -92,7 +113,8 @@ def write_page(numbers: dict, target: Path, other: dict | None = None) -> None:
         f'<title>Diagnosis: {names}</title><style>{STYLE}</style></head><body>',
         f'<h1>Diagnosis: {names}</h1>',
         *(_origin(*model) for model in models),
-        '<h2>In short</h2>', _summary(models),
+        '<h2>In short</h2>',
+        _summary(models),
         '<h2>Are channels switched off?</h2>',
         '<p>A channel whose ReLU is off for every input takes no part any more, nor does it get a '
         'gradient: an elimination singularity (arXiv 1911.09738). Layers from input to output.</p>',
@@ -101,16 +123,19 @@ def write_page(numbers: dict, target: Path, other: dict | None = None) -> None:
         'layer’s rms. Behind a BatchNorm all lie close together, near (0, 1); a channel far left '
         'of the line is off almost always (mean below −2 deviations).</p>',
         _picture(plot_channels(models), 'mean and deviation of every channel'),
-        '<h2>Are the running estimates right?</h2>', _estimates(models),
-        '<h2>Does Weight Standardization smooth the gradient?</h2>', _gradients(models),
+        '<h2>Are the running estimates right?</h2>',
+        _estimates(models),
+        '<h2>Does Weight Standardization smooth the gradient?</h2>',
+        _gradients(models),
         '<h2>How far does the gradient hold?</h2>',
         f'<p>Along the gradient from half to four times a step of {numbers["step_size"]:g} '
         '(Santurkar et al., arXiv 1805.11604): a smooth loss goes down evenly, and the gradient at '
         'the new point is near the one that led there. One line a training batch.</p>',
         _picture(_plot_smoothness(models), 'loss and gradient along the step'),
-        '<h2>All layers</h2>', *(_table(*model) for model in models),
+        '<h2>All layers</h2>',
+        *(_table(*model) for model in models),
         '</body></html>',
-    ]  # fmt: skip
+    ]
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text('\n'.join(parts), encoding='utf-8')
 
@@ -172,9 +197,13 @@ def plot_singularities(models: list):
 
 def _short(name: str) -> str:
     for long, short in (
-        ('backbone.', ''), ('decode_head.', 'head.'), ('roi_head.', ''), ('.activate', ''),
-        ('auxiliary_head.', 'aux.'), ('_modules', ''),
-    ):  # fmt: skip
+        ('backbone.', ''),
+        ('decode_head.', 'head.'),
+        ('roi_head.', ''),
+        ('.activate', ''),
+        ('auxiliary_head.', 'aux.'),
+        ('_modules', ''),
+    ):
         name = name.replace(long, short)
     return name
 
@@ -193,9 +222,12 @@ def plot_channels(models: list):
             axis.plot(mean[dead] / rms, std[dead] / rms, 'x', color='#c00', markersize=5)
         axis.plot([0, -3], [0, 1.5], color='#999', linewidth=1)
         axis.set(
-            xlim=(-3, 3), ylim=(0, 2.5), title=f'{label} (red: dead)', xlabel='mean / rms',
+            xlim=(-3, 3),
+            ylim=(0, 2.5),
+            title=f'{label} (red: dead)',
+            xlabel='mean / rms',
             ylabel='deviation / rms',
-        )  # fmt: skip
+        )
         axis.grid(alpha=0.3)
     return figure
 
@@ -246,8 +278,9 @@ def _gradients(models: list) -> str:
     text = (
         'Each raw weight’s gradient and the bound |dL/dŵ| / σ: WS takes the parts of the gradient '
         'along the mean and along the weight itself away.'
-        if standardized else 'No convolution is weight-standardized: there is no bound.'
-    )  # fmt: skip
+        if standardized
+        else 'No convolution is weight-standardized: there is no bound.'
+    )
     return f'<p>{text}</p>' + _picture(figure, 'weight gradients by layer')
 
 
@@ -276,9 +309,15 @@ def _table(numbers: dict, colour: str, label: str) -> str:
     ]
     for name, layer in numbers['activations'].items():
         cells = [len(layer['mean'])] + [
-            f'{layer[key]:.3g}' for key in
-            ('dead_channels', 'singularity_distance', 'stat_spread', 'sigma_mu', 'sigma_sigma')
-        ]  # fmt: skip
+            f'{layer[key]:.3g}'
+            for key in (
+                'dead_channels',
+                'singularity_distance',
+                'stat_spread',
+                'sigma_mu',
+                'sigma_sigma',
+            )
+        ]
         rows.append(
             f'<tr><td><code>{html.escape(name)}</code></td>'
             + ''.join(f'<td class="n">{cell}</td>' for cell in cells)

@@ -41,9 +41,11 @@ def plot_curves(scalars: list[dict], target: Path, steps_per_epoch: float) -> No
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), constrained_layout=True)
     for key in [k for k in train[0] if k.startswith('loss') or '.loss' in k]:
         left.plot(
-            [r['step'] for r in train], [r.get(key) for r in train], label=key,
+            [r['step'] for r in train],
+            [r.get(key) for r in train],
+            label=key,
             linewidth=2.2 if key == 'loss' else 1,
-        )  # fmt: skip
+        )
     left.set(xlabel='step', ylabel='training loss', ylim=(0, None))
     left.legend()
     for name in metrics_of(evaluated[-1]):

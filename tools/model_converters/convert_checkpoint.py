@@ -17,13 +17,16 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--from', dest='source', choices=SOURCES, required=True, help='its layout')
     parser.add_argument('--to', choices=TARGETS, default='bcn-ws', help='the layers to convert for')
     parser.add_argument(
-        '--num-groups', type=int, default=32,
+        '--num-groups',
+        type=int,
+        default=32,
         help='groups of the norms, as in the config (ignored where the file says it)',
-    )  # fmt: skip
+    )
     parser.add_argument(
-        '--prefix', default='',
+        '--prefix',
+        default='',
         help="convert the tensors alone whose names start so, without it: 'backbone.' of a model",
-    )  # fmt: skip
+    )
     return parser.parse_args()
 
 
@@ -31,7 +34,7 @@ def run(args: argparse.Namespace) -> None:
     """Reads, converts, prints every key, writes."""
     from wsbcn_mm.checkpoint_layouts import convert_state
     from wsbcn_mm.openmmlab import files
-    from wsbcn_mm.openmmlab.checkpoint import read_checkpoint, state_dict_of
+    from wsbcn_mm.openmmlab.checkpoints import read_checkpoint, state_dict_of
 
     state = state_dict_of(read_checkpoint(args.checkpoint), args.checkpoint)
     state = {key.removeprefix('module.'): value for key, value in state.items()}
@@ -55,9 +58,12 @@ def run(args: argparse.Namespace) -> None:
             f'written{hint}'
         )
     meta = dict(
-        formula=done.formula, affine=done.affine, num_groups=done.num_groups,
-        converted_from=args.source, converted_to=args.to,
-    )  # fmt: skip
+        formula=done.formula,
+        affine=done.affine,
+        num_groups=done.num_groups,
+        converted_from=args.source,
+        converted_to=args.to,
+    )
     files.save_atomically(dict(meta=meta, state_dict=done.state), args.out)
     print(
         f'{args.out}: {len(done.moved)} tensors moved, {len(done.added)} new, '

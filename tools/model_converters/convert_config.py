@@ -17,26 +17,31 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--images-per-gpu', type=int, default=1, help='batch size of one process')
     parser.add_argument('--keep-lr', action='store_true', help='do not scale the learning rate')
     parser.add_argument(
-        '--keep-dcn', action='store_true',
+        '--keep-dcn',
+        action='store_true',
         help='deformable convolutions stay as they are, the others get WS; without it they are '
         'refused',
-    )  # fmt: skip
-    parser.add_argument(
-        '--checkpoint', help='backbone weights that were trained with these layers'
     )
+    parser.add_argument('--checkpoint', help='backbone weights that were trained with these layers')
     return parser.parse_args()
 
 
 def main() -> None:
     """Converts, prints the difference, writes."""
     args = parse_args()
-    from wsbcn_mm.openmmlab import command_line, convert_config
+    from wsbcn_mm.openmmlab import command_line
+    from wsbcn_mm.openmmlab.conversion import convert as convert_config
 
     with command_line.errors_in_one_line():
         conversion = convert_config.convert_config(
-            args.source, args.norm, args.conv, args.images_per_gpu, args.keep_lr, args.checkpoint,
+            args.source,
+            args.norm,
+            args.conv,
+            args.images_per_gpu,
+            args.keep_lr,
+            args.checkpoint,
             args.keep_dcn,
-        )  # fmt: skip
+        )
         if args.out is not None:
             convert_config.write_config(conversion, args.out)
     print(conversion)

@@ -31,9 +31,11 @@ def parse_args() -> argparse.Namespace:
         '--dynamic', action='store_true', help='leave batch size, height and width open'
     )
     parser.add_argument(
-        '--opset', type=int, default=18,
+        '--opset',
+        type=int,
+        default=18,
         help='default: 18; from 21 on GroupNorm is one operator (GroupNormalization)',
-    )  # fmt: skip
+    )
     command_line.add_config_options(parser)
     return parser.parse_args()
 
@@ -49,8 +51,10 @@ def main() -> None:
 
 def export(args: argparse.Namespace) -> None:
     """Raises before anything is written where something is wrong."""
-    from wsbcn_mm import fuse
-    from wsbcn_mm.openmmlab import config, export, inference
+    from wsbcn_mm import folding
+    from wsbcn_mm.openmmlab import config
+    from wsbcn_mm.openmmlab.deploy import inference
+    from wsbcn_mm.openmmlab.deploy import onnx as export
 
     for name in ('onnx', 'onnxscript', 'onnxruntime'):
         __import__(name)
@@ -58,7 +62,7 @@ def export(args: argparse.Namespace) -> None:
     config.check_checkpoint_file(args.checkpoint)
     model = inference.load_model(cfg, args.checkpoint)
     image = inference.random_image(*args.shape)
-    steps = fuse.plan(model, run=inference.run_on(cfg, image))
+    steps = folding.plan(model, run=inference.run_on(cfg, image))
     print(steps)
     folded = steps.apply(model, plain=True)
     folded.requires_grad_(False)

@@ -30,13 +30,19 @@ def parse_args() -> argparse.Namespace:
         '--images', nargs='+', metavar='FILE', help='compare on these; default: two random images'
     )
     parser.add_argument(
-        '--shape', nargs=2, type=int, default=(256, 320), metavar=('H', 'W'),
+        '--shape',
+        nargs=2,
+        type=int,
+        default=(256, 320),
+        metavar=('H', 'W'),
         help='size of the random images; default: 256 320',
-    )  # fmt: skip
+    )
     parser.add_argument(
-        '--tolerance', type=float, default=1e-5,
+        '--tolerance',
+        type=float,
+        default=1e-5,
         help='largest error allowed, relative to the largest value; default: %(default)s',
-    )  # fmt: skip
+    )
     parser.add_argument(
         '--evaluate', action='store_true', help='evaluate both models on the test data first'
     )
@@ -48,7 +54,7 @@ def read_images(args: argparse.Namespace) -> dict:
     """Images to compare on, by name."""
     import mmcv
 
-    from wsbcn_mm.openmmlab.inference import random_image
+    from wsbcn_mm.openmmlab.deploy.inference import random_image
 
     if not args.images:
         return {f'random image {seed}': random_image(*args.shape, seed) for seed in range(2)}
@@ -95,8 +101,9 @@ def convert(args: argparse.Namespace) -> None:
     from mmcv.cnn import fuse_conv_bn
     from mmengine.config import Config
 
-    from wsbcn_mm import fuse
-    from wsbcn_mm.openmmlab import config, inference, stock
+    from wsbcn_mm import folding
+    from wsbcn_mm.openmmlab import config
+    from wsbcn_mm.openmmlab.deploy import inference, stock
 
     cfg = config.load_config(args.config, args.cfg_options)
     config.check_checkpoint_file(args.checkpoint)
@@ -105,7 +112,7 @@ def convert(args: argparse.Namespace) -> None:
     images = read_images(args)
     checkpoint = inference.read_checkpoint(args.checkpoint)
     model = inference.load_model(cfg, checkpoint)
-    steps = fuse.plan(model, run=inference.run_on(cfg, next(iter(images.values()))))
+    steps = folding.plan(model, run=inference.run_on(cfg, next(iter(images.values()))))
     print(steps)
     stock_cfg, stock_model = stock.stock_model(cfg, model, steps)
     candidates = {'written': stock_model, 'wsbcn_mm.fold': steps.apply(model)}
@@ -139,9 +146,10 @@ def convert(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(dir=args.output, prefix='.') as folder:
         weights = Path(folder) / f'{stem}.pth'
         meta = {
-            key: value for key, value in checkpoint.get('meta', {}).items()
+            key: value
+            for key, value in checkpoint.get('meta', {}).items()
             if key in ('dataset_meta', 'epoch', 'iter')
-        }  # fmt: skip
+        }
         meta['cfg'] = stock_cfg.pretty_text
         torch.save(dict(meta=meta, state_dict=stock_model.state_dict()), weights)
         files = [weights, *stock.write_config(stock_cfg, Path(folder) / f'{stem}.py')]

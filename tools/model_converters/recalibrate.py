@@ -21,10 +21,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--batch-size', type=int, default=1, help='images per forward call')
     parser.add_argument('--passes', type=int, default=4, help='the most passes over the images')
     parser.add_argument(
-        '--keep-function', action='store_true',
+        '--keep-function',
+        action='store_true',
         help='batch_weight and batch_bias follow the statistics: the model computes what it did '
         'before (after a conversion from GN + WS)',
-    )  # fmt: skip
+    )
     command_line.add_config_options(parser)
     command_line.add_launcher(parser)
     args = command_line.parse(parser)
@@ -40,14 +41,15 @@ def run(args: argparse.Namespace) -> None:
     from mmengine.registry import MODELS, init_default_scope
     from mmengine.runner.checkpoint import load_state_dict
 
-    from wsbcn_mm.openmmlab import config, files, launch, recalibration
-    from wsbcn_mm.openmmlab.checkpoint import (
+    from wsbcn_mm.openmmlab import config, files, launch
+    from wsbcn_mm.openmmlab.checkpoints import (
         CheckpointMismatch,
         missing_tensors,
         read_checkpoint,
         settings_unlike,
         state_dict_of,
     )
+    from wsbcn_mm.openmmlab.measure import recalibration
 
     cfg = config.load_config(args.config, args.cfg_options)
     checkpoint = read_checkpoint(args.checkpoint)
@@ -80,9 +82,13 @@ def run(args: argparse.Namespace) -> None:
     load_state_dict(target, state, strict=False, logger='silent')
     batches = recalibration.loader(dataset, args.num_images, args.batch_size)
     done = recalibration.recalibrate_model(
-        model, batches, args.passes, progress=True, keep_function=args.keep_function,
+        model,
+        batches,
+        args.passes,
+        progress=True,
+        keep_function=args.keep_function,
         backbone=backbone,
-    )  # fmt: skip
+    )
     if get_dist_info()[0] != 0:
         return
     keys = recalibration.write_statistics(target, checkpoint, args.keep_function)

@@ -19,12 +19,19 @@ from diagnosis_page import OTHER, THIS, plot_channels, plot_singularities  # noq
 from experiments import grid as grids  # noqa: E402
 
 COLOURS = {
-    'BN': '#7a7a7a', 'GN': '#d98032', 'GN + WS': '#b33f62', 'BN + WS': '#4c4c4c',
-    'BCN + WS (estimate)': '#0a6c74', 'BCN + WS (batch)': '#6fb7bd', 'BCN': '#3f7cac',
-}  # fmt: skip
+    'BN': '#7a7a7a',
+    'GN': '#d98032',
+    'GN + WS': '#b33f62',
+    'BN + WS': '#4c4c4c',
+    'BCN + WS (estimate)': '#0a6c74',
+    'BCN + WS (batch)': '#6fb7bd',
+    'BCN': '#3f7cac',
+}
 METRICS = {
-    'test': 'test', 'val': 'validation', 'test_recalibrated': 'test, statistics averaged anew',
-}  # fmt: skip
+    'test': 'test',
+    'val': 'validation',
+    'test_recalibrated': 'test, statistics averaged anew',
+}
 
 
 class Study:
@@ -115,9 +122,13 @@ def search_table(study: Study, task: str) -> str:
             seed = grids.seeds(study.grid, task)[0]
             found = [study.results.get(grids.spec(study.grid, cell, lr, seed)) for lr in lrs]
             texts = [
-                '' if r is None else 'diverged' if r['diverged'] else
-                f'{100 * r["metrics"]["val"]:.1f}' for r in found
-            ]  # fmt: skip
+                ''
+                if r is None
+                else 'diverged'
+                if r['diverged']
+                else f'{100 * r["metrics"]["val"]:.1f}'
+                for r in found
+            ]
             if any(texts):
                 lines.append(f'| {row} | {count} | ' + ' | '.join(texts) + ' |')
     return '\n'.join(lines)
@@ -158,8 +169,12 @@ def bars(study: Study) -> str:
                 continue
             difference = statistics.mean(ours) - statistics.mean(theirs)
             spread = max(statistics.stdev(ours), statistics.stdev(theirs))
-            verdict = 'better' if difference > spread else 'worse' if -difference > spread else (
-                'within the spread'
+            verdict = (
+                'better'
+                if difference > spread
+                else 'worse'
+                if -difference > spread
+                else ('within the spread')
             )
             name = f'{row} at {count} image{"s" * (count > 1)}'
             lines.append(f'| {task} | {name} | {difference:+.1f} | {spread:.1f} | {verdict} |')
@@ -170,8 +185,9 @@ def tables(study: Study) -> str:
     """All tables as Markdown."""
     parts = [
         '<!-- Made by tools/study/make_report.py from the records: do not edit. -->',
-        '## BCN + WS at one image per step', bars(study),
-    ]  # fmt: skip
+        '## BCN + WS at one image per step',
+        bars(study),
+    ]
     for task in study.tasks():
         records = [r for cell in study.of(task) for r in study.records(cell)]
         parts.append(f'## {task}')

@@ -41,8 +41,9 @@ def block(inputs: int, outputs: int, stride: int = 1, dilation: int = 1) -> nn.S
     """WS convolution, BCN, ReLU."""
     return nn.Sequential(
         WSConv2d(inputs, outputs, 3, stride, dilation, dilation, bias=False),
-        BatchChannelNorm2d(outputs, 8), nn.ReLU(inplace=True),
-    )  # fmt: skip
+        BatchChannelNorm2d(outputs, 8),
+        nn.ReLU(inplace=True),
+    )
 
 
 class Segmenter(nn.Module):
@@ -150,9 +151,12 @@ def run(policy: str, seed: int, train: tuple, val: tuple, images: int) -> dict:
     recalibrate(model, train[0][:100].split(1), passes=2)
     anew = mean_iou(model, val, classes)
     return dict(
-        policy=policy, seed=seed, miou=100 * score, recalibrated=100 * anew,
+        policy=policy,
+        seed=seed,
+        miou=100 * score,
+        recalibrated=100 * anew,
         loss=statistics.mean(losses[-len(losses) // 5 :]),
-    )  # fmt: skip
+    )
 
 
 def table(results: list[dict], title: str) -> str:

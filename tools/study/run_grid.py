@@ -51,8 +51,10 @@ def main(arguments: list[str] | None = None) -> None:
                         continue
                     print(
                         f'{run["task"]} | {run["row"]} | {run["images_per_step"]} images | '
-                        f'lr {run["lr"]:g} | seed {run["seed"]}', end=' ... ', flush=True,
-                    )  # fmt: skip
+                        f'lr {run["lr"]:g} | seed {run["seed"]}',
+                        end=' ... ',
+                        flush=True,
+                    )
                     if run['dataset'] in detection.DATASETS:
                         record = detection.run(run, report)
                     else:

@@ -15,9 +15,18 @@ sys.path[:0] = [str(HERE), str(HERE.parents[1])]  # also from a clone not instal
 
 IMAGES = 32
 MEASURES = (
-    'step', 'loss', 'dead_channels', 'singularity_distance', 'stat_spread', 'mean_gap',
-    'drift_share', 'loss_range', 'predictiveness', 'beta', 'gradient_ratio',
-)  # fmt: skip
+    'step',
+    'loss',
+    'dead_channels',
+    'singularity_distance',
+    'stat_spread',
+    'mean_gap',
+    'drift_share',
+    'loss_range',
+    'predictiveness',
+    'beta',
+    'gradient_ratio',
+)
 ROWS = ('BN', 'GN', 'GN + WS', 'BCN + WS (estimate)')
 
 
@@ -75,10 +84,13 @@ def trace(task, run: dict, points: int) -> dict[str, list]:
             model.zero_grad()
         ratios = [g.ratio for g in observer.layers().values() if g.ratio is not None]
         values.update(
-            step=step, loss=there.loss, loss_range=there.loss_range, beta=there.beta,
+            step=step,
+            loss=there.loss,
+            loss_range=there.loss_range,
+            beta=there.beta,
             predictiveness=max(there.gradient_distances) / there.gradient_norm,
             gradient_ratio=sum(ratios) / len(ratios) if ratios else None,
-        )  # fmt: skip
+        )
         for name in MEASURES:
             found[name].append(values.get(name))
 

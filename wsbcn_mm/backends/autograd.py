@@ -48,13 +48,31 @@ def batch_channel_norm(
     parameters = (batch_weight, batch_bias, weight, bias)
     if _has_nodes(backend) and not from_batch and x.numel() > 0:
         return torch.ops.wsbcn_mm.batch_channel_norm.default(
-            x, *parameters, running_mean, running_var, num_groups, update, momentum, rate, eps,
+            x,
+            *parameters,
+            running_mean,
+            running_var,
+            num_groups,
+            update,
+            momentum,
+            rate,
+            eps,
             counts,
-        )  # fmt: skip
+        )
     arguments = (
-        x, *parameters, running_mean, running_var, backend, num_groups, from_batch, update,
-        momentum, rate, counts, eps,
-    )  # fmt: skip
+        x,
+        *parameters,
+        running_mean,
+        running_var,
+        backend,
+        num_groups,
+        from_batch,
+        update,
+        momentum,
+        rate,
+        counts,
+        eps,
+    )
     if torch.is_grad_enabled():
         return _Normalize.apply(*arguments)
     if not training and x.numel() > 0:
@@ -95,9 +113,22 @@ def _has_nodes(backend: str) -> bool:
 
 
 def _normalize(
-    x, batch_weight, batch_bias, weight, bias, running_mean, running_var, backend, num_groups,
-    from_batch, update, momentum, rate, counts, eps,
-):  # fmt: skip
+    x,
+    batch_weight,
+    batch_bias,
+    weight,
+    bias,
+    running_mean,
+    running_var,
+    backend,
+    num_groups,
+    from_batch,
+    update,
+    momentum,
+    rate,
+    counts,
+    eps,
+):
     """The result, followed by the statistics that the backward pass needs."""
     if x.numel() == 0:
         return (torch.empty_like(x),)
@@ -106,9 +137,14 @@ def _normalize(
     if from_batch:
         m, q = kernels.row_moments(x)
         mean, var = _update_from_batch(
-            m, q, x.numel() // x.size(1), running_mean, running_var,
-            momentum if rate is None else rate, counts,
-        )  # fmt: skip
+            m,
+            q,
+            x.numel() // x.size(1),
+            running_mean,
+            running_var,
+            momentum if rate is None else rate,
+            counts,
+        )
         y, *group = kernels.normalize(x, m, q, mean, var, num_groups, *affine, eps)
         return y, m, q, mean, var, *group
     results = kernels.normalize_with_estimates(
@@ -144,9 +180,17 @@ class _Normalize(torch.autograd.Function):
             affine_size = max([0] + [p.numel() for p in (weight, bias) if p is not None])
             kernels = backends.BACKENDS[ctx.backend].kernels()
             gradients = kernels.normalize_backward(
-                _dense_as(grad, x), x, *statistics, batch_weight, batch_bias, weight,
-                ctx.num_groups, affine_size, ctx.eps, ctx.from_batch,
-            )  # fmt: skip
+                _dense_as(grad, x),
+                x,
+                *statistics,
+                batch_weight,
+                batch_bias,
+                weight,
+                ctx.num_groups,
+                affine_size,
+                ctx.eps,
+                ctx.from_batch,
+            )
             gradients = [None if i is None else _like(g, i) for i, g in zip(inputs, gradients)]
         return *gradients, *[None] * 10
 
@@ -167,9 +211,7 @@ def _update_from_batch(m, q, count, running_mean, running_var, momentum, counts)
     return mean, var
 
 
-def _normalize_twice(
-    grad, x, batch_weight, batch_bias, weight, bias, mean, var, num_groups, eps
-):
+def _normalize_twice(grad, x, batch_weight, batch_bias, weight, bias, mean, var, num_groups, eps):
     """Differentiable gradients of those inputs that require one; mean None: the batch's own."""
     dtype = accumulation_dtype(x.dtype)
     # Aliases: x may itself depend on the parameters (a shared layer), and a gradient with respect
@@ -200,7 +242,7 @@ class _Standardize(torch.autograd.Function):
         kernels = backends.BACKENDS[backend].kernels()
         w_hat, mean, sigma = kernels.standardize(weight, eps, formula, dtype)
         # Not save_for_backward, which allows a single backward pass and counts for activation
-        # checkpointing: `wsbcn_mm.weight_cache` gives the same node to several graphs. Torch's
+        # checkpointing: the weight cache gives the same node to several graphs. Torch's
         # check for edits is then ours to make; compiled code checks for itself.
         ctx.saved = weight, mean, sigma
         ctx.version = None if torch.compiler.is_compiling() else weight._version
@@ -213,7 +255,7 @@ class _Standardize(torch.autograd.Function):
         if ctx.version is not None and weight._version != ctx.version:
             raise RuntimeError(
                 'a weight was modified by an inplace operation between the forward pass that '
-                'standardized it and the backward pass\n  call backward() before the optimizer\'s '
+                "standardized it and the backward pass\n  call backward() before the optimizer's "
                 'step and before editing weights'
             )
         if torch.is_grad_enabled():

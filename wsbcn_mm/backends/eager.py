@@ -38,9 +38,20 @@ def row_moments(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def normalize_with_estimates(
-    x, num_groups, running_mean, running_var, batch_weight, batch_bias, weight, bias, update,
-    momentum, rate, eps, counts=None,
-):  # fmt: skip
+    x,
+    num_groups,
+    running_mean,
+    running_var,
+    batch_weight,
+    batch_bias,
+    weight,
+    bias,
+    update,
+    momentum,
+    rate,
+    eps,
+    counts=None,
+):
     m, q = row_moments(x)
     if update:
         mean, var = torch.ops.wsbcn_mm.update_estimates(
@@ -54,9 +65,7 @@ def normalize_with_estimates(
     return y, m, q, mean, var, *group_statistics
 
 
-def evaluate(
-    x, num_groups, running_mean, running_var, batch_weight, batch_bias, weight, bias, eps
-):
+def evaluate(x, num_groups, running_mean, running_var, batch_weight, batch_bias, weight, bias, eps):
     affine = (batch_weight, batch_bias, weight, bias)
     return normalize_with_estimates(
         x, num_groups, running_mean, running_var, *affine, False, 0.0, None, eps
@@ -85,9 +94,22 @@ def normalize(x, m, q, mean, var, num_groups, batch_weight, batch_bias, weight, 
 
 
 def normalize_backward(
-    grad, x, m, q, mean, var, group_mean, inv_group_std, batch_weight, batch_bias, weight,
-    num_groups, affine_size, eps, through_statistics,
-):  # fmt: skip
+    grad,
+    x,
+    m,
+    q,
+    mean,
+    var,
+    group_mean,
+    inv_group_std,
+    batch_weight,
+    batch_bias,
+    weight,
+    num_groups,
+    affine_size,
+    eps,
+    through_statistics,
+):
     length = x[0, 0].numel()
     rows, g = _rows(x), _rows(grad).to(m.dtype)
     dims = list(range(2, rows.dim()))

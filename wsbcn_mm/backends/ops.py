@@ -103,9 +103,7 @@ _library.define(
     'normalize_twice(Tensor grad, Tensor x, Tensor? batch_weight, Tensor? batch_bias, '
     'Tensor? weight, Tensor? bias, Tensor mean, Tensor var, int num_groups, float eps) -> Tensor[]'
 )
-_library.define(
-    'standardize_twice(Tensor grad, Tensor weight, float eps, str formula) -> Tensor'
-)
+_library.define('standardize_twice(Tensor grad, Tensor weight, float eps, str formula) -> Tensor')
 
 
 def implement_twice(normalize_twice: Callable, standardize_twice: Callable) -> None:
@@ -160,9 +158,14 @@ def _update_estimates(m, q, running_mean, running_var, momentum, rate, counts=No
 
 
 def move_towards(
-    mean: Tensor, var: Tensor, running_mean: Tensor, running_var: Tensor, rate: float | Tensor,
-    counts: Tensor | None = None, samples: int = 0,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    mean: Tensor,
+    var: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    rate: float | Tensor,
+    counts: Tensor | None = None,
+    samples: int = 0,
+) -> tuple[Tensor, Tensor]:
     """Moves the buffers by ``rate`` towards ``mean`` and ``var``, in place.
 
     Args:
@@ -198,8 +201,23 @@ def _(x, m, q, mean, var, num_groups, *_):
 
 
 @torch.library.register_fake(f'{NAMESPACE}::normalize_backward', lib=_library)
-def _(grad, x, m, q, mean, var, group_mean, inv_group_std, batch_weight, batch_bias, weight,
-      num_groups, affine_size, eps, through_statistics):  # fmt: skip
+def _(
+    grad,
+    x,
+    m,
+    q,
+    mean,
+    var,
+    group_mean,
+    inv_group_std,
+    batch_weight,
+    batch_bias,
+    weight,
+    num_groups,
+    affine_size,
+    eps,
+    through_statistics,
+):
     outer = (m.new_empty(affine_size), m.new_empty(affine_size))
     return torch.empty_like(x), _channels(x), _channels(x), *outer
 

@@ -16,9 +16,13 @@ from wsbcn_mm.backends.autograd import _dense, _dense_as, _like, row_moments
 
 @torch.no_grad()
 def update_estimates(
-    x: Tensor, running_mean: Tensor, running_var: Tensor, rate: float | Tensor, counts: Tensor,
+    x: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    rate: float | Tensor,
+    counts: Tensor,
     ranks,
-) -> None:  # fmt: skip
+) -> None:
     """Estimate mode: updates the estimates with the samples of all ranks, in place.
 
     The same as `wsbcn_mm.reference.update_estimates` of all inputs in one batch, whatever their
@@ -49,10 +53,19 @@ def update_estimates(
 
 
 def batch_norm_over_ranks(
-    x: Tensor, num_groups: int, running_mean: Tensor, running_var: Tensor,
-    batch_weight: Tensor | None, batch_bias: Tensor | None, weight: Tensor | None,
-    bias: Tensor | None, rate: float | Tensor, eps: float, counts: Tensor, ranks,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    num_groups: int,
+    running_mean: Tensor,
+    running_var: Tensor,
+    batch_weight: Tensor | None,
+    batch_bias: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    rate: float | Tensor,
+    eps: float,
+    counts: Tensor,
+    ranks,
+) -> Tensor:
     """Batch mode with the statistics of all ranks, gradients included: SyncBN, then stage 2.
 
     Values, not samples, have the same weight, as in BatchNorm. One collective forward (2 C + 1
@@ -74,9 +87,19 @@ def batch_norm_over_ranks(
         ranks: Talks to the other ranks.
     """
     return _BatchOverRanks.apply(
-        _dense(x), batch_weight, batch_bias, weight, bias, running_mean, running_var, num_groups,
-        rate, eps, counts, ranks,
-    )  # fmt: skip
+        _dense(x),
+        batch_weight,
+        batch_bias,
+        weight,
+        bias,
+        running_mean,
+        running_var,
+        num_groups,
+        rate,
+        eps,
+        counts,
+        ranks,
+    )
 
 
 def _joined(values: Tensor, ranks) -> tuple[Tensor, Tensor, Tensor]:
@@ -91,8 +114,21 @@ def _joined(values: Tensor, ranks) -> tuple[Tensor, Tensor, Tensor]:
 
 class _BatchOverRanks(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, batch_weight, batch_bias, weight, bias, running_mean, running_var,
-                num_groups, rate, eps, counts, ranks):  # fmt: skip
+    def forward(
+        ctx,
+        x,
+        batch_weight,
+        batch_bias,
+        weight,
+        bias,
+        running_mean,
+        running_var,
+        num_groups,
+        rate,
+        eps,
+        counts,
+        ranks,
+    ):
         kernels = backends.BACKENDS[backends.select(x)].kernels()
         ctx.kernels, ctx.num_groups, ctx.eps, ctx.ranks = kernels, num_groups, eps, ranks
         m = q = x.new_zeros((0, x.size(1)), dtype=ops.accumulation_dtype(x.dtype))
@@ -132,9 +168,21 @@ class _BatchOverRanks(torch.autograd.Function):
         var, total, m, q, *group = saved
         affine_size = max([0] + [p.numel() for p in (weight, bias) if p is not None])
         gradients = ctx.kernels.normalize_backward(
-            _dense_as(grad, x), x, m, q, mean, var, *group, batch_weight, batch_bias, weight,
-            ctx.num_groups, affine_size, ctx.eps, False,
-        )  # fmt: skip
+            _dense_as(grad, x),
+            x,
+            m,
+            q,
+            mean,
+            var,
+            *group,
+            batch_weight,
+            batch_bias,
+            weight,
+            ctx.num_groups,
+            affine_size,
+            ctx.eps,
+            False,
+        )
         # BatchNorm's own two terms: through the mean and the variance, of all ranks.
         sum_weight, sum_bias = ctx.ranks.sum(list(gradients[1:3]))
         inv_std = (var + ctx.eps).rsqrt()
@@ -146,4 +194,3 @@ class _BatchOverRanks(torch.autograd.Function):
         grad_x = (gradients[0] + centred.mul_(slope).add_(shift)).to(x.dtype)
         gradients = (grad_x, *gradients[1:])
         return *(None if i is None else _like(g, i) for i, g in zip(inputs, gradients)), *[None] * 7
-

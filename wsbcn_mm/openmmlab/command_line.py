@@ -17,17 +17,21 @@ USER_ERRORS = (ValueError, ImportError, OSError, compat.DataError)
 def add_config_options(parser: argparse.ArgumentParser) -> None:
     """Adds ``--cfg-options``."""
     parser.add_argument(
-        '--cfg-options', nargs='+', action=DictAction,
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
         help='override settings of the config: a.b.c=value, key="[a,b]", key="[(a,b),(c,d)]"',
-    )  # fmt: skip
+    )
 
 
 def add_launcher(parser: argparse.ArgumentParser) -> None:
     """Adds ``--launcher`` and the ``--local-rank`` that torch.distributed.launch passes."""
     parser.add_argument(
-        '--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none',
+        '--launcher',
+        choices=['none', 'pytorch', 'slurm', 'mpi'],
+        default='none',
         help='how the processes were started',
-    )  # fmt: skip
+    )
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from mmengine.config import Config, ConfigDict
 
-from wsbcn_mm.openmmlab import checkpoint, compat
+from wsbcn_mm.openmmlab import checkpoints as checkpoint
+from wsbcn_mm.openmmlab import compat
 from wsbcn_mm.openmmlab.files import damage, latest_complete
 
 PACKAGE_OF_SCOPE = {'mmdet': 'mmdet', 'mmseg': 'mmseg', 'mmpretrain': 'mmpretrain'}

@@ -5,8 +5,8 @@
 
 from mmengine.registry import MODELS
 
-from wsbcn_mm import comparators, layers
-from wsbcn_mm.openmmlab import micro_bn  # noqa: F401  registers
+from wsbcn_mm import layers
+from wsbcn_mm.layers import comparators
 
 for names, layer in {
     ('WSConv1d',): layers.WSConv1d,

@@ -1,8 +1,6 @@
 # ResNet-101, pretrained with GN for Detectron, which feeds BGR images and divides by nothing.
 start = dict(
-    data_preprocessor=dict(
-        mean=[103.530, 116.280, 123.675], std=[1.0, 1.0, 1.0], bgr_to_rgb=False
-    ),
+    data_preprocessor=dict(mean=[103.530, 116.280, 123.675], std=[1.0, 1.0, 1.0], bgr_to_rgb=False),
     backbone=dict(
         depth=101,
         init_cfg=dict(type='Pretrained', checkpoint='open-mmlab://detectron/resnet101_gn'),

@@ -2,7 +2,9 @@
 start = dict(
     backbone=dict(
         type='ResNeXt',
-        depth=101, groups=32, base_width=4,
+        depth=101,
+        groups=32,
+        base_width=4,
         init_cfg=None,
         norm_eval=False,
         frozen_stages=-1,

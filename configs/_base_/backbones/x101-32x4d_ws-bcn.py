@@ -7,7 +7,9 @@
 start = dict(
     backbone=dict(
         type='ResNeXt',
-        depth=101, groups=32, base_width=4,
+        depth=101,
+        groups=32,
+        base_width=4,
         norm_cfg=dict(affine='channel'),
         conv_cfg=dict(formula='std_eps'),
         init_cfg=dict(type='Pretrained', checkpoint='checkpoints/resnext101_32x4d_ws-bcn.pth'),

@@ -2,7 +2,9 @@
 start = dict(
     backbone=dict(
         type='ResNeXt',
-        depth=101, groups=32, base_width=4,
+        depth=101,
+        groups=32,
+        base_width=4,
         conv_cfg=dict(formula='std_eps'),
         init_cfg=dict(type='Pretrained', checkpoint='open-mmlab://jhu/resnext101_32x4d_gn_ws'),
     )

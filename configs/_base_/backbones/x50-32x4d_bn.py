@@ -2,7 +2,9 @@
 start = dict(
     backbone=dict(
         type='ResNeXt',
-        depth=50, groups=32, base_width=4,
+        depth=50,
+        groups=32,
+        base_width=4,
         init_cfg=dict(type='Pretrained', checkpoint='open-mmlab://resnext50_32x4d'),
     )
 )

@@ -6,7 +6,9 @@
 start = dict(
     backbone=dict(
         type='ResNeXt',
-        depth=50, groups=32, base_width=4,
+        depth=50,
+        groups=32,
+        base_width=4,
         conv_cfg=dict(formula='var_eps'),
         init_cfg=dict(type='Pretrained', checkpoint='checkpoints/resnext50_32x4d_ws-bcn.pth'),
     )

@@ -4,7 +4,12 @@ val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 param_scheduler = [
     dict(
-        type='PolyLR', eta_min=0.0, power=0.9, begin=0, end=50, by_epoch=True,
+        type='PolyLR',
+        eta_min=0.0,
+        power=0.9,
+        begin=0,
+        end=50,
+        by_epoch=True,
         convert_to_iter_based=True,
     )
 ]

@@ -76,8 +76,12 @@ def config(run: dict, folder: str | Path) -> Config:
     norm = loop.norm_config(run['norm'], 1)
     roi_norm = loop.norm_config(run.get('roi_norm', run['norm']), 1)
     model, heads = cfg.model, cfg.model.roi_head
-    norms = ((model.backbone, norm), (model.neck, norm), (heads.bbox_head, roi_norm),
-             (heads.mask_head, roi_norm))  # fmt: skip
+    norms = (
+        (model.backbone, norm),
+        (model.neck, norm),
+        (heads.bbox_head, roi_norm),
+        (heads.mask_head, roi_norm),
+    )
     for part, norm_cfg in norms:
         part.norm_cfg, part.conv_cfg = copy.deepcopy(norm_cfg), copy.deepcopy(run['conv'])
     arguments, count = run['arguments'], run['images_per_step']
@@ -143,16 +147,19 @@ def _use_nuclei(cfg: Config, root: Path, arguments: dict, folder: Path) -> None:
     load, annotate, *_ = cfg.train_dataloader.dataset.pipeline
     for split in ('train', 'val', 'test'):
         cfg[f'{split}_dataloader'].dataset.update(
-            type='CocoDataset', data_root=str(root), data_prefix=dict(img='images/'),
+            type='CocoDataset',
+            data_root=str(root),
+            data_prefix=dict(img='images/'),
             metainfo=dict(classes=('nucleus',)),
-        )  # fmt: skip
+        )
     size = (arguments['crop'], arguments['crop'])
     cfg.train_dataloader.dataset.pipeline = [
-        load, annotate,
+        load,
+        annotate,
         dict(type='RandomCrop', crop_size=size, allow_negative_crop=True),
         dict(type='RandomFlip', prob=0.5, direction=['horizontal', 'vertical']),
         dict(type='PackDetInputs'),
-    ]  # fmt: skip
+    ]
     for split in ('val', 'test'):  # changes nothing, but notes the scale
         cfg[f'{split}_dataloader'].dataset.pipeline[1].update(scale=(256, 256))
     # The rate is chosen on images held out of the training; images of one size keep it short.
@@ -178,10 +185,15 @@ def run(run: dict, report: Callable[[str], None] = lambda text: None) -> dict:
         runner.train()
         metrics = {} if recorder.diverged else evaluate(runner, run['images_per_step'])
     record = dict(
-        run, metric='segm mAP', steps=recorder.steps, diverged=recorder.diverged,
-        curve=recorder.curve, singularities=recorder.watched, metrics=metrics,
+        run,
+        metric='segm mAP',
+        steps=recorder.steps,
+        diverged=recorder.diverged,
+        curve=recorder.curve,
+        singularities=recorder.watched,
+        metrics=metrics,
         **loop.circumstances(runner.model, started, cpu),
-    )  # fmt: skip
+    )
     report(f'{record["metrics"]} in {record["cpu_seconds"]:.1f} s')
     return loop.plain(record)
 

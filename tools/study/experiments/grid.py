@@ -76,8 +76,9 @@ def spec(grid: dict, cell: Cell, lr: float, seed: int) -> dict:
     task, row = grid['tasks'][cell.task], grid['rows'][cell.row]
     norms = {
         part: {k: task['num_groups'] if v == 'task' else v for k, v in row[part].items()}
-        for part in ('norm', 'roi_norm') if part in row
-    }  # fmt: skip
+        for part in ('norm', 'roi_norm')
+        if part in row
+    }
     return dict(
         task=cell.task,
         row=cell.row,

@@ -47,8 +47,10 @@ def run(
     rest = [p for p in model.parameters() if p.dim() <= 1]
     optimizer = torch.optim.SGD(
         [dict(params=decayed, weight_decay=spec['weight_decay']), dict(params=rest)],
-        lr, momentum=0.9, fused=True,
-    )  # fmt: skip
+        lr,
+        momentum=0.9,
+        fused=True,
+    )
     # Whole steps of 8: every column sees the same images, the same number of times.
     per_epoch = task.num_train // 8 * 8
     steps = spec['epochs'] * per_epoch // count

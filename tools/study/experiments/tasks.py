@@ -95,7 +95,7 @@ class Digits(Task):
         self._data = {
             name: (images[part], labels[part])
             for name, part in zip(('train', 'val', 'test'), parts)
-        }  # fmt: skip
+        }
         self.num_train, self._blocks, self._width = num_train, blocks, width
 
     def build(self, norm: dict, conv: dict | None) -> nn.Module:
@@ -136,16 +136,35 @@ class DeepLabV3(nn.Module):
     def __init__(self, norm: dict, conv: dict | None, classes: int, width: int, head: int) -> None:
         super().__init__()
         layers = dict(norm_cfg=norm, conv_cfg=conv)
-        self.backbone = MODELS.build(dict(
-            type='mmseg.ResNet', depth=18, stem_channels=2 * width, base_channels=width,
-            num_stages=3, strides=(1, 2, 1), dilations=(1, 1, 2), out_indices=(2,),
-            norm_eval=False, init_cfg=None, **layers,
-        ))  # fmt: skip
-        self.head = MODELS.build(dict(
-            type='mmseg.ASPPHead', in_channels=4 * width, in_index=0, channels=head,
-            dilations=(1, 3, 6, 9), num_classes=classes, dropout_ratio=0, align_corners=False,
-            loss_decode=dict(type='mmseg.CrossEntropyLoss'), **layers,
-        ))  # fmt: skip
+        self.backbone = MODELS.build(
+            dict(
+                type='mmseg.ResNet',
+                depth=18,
+                stem_channels=2 * width,
+                base_channels=width,
+                num_stages=3,
+                strides=(1, 2, 1),
+                dilations=(1, 1, 2),
+                out_indices=(2,),
+                norm_eval=False,
+                init_cfg=None,
+                **layers,
+            )
+        )
+        self.head = MODELS.build(
+            dict(
+                type='mmseg.ASPPHead',
+                in_channels=4 * width,
+                in_index=0,
+                channels=head,
+                dilations=(1, 3, 6, 9),
+                num_classes=classes,
+                dropout_ratio=0,
+                align_corners=False,
+                loss_decode=dict(type='mmseg.CrossEntropyLoss'),
+                **layers,
+            )
+        )
         if norm['type'] in ('BN', 'IN'):
             self.head.image_pool[1] = ConvModule(4 * width, head, 1)
         self.backbone.init_weights()

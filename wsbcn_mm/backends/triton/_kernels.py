@@ -17,9 +17,19 @@ import triton.language as tl
 
 # A size that is 1 or divisible by 16 must not compile a kernel anew: images come in every size.
 _SIZES = (
-    'samples', 'channels', 'groups', 'length', 'tiles', 'splits', 'weight_repeat', 'bias_repeat',
-    'running_mean_stride', 'running_var_stride', 'momentum', 'eps',
-)  # fmt: skip
+    'samples',
+    'channels',
+    'groups',
+    'length',
+    'tiles',
+    'splits',
+    'weight_repeat',
+    'bias_repeat',
+    'running_mean_stride',
+    'running_var_stride',
+    'momentum',
+    'eps',
+)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -106,9 +116,17 @@ def _union(index, count, mean, squares, AXIS: tl.constexpr):
 
 @triton.jit
 def _merged_moments(
-    means, variances, row, mask, length, tiles, splits, BLOCK_L: tl.constexpr,
-    BLOCK_K: tl.constexpr, dtype: tl.constexpr,
-):  # fmt: skip
+    means,
+    variances,
+    row,
+    mask,
+    length,
+    tiles,
+    splits,
+    BLOCK_L: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    dtype: tl.constexpr,
+):
     """Moments of the rows `row` (R,) from those of their chunks (N, C, K)."""
     k = tl.arange(0, BLOCK_K)[None, :]
     place = row[:, None] * splits + k

@@ -33,61 +33,141 @@ def row_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     if cut.splits > 1:
         blocks = _merge_blocks(m.numel(), cut)
         kernels.merge_moments[(triton.cdiv(m.numel(), blocks['BLOCK_R']),)](
-            *chunks, m, q, *m.shape, cut.length, cut.tiles, cut.splits,
-            BLOCK_L=cut.layout['BLOCK_L'], **blocks, num_warps=_warps(TILE),
-        )  # fmt: skip
+            *chunks,
+            m,
+            q,
+            *m.shape,
+            cut.length,
+            cut.tiles,
+            cut.splits,
+            BLOCK_L=cut.layout['BLOCK_L'],
+            **blocks,
+            num_warps=_warps(TILE),
+        )
     return m, q
 
 
 def normalize_with_estimates(
-    x: Tensor, num_groups: int, running_mean: Tensor, running_var: Tensor,
-    batch_weight: Tensor | None, batch_bias: Tensor | None, weight: Tensor | None,
-    bias: Tensor | None, update: bool, momentum: float, rate: Tensor | None, eps: float,
+    x: Tensor,
+    num_groups: int,
+    running_mean: Tensor,
+    running_var: Tensor,
+    batch_weight: Tensor | None,
+    batch_bias: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    update: bool,
+    momentum: float,
+    rate: Tensor | None,
+    eps: float,
     counts: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `wsbcn_mm.backends.ops`."""
     if rate is not None and rate.device != x.device:
         momentum, rate = rate.item(), None  # on the host, where reading it waits for nothing
     cut, chunks, m, q = _moments(x)
     mean, var = _empty(x, m.shape[1:]), _empty(x, m.shape[1:])
     y, *group_statistics = _normalize(
-        x, cut, chunks, m, q, (running_mean, running_var, rate, counts), mean, var, num_groups,
-        batch_weight, batch_bias, weight, bias, update, momentum, eps,
-    )  # fmt: skip
+        x,
+        cut,
+        chunks,
+        m,
+        q,
+        (running_mean, running_var, rate, counts),
+        mean,
+        var,
+        num_groups,
+        batch_weight,
+        batch_bias,
+        weight,
+        bias,
+        update,
+        momentum,
+        eps,
+    )
     return y, m, q, mean, var, *group_statistics
 
 
 def evaluate(
-    x: Tensor, num_groups: int, running_mean: Tensor, running_var: Tensor,
-    batch_weight: Tensor | None, batch_bias: Tensor | None, weight: Tensor | None,
-    bias: Tensor | None, eps: float,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    num_groups: int,
+    running_mean: Tensor,
+    running_var: Tensor,
+    batch_weight: Tensor | None,
+    batch_bias: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> Tensor:
     """See `wsbcn_mm.backends.ops`."""
     return normalize_with_estimates(
-        x, num_groups, running_mean, running_var, batch_weight, batch_bias, weight, bias, False,
-        0.0, None, eps,
-    )[0]  # fmt: skip
+        x,
+        num_groups,
+        running_mean,
+        running_var,
+        batch_weight,
+        batch_bias,
+        weight,
+        bias,
+        False,
+        0.0,
+        None,
+        eps,
+    )[0]
 
 
 def normalize(
-    x: Tensor, m: Tensor, q: Tensor, mean: Tensor, var: Tensor, num_groups: int,
-    batch_weight: Tensor | None, batch_bias: Tensor | None, weight: Tensor | None,
-    bias: Tensor | None, eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    m: Tensor,
+    q: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    num_groups: int,
+    batch_weight: Tensor | None,
+    batch_bias: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
     """See `wsbcn_mm.backends.ops`."""
     m, q, mean, var = _dense(m, q, mean, var)
     return _normalize(
-        x, _cut(x, REDUCING), (None, None), m, q, (None, None, None, None), mean, var, num_groups,
-        batch_weight, batch_bias, weight, bias, False, 0.0, eps,
-    )  # fmt: skip
+        x,
+        _cut(x, REDUCING),
+        (None, None),
+        m,
+        q,
+        (None, None, None, None),
+        mean,
+        var,
+        num_groups,
+        batch_weight,
+        batch_bias,
+        weight,
+        bias,
+        False,
+        0.0,
+        eps,
+    )
 
 
 def normalize_backward(
-    grad: Tensor, x: Tensor, m: Tensor, q: Tensor, mean: Tensor, var: Tensor, group_mean: Tensor,
-    inv_group_std: Tensor, batch_weight: Tensor | None, batch_bias: Tensor | None,
-    weight: Tensor | None, num_groups: int, affine_size: int, eps: float,
+    grad: Tensor,
+    x: Tensor,
+    m: Tensor,
+    q: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    group_mean: Tensor,
+    inv_group_std: Tensor,
+    batch_weight: Tensor | None,
+    batch_bias: Tensor | None,
+    weight: Tensor | None,
+    num_groups: int,
+    affine_size: int,
+    eps: float,
     through_statistics: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `wsbcn_mm.backends.ops`."""
     assert grad.is_contiguous(memory_format=_format(x)), 'grad must have the memory format of x'
     m, q, *statistics = _dense(m, q, mean, var, group_mean, inv_group_std)
@@ -105,12 +185,27 @@ def normalize_backward(
     group_means = _empty(x, (samples, num_groups)), _empty(x, (samples, num_groups))
     coefficients = _empty(x, m.shape), _empty(x, m.shape), _empty(x, m.shape)
     kernels.backward_algebra[(num_groups,)](
-        *chunks, *sums, m, q, *statistics, *_dense(batch_weight, batch_bias, weight),
-        *group_means, *inner, *(outer if affine_size else (None, None)), *coefficients, samples,
-        channels, num_groups, cut.length, cut.splits, _repeat(weight, channels), _bits(eps),
-        PER_CHANNEL=affine_size == channels, THROUGH_STATISTICS=through_statistics,
+        *chunks,
+        *sums,
+        m,
+        q,
+        *statistics,
+        *_dense(batch_weight, batch_bias, weight),
+        *group_means,
+        *inner,
+        *(outer if affine_size else (None, None)),
+        *coefficients,
+        samples,
+        channels,
+        num_groups,
+        cut.length,
+        cut.splits,
+        _repeat(weight, channels),
+        _bits(eps),
+        PER_CHANNEL=affine_size == channels,
+        THROUGH_STATISTICS=through_statistics,
         **_algebra_blocks(samples, channels // num_groups, cut),
-    )  # fmt: skip
+    )
 
     dx = torch.empty_like(x)
     cut = _cut(x, APPLYING)
@@ -157,9 +252,23 @@ def _moments(x: Tensor) -> tuple['_Cut', tuple, Tensor, Tensor]:
 
 
 def _normalize(
-    x, cut, chunks, m, q, estimates, mean, var, num_groups, batch_weight, batch_bias, weight, bias,
-    update, momentum, eps,
-):  # fmt: skip
+    x,
+    cut,
+    chunks,
+    m,
+    q,
+    estimates,
+    mean,
+    var,
+    num_groups,
+    batch_weight,
+    batch_bias,
+    weight,
+    bias,
+    update,
+    momentum,
+    eps,
+):
     """The algebra and the last pass. `chunks` are merged into m and q, and `estimates`, which are
     the running statistics and the rate, into mean and var; None: those are given.
     """
@@ -172,12 +281,33 @@ def _normalize(
     shares = 1 if update else triton.cdiv(samples, blocks['BLOCK_N'])
     running_mean, running_var, *_ = estimates
     kernels.forward_algebra[(num_groups, shares)](
-        *chunks, m, q, *estimates, mean, var, *_dense(batch_weight, batch_bias, weight, bias),
-        group_mean, inv_group_std, scale, shift, samples, channels, num_groups, cut.length,
-        cut.tiles, cut.splits, _stride(running_mean), _stride(running_var),
-        _repeat(weight, channels), _repeat(bias, channels), _bits(momentum), _bits(eps),
-        UPDATE=update, BLOCK_L=cut.layout['BLOCK_L'], **blocks,
-    )  # fmt: skip
+        *chunks,
+        m,
+        q,
+        *estimates,
+        mean,
+        var,
+        *_dense(batch_weight, batch_bias, weight, bias),
+        group_mean,
+        inv_group_std,
+        scale,
+        shift,
+        samples,
+        channels,
+        num_groups,
+        cut.length,
+        cut.tiles,
+        cut.splits,
+        _stride(running_mean),
+        _stride(running_var),
+        _repeat(weight, channels),
+        _repeat(bias, channels),
+        _bits(momentum),
+        _bits(eps),
+        UPDATE=update,
+        BLOCK_L=cut.layout['BLOCK_L'],
+        **blocks,
+    )
 
     y = torch.empty_like(x)
     cut = _cut(x, APPLYING)

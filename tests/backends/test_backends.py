@@ -1,0 +1,321 @@
+"""Choosing a backend, and what every operator must do beside being right (test_functional.py)."""
+
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+
+from wsbcn_mm import BatchChannelNorm2d, WSConv2d, backends, batch_channel_norm
+from wsbcn_mm.backends import cpu, eager
+
+needs_cpu_kernels = pytest.mark.skipif(cpu.unavailable() is not None, reason=f'{cpu.unavailable()}')
+LAYOUTS = {'rows': torch.contiguous_format, 'channels_last': torch.channels_last}
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+# ----------------------------------------------------------------------------------------------
+# Choosing
+
+
+@needs_cpu_kernels
+def test_cpu_tensors_get_the_cpu_kernels():
+    assert backends.select(torch.zeros(1)) == 'cpu'
+    assert backends.select(torch.zeros(1, device='meta')) == 'eager'
+
+
+def test_use_backend_is_undone_also_after_an_error():
+    before = backends.select(torch.zeros(1))
+    with pytest.raises(KeyError), backends.use_backend('eager'):
+        assert backends.select(torch.zeros(1)) == 'eager'
+        raise KeyError
+    assert backends.select(torch.zeros(1)) == before
+
+
+def test_an_unknown_backend_is_an_error():
+    with pytest.raises(ValueError, match='must be one of cpu, triton, eager\n  got .cuda.'):
+        with backends.use_backend('cuda'):
+            pass
+
+
+def test_a_backend_that_is_missing_is_an_error_when_asked_for(monkeypatch):
+    monkeypatch.setattr(cpu, 'unavailable', lambda: 'no compiler')
+    with pytest.raises(RuntimeError, match='cannot be used\n  no compiler'):
+        with backends.use_backend('cpu'):
+            pass
+
+
+@needs_cpu_kernels
+def test_a_backend_asked_for_does_not_take_what_it_cannot():
+    with backends.use_backend('cpu'), pytest.raises(RuntimeError, match='tensor on meta'):
+        WSConv2d(2, 2, 3, device='meta').standardized_weight()
+
+
+def test_a_missing_backend_is_reported_once(monkeypatch):
+    monkeypatch.setitem(backends._UNAVAILABLE, 'cpu', 'no compiler')
+    monkeypatch.setattr(backends, '_warned', set())
+    with pytest.warns(UserWarning, match='slower: no compiler'):
+        assert backends.select(torch.zeros(1)) == 'eager'
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert backends.select(torch.zeros(1)) == 'eager'
+
+
+def run_python(code, **environment):
+    return subprocess.run(
+        [sys.executable, '-c', code],
+        env=dict(os.environ, **environment),
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_the_environment_chooses():
+    code = 'import torch; from wsbcn_mm import backends; print(backends.select(torch.zeros(1)))'
+    assert run_python(code, WSBCN_BACKEND='eager').stdout == 'eager\n'
+    done = run_python(code, WSBCN_BACKEND='fast')
+    assert done.returncode != 0 and 'WSBCN_BACKEND must be one of' in done.stderr
+
+
+def test_report_names_every_backend():
+    done = run_python('import runpy; runpy.run_module("wsbcn_mm.backends", run_name="__main__")')
+    assert done.returncode == 0, done.stderr
+    for name in backends.BACKENDS:
+        assert f'\n{name}' in done.stdout
+    assert backends.report() in done.stdout
+
+
+def test_a_build_for_another_torch_is_a_reason(monkeypatch):
+    def fails(path):
+        raise OSError('undefined symbol: _ZN3c10')
+
+    monkeypatch.setattr(torch.ops, 'load_library', fails)
+    monkeypatch.setattr(cpu, 'EXTENSION_SUFFIXES', ['.py'])
+    monkeypatch.setattr(cpu.Path, 'exists', lambda self: True)
+    assert 'another torch (undefined symbol' in cpu._load()
+    monkeypatch.setattr(cpu, 'EXTENSION_SUFFIXES', [])
+    assert 'not compiled' in cpu._load() and '--no-build-isolation' in cpu._load()
+
+
+# ----------------------------------------------------------------------------------------------
+# Operators
+
+
+def bcn_arguments(layout='rows', dtype=torch.float32, shape=(2, 12, 7, 9)):
+    x = (torch.randn(shape) * 3 + 5).to(dtype).to(memory_format=LAYOUTS[layout])
+    c = shape[1]
+    return (
+        x,
+        4,
+        torch.randn(c),
+        torch.rand(c) + 0.5,
+        torch.randn(c),
+        torch.randn(c),
+        torch.randn(4),
+        torch.randn(4),
+        True,
+        0.1,
+        None,
+        1e-5,
+    )
+
+
+def every_operator(kernels, layout, dtype=torch.float32, shape=(2, 12, 7, 9)):
+    """Calls each operator once; its results, and the buffers, by name."""
+    args = bcn_arguments(layout, dtype, shape)
+    x, groups, mean, var, bw, bb, w, b, *_, eps = args
+    frozen = kernels.evaluate(x, groups, mean, var, bw, bb, w, b, eps)
+    m, q = kernels.row_moments(x)
+    y, m2, q2, used_mean, used_var, gm, gs = kernels.normalize_with_estimates(*args)
+    y3, gm3, gs3 = kernels.normalize(x, m, q, used_mean, used_var, groups, bw, bb, w, b, eps)
+    grad = torch.randn(x.shape).to(dtype).to(memory_format=LAYOUTS[layout])
+    backward = [
+        kernels.normalize_backward(
+            grad, x, m, q, used_mean, used_var, gm, gs, bw, bb, w, groups, affine, eps, through
+        )
+        for affine, through in ((4, False), (12, True), (0, False))
+    ]
+    weight = torch.randn(6, 4, 3, 3).to(dtype)
+    standardized = []
+    for formula in ('paper', 'var_eps', 'std_eps'):
+        w_hat, w_mean, sigma = kernels.standardize(weight, 1e-3, formula, dtype)
+        g = torch.randn(weight.shape).to(dtype)
+        dw = kernels.standardize_backward(g, weight, w_mean, sigma, 1e-3, formula)
+        standardized += [w_hat, w_mean, sigma, dw]
+    return [
+        frozen,
+        m,
+        q,
+        y,
+        m2,
+        q2,
+        used_mean,
+        used_var,
+        gm,
+        gs,
+        y3,
+        gm3,
+        gs3,
+        mean,
+        var,
+        *(t for result in backward for t in result),
+        *standardized,
+    ]
+
+
+@needs_cpu_kernels
+@pytest.mark.parametrize('layout', LAYOUTS)
+@pytest.mark.parametrize('shape', [(2, 12, 7, 9), (1, 12, 1, 1), (3, 12, 40, 37)])
+def test_operators_of_both_backends_agree(layout, shape):
+    results = []
+    for kernels in (eager.kernels(), cpu.kernels()):
+        torch.manual_seed(0)
+        results.append(every_operator(kernels, layout, torch.float64, shape))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)  # float32 parameters and buffers
+        if a.dim() == 4:
+            assert a.is_contiguous(memory_format=LAYOUTS[layout]) == b.is_contiguous(
+                memory_format=LAYOUTS[layout]
+            )
+
+
+@needs_cpu_kernels
+@pytest.mark.parametrize('threads', [1, 2, 3])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_cpu_results_are_bit_equal_whatever_the_threads_and_memory(layout, dtype, threads):
+    """No element is left unwritten (new memory is poisoned with NaN), no order of sums varies."""
+    shape = (2, 12, 90, 70)  # enough work for several threads
+    expected = every_operator(cpu.kernels(), layout, dtype, shape)
+    before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    try:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(True)
+        torch.manual_seed(0)
+        first = every_operator(cpu.kernels(), layout, dtype, shape)
+        torch.manual_seed(0)
+        second = every_operator(cpu.kernels(), layout, dtype, shape)
+    finally:
+        torch.set_num_threads(before[0])
+        torch.use_deterministic_algorithms(before[1])
+    for a, b, c in zip(first, second, expected, strict=True):
+        assert torch.equal(a, b) and torch.equal(a, c) and a.isfinite().all()
+
+
+@needs_cpu_kernels
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_opcheck(layout):
+    """Schemas, shapes for torch.compile, and what is declared to be changed in place."""
+    x, groups, mean, var, bw, bb, w, b, *_, eps = args = bcn_arguments(layout)
+    m, q = cpu.kernels().row_moments(x)
+    gm = torch.randn(2, groups)
+    backward = (x, x, m, q, mean, var, gm, gm, bw, bb, w, groups, 4, eps, True)
+    weight, stats = torch.randn(6, 4, 3, 3), torch.rand(6) + 0.5
+    for name, arguments in {
+        'row_moments': (x,),
+        'normalize_with_estimates': args,
+        'evaluate': (x, groups, mean, var, bw, bb, w, b, eps),
+        'normalize': (x, m, q, mean, var, groups, bw, None, w, None, eps),
+        'normalize_backward': backward,
+        'standardize': (weight, 1e-5, 'paper', torch.bfloat16),
+        'standardize_backward': (weight, weight, stats, stats, 1e-5, 'std_eps'),
+    }.items():
+        torch.library.opcheck(getattr(torch.ops.wsbcn_mm, name).default, arguments)
+
+
+# ----------------------------------------------------------------------------------------------
+# torch.compile
+
+
+@pytest.mark.parametrize('mode', ['estimate', 'batch'])
+@pytest.mark.parametrize('compiler', ['aot_eager', 'inductor'])
+@pytest.mark.parametrize('backend', ['eager', 'cpu'])
+def test_compile_makes_one_graph(backend, compiler, mode):
+    if backends.BACKENDS[backend].unavailable() is not None:
+        pytest.skip(backends.BACKENDS[backend].unavailable())
+
+    def make():
+        torch.manual_seed(1)
+        return torch.nn.Sequential(
+            WSConv2d(3, 8, 3), BatchChannelNorm2d(8, 4, mode=mode), torch.nn.ReLU(inplace=True)
+        ).double()
+
+    torch._dynamo.reset()
+    plain, other = make(), make()
+    compiled = torch.compile(other, fullgraph=True, backend=compiler)
+    with backends.use_backend(backend):
+        for training in (True, True, False):
+            results = []
+            for net, run in ((plain, plain), (other, compiled)):
+                net.train(training)
+                net.zero_grad()
+                torch.manual_seed(2)
+                x = torch.randn(2, 3, 9, 8, dtype=torch.float64).requires_grad_()
+                y = run(x)
+                y.backward(torch.randn_like(y))
+                results.append([y, x.grad, *[p.grad for p in net.parameters()], *net.buffers()])
+            torch.testing.assert_close(*results, rtol=1e-11, atol=1e-11)
+    torch._dynamo.reset()
+
+
+def test_a_scheduled_rate_is_not_compiled_anew():
+    """As a 0-d tensor that is filled; a number that changes would be a new graph each time."""
+    torch._dynamo.reset()
+    plain, other = BatchChannelNorm2d(8, 2), BatchChannelNorm2d(8, 2)
+    rate = other.bn.momentum = torch.tensor(1.0, dtype=torch.float64)
+    compiled = torch.compile(other, fullgraph=True, backend='eager')
+    x = torch.randn(2, 8, 5, 5)
+    with backends.use_backend('eager'):
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for step in range(12):
+                plain.momentum = 1 / (step + 1)
+                rate.fill_(plain.momentum)
+                torch.testing.assert_close(compiled(x + step), plain(x + step))
+        torch.testing.assert_close(other.bn.running_var, plain.bn.running_var)
+    torch._dynamo.reset()
+
+
+# ----------------------------------------------------------------------------------------------
+# Size
+
+
+@needs_cpu_kernels
+def test_large_off_centre_rows_stay_exact():
+    """A million values at mean 1000 in float32: sums in single precision would be off."""
+    x = torch.randn(1, 2, 1000, 1000) + 1000
+    m, q = cpu.kernels().row_moments(x)
+    wide = x.double().flatten(2)
+    torch.testing.assert_close(m.double(), wide.mean(2), rtol=1e-7, atol=0)
+    torch.testing.assert_close(q.double(), wide.var(2, unbiased=False), rtol=1e-6, atol=0)
+    m, q = cpu.kernels().row_moments(x.to(memory_format=torch.channels_last))
+    torch.testing.assert_close(q.double(), wide.var(2, unbiased=False), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize('backend', ['eager', 'cpu'])
+def test_torch_knows_that_the_buffers_have_changed(backend):
+    if backends.BACKENDS[backend].unavailable() is not None:
+        pytest.skip(backends.BACKENDS[backend].unavailable())
+    mean, var = torch.zeros(4), torch.ones(4)
+    before = mean._version, var._version
+    with backends.use_backend(backend):
+        batch_channel_norm(torch.randn(2, 4, 3), 2, mean, var, training=False)
+        assert (mean._version, var._version) == before
+        batch_channel_norm(torch.randn(2, 4, 3), 2, mean, var, training=True)
+    assert mean._version > before[0] and var._version > before[1]
+
+
+def test_buffers_of_another_dtype_than_the_input():
+    for backend in ('eager', 'cpu'):
+        if backends.BACKENDS[backend].unavailable() is not None:
+            continue
+        mean, var = torch.zeros(4, dtype=torch.bfloat16), torch.ones(4, dtype=torch.bfloat16)
+        with backends.use_backend(backend):
+            x = torch.randn(2, 4, 3, 3) + 1
+            batch_channel_norm(x, 2, mean, var, training=True, momentum=1.0)
+        torch.testing.assert_close(mean, x.mean((0, 2, 3)).bfloat16())

@@ -1,0 +1,656 @@
+"""The layers: what they hold and save, training and evaluation; the maths is `reference`'s."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrize
+
+from wsbcn_mm import (
+    BatchChannelNorm1d,
+    BatchChannelNorm2d,
+    BatchChannelNorm3d,
+    WSConv1d,
+    WSConv2d,
+    WSConv3d,
+    WSConvTranspose2d,
+    batch_channel_norm,
+    reference,
+)
+
+FORMULAS = ('paper', 'std_eps', 'var_eps')
+MODES = ('estimate', 'batch')
+F64 = dict(dtype=torch.float64)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def rand(*shape):
+    return torch.randn(*shape, **F64)
+
+
+def assert_close(actual, expected, atol=1e-10):
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=atol)
+
+
+# ----------------------------------------------------------------------------------------------
+# WS convolutions
+
+CONVS = {
+    WSConv1d: nn.Conv1d,
+    WSConv2d: nn.Conv2d,
+    WSConv3d: nn.Conv3d,
+    WSConvTranspose2d: nn.ConvTranspose2d,
+}
+SPATIAL = {WSConv1d: (11,), WSConv2d: (9, 8), WSConv3d: (5, 6, 4), WSConvTranspose2d: (4, 5)}
+
+
+def standardized(conv):
+    """The weight that must convolve, by the specification."""
+    if not conv.transposed:
+        return reference.weight_standardize(conv.weight, conv.eps, conv.formula)
+    # (C_in, C_out / groups, *k): output channel g * (C_out / groups) + o reads the input channels
+    # of group g; one after the other, nothing of the layer's own reshaping.
+    w_hat, (per_group, outputs) = (
+        conv.weight.clone(),
+        (
+            conv.in_channels // conv.groups,
+            conv.out_channels // conv.groups,
+        ),
+    )
+    for g in range(conv.groups):
+        rows = slice(g * per_group, (g + 1) * per_group)
+        for o in range(outputs):
+            row = reference.weight_standardize(conv.weight[rows, o][None], conv.eps, conv.formula)
+            w_hat[rows, o] = row[0]
+    return w_hat
+
+
+def check_conv(conv, x, *args):
+    """Output and gradients equal those of torch's own class run with the standardized weight."""
+    plain_class = CONVS[type(conv)]
+    arguments = dict(
+        stride=conv.stride,
+        padding=conv.padding,
+        dilation=conv.dilation,
+        groups=conv.groups,
+        bias=conv.bias is not None,
+        padding_mode=conv.padding_mode,
+        **F64,
+    )
+    if conv.transposed:
+        arguments['output_padding'] = conv.output_padding
+    plain = plain_class(conv.in_channels, conv.out_channels, conv.kernel_size, **arguments)
+    weights = {'weight': standardized(conv)} | ({} if conv.bias is None else {'bias': conv.bias})
+
+    x.requires_grad_()
+    expected = torch.func.functional_call(plain, weights, (x, *args))
+    wanted, grad_y = [x, *conv.parameters()], rand(*expected.shape)
+    expected_grads = torch.autograd.grad(expected, wanted, grad_y)
+    y = conv(x, *args)
+    assert_close(y, expected)
+    for actual, grad in zip(torch.autograd.grad(y, wanted, grad_y), expected_grads, strict=True):
+        assert_close(actual, grad)
+
+
+@pytest.mark.parametrize(
+    'settings',
+    [
+        dict(),
+        dict(bias=False),
+        dict(stride=2, padding=1),
+        dict(padding='same', dilation=2),
+        dict(padding='valid'),
+        dict(groups=2, padding=1, bias=False),
+        dict(padding=2, padding_mode='circular'),
+        dict(padding=1, padding_mode='reflect', stride=2),
+        dict(padding='same', padding_mode='replicate'),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize('conv_class', [WSConv1d, WSConv2d, WSConv3d])
+def test_conv_is_torchs_with_the_standardized_weight(conv_class, settings):
+    conv = conv_class(4, 6, 3, **settings, **F64)
+    check_conv(conv, rand(2, 4, *SPATIAL[conv_class]))
+
+
+@pytest.mark.parametrize(
+    'settings',
+    [
+        dict(),
+        dict(stride=2, padding=1, output_padding=1),
+        dict(groups=2, bias=False),
+        dict(groups=2, stride=(2, 1), dilation=2),
+        dict(groups=4),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize('formula', FORMULAS)
+def test_transposed_conv_standardizes_per_output_channel(formula, settings):
+    conv = WSConvTranspose2d(8, 4, 3, formula=formula, **settings, **F64)
+    check_conv(conv, rand(2, 8, 4, 5))
+
+
+def test_transposed_conv_takes_an_output_size():
+    conv = WSConvTranspose2d(4, 4, 3, stride=2, padding=1, **F64)
+    x = rand(1, 4, 5, 5)
+    assert conv(x, [9, 10]).shape == (1, 4, 9, 10)
+    check_conv(conv, x, [9, 10])
+    with pytest.raises(ValueError, match='output size'):
+        conv(x, [20, 20])
+
+
+def test_conv2d_against_the_functional_by_hand():
+    conv = WSConv2d(4, 6, (3, 2), stride=(2, 1), padding=(1, 0), eps=1e-3, formula='var_eps', **F64)
+    x = rand(2, 4, 7, 7)
+    w = conv.weight.detach()
+    centred = w - w.mean((1, 2, 3), keepdim=True)
+    w_hat = centred / (w.var((1, 2, 3), unbiased=True, keepdim=True) + 1e-3).sqrt()
+    assert_close(conv(x), F.conv2d(x, w_hat, conv.bias, (2, 1), (1, 0)))
+
+
+@pytest.mark.parametrize('conv_class', CONVS)
+def test_conv_is_the_same_in_training_and_evaluation_and_unbatched(conv_class):
+    conv = conv_class(4, 4, 3, **F64)
+    x = rand(2, 4, *SPATIAL[conv_class])
+    y = conv(x)
+    assert torch.equal(conv.eval()(x), y)
+    assert_close(conv(x[0]), y[0])
+
+
+def test_conv_defaults_are_the_papers():
+    conv = WSConv2d(4, 4, 3)
+    assert (conv.formula, conv.eps) == ('paper', 1e-5)
+    assert 'Conv2d(4, 4, kernel_size=(3, 3), stride=(1, 1)' in repr(conv)
+    assert "eps=1e-05, formula='paper'" in repr(conv)
+
+
+@pytest.mark.parametrize('conv_class', CONVS)
+def test_conv_derives_directly_from_torchs(conv_class):
+    """Initialisation and weight-decay rules of hosts look at the direct base classes."""
+    assert CONVS[conv_class] in conv_class.__bases__
+    assert conv_class.__doc__
+
+
+@pytest.mark.parametrize('bias', [True, False])
+@pytest.mark.parametrize('conv_class', CONVS)
+def test_conv_state_dict_is_torchs(conv_class, bias):
+    arguments = (4, 6, 3), dict(bias=bias, groups=2)
+    ours = conv_class(*arguments[0], **arguments[1])
+    plain = CONVS[conv_class](*arguments[0], **arguments[1])
+    assert list(ours.state_dict()) == list(plain.state_dict())
+    for target, source in ((ours, plain), (plain, ours)):
+        nn.init.normal_(source.weight)
+        target.load_state_dict(source.state_dict(), strict=True)
+        assert torch.equal(target.weight, source.weight)
+
+
+@pytest.mark.parametrize('conv_class', CONVS)
+def test_conv_is_initialised_as_torchs(conv_class):
+    torch.manual_seed(3)
+    ours = conv_class(4, 6, 3)
+    torch.manual_seed(3)
+    plain = CONVS[conv_class](4, 6, 3)
+    assert torch.equal(ours.weight, plain.weight) and torch.equal(ours.bias, plain.bias)
+
+
+def test_conv_device_and_dtype():
+    conv = WSConv2d(4, 6, 3, device='meta', dtype=torch.bfloat16)
+    assert conv.weight.is_meta and conv.weight.dtype == conv.bias.dtype == torch.bfloat16
+    assert conv.standardized_weight().dtype == torch.bfloat16
+    x = rand(1, 4, 5, 5).to(torch.bfloat16)
+    assert WSConv2d(4, 6, 3).to(torch.bfloat16)(x).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize('bias', [True, False])
+@pytest.mark.parametrize('conv_class', CONVS)
+def test_to_plain_gives_the_same_results_without_the_layer(conv_class, bias):
+    settings = dict(stride=2, padding=1, groups=2, bias=bias)
+    if conv_class is WSConvTranspose2d:
+        settings['output_padding'] = 1
+    else:
+        settings['padding_mode'] = 'circular'
+    conv = conv_class(4, 6, 3, formula='std_eps', **settings, **F64).eval()
+    plain = conv.to_plain()
+    assert type(plain) is CONVS[conv_class]
+    assert not plain.training and plain.weight.dtype == torch.float64
+    x = rand(2, 4, *SPATIAL[conv_class])
+    assert_close(plain(x), conv(x))
+    y = plain(x)
+    with torch.no_grad():
+        for parameter in conv.parameters():
+            parameter.zero_()
+    assert torch.equal(plain(x), y)  # copies, shares nothing
+
+
+@pytest.mark.parametrize('conv_class', CONVS)
+def test_conv_survives_deepcopy_and_pickle(conv_class):
+    conv = conv_class(4, 6, 3, eps=1e-3, formula='var_eps', **F64)
+    x = rand(2, 4, *SPATIAL[conv_class])
+    for other in (copy.deepcopy(conv), pickle.loads(pickle.dumps(conv))):
+        assert torch.equal(other(x), conv(x))
+        assert other.weight is not conv.weight
+
+
+@pytest.mark.parametrize('conv_class', [WSConv1d, WSConv2d, WSConv3d])
+def test_conv_forward_refuses_a_foreign_weight(conv_class):
+    """mmengine's efficient_conv_bn_eval folds a BatchNorm into the raw weight and calls this."""
+    conv = conv_class(4, 6, 3, **F64)
+    x = rand(2, 4, *SPATIAL[conv_class])
+    assert torch.equal(conv._conv_forward(x, conv.weight, conv.bias), conv(x))
+    for weight, bias in ((conv.weight * 2, conv.bias), (conv.weight, conv.bias + 1)):
+        with pytest.raises(RuntimeError, match=r'a weight that is not its own\n(.*\n)*.*to_plain'):
+            conv._conv_forward(x, weight, bias)
+
+
+def test_parametrized_conv_standardizes_the_parametrized_weight():
+    class Double(nn.Module):
+        def forward(self, weight):
+            return 2 * weight + 1
+
+    conv = WSConv2d(4, 6, 3, eps=0.1, **F64)
+    x, w_hat = rand(2, 4, 5, 5), reference.weight_standardize(2 * conv.weight + 1, 0.1)
+    parametrize.register_parametrization(conv, 'weight', Double())
+    assert_close(conv(x), F.conv2d(x, w_hat, conv.bias))
+    plain = conv.to_plain()
+    assert type(plain) is nn.Conv2d
+    assert_close(plain(x), conv(x))
+
+
+@pytest.mark.parametrize(
+    'settings, error, message',
+    [
+        (dict(formula='ws'), ValueError, 'formula must be one of'),
+        (dict(formula=None), ValueError, 'formula must be one of'),
+        (dict(eps=-1), ValueError, 'eps must be finite and >= 0'),
+        (dict(eps='1e-5'), TypeError, 'eps must be a number'),
+        (dict(kernel_size=1, groups=4), ValueError, 'at least 2 weights per output channel'),
+        (dict(epsilon=1e-5), TypeError, 'epsilon'),
+    ],
+)
+@pytest.mark.parametrize('conv_class', CONVS)
+def test_conv_errors(conv_class, settings, error, message):
+    with pytest.raises(error, match=message):
+        conv_class(4, 8, **dict(kernel_size=3) | settings)
+
+
+# ----------------------------------------------------------------------------------------------
+# Batch-Channel Normalization layers
+
+NORMS = {
+    BatchChannelNorm1d: (3, 8, 7),
+    BatchChannelNorm2d: (2, 8, 5, 4),
+    BatchChannelNorm3d: (2, 8, 3, 4, 2),
+}
+CASES = [*NORMS.items(), (BatchChannelNorm1d, (5, 8))]
+
+
+def make_norm(norm_class=BatchChannelNorm2d, **settings):
+    """A norm of 8 channels and 4 groups with nothing at its initial value."""
+    norm = norm_class(8, 4, **F64, **settings)
+    with torch.no_grad():
+        for value in norm.parameters():
+            value.copy_(rand(*value.shape) + 1)
+        norm.bn.running_mean.copy_(rand(8))
+        norm.bn.running_var.copy_(rand(8).exp())
+    return norm
+
+
+def spec(norm, x, momentum):
+    """(y, running_mean, running_var) by the specification, from the state that the norm is in."""
+    return reference.batch_channel_norm(
+        x,
+        norm.num_groups,
+        norm.bn.running_mean.clone(),
+        norm.bn.running_var.clone(),
+        norm.batch_weight,
+        norm.batch_bias,
+        norm.weight,
+        norm.bias,
+        norm.training,
+        norm.mode,
+        momentum,
+        norm.eps,
+    )
+
+
+@pytest.mark.parametrize('affine', ['group', 'channel', None])
+@pytest.mark.parametrize('mode', MODES)
+@pytest.mark.parametrize('norm_class, shape', CASES)
+def test_norm_equals_function_and_reference(norm_class, shape, mode, affine):
+    norm = make_norm(norm_class, mode=mode, affine=affine, momentum=0.3, eps=1e-3)
+    for training in (True, True, False):
+        norm.train(training)
+        x = (2 * rand(*shape) + 1).requires_grad_()
+        expected, mean, var = spec(norm, x, 0.3)
+        buffers = norm.bn.running_mean.clone(), norm.bn.running_var.clone()
+        function = batch_channel_norm(
+            x,
+            4,
+            *buffers,
+            norm.batch_weight,
+            norm.batch_bias,
+            norm.weight,
+            norm.bias,
+            training,
+            mode,
+            0.3,
+            1e-3,
+        )
+        wanted, grad_y = [x, *norm.parameters()], rand(*shape)
+        expected_grads = torch.autograd.grad(expected, wanted, grad_y)
+        y = norm(x)
+        assert torch.equal(y, function)
+        assert torch.equal(norm.bn.running_mean, buffers[0])
+        assert_close(y, expected)
+        assert_close(norm.bn.running_mean, mean)
+        assert_close(norm.bn.running_var, var)
+        grads = torch.autograd.grad(y, wanted, grad_y)
+        for actual, grad in zip(grads, expected_grads, strict=True):
+            assert_close(actual, grad)
+
+
+@pytest.mark.parametrize('norm_class', NORMS)
+def test_norm_state_dict(norm_class):
+    norm = norm_class(8, 4)
+    state = norm.state_dict()
+    assert {k: tuple(v.shape) for k, v in state.items()} == {
+        'weight': (4,),
+        'bias': (4,),
+        'batch_weight': (8,),
+        'batch_bias': (8,),
+        'bn.running_mean': (8,),
+        'bn.running_var': (8,),
+        'bn.num_batches_tracked': (),
+    }
+    assert state._metadata['']['version'] == 1
+    assert norm_class(8, 4, affine='channel').state_dict()['weight'].shape == (8,)
+    assert 'weight' not in norm_class(8, 4, affine=None).state_dict()
+
+
+def test_norm_is_what_hosts_must_take_it_for():
+    """A GroupNorm (not decayed as a conv, not fused as a BatchNorm) that holds a BatchNorm."""
+    for norm_class, bn in zip(NORMS, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), strict=True):
+        norm = norm_class(8, 4)
+        assert nn.GroupNorm in norm_class.__bases__ and norm_class.__doc__
+        assert not isinstance(norm, nn.modules.batchnorm._BatchNorm)
+        assert type(norm.bn) is bn and norm.bn.weight is None and norm.bn.bias is None
+        assert len(list(norm.parameters())) == 4
+
+
+def test_norm_initial_values_and_reset():
+    for affine in ('group', 'channel', None):
+        fresh = BatchChannelNorm2d(8, 4, affine=affine, **F64)
+        used = make_norm(affine=affine)
+        used(rand(2, 8, 3, 3))
+        used.reset_parameters()
+        for state in (fresh.state_dict(), used.state_dict()):
+            for name, value in state.items():
+                ones = name in ('weight', 'batch_weight', 'bn.running_var')
+                assert torch.equal(value, torch.ones_like(value) * ones), name
+
+
+@pytest.mark.parametrize('mode, default', [('estimate', 0.01), ('batch', 0.1)])
+def test_norm_default_momentum(mode, default):
+    norm = make_norm(mode=mode)
+    assert norm.momentum == norm.bn.momentum == default
+    x = rand(2, 8, 3, 3)
+    _, mean, var = spec(norm, x, default)
+    norm(x)
+    assert_close(norm.bn.running_mean, mean)
+    assert_close(norm.bn.running_var, var)
+    assert BatchChannelNorm2d(32).mode == 'estimate'
+    assert BatchChannelNorm2d(64).num_groups == 32 and BatchChannelNorm2d(64).eps == 1e-5
+
+
+@pytest.mark.parametrize('mode', MODES)
+def test_cumulative_momentum_is_1_over_t(mode):
+    norm = make_norm(mode=mode, momentum='cumulative')
+    assert norm.momentum == 'cumulative' and norm.bn.momentum is None
+    inputs = [rand(2, 8, 3, 3) + t for t in range(4)]
+    for t, x in enumerate(inputs, start=1):
+        expected, mean, var = spec(norm, x, 1 / t)
+        assert_close(norm(x), expected)
+        assert_close(norm.bn.running_mean, mean)
+        assert_close(norm.bn.running_var, var)
+    # ... which makes the mean the average over all steps, whatever it started from.
+    assert_close(norm.bn.running_mean, torch.stack(inputs).mean((0, 1, 3, 4)))
+    norm.eval()
+    assert_close(norm(inputs[0]), spec(norm, inputs[0], None)[0])
+
+
+def test_momentum_is_settable_on_the_layer_and_on_its_bn():
+    """mmengine and user hooks set `momentum` on every BatchNorm of a model."""
+    norm = make_norm()
+    norm.momentum = 0.5
+    assert norm.bn.momentum == 0.5
+    norm.bn.momentum = 0.2
+    assert norm.momentum == 0.2
+    x = rand(2, 8, 3, 3)
+    expected, mean, _ = spec(norm, x, 0.2)
+    assert_close(norm(x), expected)
+    assert_close(norm.bn.running_mean, mean)
+    norm.momentum = 'cumulative'
+    assert norm.bn.momentum is None
+
+
+@pytest.mark.parametrize('mode', MODES)
+@pytest.mark.parametrize('freeze', ['layer', 'bn'])
+def test_eval_of_the_layer_or_of_its_bn_freezes_the_statistics(freeze, mode):
+    norm = make_norm(mode=mode)
+    (norm if freeze == 'layer' else norm.bn).eval()
+    x, before = rand(2, 8, 3, 3), copy.deepcopy(norm.bn.state_dict())
+    y = norm(x)
+    for name, value in norm.bn.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert_close(
+        y,
+        reference.batch_channel_norm(
+            x,
+            4,
+            before['running_mean'],
+            before['running_var'],
+            norm.batch_weight,
+            norm.batch_bias,
+            norm.weight,
+            norm.bias,
+        )[0],
+    )
+    norm.train()
+    norm(x)
+    assert norm.bn.num_batches_tracked == 1
+    assert not torch.equal(norm.bn.running_mean, before['running_mean'])
+
+
+@pytest.mark.parametrize('mode', MODES)
+def test_num_batches_tracked_counts_updates_only(mode):
+    norm = make_norm(mode=mode, momentum='cumulative')
+    norm(rand(0, 8, 3, 3))  # an empty batch
+    norm(rand(2, 8, 0, 3))
+    norm.eval()(rand(2, 8, 3, 3))
+    norm.train()
+    assert norm.bn.num_batches_tracked == 0
+    norm(rand(1, 8, 1, 1))  # one value per channel: no update in batch mode
+    assert norm.bn.num_batches_tracked == (1 if mode == 'estimate' else 0)
+    norm.reset_parameters()
+    x = rand(2, 8, 3, 3)
+    norm(rand(0, 8, 3, 3))
+    norm(x)
+    assert norm.bn.num_batches_tracked == 1
+    assert_close(norm.bn.running_mean, x.mean((0, 2, 3)))  # a whole step, not half of one
+
+
+@pytest.mark.parametrize('mode', MODES)
+@pytest.mark.parametrize('norm_class, shape', CASES)
+def test_norm_of_an_empty_batch(norm_class, shape, mode):
+    norm = make_norm(norm_class, mode=mode)
+    before = copy.deepcopy(norm.state_dict())
+    x = rand(0, *shape[1:]).requires_grad_()
+    y = norm(x)
+    assert y.shape == x.shape
+    y.backward(torch.zeros_like(y))
+    for name, value in norm.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    for name, value in norm.named_parameters():
+        assert torch.equal(value.grad, torch.zeros_like(value)), name
+
+
+def test_norm_repr_names_every_setting():
+    norm = BatchChannelNorm2d(8, 4, 1e-3, 0.2, 'channel', 'batch')
+    assert repr(norm).startswith(
+        "BatchChannelNorm2d(\n  8, num_groups=4, eps=0.001, momentum=0.2, affine='channel', "
+        "mode='batch'"
+    )
+    assert "momentum='cumulative'" in repr(BatchChannelNorm2d(8, 4, momentum='cumulative'))
+
+
+@pytest.mark.parametrize('affine', ['group', 'channel', None])
+def test_norm_state_dict_round_trip(affine):
+    norm, other = make_norm(affine=affine), make_norm(affine=affine)
+    norm(rand(2, 8, 3, 3))
+    other.load_state_dict(norm.state_dict(), strict=True)
+    x = rand(2, 8, 3, 3)
+    assert torch.equal(other.eval()(x), norm.eval()(x))
+    assert other.bn.num_batches_tracked == 1
+    incomplete = norm.state_dict()
+    del incomplete['bn.running_var'], incomplete['batch_bias']
+    with pytest.raises(RuntimeError, match='batch_bias.*bn.running_var'):
+        other.load_state_dict(incomplete)
+
+
+def test_norm_does_not_load_a_weight_of_the_other_affine():
+    per_channel = make_norm(affine='channel')
+    with pytest.raises(RuntimeError, match='size mismatch for weight'):
+        make_norm(affine='group').load_state_dict(per_channel.state_dict())
+
+
+@pytest.mark.parametrize('norm_class, shape', CASES)
+def test_norm_survives_deepcopy_and_pickle(norm_class, shape):
+    norm = make_norm(norm_class, mode='batch', momentum='cumulative')
+    for other in (copy.deepcopy(norm), pickle.loads(pickle.dumps(norm))):
+        x, own = rand(*shape), copy.deepcopy(norm)
+        assert torch.equal(other(x), own(x))
+        assert repr(other) == repr(norm)
+        assert torch.equal(other.bn.running_mean, own.bn.running_mean)
+        assert not torch.equal(other.bn.running_mean, norm.bn.running_mean)
+
+
+@pytest.mark.parametrize('mode', MODES)
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_norm_in_half_precision(dtype, mode):
+    norm, x = make_norm(mode=mode, momentum=0.5), rand(2, 8, 6, 5)
+    expected = spec(copy.deepcopy(norm), x, 0.5)
+    cast = norm.half() if dtype == torch.float16 else norm.bfloat16()
+    y = cast(x.to(dtype))
+    assert y.dtype == cast.weight.dtype == cast.bn.running_mean.dtype == dtype
+    assert cast.bn.num_batches_tracked.dtype == torch.int64
+    # Inputs and parameters were rounded, too: some units in the last place.
+    tolerance = 16 * torch.finfo(dtype).eps * expected[0].abs().max()
+    assert (y.double() - expected[0]).abs().max() < tolerance
+    torch.testing.assert_close(
+        cast.bn.running_var.double(), expected[2], rtol=8 * torch.finfo(dtype).eps, atol=0
+    )
+
+
+def test_norm_keeps_the_memory_format():
+    norm = make_norm().to(memory_format=torch.channels_last)
+    x = rand(2, 8, 5, 4).to(memory_format=torch.channels_last)
+    assert norm(x).is_contiguous(memory_format=torch.channels_last)
+    norm = make_norm(BatchChannelNorm3d)
+    x = rand(2, 8, 3, 5, 4).to(memory_format=torch.channels_last_3d)
+    assert norm(x).is_contiguous(memory_format=torch.channels_last_3d)
+
+
+def test_norm_device_and_dtype():
+    norm = BatchChannelNorm2d(8, 4, device='meta', dtype=torch.float64)
+    for name, value in norm.state_dict().items():
+        assert value.is_meta, name
+        assert value.dtype == (torch.int64 if 'num_batches' in name else torch.float64), name
+
+
+@pytest.mark.parametrize(
+    'settings, error, message',
+    [
+        (dict(num_channels=30, num_groups=32), ValueError, 'num_groups=30 would fit'),
+        (dict(num_channels=0), ValueError, 'num_channels must be at least 1'),
+        (dict(num_channels=8.0), TypeError, 'num_channels must be an int'),
+        (dict(affine=True), ValueError, "affine must be one of 'group', 'channel', None"),
+        (dict(affine='both'), ValueError, 'affine must be one of'),
+        (dict(mode='sync'), ValueError, "mode must be one of 'estimate', 'batch'"),
+        (dict(eps=-1e-5), ValueError, 'eps must be finite and >= 0'),
+        (dict(eps='1e-5'), TypeError, 'eps must be a number'),
+        (dict(momentum=2), ValueError, r'momentum must lie in \[0, 1\]'),
+        (dict(momentum='auto'), ValueError, "momentum must be a number .* or 'cumulative'"),
+        (dict(momentum=True), TypeError, 'momentum must be a number'),
+        (dict(groups=4), TypeError, 'groups'),
+    ],
+)
+@pytest.mark.parametrize('norm_class', NORMS)
+def test_norm_errors(norm_class, settings, error, message):
+    with pytest.raises(error, match=message):
+        norm_class(**dict(num_channels=8, num_groups=4) | settings)
+
+
+@pytest.mark.parametrize('value', [-0.1, 1.1, float('nan')])
+def test_norm_rejects_a_wrong_momentum_later_too(value):
+    norm = BatchChannelNorm2d(8, 4, momentum=0.3)
+    with pytest.raises(ValueError, match=r'momentum must lie in \[0, 1\]'):
+        norm.momentum = value
+    assert norm.momentum == 0.3
+
+
+@pytest.mark.parametrize(
+    'norm_class, shapes',
+    [
+        (BatchChannelNorm1d, [(8,), (2, 8, 3, 3), (2, 4, 3), (4, 4)]),
+        (BatchChannelNorm2d, [(2, 8), (8, 3, 3), (2, 8, 3, 3, 3), (2, 4, 3, 3)]),
+        (BatchChannelNorm3d, [(2, 8, 3, 3), (2, 4, 3, 3, 3), (8, 3, 3)]),
+    ],
+)
+def test_norm_rejects_inputs_of_another_rank_or_width(norm_class, shapes):
+    norm = norm_class(8, 4)
+    before = copy.deepcopy(norm.state_dict())
+    for shape in shapes:
+        with pytest.raises(ValueError) as caught:
+            norm(torch.zeros(shape))
+        assert norm_class.__name__ in str(caught.value)
+        assert '(N, 8, ...)' in str(caught.value) and str(shape) in str(caught.value)
+    for name, value in norm.state_dict().items():
+        assert torch.equal(value, before[name]), name  # a rejected input counts as no batch
+    with pytest.raises(TypeError, match='input must be a floating-point tensor'):
+        norm(torch.zeros(NORMS[norm_class], dtype=torch.int64))
+
+
+@pytest.mark.parametrize('momentum', [0.3, 'cumulative'])
+@pytest.mark.parametrize('mode', MODES)
+@pytest.mark.parametrize('norm_class, shape', CASES)
+def test_sync_batch_norm_conversion(norm_class, shape, mode, momentum):
+    """Only the child is converted; without a process group nothing changes, on the CPU either."""
+    model = nn.Sequential(make_norm(norm_class, mode=mode, momentum=momentum))
+    original = copy.deepcopy(model)
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    assert type(converted[0]) is norm_class and type(converted[0].bn) is nn.SyncBatchNorm
+    assert list(converted.state_dict()) == list(original.state_dict())
+    for training in (True, True, False):
+        converted.train(training), original.train(training)
+        x = rand(*shape)
+        assert torch.equal(converted(x), original(x))
+    for name, value in original.state_dict().items():
+        assert torch.equal(converted.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize('value', [-0.1, 1.5])
+def test_norm_rejects_a_wrong_momentum_set_on_its_bn(value):
+    """Past the setter, as a hook that sets every BatchNorm's momentum does; nothing is updated."""
+    norm = BatchChannelNorm2d(4, 2)
+    norm.bn.momentum = value
+    with pytest.raises(ValueError, match='momentum must lie in'):
+        norm(torch.randn(1, 4, 3, 3))
+    assert norm.bn.num_batches_tracked == 0 and norm.bn.running_mean.abs().max() == 0
+    norm.eval()(torch.randn(1, 4, 3, 3))  # no rate is used

@@ -1,0 +1,165 @@
+"""The tools as a user runs them: a short real run each, and what they say to bad input."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip('mmdet', reason='the quick detector is built from it')
+
+ROOT = Path(__file__).parents[2]
+QUICK = 'configs/quick/quick_mask-rcnn_r18_fpn_ws-bcn_1xb1_shapes.py'
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    """A working directory with the drawn dataset in it."""
+    from wsbcn_mm.shapes import draw_dataset
+
+    folder = tmp_path_factory.mktemp('user')
+    draw_dataset(folder / 'data/shapes')
+    return folder
+
+
+def run(folder, *command, **environment):
+    env = dict(os.environ, OMP_NUM_THREADS='1', WSBCN_PYTHON=sys.executable, **environment)
+    return subprocess.run(
+        [str(part) for part in command],
+        cwd=folder,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+def tool(folder, name, *arguments):
+    return run(folder, sys.executable, ROOT / 'tools' / name, *arguments)
+
+
+SHORT = [
+    '--cfg-options',
+    'train_dataloader.dataset.indices=4',
+    'val_dataloader.dataset.indices=2',
+    'test_dataloader.dataset.indices=2',
+    'train_cfg.val_interval=1',
+    'train_cfg.max_epochs=1',
+    'default_hooks.logger.interval=2',
+]
+
+
+def scalars(work_dir):
+    (file,) = work_dir.glob('*/vis_data/scalars.json')
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_train_and_test(folder):
+    work = folder / 'single'
+    done = tool(folder, 'train.py', ROOT / QUICK, '--work-dir', work, *SHORT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    records = scalars(work)
+    assert [r['step'] for r in records if 'loss' in r] == [2, 4]
+    assert {'coco/bbox_mAP', 'coco/segm_mAP'} <= set(records[-1])
+
+    # What was saved evaluates to the same numbers, and the pictures are written.
+    checkpoint = (work / 'last_checkpoint').read_text()
+    done = tool(
+        folder,
+        'test.py',
+        ROOT / QUICK,
+        checkpoint,
+        '--work-dir',
+        folder / 'tested',
+        '--show-dir',
+        'pictures',
+        '--out',
+        folder / 'predictions.pkl',
+        *SHORT,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    (metrics,) = (folder / 'tested').glob('*/*.json')
+    tested = json.loads(metrics.read_text())
+    assert tested['coco/segm_mAP'] == records[-1]['coco/segm_mAP']
+    assert len(list((folder / 'tested').glob('*/pictures/*.jpg'))) == 2
+    assert (folder / 'predictions.pkl').stat().st_size > 0
+
+    # And it resumes: two more epochs asked for, one there.
+    done = tool(
+        folder,
+        'train.py',
+        ROOT / QUICK,
+        '--work-dir',
+        work,
+        '--resume',
+        *SHORT[:-2],
+        'train_cfg.max_epochs=2',
+        'default_hooks.logger.interval=2',
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert 'resumed epoch: 1, iter: 4' in done.stdout + done.stderr
+    assert (work / 'epoch_2.pth').exists()
+
+
+def test_two_processes_on_the_cpu(folder):
+    """mmengine alone asks CUDA for its device and fails; 4 images are 2 steps of 2 processes."""
+    work = folder / 'distributed'
+    options = [*SHORT, 'default_hooks.logger.interval=1']
+    done = run(
+        folder,
+        'bash',
+        ROOT / 'tools/dist_train.sh',
+        ROOT / QUICK,
+        2,
+        '--work-dir',
+        work,
+        *options,
+        PORT='29631',
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [r['step'] for r in scalars(work) if 'loss' in r] == [1, 2]
+    done = run(
+        folder,
+        'bash',
+        ROOT / 'tools/dist_test.sh',
+        ROOT / QUICK,
+        work / 'epoch_1.pth',
+        2,
+        '--work-dir',
+        folder / 'distributed-test',
+        *SHORT,
+        PORT='29632',
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert 'coco/segm_mAP' in done.stdout + done.stderr
+
+
+def test_a_checkpoint_of_another_model_is_not_evaluated(folder):
+    path = folder / 'other.pth'
+    torch.save({'state_dict': {'backbone.conv1.weight': torch.zeros(3)}}, path)
+    done = tool(folder, 'test.py', ROOT / QUICK, path, *SHORT)
+    assert done.returncode == 1
+    assert 'Traceback' not in done.stderr
+    assert 'does not fill' in done.stderr and '(100 %)' in done.stderr
+
+
+@pytest.mark.parametrize(
+    'arguments, words',
+    [
+        (['configs/quick/quick_maskrcnn_r18.py'], ['no config file', 'did you mean', QUICK[14:]]),
+        (
+            [ROOT / 'configs/mask_rcnn/mask-rcnn_r50_fpn_ws-bcn_8xb1-scratch-6x_coco.py'],
+            ['data/coco/annotations/instances_train2017.json', 'expected layout'],
+        ),
+        ([ROOT / QUICK, '--resume', 'nowhere.pth'], ['no checkpoint file nowhere.pth']),
+    ],
+)
+def test_train_says_what_is_missing(folder, arguments, words):
+    done = tool(folder, 'train.py', *arguments)
+    assert done.returncode == 1
+    assert 'Traceback' not in done.stderr
+    for word in words:
+        assert word in done.stderr

@@ -1,0 +1,103 @@
+"""The project's speed and memory bars, checked against what was measured."""
+
+from collections.abc import Iterable
+
+from benchmark.timing import BANDWIDTH_BYTES
+
+BAR_SHAPES = ([1, 64, 200, 304], [1, 256, 200, 304], [2, 256, 50, 76], [1, 1024, 50, 76])
+STEP_BARS = (([160, 192], 1.30), ([256, 320], 1.12))
+DTYPES = ('float32', 'float16', 'bfloat16')
+LAYOUTS = ('nchw', 'channels_last')
+
+
+def check(results: dict) -> list[dict]:
+    """All bars: what, the value measured (None: not measured), the limit, and whether it is met."""
+    return [*_cpu(results), *_memory(results), *_cuda(results)]
+
+
+def _bar(what: str, value: float | None, limit: float, at_least: bool = False) -> dict:
+    met = None
+    if value is not None:
+        value = round(value, 3)
+        met = value >= limit if at_least else value <= limit
+    return dict(bar=what, measured=value, limit=limit, at_least=at_least, met=met)
+
+
+def _worst(values: Iterable[float], worst=max) -> float | None:
+    return worst(values, default=None)
+
+
+def _cpu(results: dict) -> list[dict]:
+    machine = results['machine']
+    counts = machine['device'] == 'cpu' and machine['threads'] == 2
+    norms, backbones = (
+        [
+            row
+            for row in results.get(section) or []
+            if counts and row['dtype'] == 'float32' and row['layout'] == 'nchw'
+        ]
+        for section in ('norm', 'backbone')
+    )
+    kind = 'CPU, float32, 2 threads'
+    bars = []
+    for shape in BAR_SHAPES:
+        ratios = [r['peers']['BCN']['both']['ratio'] for r in norms if r['shape'] == shape]
+        what = f'{kind}: BCN / GN, forward + backward, {tuple(shape)}'
+        bars.append(_bar(what, _worst(ratios), 1.10))
+    for size, limit in STEP_BARS:
+        ratios = [
+            r['training']['WS + BCN']['both']['ratio'] for r in backbones if r['size'] == size
+        ]
+        what = f'{kind}: R50 WS + BCN / conv + GN, forward + backward, {size[0]}x{size[1]}'
+        bars.append(_bar(what, _worst(ratios), limit))
+    for size, _ in STEP_BARS:
+        ratios = [
+            r['evaluation']['WS + BCN']['forward']['ratio'] for r in backbones if r['size'] == size
+        ]
+        what = f'{kind}: the same, forward in evaluation, {size[0]}x{size[1]}'
+        bars.append(_bar(what, _worst(ratios), 1.05))
+    return bars
+
+
+def _memory(results: dict) -> list[dict]:
+    # Of a large shape: what is kept per row and per group weighs nothing there.
+    saved = [
+        peers[name]['saved']
+        for row in results.get('norm') or []
+        if row['shape'] == BAR_SHAPES[1]
+        for peers in [row['peers']]
+        for name in ('BCN', 'BCN batch')
+    ]
+    what = 'saved for backward, BCN + in-place ReLU, multiples of the input'
+    return [_bar(what, _worst(saved), 2.0)]
+
+
+def _cuda(results: dict) -> list[dict]:
+    counts = results['machine']['device'] == 'cuda'
+    norms = (results.get('norm') or []) if counts else []
+    backbones = [
+        row for row in (results.get('backbone') or []) if counts and row['size'] == [800, 1333]
+    ]
+    bars = []
+    for dtype in DTYPES:
+        for layout in LAYOUTS:
+            ratios = {
+                r['peers']['BCN']['both']['ratio']: tuple(r['shape'])
+                for r in norms
+                if (r['dtype'], r['layout']) == (dtype, layout)
+            }
+            worst = _worst(ratios)
+            where = '' if worst is None else f', worst shape {ratios[worst]}'
+            what = f'CUDA, {dtype}, {layout}: BCN / GN, forward + backward{where}'
+            bars.append(_bar(what, worst, 1.00))
+    shares = [r['share_of_copy_bandwidth']['both'] for r in norms if r['bytes'] > BANDWIDTH_BYTES]
+    what = 'CUDA: share of copy bandwidth, tensors over 256 MB, worst'
+    bars.append(_bar(what, _worst(shares, min), 0.85, at_least=True))
+    shares = [r['ws_share']['alone'] for r in backbones if r['dtype'] != 'float32']
+    bars.append(_bar('CUDA: share of WS in an AMP step, R50, 800x1333', _worst(shares), 0.02))
+    peaks = [
+        r['training']['WS + BCN']['peak'] / r['training']['conv + GN']['peak'] for r in backbones
+    ]
+    what = 'CUDA: peak memory of a step, R50 WS + BCN / conv + GN, worst'
+    bars.append(_bar(what, _worst(peaks), 1.01))
+    return bars

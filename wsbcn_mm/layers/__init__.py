@@ -1,0 +1,27 @@
+"""The layers: WS convolutions (`conv`), Batch-Channel Normalization (`norm`)."""
+
+from wsbcn_mm.layers.conv import (
+    WeightStandardized,
+    WSConv1d,
+    WSConv2d,
+    WSConv3d,
+    WSConvTranspose2d,
+)
+from wsbcn_mm.layers.norm import (
+    BatchChannelNorm,
+    BatchChannelNorm1d,
+    BatchChannelNorm2d,
+    BatchChannelNorm3d,
+)
+
+__all__ = [
+    'BatchChannelNorm',
+    'BatchChannelNorm1d',
+    'BatchChannelNorm2d',
+    'BatchChannelNorm3d',
+    'WSConv1d',
+    'WSConv2d',
+    'WSConv3d',
+    'WSConvTranspose2d',
+    'WeightStandardized',
+]

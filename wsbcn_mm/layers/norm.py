@@ -1,0 +1,311 @@
+"""The BCN layers: parameters, buffers, state dict, training and evaluation. The math is elsewhere.
+
+Why the classes are built as they are (each point is a test in tests/openmmlab):
+
+- They derive **directly** from nn.GroupNorm (a mixin supplies the rest), because OpenMMLab's
+  initialisation and weight-decay rules look at direct base classes.
+- `BatchChannelNorm2d` is an `nn.GroupNorm` holding a statistics-only BatchNorm as child ``bn``, so
+  that ``norm_eval``, SyncBN conversion and weight-decay rules reach the right part, and nothing
+  takes the layer for a BatchNorm that it could fuse away. The child has no ``weight``, so that
+  zero-initialising a residual branch does not switch both scales off.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from wsbcn_mm import distributed
+from wsbcn_mm.backends import autograd, synchronised
+from wsbcn_mm.checks import (
+    MODES,
+    auto_groups,
+    check_choice,
+    check_eps,
+    check_floating,
+    check_groups,
+    check_rate,
+)
+from wsbcn_mm.layers import recomputation
+
+AFFINES = ('group', 'channel', None)
+SYNCS = (None, 'step', 'forward')
+DEFAULT_MOMENTUM = {'estimate': 0.01, 'batch': 0.1}
+
+
+class BatchChannelNorm:
+    """What the Batch-Channel Normalization layers share; a mixin in front of nn.GroupNorm."""
+
+    _version = 1
+    _abbr_ = 'bcn'  # attribute name in OpenMMLab's modules (`bcn1`); 'bn' would collide with BN's
+    _bn_class: type
+    _dims: tuple[int, ...]
+
+    def __init__(
+        self,
+        num_channels: int,
+        num_groups: int | str = 32,
+        eps: float = 1e-5,
+        momentum: float | str | None = None,
+        affine: str | None = 'group',
+        mode: str = 'estimate',
+        sync: str | None = 'step',
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if num_groups == 'auto':
+            num_groups = auto_groups(num_channels)
+        check_groups(num_channels, num_groups)
+        check_eps(eps)
+        check_choice(affine, AFFINES, 'affine')
+        check_choice(mode, MODES, 'mode')
+        check_choice(sync, SYNCS, 'sync')
+        factory = dict(device=device, dtype=dtype)
+        super().__init__(num_groups, num_channels, eps, affine == 'channel', **factory)
+        if affine == 'group':
+            self.weight = nn.Parameter(torch.ones(num_groups, **factory))
+            self.bias = nn.Parameter(torch.zeros(num_groups, **factory))
+        self.batch_weight = nn.Parameter(torch.ones(num_channels, **factory))
+        self.batch_bias = nn.Parameter(torch.zeros(num_channels, **factory))
+        self.bn = self._bn_class(num_channels, eps, affine=False, **factory)
+        # See `wsbcn_mm.backends.ops`: samples since the estimates were synchronised, and updates
+        # that were left out. Not a part of the model's state.
+        counts = torch.zeros(2, num_channels, dtype=torch.int64, device=device)
+        self.register_buffer('counts', counts, persistent=False)
+        self._history = recomputation.StatisticsHistory()
+        self.affine = affine
+        self.mode = mode
+        self.sync = sync
+        self.momentum = DEFAULT_MOMENTUM[mode] if momentum is None else momentum
+
+    @property
+    def momentum(self) -> float | str:
+        """Rate of the running statistics: a number in [0, 1] or ``'cumulative'``; settable.
+
+        Kept in ``bn.momentum`` (None there means cumulative, as in torch), so that whatever sets
+        the momentum of every BatchNorm of a model reaches this layer too.
+        """
+        return 'cumulative' if self.bn.momentum is None else self.bn.momentum
+
+    @momentum.setter
+    def momentum(self, value: float | str) -> None:
+        if value == 'cumulative':
+            self.bn.momentum = None
+        elif isinstance(value, str):
+            raise ValueError(
+                f"momentum must be a number in [0, 1] or 'cumulative'\n  got {value!r}"
+            )
+        else:
+            check_rate(value)
+            self.bn.momentum = value
+
+    def reset_parameters(self) -> None:
+        """Scales to 1, shifts to 0, running statistics to mean 0 and variance 1."""
+        super().reset_parameters()
+        # nn.GroupNorm's constructor calls this before the rest exists.
+        if hasattr(self, 'bn'):
+            nn.init.ones_(self.batch_weight)
+            nn.init.zeros_(self.batch_bias)
+            self.bn.reset_running_stats()
+            self.counts.zero_()
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalises ``input``; see the class for shapes and what each mode does."""
+        # Every line here is paid once per layer and step: what is looked up twice is kept.
+        if not self._fits(input):
+            self._refuse(input)
+        bn = self.bn
+        # norm_eval and frozen stages call eval() on BatchNorm instances only: the child obeys.
+        training = self.training and bn.training
+        if not training:
+            return self._normalize(input, bn.running_mean, bn.running_var, False, 0.0)
+        if self.sync == 'forward' or self.mode == 'batch':
+            ranks = self._ranks()
+            if ranks is not None:
+                # Also with an empty input: the other ranks wait for this one's share.
+                return self._forward_over_ranks(input, ranks)
+        # What updates: batch mode does not from a single value per channel.
+        updates = input.numel() // self.num_channels > (self.mode == 'batch')
+        if updates and recomputation.is_repeated():
+            return self._forward_repeated(input)
+        momentum, running_mean, running_var = self._rate(updates), bn.running_mean, bn.running_var
+        output = self._normalize(input, running_mean, running_var, True, momentum, self.counts)
+        if updates and recomputation.may_be_repeated():
+            self._history.remember(input, running_mean, running_var)
+        return output
+
+    def _rate(self, updates: bool) -> float | Tensor:
+        """Counts an update; the weight of its observation."""
+        bn = self.bn
+        momentum = bn.momentum
+        # May have been set on bn, past the setter. A 0-d tensor is what a schedule sets in compiled
+        # code, where every new number would be compiled anew.
+        if momentum is not None and not isinstance(momentum, Tensor):
+            check_rate(momentum)
+        if updates:
+            bn.num_batches_tracked.add_(1)
+            if momentum is None:
+                return bn.num_batches_tracked.to(torch.float64).reciprocal()
+        return 0.0 if momentum is None else momentum
+
+    def _ranks(self) -> distributed.Ranks | None:
+        """Those whose samples the statistics are of, where there are others than this one."""
+        converted = self.mode == 'batch' and isinstance(self.bn, nn.SyncBatchNorm)
+        if not converted and self.sync != 'forward':
+            return None
+        group = self.bn.process_group if converted else None
+        return distributed.Ranks(group) if distributed.world_size(group) > 1 else None
+
+    def _normalize(
+        self,
+        input: Tensor,
+        mean: Tensor,
+        var: Tensor,
+        training: bool,
+        momentum: float | Tensor,
+        counts: Tensor | None = None,
+    ) -> Tensor:
+        # Not through `functional`: its checks were made when the layer was, and take as long as a
+        # small map.
+        return autograd.batch_channel_norm(
+            input,
+            self.num_groups,
+            mean,
+            var,
+            self.batch_weight,
+            self.batch_bias,
+            self.weight,
+            self.bias,
+            training,
+            self.mode,
+            momentum,
+            self.eps,
+            counts,
+        )
+
+    def _forward_repeated(self, input: Tensor) -> Tensor:
+        """The same result as in the run that checkpointing repeats; the estimates stay."""
+        used = self._history.recall(input)
+        if used is None:  # a first run, inside somebody's backward pass
+            used = self.bn.running_mean, self.bn.running_var
+        # Batch mode: rate 0 keeps the copies, the statistics of the batch are computed again.
+        mean, var = (value.clone() for value in used)
+        return self._normalize(input, mean, var, self.mode == 'batch', 0.0)
+
+    def _forward_over_ranks(self, input: Tensor, ranks: distributed.Ranks) -> Tensor:
+        """As in one process with the samples of all ranks."""
+        bn, repeated = self.bn, recomputation.is_repeated()
+        if self.mode == 'batch':
+            mean, var, counts = bn.running_mean, bn.running_var, self.counts
+            rate = 0.0 if repeated else self._rate(True)
+            if repeated:  # the statistics of the batch are computed again, the buffers stay
+                mean, var, counts = mean.clone(), var.clone(), counts.clone()
+            return synchronised.batch_norm_over_ranks(
+                input,
+                self.num_groups,
+                mean,
+                var,
+                self.batch_weight,
+                self.batch_bias,
+                self.weight,
+                self.bias,
+                rate,
+                self.eps,
+                counts,
+                ranks,
+            )
+        if repeated:
+            return self._forward_repeated(input)
+        synchronised.update_estimates(
+            input, bn.running_mean, bn.running_var, self._rate(True), self.counts, ranks
+        )
+        if input.numel() and recomputation.may_be_repeated():
+            self._history.remember(input, bn.running_mean, bn.running_var)
+        # With the new estimates as constants: what evaluation does.
+        return self._normalize(input, bn.running_mean, bn.running_var, False, 0.0)
+
+    def _fits(self, input: Tensor) -> bool:
+        if not isinstance(input, Tensor) or not input.is_floating_point():
+            return False
+        shape = input.shape
+        return len(shape) in self._dims and shape[1] == self.num_channels
+
+    def _refuse(self, input: Tensor) -> None:
+        check_floating(input, 'input')
+        expected = ' or '.join(f'{d}-d' for d in self._dims)
+        raise ValueError(
+            f'{type(self).__name__} expects a {expected} input (N, {self.num_channels}, ...)\n'
+            f'  got shape {tuple(input.shape)}'
+        )
+
+    def extra_repr(self) -> str:
+        """The constructor's arguments."""
+        return (
+            f'{self.num_channels}, num_groups={self.num_groups}, eps={self.eps}, '
+            f'momentum={self.momentum!r}, affine={self.affine!r}, mode={self.mode!r}, '
+            f'sync={self.sync!r}'
+        )
+
+
+_NORM_DOC = """Batch-Channel Normalization over {shape} inputs (arXiv 1911.09738, equations 13-15).
+
+    Stage 1, per channel: ``x1 = batch_weight (x - mu) / sqrt(var + eps) + batch_bias``; stage 2,
+    per sample and group of channels: ``y = weight (x1 - m) / sqrt(v + eps) + bias``, m and v always
+    from the sample itself (a GroupNorm). mu and var:
+
+    - training, ``mode='estimate'`` (1-2 images per GPU): running estimates, updated with this input
+      **before** they are used (second moment around the old mean); constants for the gradient.
+    - training, ``mode='batch'`` (large batches): this batch's statistics, with gradient, as in
+      BatchNorm. With a single value per channel the running statistics are used and not updated.
+    - ``eval()``, of the layer or of its child ``bn`` alone (OpenMMLab's ``norm_eval``): the running
+      statistics, frozen.
+
+    Args:
+        num_channels: C.
+        num_groups: G, a divisor of C. ``'auto'``: 32, or the largest divisor below it that leaves
+            two channels per group (`wsbcn_mm.checks.auto_groups`), for networks of odd widths.
+        eps: Added to both variances, >= 0.
+        momentum: Rate r of the running statistics in [0, 1] (the weight of the new observation);
+            None: 0.01 in estimate mode, 0.1 in batch mode; ``'cumulative'``: 1/t at step t, the
+            average over all steps.
+        affine: Shape of the outer scale and shift ``weight``, ``bias``: ``'group'`` (G,) as in the
+            paper, ``'channel'`` (C,) as in GroupNorm, None without. ``batch_weight`` and
+            ``batch_bias`` (C,) are always there.
+        mode: ``'estimate'`` or ``'batch'``.
+        sync: What the processes of a distributed training share; nothing where there is one.
+            ``'step'``: nothing here, but `wsbcn_mm.estimates.synchronize_estimates`, called after
+            every step (by `EstimatesHook` under OpenMMLab), makes the running statistics of all
+            ranks the same. ``'forward'``: the statistics of all ranks' samples are used, as in one
+            process with the whole batch; a collective per layer and step (batch mode: two, as in
+            SyncBN), which every rank must reach as often. None: each rank keeps its own. Batch mode
+            also works as with ``'forward'`` once ``bn`` was converted to SyncBatchNorm.
+        device, dtype: As in torch.
+
+    Shape: {shape}, N >= 0; the output has shape, dtype and memory format of the input. float16 and
+    bfloat16 are computed in float32. N = 0 gives an empty result and touches nothing.
+
+    A value that is not finite never enters the running statistics: that channel leaves the update
+    out, and `wsbcn_mm.estimates.skipped_updates` counts it.
+
+    State dict: ``weight, bias, batch_weight, batch_bias, bn.running_mean, bn.running_var,
+    bn.num_batches_tracked``.
+
+    Raises:
+        TypeError, ValueError: an argument or an input that does not fit.
+    """
+
+
+class BatchChannelNorm1d(BatchChannelNorm, nn.GroupNorm):
+    __doc__ = _NORM_DOC.format(shape='(N, C) or (N, C, L)')
+    _bn_class = nn.BatchNorm1d
+    _dims = (2, 3)
+
+
+class BatchChannelNorm2d(BatchChannelNorm, nn.GroupNorm):
+    __doc__ = _NORM_DOC.format(shape='(N, C, H, W)')
+    _bn_class = nn.BatchNorm2d
+    _dims = (4,)
+
+
+class BatchChannelNorm3d(BatchChannelNorm, nn.GroupNorm):
+    __doc__ = _NORM_DOC.format(shape='(N, C, D, H, W)')
+    _bn_class = nn.BatchNorm3d
+    _dims = (5,)

@@ -1,0 +1,1 @@
+"""The drawn data set, registered with MMDetection and MMSegmentation."""

@@ -1,0 +1,239 @@
+"""Hooks of mmengine that keep the estimates of Batch-Channel Normalization right in training.
+
+`EstimatesHook` belongs into every config with BCN (ours have it, `tools/train.py` adds it)::
+
+    custom_hooks = [dict(type='EstimatesHook')]
+
+It does all that training needs: the same estimates on all ranks, the rate by images per step, and a
+word where an activation overflowed. `PreciseStatsHook` measures the statistics anew before they are
+evaluated and saved.
+"""
+
+import logging
+
+import torch
+from mmengine.dist import get_dist_info
+from mmengine.hooks import Hook
+from mmengine.logging import print_log
+from mmengine.model import is_model_wrapper
+from mmengine.registry import HOOKS
+from torch import nn
+
+from wsbcn_mm.checks import check_choice
+from wsbcn_mm.estimates import layers_of, rate_of_step, skipped_updates, synchronize_estimates
+
+SCHEDULES = ('constant', 'lr')
+SCALES = ('ranks', 'images', None)
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    return model.module if is_model_wrapper(model) else model
+
+
+@HOOKS.register_module()
+class EstimatesHook(Hook):
+    """Keeps the estimates the same on all ranks, sets their rate, says what they left out.
+
+    Runs before anything that reads the model after a step: EMA, checkpoints, validation.
+
+    - Once per iteration, `wsbcn_mm.estimates.synchronize_estimates`: one all-reduce for all layers
+      with ``sync='step'``. The running counters of their BatchNorms may differ between ranks.
+    - Before each iteration, the rate (``momentum``) of every layer in estimate mode:
+      `wsbcn_mm.estimates.rate_of_step` of the rate in the config. Logged as ``bcn_rate`` (of the
+      first layer). Layers with ``momentum='cumulative'`` keep it.
+    - Every ``interval`` iterations, before each checkpoint and at the end: a warning that names the
+      layers whose updates were left out because they were not finite; each layer once.
+
+    Args:
+        schedule: ``'constant'``, or ``'lr'``: the rate follows the learning rate (of the first
+            parameter group, by its initial value).
+        warmup: Average over all steps until the rate is reached; see `rate_of_step`. It made no
+            difference where we measured it (docs/reliability.md), and is off. A layer counts
+            its steps in the checkpoint (``num_batches_tracked``): resuming goes on, and statistics
+            that were loaded with their counter stay.
+        scale: What the rate in the config is the weight of. ``'images'``: of a single image; a step
+            with several, of all ranks where they share their estimates, has a larger rate, so that
+            as many images are remembered. ``'ranks'``: of a step of one rank. None: of the whole
+            step.
+        interval: Iterations between looks at what was left out; each waits for the device once.
+
+    Raises:
+        ValueError: an unknown schedule or scale, an interval below 1.
+    """
+
+    priority = 'HIGH'
+
+    def __init__(
+        self,
+        schedule: str = 'constant',
+        warmup: bool = False,
+        scale: str | None = 'images',
+        interval: int = 50,
+    ) -> None:
+        check_choice(schedule, SCHEDULES, 'schedule')
+        check_choice(scale, SCALES, 'scale')
+        if interval < 1:
+            raise ValueError(f'interval must be at least 1\n  got {interval!r}')
+        self.schedule, self.warmup, self.scale = schedule, warmup, scale
+        self.interval = interval
+        self._told: set[str] = set()
+
+    def before_train(self, runner) -> None:
+        """Remembers the rates of the config, and how many steps each layer has seen."""
+        self._model = _unwrapped(runner.model)
+        layers = layers_of(self._model).values()
+        self._start = runner.iter
+        compiled = bool(runner.cfg.get('compile'))
+        batch = self._images_per_rank(runner.train_dataloader) if self.scale == 'images' else 1
+        world = get_dist_info()[1]
+        self._layers = []
+        for layer in layers:
+            if layer.mode == 'estimate' and layer.momentum != 'cumulative':
+                ranks = 1 if layer.sync is None else world
+                images = {'ranks': ranks, 'images': batch * ranks, None: 1}[self.scale]
+                seen = int(layer.bn.num_batches_tracked) if self.warmup else None
+                self._layers.append((layer, layer.momentum, images, seen))
+                if compiled:  # a number that changes would be compiled anew each time
+                    layer.bn.momentum = torch.tensor(layer.momentum, dtype=torch.float64)
+        if not layers:
+            print_log(
+                'EstimatesHook: the model has no BatchChannelNorm layer',
+                runner.logger,
+                logging.WARNING,
+            )
+
+    @staticmethod
+    def _images_per_rank(loader) -> int:
+        return loader.batch_size or loader.batch_sampler.batch_size
+
+    def before_train_iter(self, runner, batch_idx: int, data_batch=None) -> None:
+        """Sets the rates of this step."""
+        done = runner.iter - self._start
+        ratio = 1.0
+        if self.schedule == 'lr':
+            group = runner.optim_wrapper.param_groups[0]
+            ratio = group['lr'] / group.get('initial_lr', group['lr'])
+        for layer, rate, images, seen in self._layers:
+            seen = None if seen is None else seen + done
+            rate = rate_of_step(rate, images, seen, ratio)
+            if isinstance(layer.bn.momentum, torch.Tensor):
+                layer.bn.momentum.fill_(rate)
+            else:
+                layer.bn.momentum = rate
+        if self._layers:
+            rate = float(self._layers[0][0].bn.momentum)
+            runner.message_hub.update_scalar('train/bcn_rate', rate)
+
+    def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
+        """Synchronises; looks at what was left out now and then."""
+        synchronize_estimates(self._model)
+        if self.every_n_train_iters(runner, self.interval):
+            self._report(runner)
+
+    def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
+        """Says what was left out before the model is saved."""
+        self._report(runner)
+
+    def after_train(self, runner) -> None:
+        """Gives the layers their rates back; says what was left out."""
+        for layer, rate, *_ in self._layers:
+            layer.bn.momentum = rate
+        self._report(runner)
+
+    def _report(self, runner) -> None:
+        new = {
+            name: count
+            for name, count in skipped_updates(_unwrapped(runner.model)).items()
+            if name not in self._told
+        }
+        if not new:
+            return
+        self._told |= set(new)
+        text = ', '.join(f'{name} ({count})' for name, count in new.items())
+        print_log(
+            f'values that are not finite reached these layers on rank {get_dist_info()[0]}; their '
+            f'estimates left the updates out (number of updates): {text}\n  expected now and then '
+            'with loss scaling; otherwise look for an overflow in front of the first one',
+            runner.logger,
+            logging.WARNING,
+        )
+
+
+@HOOKS.register_module()
+class PreciseStatsHook(Hook):
+    """Measures the running statistics over N training images before they are evaluated and saved.
+
+    See `wsbcn_mm.recalibration`. All ranks take part, each with its share of the images, and go on
+    training from the result. With an EMAHook it is the averaged model that is measured, the one
+    that is evaluated and saved. Place it in ``custom_hooks``; intervals as those of validation.
+
+    Args:
+        num_images: Over all ranks.
+        interval: Epochs or iterations between measurements; always at the last one.
+        by_epoch: What the interval counts.
+        passes: The most passes over the images.
+        batch_size: Images per forward call.
+        dataset: Config of a dataset; None: that of training, with the pipeline of testing.
+
+    Raises:
+        ValueError: an EMAHook without ``update_buffers=True``, which keeps one set of statistics
+            for two sets of weights.
+    """
+
+    priority = 'BELOW_NORMAL'  # after the EMA of the step, before checkpoints
+
+    def __init__(
+        self,
+        num_images: int = 200,
+        interval: int = 1,
+        by_epoch: bool = True,
+        passes: int = 2,
+        batch_size: int = 1,
+        dataset: dict | None = None,
+    ) -> None:
+        self.num_images, self.interval, self.by_epoch = num_images, interval, by_epoch
+        self.passes, self.batch_size, self.dataset = passes, batch_size, dataset
+        self._batches = None
+
+    def before_train(self, runner) -> None:
+        """Finds the model to measure, and the images."""
+        from mmengine.hooks import EMAHook
+
+        from wsbcn_mm.openmmlab.measure import recalibration
+
+        self._model = _unwrapped(runner.model)
+        for hook in runner.hooks:
+            if isinstance(hook, EMAHook):
+                if not hook.ema_model.update_buffers:
+                    raise ValueError(
+                        'PreciseStatsHook with an EMAHook needs EMAHook(update_buffers=True): the '
+                        'averaged weights have statistics of their own'
+                    )
+                self._model = hook.ema_model.module
+        dataset = self.dataset or recalibration.training_images_as_tested(runner.cfg)
+        self._batches = recalibration.loader(dataset, self.num_images, self.batch_size)
+
+    def after_train_epoch(self, runner) -> None:
+        """Measures where epochs are counted."""
+        if self.by_epoch and (
+            self.every_n_epochs(runner, self.interval) or self.is_last_train_epoch(runner)
+        ):
+            self._measure(runner)
+
+    def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
+        """Measures where iterations are counted."""
+        if not self.by_epoch and (
+            self.every_n_train_iters(runner, self.interval) or self.is_last_train_iter(runner)
+        ):
+            self._measure(runner)
+
+    def _measure(self, runner) -> None:
+        from wsbcn_mm.openmmlab.measure import recalibration
+
+        done = recalibration.recalibrate_model(self._model, self._batches, self.passes)
+        drift = '' if done.drift is None else f', last change {done.drift:.3f}'
+        print_log(
+            f'statistics of {len(done.samples)} layers measured over {self.num_images} images'
+            f'{drift}',
+            runner.logger,
+        )

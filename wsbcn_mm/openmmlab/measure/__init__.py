@@ -1,0 +1,1 @@
+"""Statistics and diagnoses of trained models, on the data of their configs."""

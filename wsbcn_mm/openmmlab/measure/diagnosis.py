@@ -1,0 +1,150 @@
+"""Measures a trained model on its config's data: what tools/analysis_tools/diagnose.py shows."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable
+
+import torch
+from mmengine.config import Config
+from mmengine.runner import Runner, load_checkpoint
+from torch import Tensor
+
+from wsbcn_mm.diagnostics import (
+    ActivationObserver,
+    ActivationStatistics,
+    EstimateObserver,
+    EstimateStatistics,
+    WeightGradientObserver,
+    estimate_gaps,
+    singularities,
+    smoothness,
+)
+from wsbcn_mm.layers import BatchChannelNorm
+from wsbcn_mm.openmmlab.checkpoints import CONVS, NORMS, CheckpointMismatch, missing_tensors
+
+KINDS = (*CONVS, *NORMS)
+
+
+def diagnose(
+    cfg: Config,
+    checkpoint: str,
+    images: int = 64,
+    train_batches: int = 4,
+    step_size: float | None = None,
+    report: Callable[[str], None] = lambda text: None,
+) -> dict:
+    """Runs the model and returns everything as numbers, lists and texts (JSON).
+
+    Args:
+        cfg: A config with ``val_dataloader`` and ``train_dataloader``.
+        checkpoint: A file that fits it.
+        images: How many validation images show activations and estimates.
+        train_batches: How many training batches show gradients and smoothness.
+        step_size: Learning rate at which smoothness is measured; None: the config's.
+        report: Shows progress.
+
+    Returns:
+        ``layers`` (how many convs and norms of each type), ``summary`` (one number a measure),
+        ``activations``, ``estimates``, ``gradients`` (by layer) and ``smoothness`` (a list).
+
+    Raises:
+        ValueError: the checkpoint leaves tensors unfilled, or the model has no ReLU.
+    """
+    runner = Runner.from_cfg(cfg)
+    state = load_checkpoint(runner.model, checkpoint, map_location='cpu')
+    missing, total = missing_tensors(runner.model, state.get('state_dict', state))
+    if missing:
+        raise CheckpointMismatch(
+            f'{checkpoint} does not fill {len(missing)} of the {total} conv and norm tensors of '
+            f'this config\n  first missing: {", ".join(missing[:4])}'
+        )
+    model = runner.model.eval()
+    loader = Runner.build_dataloader(cfg.val_dataloader, seed=0)
+    shown = 0
+    with torch.no_grad(), ActivationObserver(model) as seen, EstimateObserver(model) as estimates:
+        for batch in loader:
+            model.val_step(batch)
+            shown += len(batch['inputs'])
+            report(f'validation images {shown}/{images}')
+            if shown >= images:
+                break
+    activations, gaps = seen.layers(), estimates.layers()
+    if not activations:
+        raise ValueError(f'{cfg.filename}: no ReLU ran in this model: there is nothing to diagnose')
+
+    if step_size is None:
+        step_size = cfg.optim_wrapper.optimizer.lr
+    loader = Runner.build_dataloader(cfg.train_dataloader, seed=0)
+    model.train()
+    steps, observer = [], WeightGradientObserver(model)
+    for i, batch in enumerate(itertools.islice(loader, train_batches)):
+        data = model.data_preprocessor(batch, True)
+
+        def loss(data: dict = data) -> Tensor:
+            return model.parse_losses(model(**data, mode='loss'))[0]
+
+        steps.append(smoothness(model, loss, step_size))
+        if i == 0:
+            with observer:
+                loss().backward()
+            model.zero_grad()
+        report(f'training batches {i + 1}/{train_batches}')
+    gradients = observer.layers()
+
+    ratios = [g.ratio for g in gradients.values() if g.ratio is not None]
+    summary = dict(
+        singularities(activations),
+        **(estimate_gaps(gaps) if gaps else {}),
+        gradient_ratio=sum(ratios) / len(ratios) if ratios else None,
+        loss=_mean([s.loss for s in steps]),
+        loss_range=_mean([s.loss_range for s in steps]),
+        gradient_norm=_mean([s.gradient_norm for s in steps]),
+        beta=_mean([s.beta for s in steps]),
+    )
+    inner = {m.bn for m in model.modules() if isinstance(m, BatchChannelNorm)}
+    layers = [m for m in model.modules() if isinstance(m, KINDS) and m not in inner]
+    return dict(
+        config=cfg.filename,
+        checkpoint=checkpoint,
+        layers=dict(Counter(type(layer).__name__ for layer in layers)),
+        images=shown,
+        step_size=step_size,
+        summary=summary,
+        activations={name: _of_activation(layer) for name, layer in activations.items()},
+        estimates={name: _of_estimate(layer) for name, layer in gaps.items()},
+        gradients={n: dict(norm=g.norm, bound=g.bound) for n, g in gradients.items()},
+        smoothness=[vars(s) for s in steps],
+    )
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _list(values: Tensor) -> list[float]:
+    return [float(f'{v:.4g}') for v in values.tolist()]
+
+
+def _of_activation(layer: ActivationStatistics) -> dict:
+    return dict(
+        samples=layer.num_samples,
+        dead_channels=layer.dead_channels,
+        stat_spread=layer.stat_spread,
+        singularity_distance=layer.singularity_distance,
+        sigma_mu=layer.sigma_mu,
+        sigma_sigma=layer.sigma_sigma,
+        dead_share=_list(layer.dead_share),
+        active_share=_list(layer.active_share),
+        mean=_list(layer.mean),
+        std=_list(layer.std),
+    )
+
+
+def _of_estimate(layer: EstimateStatistics) -> dict:
+    return dict(
+        drift_share=layer.drift_share,
+        mean_gap=_list(layer.mean_gap),
+        std_ratio=_list(layer.std_ratio),
+    )
