@@ -12,6 +12,8 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from wsbcn_mm import shapes
+from wsbcn_mm.shapes import draw, files
+from wsbcn_mm.shapes.__main__ import main
 
 # pycocotools decodes masks in a way that numpy 2 warns about; nothing of ours.
 pytestmark = pytest.mark.filterwarnings('ignore:__array__ implementation:DeprecationWarning')
@@ -76,7 +78,7 @@ def test_split_index_and_seed_each_change_the_image(other):
 
 def test_every_painted_object_stays_annotated_and_visible(monkeypatch):
     """Replays what was painted and compares it with what the annotations claim."""
-    rasterise, paint = shapes._rasterise, shapes._paint_object
+    rasterise, paint = draw.rasterise, draw.paint_object
     painted, last_whole = [], []
 
     def recording_rasterise(corners):
@@ -88,8 +90,8 @@ def test_every_painted_object_stays_annotated_and_visible(monkeypatch):
         painted.append((window, coverage > 0.5, int((last_whole[0] > 0.5).sum())))
         paint(canvas, window, coverage, class_id, rng)
 
-    monkeypatch.setattr(shapes, '_rasterise', recording_rasterise)
-    monkeypatch.setattr(shapes, '_paint_object', recording_paint)
+    monkeypatch.setattr(draw, 'rasterise', recording_rasterise)
+    monkeypatch.setattr(draw, 'paint_object', recording_paint)
     covered_once = 0
     for index in range(40):
         painted.clear()
@@ -135,7 +137,7 @@ def test_images_differ_strongly_in_brightness():
 
 
 def test_about_two_percent_of_the_images_are_empty():
-    empty = [index for index in range(400) if index % shapes._EMPTY_EVERY == shapes._EMPTY_OFFSET]
+    empty = [index for index in range(400) if index % draw.EMPTY_EVERY == draw.EMPTY_OFFSET]
     assert 4 <= len(empty) <= 12 and sum(index < 80 for index in empty) >= 2
     for index in empty[:2]:
         assert shapes.draw_image('train', index, SIZE)[1] == []
@@ -147,10 +149,10 @@ def test_outlines_fill_the_area_they_should(name):
     """The even-odd raster agrees with the shoelace formula."""
     rng = np.random.default_rng(3)
     for _ in range(10):
-        corners = shapes._random_outline(shapes.CLASSES.index(name), 192, 160, rng)
+        corners = draw.random_outline(shapes.CLASSES.index(name), 192, 160, rng)
         x, y = corners.T
         area = abs(np.sum(x * np.roll(y, -1) - np.roll(x, -1) * y)) / 2
-        left, top, coverage = shapes._rasterise(corners)
+        left, top, coverage = draw.rasterise(corners)
         assert coverage.sum() == pytest.approx(area, rel=0.04, abs=2)
         assert left <= x.min() and top <= y.min()
 
@@ -219,7 +221,7 @@ def test_coco_box_area_mask_and_semantic_png_agree(dataset, coco):
                 semantic = np.array(picture)
             rebuilt = np.zeros_like(semantic)
             annotations = index.loadAnns(index.getAnnIds(imgIds=record['id']))
-            drawn = shapes.draw_image(split, record['id'] - shapes._FIRST_ID[split], SIZE)[1]
+            drawn = shapes.draw_image(split, record['id'] - files.FIRST_ID[split], SIZE)[1]
             for annotation, (class_id, visible) in zip(annotations, drawn, strict=True):
                 assert isinstance(annotation['segmentation']['counts'], str)
                 mask = index.annToMask(annotation).astype(bool)
@@ -293,7 +295,7 @@ def test_second_call_writes_nothing(tmp_path, monkeypatch):
     root = shapes.draw_dataset(str(tmp_path / 'a' / 'shapes'), 2, 1, SIZE)
     assert isinstance(root, Path)
     times = {path: path.stat().st_mtime_ns for path in root.rglob('*')}
-    monkeypatch.setattr(shapes, 'draw_image', None)  # drawing would fail
+    monkeypatch.setattr(files, 'draw_image', None)  # drawing would fail
     assert shapes.draw_dataset(root, 2, 1, list(SIZE)) == root
     assert times == {path: path.stat().st_mtime_ns for path in root.rglob('*')}
     assert [path.name for path in root.parent.iterdir()] == ['shapes']
@@ -451,15 +453,15 @@ def test_command_line(tmp_path, capsys):
         '--preview',
         str(tmp_path / 'sheet.png'),
     ]
-    shapes.main(arguments)
+    main(arguments)
     output = capsys.readouterr()
     assert output.out.count('\n') == 1 and 'drew 4 images' in output.out
     assert 'drawing 4/4' in output.err
     with Image.open(tmp_path / 'sheet.png') as sheet:
         assert sheet.width > 128 and sheet.height > 96
-    shapes.main(arguments)
+    main(arguments)
     assert 'the data set is there' in capsys.readouterr().out
     with pytest.raises(SystemExit) as stop:
-        shapes.main([*arguments, '--seed', '3'])
+        main([*arguments, '--seed', '3'])
     assert stop.value.code == 2
     assert 'Name another root' in capsys.readouterr().err

@@ -5,23 +5,15 @@ import pytest
 pytest.importorskip('mmengine', reason="configs are mmengine's")
 pytest.importorskip('mmseg', reason='compares configs of mmseg')
 
-import importlib.util
 import json
 import sys
+
+import compare_converted as tool
 
 SOURCE = 'mmseg::fcn/fcn_r18-d8_4xb2-80k_cityscapes-512x1024.py'
 
 
-@pytest.fixture
-def tool(root):
-    path = root / 'tools' / 'analysis_tools' / 'compare_converted.py'
-    spec = importlib.util.spec_from_file_location('compare_converted', path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def arguments(tool, monkeypatch, *more):
+def arguments(monkeypatch, *more):
     monkeypatch.setattr(sys, 'argv', ['compare_converted.py', *map(str, more)])
     return tool.parse_args()
 
@@ -33,9 +25,9 @@ def without(value, *keys):
     return [without(v, *keys) for v in value] if isinstance(value, (list, tuple)) else value
 
 
-def test_the_layers_and_their_hook_are_all_that_differs(tool, monkeypatch, tmp_path):
+def test_the_layers_and_their_hook_are_all_that_differs(monkeypatch, tmp_path):
     (tmp_path / 'classes.txt').write_text('sky\nroad\n')
-    args = arguments(tool, monkeypatch, SOURCE, '--data', tmp_path, '-o', tmp_path / 'out')
+    args = arguments(monkeypatch, SOURCE, '--data', tmp_path, '-o', tmp_path / 'out')
     old, new = (tool.configure(SOURCE, str(tmp_path), kind, args) for kind in tool.KINDS)
     assert new.custom_hooks == [dict(type='EstimatesHook')] and old.custom_hooks == []
     assert new.model.backbone.norm_cfg.type == 'BCN'
@@ -49,7 +41,7 @@ def test_the_layers_and_their_hook_are_all_that_differs(tool, monkeypatch, tmp_p
     assert old.work_dir != new.work_dir
 
 
-def test_losses_of_pieces_are_one_run(tool, tmp_path):
+def test_losses_of_pieces_are_one_run(tmp_path):
     """What came after the checkpoint that training went on from is replaced."""
     for piece, losses in (('1', {10: 3.0, 20: 2.0}), ('2', {20: 2.5, 30: 1.0})):
         file = tmp_path / piece / 'vis_data' / 'scalars.json'
@@ -59,9 +51,9 @@ def test_losses_of_pieces_are_one_run(tool, tmp_path):
     assert tool.losses_of(tmp_path) == {10: 3.0, 20: 2.5, 30: 1.0}
 
 
-def test_the_picture_comes_from_the_record_alone(tool, monkeypatch, root, tmp_path, capsys):
+def test_the_picture_comes_from_the_record_alone(monkeypatch, root, tmp_path, capsys):
     record = root / 'docs' / 'converted_losses.json'
-    arguments(tool, monkeypatch, '-n', 0, '--record', record, '--plot', tmp_path / 'a.png')
+    arguments(monkeypatch, '-n', 0, '--record', record, '--plot', tmp_path / 'a.png')
     tool.main()
     assert (tmp_path / 'a.png').stat().st_size > 10_000
     assert 'mmdet::retinanet/retinanet_r18_fpn_1x_coco.py converted' in capsys.readouterr().out
@@ -71,11 +63,11 @@ def test_the_picture_comes_from_the_record_alone(tool, monkeypatch, root, tmp_pa
         assert entry['validation'].keys() == {'original', 'converted'}
 
 
-def test_a_record_of_other_settings_is_not_overwritten(tool, monkeypatch, tmp_path):
+def test_a_record_of_other_settings_is_not_overwritten(monkeypatch, tmp_path):
     record = tmp_path / 'losses.json'
     text = json.dumps({SOURCE: dict(data='camvid', size=112, seed=0)})
     record.write_text(text)
-    arguments(tool, monkeypatch, SOURCE, '--data', 'camvid', '--size', 64, '--record', record)
+    arguments(monkeypatch, SOURCE, '--data', 'camvid', '--size', 64, '--record', record)
     with pytest.raises(SystemExit, match='other settings'):
         tool.main()
     assert record.read_text() == text

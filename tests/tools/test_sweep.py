@@ -6,10 +6,10 @@ pytest.importorskip('mmengine', reason="configs are mmengine's")
 pytest.importorskip('mmdet', reason='converts configs of mmdet')
 pytest.importorskip('mmseg', reason='converts configs of mmseg')
 
-import importlib.util
 import json
 
 import sweep
+import sweep_upstream as tool
 from sweep import examine, upstream_configs
 
 from wsbcn_mm import BatchChannelNorm2d
@@ -88,16 +88,7 @@ def test_the_sample_is_of_configs_that_are_shipped():
     assert not any('_base_' in name for name in shipped)
 
 
-@pytest.fixture
-def tool(root):
-    path = root / 'tools' / 'analysis_tools' / 'sweep_upstream.py'
-    spec = importlib.util.spec_from_file_location('sweep_upstream', path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_sweep_goes_on_where_it_was_killed(tool, tmp_path):
+def test_the_sweep_goes_on_where_it_was_killed(tmp_path):
     file = tmp_path / 'sweep.jsonl'
     done = dict(config='mmdet::a/b.py', outcome='converted', reason='', model='x', clean=True)
     file.write_text(json.dumps(done) + '\n{"config": "mmdet::a/c.py", "outc')
@@ -109,7 +100,7 @@ def test_the_sweep_goes_on_where_it_was_killed(tool, tmp_path):
     assert tool.jobs(records, names, True, []) == names[:1]
 
 
-def test_the_table_counts(tool):
+def test_the_table_counts():
     base = dict(reason='', left=[], clean=True, findings=[], layers={}, read_back=True, size=64)
     why = 'RuntimeError: too small'
     records = {
@@ -135,7 +126,7 @@ def test_the_table_counts(tool):
     assert f'| nothing at all | whole | {why} | 1 |' in text  # a defect of ours, for all to see
 
 
-def test_the_tables_leave_what_is_written_by_hand(tool, tmp_path):
+def test_the_tables_leave_what_is_written_by_hand(tmp_path):
     file = tmp_path / 'a.md'
     file.write_text(f'by hand\n{tool.BEGIN}\nold\n{tool.END}\nmore\n')
     tool.write_report(file, 'new')

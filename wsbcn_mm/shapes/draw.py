@@ -22,8 +22,8 @@ MAX_IMAGES = 1_000_000
 
 # Real data has images without any object, and they are a classic cause of crashes. A fixed rhythm
 # rather than chance: also a tiny data set has some (images 1, 40, 79, ...).
-_EMPTY_EVERY = 39
-_EMPTY_OFFSET = 1
+EMPTY_EVERY = 39
+EMPTY_OFFSET = 1
 
 _MIN_SIDE = 48
 _MIN_OBJECTS, _MAX_OBJECTS = 4, 8
@@ -223,7 +223,7 @@ def _unit_outline(name: str, rng: np.random.Generator) -> np.ndarray:
     raise ValueError(f'no outline for the class {name!r}; the classes are {CLASSES}')
 
 
-def _random_outline(class_id: int, width: int, height: int, rng: np.random.Generator) -> np.ndarray:
+def random_outline(class_id: int, width: int, height: int, rng: np.random.Generator) -> np.ndarray:
     """Returns the corners (N, 2), in pixels, of a random object of the class."""
     short = min(width, height)
     low, high = _LONG_SIDE
@@ -245,7 +245,7 @@ def _inside(corners: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return inside
 
 
-def _rasterise(corners: np.ndarray) -> tuple[int, int, np.ndarray]:
+def rasterise(corners: np.ndarray) -> tuple[int, int, np.ndarray]:
     """Rasterises a polygon, including the parts outside the image.
 
     Args:
@@ -300,7 +300,7 @@ def _contrasting_colours(
     return first, second
 
 
-def _paint_object(
+def paint_object(
     canvas: np.ndarray,
     window: Window,
     coverage: np.ndarray,
@@ -333,7 +333,7 @@ def _place_objects(canvas: np.ndarray, count: int, rng: np.random.Generator) -> 
     for _ in range(count):
         for _ in range(_PLACEMENT_TRIES):
             class_id = int(rng.integers(len(CLASSES)))
-            left, top, whole = _rasterise(_random_outline(class_id, width, height, rng))
+            left, top, whole = rasterise(random_outline(class_id, width, height, rng))
             window, coverage = _clip_window(left, top, whole, width, height)
             covers = coverage > 0.5
             full = int((whole > 0.5).sum())
@@ -348,7 +348,7 @@ def _place_objects(canvas: np.ndarray, count: int, rng: np.random.Generator) -> 
             mask[window] = covers
             instances.append((class_id, mask))
             full_areas.append(full)
-            _paint_object(canvas, window, coverage, class_id, rng)
+            paint_object(canvas, window, coverage, class_id, rng)
             break
     return instances
 
@@ -461,7 +461,7 @@ def draw_image(
     canvas = _background(width, height, rng)
     _paint_clutter(canvas, rng)
     count = int(rng.integers(_MIN_OBJECTS, _MAX_OBJECTS + 1))
-    if index % _EMPTY_EVERY == _EMPTY_OFFSET:
+    if index % EMPTY_EVERY == EMPTY_OFFSET:
         count = 0
     instances = _place_objects(canvas, count, rng)
     return _photograph(canvas, rng), instances

@@ -33,7 +33,7 @@ STAMP = 'shapes.json'
 
 # Train ids count from 1, val ids from 1,000,001. File names must not clash, as VOC keeps both
 # splits in one folder, and must not move when the number of training images changes.
-_FIRST_ID = {'train': 1, 'val': 1_000_001}
+FIRST_ID = {'train': 1, 'val': 1_000_001}
 
 
 # ----------------------------------------------------------------------------------------------
@@ -84,7 +84,7 @@ def _write_split(
     width, height = parameters['size']
     names, images, annotations = [], [], []
     for index in range(count):
-        image_id = _FIRST_ID[split] + index
+        image_id = FIRST_ID[split] + index
         name = f'{image_id:012d}'
         image, instances = draw_image(split, index, (width, height), parameters['seed'])
         jpeg = _jpeg_bytes(image)
