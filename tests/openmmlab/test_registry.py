@@ -8,9 +8,10 @@ pytest.importorskip('mmcv', reason='layers are built by mmcv')
 import importlib
 
 from mmcv.cnn import ConvModule, build_conv_layer, build_norm_layer
-from mmengine.registry import MODELS, DefaultScope
+from mmengine.registry import HOOKS, MODELS, DefaultScope
 
 from wsbcn_mm import layers
+from wsbcn_mm.openmmlab import registry
 
 CONVS = {
     'WSConv': layers.WSConv2d,
@@ -70,3 +71,17 @@ def test_the_layers_live_in_the_root_registry():
     """Not in a package's own, where the other packages would not see them."""
     for name, layer in {**CONVS, **NORMS}.items():
         assert MODELS.module_dict[name] is layer
+
+
+def test_the_table_names_what_upstream_has():
+    """What a layer replaces, and what stands for it after folding, are names that mmcv builds."""
+    for kind in {row.stock for row in (*registry.NORMS, *registry.CONVS, registry.MICRO_BN)}:
+        assert kind in MODELS.module_dict
+    upstream = {*registry.NORM_FOR, *registry.CONV_FOR} & set(MODELS.module_dict)
+    assert {'BN', 'SyncBN', 'GN', 'Conv2d', 'ConvWS'} <= upstream
+
+
+def test_the_hooks_are_there_on_import():
+    names = [value for key, value in vars(registry).items() if key.endswith('_HOOK')]
+    assert len(names) == 5
+    assert all(name in HOOKS.module_dict for name in names)

@@ -20,9 +20,8 @@ from torch import Tensor, nn
 from wsbcn_mm.layers import BatchChannelNorm, WeightStandardized
 from wsbcn_mm.openmmlab.compat import refusal
 from wsbcn_mm.openmmlab.files import damage
+from wsbcn_mm.structure import CONVS, NORMS
 
-CONVS = (nn.modules.conv._ConvNd,)
-NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 # Where a file may hold its tensors: OpenMMLab's and the authors' key, then others'.
 HOLDERS = ('state_dict', 'model', 'model_state_dict', 'state_dict_ema')
 

@@ -9,6 +9,7 @@ from mmengine.config import Config, ConfigDict
 from wsbcn_mm.openmmlab import checkpoints as checkpoint
 from wsbcn_mm.openmmlab import compat
 from wsbcn_mm.openmmlab.files import damage, latest_complete
+from wsbcn_mm.openmmlab.registry import ATOMIC_CHECKPOINT_HOOK, ESTIMATES_HOOK, NORM_NAMED
 
 PACKAGE_OF_SCOPE = {'mmdet': 'mmdet', 'mmseg': 'mmseg', 'mmpretrain': 'mmpretrain'}
 PRETRAINED = ('Pretrained', 'PretrainedInit')  # the initialisation from a file
@@ -229,20 +230,19 @@ def harden(cfg: Config) -> None:
     Args:
         cfg: Changed in place.
     """
-    present = any(type_name(hook) == 'EstimatesHook' for hook in cfg.get('custom_hooks') or [])
+    present = any(type_name(hook) == ESTIMATES_HOOK for hook in cfg.get('custom_hooks') or [])
     if not present and _has_bcn(cfg.get('model')):
-        add_hook(cfg, dict(type='EstimatesHook'))
+        add_hook(cfg, dict(type=ESTIMATES_HOOK))
     hooks = cfg.setdefault('default_hooks', {})
     checkpoint = hooks.setdefault('checkpoint', dict(type='CheckpointHook', interval=1))
     if type_name(checkpoint) == 'CheckpointHook':
-        checkpoint['type'] = 'AtomicCheckpointHook'
+        checkpoint['type'] = ATOMIC_CHECKPOINT_HOOK
 
 
 def _has_bcn(part: object) -> bool:
     """Whether a part of a model's config names one of our norms."""
     if isinstance(part, dict):
-        own = type_name(part).startswith(('BCN', 'BatchChannelNorm'))
-        return own or any(_has_bcn(value) for value in part.values())
+        return type_name(part) in NORM_NAMED or any(_has_bcn(value) for value in part.values())
     return isinstance(part, (list, tuple)) and any(_has_bcn(value) for value in part)
 
 

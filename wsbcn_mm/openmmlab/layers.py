@@ -1,4 +1,7 @@
-"""Layers and parts that only hosts need: a baseline norm, and parts converted after building."""
+"""Layers and parts that only hosts need: a baseline norm, and parts converted after building.
+
+Their names in configs are in `registry`.
+"""
 
 from mmengine.registry import MODELS
 from torch import Tensor, nn
@@ -7,7 +10,6 @@ from torch.nn import functional as F
 from wsbcn_mm.convert import convert_model
 
 
-@MODELS.register_module(name='MicroBN')
 class MicroBatchNorm2d(nn.BatchNorm2d):
     """`nn.BatchNorm2d` that also trains where a channel has a single value.
 
@@ -26,7 +28,6 @@ class MicroBatchNorm2d(nn.BatchNorm2d):
         return super().forward(input)
 
 
-@MODELS.register_module()
 def Converted(kind: str, convert: dict | None = None, **kwargs) -> nn.Module:  # noqa: N802
     """Builds a part and turns its conv -> norm pairs into WS + BCN.
 

@@ -23,8 +23,8 @@ from wsbcn_mm.layers import BatchChannelNorm, WeightStandardized
 from wsbcn_mm.openmmlab import checkpoints as checkpoint
 from wsbcn_mm.openmmlab.config import PRETRAINED, find_config, read_config, type_name, with_names
 from wsbcn_mm.openmmlab.conversion import probe
-from wsbcn_mm.openmmlab.conversion.convert import ESTIMATES_HOOK
 from wsbcn_mm.openmmlab.conversion.probe import CannotBuild, Node, dotted
+from wsbcn_mm.openmmlab.registry import ESTIMATES_HOOK, NORM_NAMED
 
 
 def audit(
@@ -205,9 +205,9 @@ def _groups(cfg: Config, nodes: list[Node]) -> list[Finding]:
         wrong = [w for w in widths if groups < 1 or w % groups]
         if not wrong:
             continue
-        kind = node.cfg['norm_cfg']['type']
+        kind = type_name(node.cfg['norm_cfg'])
         fitted = {auto_groups(width) for width in widths}
-        ours = str(kind).startswith('BCN')
+        ours = kind in NORM_NAMED
         value = "'auto'" if ours else str(auto_groups(math.gcd(*widths)))
         node.cfg['norm_cfg']['num_groups'] = 'auto' if ours else auto_groups(math.gcd(*widths))
         why = (

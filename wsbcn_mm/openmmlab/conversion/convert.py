@@ -24,47 +24,20 @@ from wsbcn_mm.openmmlab.checkpoints import read_checkpoint
 from wsbcn_mm.openmmlab.config import PRETRAINED, find_config, read_config, type_name, with_names
 from wsbcn_mm.openmmlab.conversion import probe
 from wsbcn_mm.openmmlab.conversion.probe import CannotBuild, Node, dotted
+from wsbcn_mm.openmmlab.registry import (
+    CONV_FOR,
+    CONV_NAMED,
+    CONVERTED,
+    ESTIMATES_HOOK,
+    NORM_FOR,
+    NORM_NAMED,
+)
 from wsbcn_mm.structure import followers, standardizable
 
-# The norms that BCN takes the place of, and its name for that number of axes.
-NORMS = {
-    'BN': 'BCN2d',
-    'BN2d': 'BCN2d',
-    'SyncBN': 'BCN2d',
-    'MMSyncBN': 'BCN2d',
-    'GN': 'BCN2d',
-    'BN1d': 'BCN1d',
-    'BN3d': 'BCN3d',
-    # torch's names, which configs in pure Python hold
-    'BatchNorm2d': 'BCN2d',
-    'SyncBatchNorm': 'BCN2d',
-    'GroupNorm': 'BCN2d',
-    'BatchNorm1d': 'BCN1d',
-    'BatchNorm3d': 'BCN3d',
-}
-# Convolutions that WSConv2d can take the place of: those that differ in the weight alone.
-CONVS = {
-    'Conv': 'WSConv2d',
-    'Conv2d': 'WSConv2d',
-    'ConvWS': 'WSConv2d',
-    'ConvAWS': 'WSConv2d',
-    'Conv1d': 'WSConv1d',
-    'Conv3d': 'WSConv3d',
-}
-OURS = (
-    'BCN',
-    'BCN1d',
-    'BCN2d',
-    'BCN3d',
-    'BatchChannelNorm1d',
-    'BatchChannelNorm2d',
-    'BatchChannelNorm3d',
-)
 TARGET_NORMS, TARGET_CONVS = ('BCN', 'GN'), ('WSConv2d', 'none')
 # What mmengine raises where a config cannot inherit from another: one in pure Python, a key in two
 # bases, a dict merged into something else.
 MERGE_ERRORS = (RuntimeError, KeyError, TypeError)
-ESTIMATES_HOOK = 'EstimatesHook'  # same estimates on all ranks, their rate by images per step
 
 
 class NothingToConvert(ValueError):
@@ -286,7 +259,7 @@ def _convert_after_building(
             continue
         done.add(path)
         kind = node.cfg['type']
-        _set(result, (*path, 'type'), 'Converted', f'{reason}; replaced after building')
+        _set(result, (*path, 'type'), CONVERTED, f'{reason}; replaced after building')
         _set(result, (*path, 'kind'), kind)
         if conv == 'none':
             _set(result, (*path, 'convert'), dict(standardize=False))
@@ -337,8 +310,8 @@ def _parts(result: Conversion, nodes: list[Node], conv: str, keep_dcn: bool) -> 
     for node in nodes:
         for path, old in _norm_cfgs(node):
             kind = type_name(old)
-            if kind not in NORMS:
-                if kind in OURS:
+            if kind not in NORM_FOR:
+                if kind in NORM_NAMED:
                     result.left.append(f'{dotted(path)}: is BCN already')
                 continue
             if not widths.get(node.path):
@@ -386,9 +359,9 @@ def _plan_conv(result: Conversion, part: _Part, keep_dcn: bool) -> None:
         return
     part.old_conv = node.get('conv_cfg')
     kind = 'Conv2d' if part.old_conv is None else type_name(part.old_conv)
-    if kind.startswith('WSConv'):
+    if kind in CONV_NAMED:
         return
-    if kind not in CONVS:
+    if kind not in CONV_FOR:
         result.left.append(f'{node.where}: its convolutions are {kind}, which stay: no WS')
         return
     if node.get('dcn') is not None:
@@ -407,14 +380,14 @@ def _new_norm(part: _Part, norm: str) -> dict:
     groups = {auto_groups(width) for width in part.widths}
     if norm == 'GN':
         return dict(type='GN', num_groups=auto_groups(math.gcd(*part.widths)))
-    new = dict(type=NORMS[type_name(part.old_norm)])
+    new = dict(type=NORM_FOR[type_name(part.old_norm)])
     new['num_groups'] = groups.pop() if len(groups) == 1 else 'auto'
     return new
 
 
 def _set_conv(result: Conversion, part: _Part) -> None:
     kind = 'Conv2d' if part.old_conv is None else type_name(part.old_conv)
-    _set(result, (*part.node.path, 'conv_cfg'), dict(type=CONVS[kind]))
+    _set(result, (*part.node.path, 'conv_cfg'), dict(type=CONV_FOR[kind]))
 
 
 def _unset_conv(result: Conversion, part: _Part) -> None:

@@ -20,6 +20,8 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope, Registry
 from torch import nn
 
+from wsbcn_mm.openmmlab.registry import CONVERTED
+
 # Dicts under these keys are built by mmcv's own builders, with arguments of their parents'.
 LAYER_KEYS = {'norm_cfg', 'conv_cfg', 'act_cfg', 'upsample_cfg', 'init_cfg', 'loss'}
 
@@ -93,7 +95,7 @@ def _nodes(value: object, path: tuple, scope: str | None) -> Iterator[Node]:
     if isinstance(value, dict):
         scope = value.get('_scope_', scope)
         name = value.get('type')
-        kind = _class_of(value.get('kind') if name == 'Converted' else name, scope)
+        kind = _class_of(value.get('kind') if name == CONVERTED else name, scope)
         if kind is not None:
             yield Node(path, value, kind, constructor_defaults(kind))
         for key, item in value.items():

@@ -28,25 +28,7 @@ from torch import Tensor, nn
 from wsbcn_mm.folding import Plan
 from wsbcn_mm.layers import BatchChannelNorm, WeightStandardized
 from wsbcn_mm.openmmlab.config import PRETRAINED, type_name
-
-NORMS = {
-    'BCN': 'BN',
-    'BCN1d': 'BN1d',
-    'BCN2d': 'BN',
-    'BCN3d': 'BN3d',
-    # in configs in pure Python
-    'BatchChannelNorm1d': 'BN1d',
-    'BatchChannelNorm2d': 'BN',
-    'BatchChannelNorm3d': 'BN3d',
-}
-MICRO_BN = ('MicroBN', 'MicroBatchNorm2d')
-CONVS = {
-    'WSConv': None,
-    'WSConv1d': 'Conv1d',
-    'WSConv2d': None,
-    'WSConv3d': 'Conv3d',
-    'WSConvTranspose2d': 'deconv',
-}
+from wsbcn_mm.openmmlab.registry import CONV_NAMED, MICRO_BN_NAMED, NORM_NAMED
 
 
 class CannotBePlain(ValueError):
@@ -159,7 +141,7 @@ def _replace_layers(part: object, model: nn.Module, path: str = '') -> None:
     for key, value in part.items():
         _replace_layers(value, model, f'{path}.{key}'.lstrip('.'))
     for key in [k for k in part if k != 'conv_cfg']:  # predictors take a layer under other names
-        if isinstance(part[key], dict) and type_name(part[key]) in CONVS:
+        if isinstance(part[key], dict) and type_name(part[key]) in CONV_NAMED:
             part[key] = plain_conv_cfg(part[key]) or ConfigDict(type='Conv2d')
     norm_cfg, conv_cfg = part.get('norm_cfg'), part.get('conv_cfg')
     conv = None if conv_cfg is None else plain_conv_cfg(conv_cfg)
@@ -167,9 +149,9 @@ def _replace_layers(part: object, model: nn.Module, path: str = '') -> None:
         part['conv_cfg'] = conv
     if norm_cfg is None:
         return
-    if type_name(norm_cfg) in MICRO_BN:  # in evaluation it is one
+    if type_name(norm_cfg) in MICRO_BN_NAMED:  # in evaluation it is one
         part['norm_cfg'] = ConfigDict({**norm_cfg, 'type': 'BN'})
-    elif type_name(norm_cfg) in NORMS:
+    elif type_name(norm_cfg) in NORM_NAMED:
         shared = {k: norm_cfg[k] for k in ('eps', 'requires_grad') if k in norm_cfg}
         groups = norm_cfg.get('num_groups', 32)
         if groups == 'auto':
@@ -179,7 +161,7 @@ def _replace_layers(part: object, model: nn.Module, path: str = '') -> None:
         part['conv_cfg'] = ConfigDict(
             type='ConvModule',
             conv_cfg=conv,
-            norm_cfg=dict(type=NORMS[type_name(norm_cfg)], **shared),
+            norm_cfg=dict(type=NORM_NAMED[type_name(norm_cfg)].stock, **shared),
             act_cfg=None,
         )
 
@@ -198,11 +180,11 @@ def _auto_groups(model: nn.Module, path: str) -> int:
 
 def plain_conv_cfg(conv_cfg: dict) -> dict | None:
     """The ``conv_cfg`` without WS; None where that is mmcv's default."""
-    if type_name(conv_cfg) not in CONVS:
+    if type_name(conv_cfg) not in CONV_NAMED:
         return conv_cfg
-    kind = CONVS[type_name(conv_cfg)]
+    kind = CONV_NAMED[type_name(conv_cfg)].stock
     rest = {k: v for k, v in conv_cfg.items() if k not in ('type', 'eps', 'formula')}
-    return ConfigDict(type=kind or 'Conv2d', **rest) if kind or rest else None
+    return ConfigDict(type=kind, **rest) if rest or kind != 'Conv2d' else None
 
 
 def drop_pretrained(model: dict) -> None:

@@ -23,6 +23,7 @@ from wsbcn_mm.openmmlab.deploy import folded_layers, inference
 from wsbcn_mm.openmmlab.deploy import settings as plain
 from wsbcn_mm.openmmlab.deploy.settings import CannotBePlain
 from wsbcn_mm.openmmlab.layers import MicroBatchNorm2d
+from wsbcn_mm.openmmlab.registry import CONV_NAMED, CONVERTED, MICRO_BN_NAMED, NORM_NAMED
 
 MODULE = Path(folded_layers.__file__)
 HEADER = """import sys
@@ -103,14 +104,14 @@ def _replace_layers(part: object) -> None:
     """Plain convolutions and GroupNorms wherever a model's config names layers of this package."""
     for value in plain.dicts(part):
         kind = type_name(value)
-        if kind in plain.CONVS:
+        if kind in CONV_NAMED:
             new = plain.plain_conv_cfg(value) or dict(type='Conv2d')
-        elif kind in plain.NORMS:
+        elif kind in NORM_NAMED:
             groups = value.get('num_groups', 32)
             new = dict(type='GN', num_groups=1 if groups == 'auto' else groups)
-        elif kind in plain.MICRO_BN:
+        elif kind in MICRO_BN_NAMED:
             new = {**value, 'type': 'BN'}
-        elif kind == 'Converted':  # its layers are listed
+        elif kind == CONVERTED:  # its layers are listed
             new = {key: item for key, item in value.items() if key not in ('kind', 'convert')}
             new['type'] = value['kind']
         else:

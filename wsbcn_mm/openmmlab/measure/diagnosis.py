@@ -22,7 +22,8 @@ from wsbcn_mm.diagnostics import (
     smoothness,
 )
 from wsbcn_mm.layers import BatchChannelNorm
-from wsbcn_mm.openmmlab.checkpoints import CONVS, NORMS, CheckpointMismatch, missing_tensors
+from wsbcn_mm.openmmlab.checkpoints import CheckpointMismatch, missing_tensors
+from wsbcn_mm.structure import CONVS, NORMS
 
 KINDS = (*CONVS, *NORMS)
 
