@@ -22,6 +22,11 @@ def pins(name: str) -> list[str]:
     return [line for line in (line.partition('#')[0].strip() for line in lines) if line]
 
 
+def files(folder: str, pattern: str) -> list[str]:
+    """The files of a folder, relative to this one, as setuptools wants them."""
+    return sorted(str(path.relative_to(ROOT)) for path in (ROOT / folder).glob(pattern))
+
+
 def cpu_kernels() -> dict:
     """The arguments of setup() that compile the CPU kernels; empty where they are not compiled."""
     wanted = os.environ.get('WSBCN_BUILD', 'auto')
@@ -46,8 +51,8 @@ def cpu_kernels() -> dict:
     folder = 'wsbcn_mm/backends/cpu'
     extension = CppExtension(
         f'{folder.replace("/", ".")}._kernels',
-        sorted(str(path.relative_to(ROOT)) for path in (ROOT / folder).glob('*.cpp')),
-        depends=[f'{folder}/{name}.h' for name in ('clones', 'groups', 'rows')],
+        files(folder, '*.cpp'),
+        depends=files(folder, '*.h'),
         # OpenMP at compile time only: at run time torch's own library must be found, because a
         # second one would keep threads of its own.
         # Wno-psabi: vectors are passed between inlined functions only.
@@ -65,17 +70,23 @@ setup(
     long_description=(ROOT / 'README.md').read_text(),
     long_description_content_type='text/markdown',
     license='Apache-2.0',
+    license_files=['LICENSE'],
+    keywords='normalization, weight standardization, small batches, detection, segmentation',
+    project_urls={'Paper': 'https://arxiv.org/abs/1903.10520'},
     python_requires='>=3.10',
     packages=find_packages(include=['wsbcn_mm', 'wsbcn_mm.*']),
     # Where mim and `_base_ = 'wsbcn_mm::...'` look for configs; links in the repository, copies in
     # an installed package.
-    package_data={'wsbcn_mm': ['.mim/model-index.yml', '.mim/configs/**/*', '.mim/tools/**/*']},
+    package_data={
+        'wsbcn_mm': ['py.typed', '.mim/model-index.yml', '.mim/configs/**/*', '.mim/tools/**/*']
+    },
     include_package_data=False,
     install_requires=['torch>=2.4'],
     extras_require={'openmmlab': pins('openmmlab'), 'dev': pins('dev')},
     classifiers=[
-        'License :: OSI Approved :: Apache Software License',
-        'Programming Language :: Python :: 3',
+        'Intended Audience :: Science/Research',
+        'Programming Language :: C++',
+        *(f'Programming Language :: Python :: 3.{minor}' for minor in range(10, 14)),
         'Topic :: Scientific/Engineering :: Artificial Intelligence',
     ],
     zip_safe=False,
