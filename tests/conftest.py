@@ -70,7 +70,7 @@ def distributions(tmp_path_factory) -> Distributions:
 def installed(distributions: Distributions) -> Path:
     """The folder that the wheel was installed into, for PYTHONPATH."""
     site = distributions.wheel.parent / 'site'
-    command = 'pip install -q --no-deps --no-index --target'.split()
+    command = ['pip', 'install', '-q', '--no-deps', '--no-index', '--target']
     done = subprocess.run(
         [sys.executable, '-m', *command, site, distributions.wheel],
         cwd=site.parent,

@@ -69,7 +69,7 @@ def test_gn_ws_files_keep_their_function(source, prefix):
 @pytest.mark.parametrize('source', ['openmmlab-bn', 'torchvision', 'timm'])
 def test_batch_norm_networks_are_a_starting_point(source):
     torch.manual_seed(0)
-    state = resnet('50', batch_norm, shape=lambda *size: torch.randn(*size))
+    state = resnet('50', batch_norm, shape=torch.randn)
     for key in list(state):
         if key.endswith('running_mean'):
             state[key] = torch.randn_like(state[key])

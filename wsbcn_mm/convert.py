@@ -151,9 +151,7 @@ def convert_model(
         for name in follower.norms:
             dims[id(modules[name])] = len(follower.conv.kernel_size)
     _dims_of_other_norms(model, found, dims)
-    norm_lines = _convert_norms(
-        model, modules, dims, replacement, num_groups, mode, momentum, report
-    )
+    norm_lines = _convert_norms(model, modules, dims, replacement, num_groups, mode, momentum)
     tied = _tied_to_bare(found)
     conv_lines = [
         _convert_conv(follower, modules, replacement, standardize, formula, tied, run is not None)
@@ -205,7 +203,7 @@ def _run(model: nn.Module, example_input: object) -> None:
 
 
 def _convert_norms(
-    model, modules, dims, replacement, num_groups, mode, momentum, report
+    model, modules, dims, replacement, num_groups, mode, momentum
 ) -> list[Changed | Left]:
     lines = []
     for name, norm in model.named_modules():

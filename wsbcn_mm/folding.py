@@ -228,7 +228,7 @@ class _Evidence:
         for x in _guess_inputs(module):
             try:
                 self.add(module, lambda module, x=x: module(x))
-            except Exception as error:  # whatever a module raises that wants other arguments
+            except Exception as error:  # noqa: BLE001  whatever a module raises that wants other arguments
                 self.failed[module] = f'{type(error).__name__}: {error}'.partition('\n')[0]
             else:
                 break
@@ -449,11 +449,10 @@ def _conv_with_raw_weight(conv: nn.Module) -> nn.Module:
 
 def _like(new: nn.Module, conv: nn.Module) -> nn.Module:
     weight = conv.weight
-    for layout in (torch.channels_last, torch.channels_last_3d):
-        if weight.dim() == (4 if layout is torch.channels_last else 5):
-            if weight.is_contiguous(memory_format=layout) and not weight.is_contiguous():
-                return new.to(memory_format=layout)
-    return new
+    layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(weight.dim())
+    if layout is None or weight.is_contiguous():
+        return new
+    return new.to(memory_format=layout) if weight.is_contiguous(memory_format=layout) else new
 
 
 def _scale(

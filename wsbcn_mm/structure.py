@@ -268,9 +268,7 @@ class Watch(TorchDispatchMode):
     def __enter__(self):
         self.hooks = []
         for holder in {h for some in self.holders.values() if len(some) > 1 for h in some}:
-            self.hooks.append(
-                holder.register_forward_pre_hook(lambda m, args: self.running.append(m))
-            )
+            self.hooks.append(holder.register_forward_pre_hook(lambda m, _: self.running.append(m)))
             self.hooks.append(holder.register_forward_hook(lambda m, *_: self.running.remove(m)))
         for layer in self.layers:
             self.hooks.append(layer.register_forward_pre_hook(self._enter_layer, with_kwargs=True))

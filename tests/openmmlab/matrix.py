@@ -64,7 +64,7 @@ def expected_names():
         ('r50', ('ws-gn', 'ws-bcn')),
     ):
         rows = [*product(('bn', 'sync-bn', 'gn', 'ws-gn', 'ws-bcn', 'ws-bcn-sync'), by_gpus)]
-        for norm, regime in rows + [*product(alone, on_one_gpu)]:
+        for norm, regime in [*rows, *product(alone, on_one_gpu)]:
             yield f'deeplabv3_{backbone}_{norm}_{regime}-50e_voc12aug-513x513'
     for regime, data in product(by_gpus[:2], ('voc12', 'voc12aug')):
         yield f'deeplabv3_r101_ws-bcn_{regime}-scratch-50e_{data}-513x513'

@@ -181,7 +181,7 @@ def test_trap_17_norm_and_conv_settings_hold_no_key_of_another_layer(file):
 
 def test_trap_17_18_every_norm_is_ours(ours):
     """mmseg's models read their own norm_cfg in three places: a top-level one changes nothing."""
-    cfg, model = ours
+    _, model = ours
     names = {name for name, m in model.named_modules() if isinstance(m, BatchChannelNorm2d)}
     assert names
     for name, module in model.named_modules():
@@ -197,7 +197,7 @@ def test_trap_13_19_weight_standardization_and_norm_come_together(ours):
 
     Here for every convolution of the models, and the other way round: no BCN without WS.
     """
-    cfg, model = ours
+    _, model = ours
     # By every name: the towers of RetinaNet run one convolution on each level, with other norms.
     convs = [
         name

@@ -3,6 +3,7 @@
 No test looks at a time.
 """
 
+import itertools
 import json
 import re
 import subprocess
@@ -232,7 +233,7 @@ def test_no_peer_always_comes_after_the_same_one():
     order = []
     cases = {name: timing.Case(lambda name=name: order.append(name)) for name in 'abc'}
     timing.round_robin(cases, CPU, repeats=20)
-    neighbours = {(a, b) for a, b in zip(order, order[1:]) if a != b}
+    neighbours = {(a, b) for a, b in itertools.pairwise(order) if a != b}
     assert neighbours == {(a, b) for a in 'abc' for b in 'abc' if a != b}
 
 

@@ -187,7 +187,7 @@ def test_tables_and_plots_regenerate_from_the_committed_records(tmp_path):
 
 def test_the_document_quotes_the_tables():
     text = (ROOT / 'docs/study.md').read_text()
-    quoted = re.findall('<!-- from tables.md -->(.*?)<!-- end -->', text, re.S)
+    quoted = re.findall('<!-- from tables.md -->(.*?)<!-- end -->', text, re.DOTALL)
     assert quoted
     made = set((ROOT / 'docs/study/tables.md').read_text().splitlines())
     for block in quoted:

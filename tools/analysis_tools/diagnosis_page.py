@@ -9,8 +9,8 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use('Agg')
-import matplotlib.pyplot as plt  # noqa: E402
-import numpy as np  # noqa: E402
+import matplotlib.pyplot as plt
+import numpy as np
 
 KEYS = {
     'activations',
@@ -90,7 +90,7 @@ def read_numbers(path: str) -> dict:
         numbers = json.loads(Path(path).read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f'{path} is not JSON: {error}') from error
-    if not isinstance(numbers, dict) or not KEYS <= set(numbers):
+    if not isinstance(numbers, dict) or not set(numbers) >= KEYS:
         raise ValueError(f'{path} was not written by diagnose.py')
     return numbers
 
@@ -133,7 +133,7 @@ def write_page(numbers: dict, target: Path, other: dict | None = None) -> None:
         'the new point is near the one that led there. One line a training batch.</p>',
         _picture(_plot_smoothness(models), 'loss and gradient along the step'),
         '<h2>All layers</h2>',
-        *(_table(*model) for model in models),
+        *(_table(numbers, label) for numbers, _, label in models),
         '</body></html>',
     ]
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -301,7 +301,7 @@ def _plot_smoothness(models: list):
     return figure
 
 
-def _table(numbers: dict, colour: str, label: str) -> str:
+def _table(numbers: dict, label: str) -> str:
     rows = [
         f'<details><summary>ReLUs of {label}</summary><table><tr><th>layer</th><th>channels</th>'
         '<th>dead</th><th>distance</th><th>spread</th><th>σ<sub>μ</sub></th>'

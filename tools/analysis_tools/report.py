@@ -9,8 +9,8 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use('Agg')
-import matplotlib.pyplot as plt  # noqa: E402
-from PIL import Image  # noqa: E402
+import matplotlib.pyplot as plt
+from PIL import Image
 
 # What is worth a line of the table and a curve: key in scalars.json -> what people call it.
 METRICS = {'coco/bbox_mAP': 'bbox mAP', 'coco/segm_mAP': 'segm mAP', 'mIoU': 'mIoU'}

@@ -22,10 +22,10 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(REPOSITORY / 'tools'), str(REPOSITORY)]  # also from a clone not installed
 
 import torch  # noqa: E402
-from benchmark_layers import describe_machine  # noqa: E402
 from torch import nn  # noqa: E402
 
 from benchmark import output, timing  # noqa: E402
+from benchmark.benchmark_layers import describe_machine  # noqa: E402
 
 CONFIGS = {
     'configs/mask_rcnn/mask-rcnn_r50_fpn_ws-bcn_8xb1-scratch-6x_coco.py': (512, 512),

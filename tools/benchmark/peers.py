@@ -122,7 +122,7 @@ def mmcv_conv() -> type[nn.Conv2d]:
 def mmcv_standardize() -> Callable[[Tensor], Tensor]:
     """The function of mmcv's ConvWS with its last step, the convolution, left out."""
     module = importlib.import_module('mmcv.cnn.bricks.conv_ws')
-    weight_only = SimpleNamespace(conv2d=lambda input, weight, *_: weight)
+    weight_only = SimpleNamespace(conv2d=lambda _, weight, *__: weight)
 
     def standardize(weight: Tensor) -> Tensor:
         module.F, torch_functional = weight_only, module.F

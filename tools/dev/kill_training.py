@@ -7,6 +7,7 @@ estimates and optimizer must equal, bit for bit, those of a training that was le
 """
 
 import argparse
+import contextlib
 import os
 import random
 import signal
@@ -193,10 +194,8 @@ def main() -> None:
         time.sleep(choice.uniform(0, args.longest))
         one = args.ranks > 1 and choice.random() < 0.5
         for pid in [choice.choice(targets)] if one else targets:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
         leftover = list(work.glob('*.tmp-*'))
         process.wait(timeout=120)  # torchrun ends the rank that was left
         checkpoints = sorted(work.glob('iter_*.pth'))

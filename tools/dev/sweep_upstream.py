@@ -251,7 +251,7 @@ def _row(name: str, records: list[dict]) -> str:
 
 
 def _kept(text: str) -> str:
-    part, _, reason = text.partition(': ')
+    reason = text.partition(': ')[2]
     if 'also reaches' in reason:
         return 'a conv_cfg that also reaches convolutions without a norm: plain ones stay'
     return _cell(reason)

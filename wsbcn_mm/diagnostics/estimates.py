@@ -73,9 +73,12 @@ class EstimateObserver:
             if isinstance(module, BatchChannelNorm):
                 self._layers[name] = module, module.bn
                 inner.add(module.bn)
-            elif isinstance(module, nn.modules.batchnorm._BatchNorm) and module not in inner:
-                if module.running_mean is not None:
-                    self._layers[name] = module, module
+            elif (
+                isinstance(module, nn.modules.batchnorm._BatchNorm)
+                and module not in inner
+                and module.running_mean is not None
+            ):
+                self._layers[name] = module, module
         self._moments: dict[str, Moments] = {}
 
     def __enter__(self) -> EstimateObserver:

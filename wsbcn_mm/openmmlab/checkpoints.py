@@ -183,7 +183,7 @@ def _problems(model: nn.Module, state: dict[str, Tensor], checkpoint: dict) -> l
             + '\n  is it the checkpoint of another config (other norm, other layers)?'
         )
     unlike = settings_unlike(model, checkpoint)
-    return problems + [unlike] if unlike else problems
+    return [*problems, unlike] if unlike else problems
 
 
 @WEIGHT_INITIALIZERS.register_module(name='Pretrained', force=True)

@@ -102,7 +102,7 @@ def _package_folder(distribution: str) -> str:
     spec = find_spec(name)
     if spec is None or not spec.submodule_search_locations:
         raise ModuleNotFoundError(f'a config inherits from {name!r}, which is not installed')
-    return str(Path(list(spec.submodule_search_locations)[0]))
+    return str(Path(next(iter(spec.submodule_search_locations))))
 
 
 def allow_checkpoint_globals() -> None:
@@ -187,7 +187,7 @@ def name_the_file_of_a_failed_transform() -> None:
     if getattr(original, 'names_the_file', False):
         return
 
-    def __call__(self, data: dict) -> dict | None:
+    def call(self, data: dict) -> dict | None:
         try:
             return original(self, data)
         except DataError:
@@ -202,8 +202,8 @@ def name_the_file_of_a_failed_transform() -> None:
                 '  restore the file, or take the image out of the dataset'
             ) from error
 
-    __call__.names_the_file = True
-    Compose.__call__ = __call__
+    call.names_the_file = True
+    Compose.__call__ = call
 
 
 def fuse_standardized_weights() -> None:

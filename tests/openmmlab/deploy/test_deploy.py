@@ -159,7 +159,7 @@ def test_parts_are_those_of_the_model(trained):
 
 def test_without_a_run_the_parts_of_a_detector_are_found_as_well(trained):
     """Nobody says how to call it: backbone, neck and heads are tried on their own."""
-    cfg, model, steps = trained
+    _, model, steps = trained
     assert set(folding.plan(model).folds) == set(steps.folds)
 
 

@@ -174,7 +174,7 @@ def _squares(content: dict) -> list[dict]:
     return [image for image in content['images'] if image['height'] == image['width'] == 256]
 
 
-def run(run: dict, report: Callable[[str], None] = lambda text: None) -> dict:
+def run(run: dict, report: Callable[[str], None] = lambda _: None) -> dict:
     """Trains and evaluates once; the record is that of `experiments.loop.run`."""
     started, cpu = time.time(), time.process_time()
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):

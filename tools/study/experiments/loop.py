@@ -5,6 +5,7 @@ import math
 import platform
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ CALIBRATION_IMAGES = 200
 def run(
     task: Task,
     spec: dict,
-    report: Callable[[str], None] = lambda text: None,
+    report: Callable[[str], None] = lambda _: None,
     before_step: Callable[[int, nn.Module, Callable[[], Tensor]], None] | None = None,
 ) -> dict:
     """Trains and evaluates once.
@@ -186,7 +187,7 @@ def circumstances(model: nn.Module, started: float, cpu: float) -> dict:
 
 def _processor() -> str:
     try:
-        lines = open('/proc/cpuinfo').read().splitlines()
+        lines = Path('/proc/cpuinfo').read_text().splitlines()
         return next(line.split(':')[1].strip() for line in lines if line.startswith('model name'))
     except (OSError, StopIteration):
         return platform.processor()

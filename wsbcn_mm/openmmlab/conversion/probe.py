@@ -200,7 +200,7 @@ def _tag(value: object, path: tuple) -> object:
 def without_initialisation() -> Iterator[None]:
     """Skips torch's random initialisation: what it would fill is not looked at."""
 
-    def nothing(tensor, *args, **kwargs):
+    def nothing(tensor: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
         return tensor
 
     names = [n for n in vars(torch.nn.init) if n.endswith('_') and not n.startswith('_')]

@@ -107,7 +107,7 @@ class Predictor:
         self.meta = classes_of(cfg, model)
         self._pipeline = pipeline_of(cfg)
         kind = 'DetLocalVisualizer' if scope_of(cfg) == 'mmdet' else 'SegLocalVisualizer'
-        look = {k: v for k, v in (cfg.get('visualizer') or {}).items() if k in ('alpha',)}
+        look = {k: v for k, v in (cfg.get('visualizer') or {}).items() if k == 'alpha'}
         self._visualizer = VISUALIZERS.build(
             dict(type=kind, name='wsbcn_mm_infer', vis_backends=None, **look)
         )

@@ -34,7 +34,7 @@ def diagnose(
     images: int = 64,
     train_batches: int = 4,
     step_size: float | None = None,
-    report: Callable[[str], None] = lambda text: None,
+    report: Callable[[str], None] = lambda _: None,
 ) -> dict:
     """Runs the model and returns everything as numbers, lists and texts (JSON).
 
