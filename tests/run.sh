@@ -1,6 +1,10 @@
 #!/usr/bin/env bash
 # Runs the tests: bash tests/run.sh [arguments of pytest]. Makes the environment when it is missing.
+#
+# Two processes, each with one thread; one with `-n 0`, which a debugger needs. The tests of one file
+# stay in one process, because they share what they train.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=$(bash tools/setup_env.sh)
-PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" exec "$python" -m pytest "${@:-tests}"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" exec "$python" -m pytest -n 2 --dist loadfile "${@:-tests}"

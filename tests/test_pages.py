@@ -1,0 +1,65 @@
+"""Pages beside configs and tools: what they name is there, what they report stands somewhere."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+yaml = pytest.importorskip('yaml', reason='the metafiles are YAML')
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = sorted(path.parent.name for path in (ROOT / 'configs').glob('*/metafile.yml'))
+
+
+def page_of(folder: str) -> str:
+    return (ROOT / 'configs' / folder / 'README.md').read_text()
+
+
+def reported(folder: str) -> set[tuple[str, ...]]:
+    """(config, numbers..., source) of what the metafile says that others reported."""
+    models = yaml.safe_load((ROOT / 'configs' / folder / 'metafile.yml').read_text())['Models']
+    return {
+        (model['Name'], *(str(v) for k, v in entry.items() if k != 'Source'), entry['Source'])
+        for model in models
+        for entry in (model.get('Metadata') or {}).get('Reported elsewhere', [])
+    }
+
+
+@pytest.mark.parametrize('folder', FOLDERS)
+def test_the_page_of_a_folder_of_configs(folder):
+    text = page_of(folder)
+    assert '## Run\n' in text and '**Measured here' in text and '**Reported elsewhere' in text
+    named = set(re.findall(r'configs/[\w./+-]+\.py', text))
+    assert named and all((ROOT / path).is_file() for path in named)
+    for target in re.findall(r'\]\(([^)#]+)(?:#[^)]*)?\)', text):
+        assert target.startswith('https:') or (ROOT / 'configs' / folder / target).exists(), target
+    rows = text.partition('**Reported elsewhere**')[2].splitlines()
+    cells = [
+        [c.strip() for c in row.strip('|').split('|')] for row in rows if row.startswith('| [')
+    ]
+    assert {(re.match(r'\[(.*)\]', name)[1], *rest) for name, *rest in cells} == reported(folder)
+
+
+def test_what_the_page_of_the_quick_configs_measured_stands_in_the_logs():
+    rows = re.findall(r'^\| \[quick_.*$', page_of('quick'), re.MULTILINE)
+    assert len(rows) == 2
+    for row in rows:
+        minutes, result, log = (cell.strip() for cell in row.strip('|').split('|')[2:])
+        lines = (ROOT / 'configs/quick' / re.search(r'\((.*)\)', log)[1]).read_text()
+        for name, value in re.findall(r'([\w ]+) (0\.\d+)', result):
+            assert re.search(rf'^ *{name.strip()} +{value}$', lines, re.MULTILINE)
+        assert re.search(rf'^ *training +{minutes}$', lines, re.MULTILINE)
+
+
+def test_the_table_of_tools_has_every_tool_once():
+    text = (ROOT / 'tools' / 'README.md').read_text()
+    rows = [row for row in text.splitlines() if row.startswith('| `')]
+    listed = [
+        name for row in rows for name in re.findall(r'`([\w/]+\.(?:py|sh))', row.split(' | ')[0])
+    ]
+    scripts = {
+        path.relative_to(ROOT / 'tools').as_posix()
+        for path in (ROOT / 'tools').rglob('*')
+        if path.suffix == '.sh' or (path.suffix == '.py' and '__main__' in path.read_text())
+    }
+    assert len(listed) == len(set(listed)) and set(listed) == scripts
