@@ -81,7 +81,7 @@ setup(
         'wsbcn_mm': ['py.typed', '.mim/model-index.yml', '.mim/configs/**/*', '.mim/tools/**/*']
     },
     include_package_data=False,
-    install_requires=['torch>=2.4'],
+    install_requires=['torch>=2.6'],  # wsbcn_mm/compat.py says up to which it was tested
     extras_require={'openmmlab': pins('openmmlab'), 'dev': pins('dev')},
     classifiers=[
         'Intended Audience :: Science/Research',

@@ -15,13 +15,14 @@ from collections import deque
 import torch
 from torch import Tensor
 
+from wsbcn_mm import compat
 from wsbcn_mm.backends.autograd import channel_means
 from wsbcn_mm.layers import optimizer_steps
 
 
 def is_repeated() -> bool:
     """Whether this forward pass runs inside a backward pass, as checkpointing repeats it."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+    return not torch.compiler.is_compiling() and compat.backward_pass() != -1
 
 
 def may_be_repeated() -> bool:
@@ -32,8 +33,7 @@ def may_be_repeated() -> bool:
     """
     if torch.compiler.is_compiling():
         return False
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return not torch.is_grad_enabled() or hooks is not None
+    return not torch.is_grad_enabled() or compat.saved_tensors_may_be_hooked()
 
 
 class StatisticsHistory:
