@@ -2,8 +2,11 @@
 
 import ast
 import inspect
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -104,15 +107,40 @@ LEVELS = {
     'reference': 0,
     'version': 0,
 }
-SOURCES = sorted(
-    path.relative_to(REPOSITORY).as_posix()
-    for path in PACKAGE.rglob('*.py')
-    # .mim links to configs and tools, for OpenMMLab's installer.
-    if not any(part.startswith('.') for part in path.relative_to(PACKAGE).parts)
-)
+# Rooms of openmmlab: they import from the modules beside them, and of other rooms only these. The
+# modules beside them import from no room; its __init__ registers what is in them.
+ROOMS = {
+    'conversion': set(),
+    'datasets': set(),
+    'deploy': {'datasets'},
+    'hooks': {'measure'},
+    'measure': set(),
+}
 
 
-def imported_names(source, package):
+def python_files(*folders: str) -> list[str]:
+    """Sources below the folders, relative to the repository."""
+    return sorted(
+        path.relative_to(REPOSITORY).as_posix()
+        for folder in folders
+        for path in (REPOSITORY / folder).rglob('*.py')
+        # .mim links to configs and tools, for OpenMMLab's installer.
+        if not any(part.startswith('.') for part in path.relative_to(REPOSITORY).parts)
+    )
+
+
+def parsed(path: str) -> ast.Module:
+    return ast.parse((REPOSITORY / path).read_text())
+
+
+SOURCES = python_files('wsbcn_mm')
+
+
+def module_of(path: str) -> str:
+    return path.removesuffix('.py').removesuffix('/__init__').replace('/', '.')
+
+
+def imported_names(source: str, package: str) -> Iterator[str]:
     """Every dotted name that a source imports, also inside functions; relative ones resolved."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -124,7 +152,7 @@ def imported_names(source, package):
             yield from (f'{prefix.rstrip(".")}.{alias.name}' for alias in node.names)
 
 
-def violations(path, source):
+def violations(path: str, source: str) -> Iterator[str]:
     """What a file of the package imports against the direction; `path` as in SOURCES."""
     parts = path.removesuffix('.py').split('/')
     unit = parts[1]
@@ -136,18 +164,22 @@ def violations(path, source):
             yield f'{path} imports {name}'
         if top != 'wsbcn_mm' or unit == '__init__':
             continue
-        other = rest.partition('.')[0]
-        if other == unit:
-            continue
-        if other not in LEVELS or LEVELS[other] >= LEVELS[unit]:
+        other, _, rest = rest.partition('.')
+        if other == unit == 'openmmlab' and parts[2] != '__init__':
+            room, other = parts[2], rest.partition('.')[0]
+            if other in ROOMS and other != room and other not in ROOMS.get(room, ()):
+                yield f'{path} imports {name}: not below {room}'
+        elif other != unit and (other not in LEVELS or LEVELS[other] >= LEVELS[unit]):
             yield f'{path} imports {name}: not below {unit}'
 
 
-@pytest.mark.parametrize('path', SOURCES)
-def test_imports_point_one_way(path):
-    unit = path.split('/')[1].removesuffix('.py')
-    assert unit in LEVELS or unit == '__init__', f'give {unit} its place in LEVELS'
-    assert list(violations(path, (REPOSITORY / path).read_text())) == []
+def test_imports_point_one_way():
+    for path in SOURCES:
+        unit = path.split('/')[1].removesuffix('.py')
+        assert unit in LEVELS or unit == '__init__', f'give {unit} its place in LEVELS'
+    assert [v for path in SOURCES for v in violations(path, (REPOSITORY / path).read_text())] == []
+    rooms = {p.parent.name for p in (PACKAGE / 'openmmlab').glob('*/__init__.py')}
+    assert rooms == ROOMS.keys()
 
 
 @pytest.mark.parametrize(
@@ -164,10 +196,46 @@ def test_imports_point_one_way(path):
         ('wsbcn_mm/reference.py', 'import wsbcn_mm'),
         ('wsbcn_mm/audit.py', 'from wsbcn_mm.openmmlab import config'),
         ('wsbcn_mm/folding.py', 'from tools import train'),
+        ('wsbcn_mm/openmmlab/config.py', 'from wsbcn_mm.openmmlab.deploy import stock'),
+        ('wsbcn_mm/openmmlab/config.py', 'from wsbcn_mm.openmmlab import conversion'),
+        ('wsbcn_mm/openmmlab/conversion/probe.py', 'from wsbcn_mm.openmmlab.deploy import stock'),
+        ('wsbcn_mm/openmmlab/measure/diagnosis.py', 'from ..hooks import diagnostics'),
     ],
 )
 def test_imports_against_the_direction_are_found(path, source):
     assert len(list(violations(path, source))) == 1
+
+
+def imports_between(sources: dict[str, str]) -> dict[str, set[str]]:
+    """For each module of the package: the modules of it that its source imports from."""
+
+    def module_holding(name: str) -> str:
+        while name not in modules:
+            name = name.rpartition('.')[0]
+        return name
+
+    modules = {module_of(path) for path in sources}
+    return {
+        module_of(path): {
+            module_holding(name)
+            for name in imported_names(source, path.rpartition('/')[0].replace('/', '.'))
+            if name.partition('.')[0] == 'wsbcn_mm'
+        }
+        - {module_of(path)}
+        for path, source in sources.items()
+    }
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    sources = {path: (REPOSITORY / path).read_text() for path in SOURCES}
+    imports = imports_between(sources)
+    assert imports['wsbcn_mm.functional'] >= {'wsbcn_mm.checks'}  # it sees what is there
+    TopologicalSorter(imports).prepare()  # raises CycleError, which names the circle
+    below, above = 'wsbcn_mm/functional.py', 'wsbcn_mm/layers/conv.py'
+    assert module_of(below) in imports[module_of(above)]
+    sources[below] += '\nfrom wsbcn_mm.layers import conv\n'
+    with pytest.raises(CycleError):
+        TopologicalSorter(imports_between(sources)).prepare()
 
 
 def test_core_needs_torch_and_the_standard_library_only():
@@ -179,6 +247,123 @@ def test_core_needs_torch_and_the_standard_library_only():
         package = path.rpartition('/')[0].replace('/', '.')
         names = imported_names((REPOSITORY / path).read_text(), package)
         assert {name.partition('.')[0] for name in names} <= allowed, path
+
+
+# ----------------------------------------------------------------------------------------------
+# Files and functions that can be taken in
+
+MAX_LINES, MAX_PARAMETERS = 500, 8
+OURS = ['setup.py', *python_files('wsbcn_mm', 'tools', 'tests', 'configs')]
+# Functions with more parameters: the two functions and the layer, whose arguments are the user's,
+# their specification, and the operators, whose arguments are tensors and numbers alone.
+MANY_PARAMETERS = {
+    'wsbcn_mm/functional.py': {'batch_channel_norm'},
+    'wsbcn_mm/layers/norm.py': {'BatchChannelNorm.__init__'},
+    'wsbcn_mm/reference.py': {'batch_channel_norm', 'normalize'},
+}
+# Files that do not keep these rules yet.
+NOT_YET = {
+    'tests/backends/test_backends.py',
+    'tests/backends/test_triton.py',
+    'tests/layers/test_norm.py',
+    'tests/openmmlab/deploy/test_deploy.py',
+    'tests/openmmlab/test_traps.py',
+    'tests/test_folding.py',
+    'tests/test_functional.py',
+    'wsbcn_mm/backends/autograd.py',
+    'wsbcn_mm/backends/synchronised.py',
+    'wsbcn_mm/backends/triton/_kernels.py',
+    'wsbcn_mm/backends/triton/launch.py',
+    'wsbcn_mm/folding.py',
+    'wsbcn_mm/openmmlab/conversion/convert.py',
+}
+KEPT = [path for path in OURS if path not in NOT_YET]
+
+
+def functions_of(tree: ast.AST, prefix: str = '') -> Iterator[tuple[str, ast.FunctionDef]]:
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.ClassDef):
+            yield from functions_of(node, f'{prefix}{node.name}.')
+        elif isinstance(node, ast.FunctionDef):
+            yield f'{prefix}{node.name}', node
+            yield from functions_of(node, f'{prefix}{node.name}.')
+        else:
+            yield from functions_of(node, prefix)
+
+
+def num_parameters(function: ast.FunctionDef) -> int:
+    a = function.args
+    names = [p.arg for p in (*a.posonlyargs, *a.args, *a.kwonlyargs)]
+    return len(names) - (names[:1] in (['self'], ['cls'])) + bool(a.vararg) + bool(a.kwarg)
+
+
+OPERATORS = set(re.findall(r"'(\w+)\(Tensor", (PACKAGE / 'backends/ops.py').read_text()))
+
+
+def is_operator(path: str, name: str, function: ast.FunctionDef) -> bool:
+    """An operator of `backends.ops` (its kernels, its fake), or a kernel in Triton's language."""
+    decorators = ' '.join(map(ast.unparse, function.decorator_list))
+    return path.startswith('wsbcn_mm/backends/') and (
+        'triton.jit' in decorators or 'register_fake' in decorators or name in OPERATORS
+    )
+
+
+def too_many_parameters(path: str, tree: ast.Module) -> list[str]:
+    return [
+        f'{path}: {name} has {num_parameters(function)} parameters'
+        for name, function in functions_of(tree)
+        if num_parameters(function) > MAX_PARAMETERS
+        and name not in MANY_PARAMETERS.get(path, ())
+        and not is_operator(path, name, function)
+    ]
+
+
+def test_no_file_is_too_long():
+    lines = {path: len((REPOSITORY / path).read_text().splitlines()) for path in KEPT}
+    assert {path: count for path, count in lines.items() if count > MAX_LINES} == {}
+
+
+def test_no_function_has_too_many_parameters():
+    assert {'evaluate', 'normalize'} <= OPERATORS
+    assert [line for path in KEPT for line in too_many_parameters(path, parsed(path))] == []
+    for path, names in MANY_PARAMETERS.items():  # and no exception outlives its function
+        functions = dict(functions_of(parsed(path)))
+        assert all(num_parameters(functions[name]) > MAX_PARAMETERS for name in names)
+    nine = ast.parse('class A:\n    def f(self, a, b, c, d, e, f, g, *h, i): ...')
+    assert too_many_parameters('wsbcn_mm/audit.py', nine) == [
+        'wsbcn_mm/audit.py: A.f has 9 parameters'
+    ]
+
+
+def private_names(tree: ast.Module) -> Iterator[str]:
+    """Names with an underscore that a file takes from another file of ours."""
+    modules = {module_of(path) for path in KEPT}
+    imported = set()  # names that stand for modules of ours
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and f'{node.module}.'.startswith(TOP_LEVEL):
+            for alias in node.names:
+                if alias.name.startswith('_') and not alias.name.startswith('__'):
+                    yield f'{node.module}.{alias.name}'
+                if f'{node.module}.{alias.name}' in modules:
+                    imported.add(alias.asname or alias.name)
+    for node in ast.walk(tree):
+        if (
+            isinstance(node, ast.Attribute)
+            and isinstance(node.value, ast.Name)
+            and node.value.id in imported
+            and node.attr.startswith('_')
+            and not node.attr.startswith('__')
+        ):
+            yield f'{node.value.id}.{node.attr}'
+
+
+TOP_LEVEL = ('wsbcn_mm.', 'benchmark.', 'experiments.', 'tests.')
+
+
+def test_no_file_takes_a_private_name_of_another():
+    assert [f'{path}: {name}' for path in KEPT for name in private_names(parsed(path))] == []
+    source = 'from wsbcn_mm.structure import _fits\nfrom wsbcn_mm import audit\naudit._norms()'
+    assert list(private_names(ast.parse(source))) == ['wsbcn_mm.structure._fits', 'audit._norms']
 
 
 # ----------------------------------------------------------------------------------------------
