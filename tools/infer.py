@@ -17,9 +17,7 @@ def parse_args() -> argparse.Namespace:
     """The command line."""
     from wsbcn_mm.openmmlab import command_line
 
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('config', help='config file')
-    parser.add_argument('checkpoint', help='checkpoint file')
+    parser = command_line.parser_of(__doc__)
     parser.add_argument('source', type=Path, help='image file, or folder (searched at any depth)')
     parser.add_argument('-o', '--output', type=Path, required=True, metavar='DIR', help='folder')
     parser.add_argument('--no-fold', action='store_true', help='run the model as it was trained')
@@ -37,7 +35,6 @@ def parse_args() -> argparse.Namespace:
         help='COCO annotation file of these images: its ids are used, for an evaluation',
     )
     parser.add_argument('--device', default='cpu', help='default: cpu')
-    command_line.add_config_options(parser)
     return parser.parse_args()
 
 
@@ -62,7 +59,6 @@ def infer(args: argparse.Namespace) -> list[str]:
 
     images = predict.find_images(args.source, args.output)
     cfg = config.load_config(args.config, args.cfg_options)
-    config.check_checkpoint_file(args.checkpoint)
     model = inference.load_model(cfg, args.checkpoint)
     if not args.no_fold:
         image = inference.random_image(512, 512)  # some models take no smaller one

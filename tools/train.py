@@ -1,8 +1,14 @@
 """Trains a detector or a segmenter: the arguments of MMDetection's tool of the same name."""
 
+from __future__ import annotations
+
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mmengine.config import Config
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also from a clone not installed
 
@@ -11,8 +17,7 @@ def parse_args() -> argparse.Namespace:
     """The command line."""
     from wsbcn_mm.openmmlab import command_line
 
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('config', help='config file')
+    parser = command_line.parser_of(__doc__, checkpoint=None, launcher=True)
     parser.add_argument('--work-dir', help='folder of logs and checkpoints')
     parser.add_argument('--amp', action='store_true', help='automatic mixed precision')
     parser.add_argument(
@@ -26,18 +31,14 @@ def parse_args() -> argparse.Namespace:
         const='auto',
         help='resume from this checkpoint; without a value from the latest in the work dir',
     )
-    command_line.add_config_options(parser)
-    command_line.add_launcher(parser)
     return command_line.parse(parser)
 
 
-def configure(args: argparse.Namespace):
+def configure(args: argparse.Namespace) -> Config:
     """The config of this run; raises where something that it needs is missing."""
-    from wsbcn_mm.openmmlab import config, launch
+    from wsbcn_mm.openmmlab import checkpoints, command_line, config, preflight
 
-    cfg = config.load_config(args.config, args.cfg_options)
-    cfg.launcher = args.launcher
-    cfg.work_dir = config.work_dir(cfg, args.config, args.work_dir)
+    cfg = command_line.read_run(args)
     if args.amp:
         cfg.optim_wrapper.type = 'AmpOptimWrapper'
         cfg.optim_wrapper.loss_scale = 'dynamic'
@@ -49,35 +50,32 @@ def configure(args: argparse.Namespace):
             )
         cfg.auto_scale_lr.enable = True
     if args.resume is not None:
-        for line in config.resume_from(cfg, args.resume):
+        for line in command_line.resume_from(cfg, args.resume):
             print(f'not resumed from: {line}', file=sys.stderr)
     elif cfg.get('load_from'):
-        config.check_checkpoint_file(cfg.load_from)
-    config.check_pretrained(cfg)
-    config.check_data(cfg, 'train_dataloader', 'val_dataloader')
-    config.harden(cfg)
+        checkpoints.check_checkpoint(cfg.load_from)
+    preflight.check_pretrained(cfg)
+    preflight.check_data(cfg, 'train_dataloader', 'val_dataloader')
+    command_line.harden(cfg)
     config.add_hook(cfg, dict(type='CheckpointReportHook'))
-    launch.prepare_distributed(cfg, args.launcher)
+    command_line.prepare_distributed(cfg, args.launcher)
     return cfg
 
 
 def main() -> None:
     """Reads the config and trains."""
     args = parse_args()
-    from mmengine.registry import RUNNERS
-    from mmengine.runner import Runner
-
-    from wsbcn_mm.openmmlab import command_line, compat, config
+    from wsbcn_mm.openmmlab import command_line, compat, preflight
+    from wsbcn_mm.openmmlab.checkpoints import CheckpointRefused
 
     with command_line.errors_in_one_line():
         cfg = configure(args)
     try:
-        runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
-        runner.train()
-    except (compat.CheckpointRefused, compat.DataError, OSError) as error:
+        command_line.build_runner(cfg).train()
+    except (CheckpointRefused, compat.DataError, OSError) as error:
         sys.exit(f'error: {error}')
     except Exception:
-        damaged = config.damaged_annotations(cfg, 'train_dataloader', 'val_dataloader')
+        damaged = preflight.damaged_annotations(cfg, 'train_dataloader', 'val_dataloader')
         if not damaged:
             raise
         sys.exit('error: ' + '\n'.join(damaged))

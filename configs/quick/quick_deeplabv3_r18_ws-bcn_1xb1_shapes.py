@@ -4,12 +4,12 @@
 _base_ = [
     'mmseg::_base_/models/deeplabv3_r50-d8.py',
     'mmseg::_base_/default_runtime.py',
-    '../_base_/wsbcn.py',
+    '../_base_/norms/ws-bcn.py',
 ]
 custom_imports = dict(imports=['wsbcn_mm', 'wsbcn_mm.openmmlab.datasets.shapes_voc'])
 
 norm_cfg = dict(type='BCN', num_groups=16)  # 64 channels in the heads: 4 per group
-conv_cfg = {{_base_.ws_cfg}}
+conv_cfg = {{_base_.conv}}
 num_classes = 6  # five shapes and the background
 
 model = dict(

@@ -3,14 +3,14 @@
 _base_ = [
     'mmdet::_base_/models/mask-rcnn_r50_fpn.py',
     'mmdet::_base_/default_runtime.py',
-    '../_base_/wsbcn.py',
+    '../_base_/norms/ws-bcn.py',
 ]
 custom_imports = dict(imports=['wsbcn_mm', 'wsbcn_mm.openmmlab.datasets.shapes_coco'])
 
 # 64 channels in neck and heads: 4 per group. The estimates remember about 20 images: in a run of
 # minutes the weights move too fast for the default's 100.
 norm_cfg = dict(type='BCN', num_groups=16, momentum=0.05)
-conv_cfg = {{_base_.ws_cfg}}
+conv_cfg = {{_base_.conv}}
 num_classes = 5
 
 model = dict(

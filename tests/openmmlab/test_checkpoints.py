@@ -13,7 +13,9 @@ from mmengine.registry import HOOKS
 from torch import nn
 
 from tests.openmmlab.tiny import TinyModel, make_runner, tiny_model
-from wsbcn_mm.openmmlab.checkpoints import CheckpointMismatch, CheckpointReportHook, missing_tensors
+from wsbcn_mm.openmmlab import checkpoints
+from wsbcn_mm.openmmlab.checkpoints import CheckpointMismatch, compare
+from wsbcn_mm.openmmlab.hooks.checkpoints import CheckpointReportHook
 
 NORM = {
     f'bcn.{name}'
@@ -39,33 +41,81 @@ def batch_norm_checkpoint():
 
 def test_a_checkpoint_of_the_model_fills_everything():
     model = tiny_model()
-    assert missing_tensors(model, model.state_dict()) == ([], TOTAL)
+    found = compare(model, model.state_dict())
+    assert found.complete and len(found.filled) == TOTAL and not found.left_over
+    assert str(found) == 'fills all 9 tensors of this model'
 
 
 def test_the_prefix_of_a_distributed_checkpoint_is_passed_over():
     model = tiny_model()
     state = {f'module.{key}': value for key, value in model.state_dict().items()}
-    assert missing_tensors(model, state) == ([], TOTAL)
+    assert compare(model, state) == compare(model, model.state_dict())
 
 
 def test_a_batch_norm_checkpoint_leaves_the_whole_norm_unfilled():
-    missing, total = missing_tensors(tiny_model(), batch_norm_checkpoint())
-    assert total == TOTAL
-    assert set(missing) == NORM
-    assert len(missing) == len(NORM)  # the child `bn` is not counted twice
+    found = compare(tiny_model(), batch_norm_checkpoint())
+    assert set(found.missing) == NORM
+    assert len(found.missing) == len(NORM)  # the child `bn` is not counted twice
+    assert set(found.filled) == {'conv.weight', 'head.weight', 'head.bias'}
+    assert set(found.left_over) == set(batch_norm_checkpoint()) - {*found.filled}
 
 
-def test_a_tensor_of_another_shape_is_unfilled():
+def test_a_tensor_of_another_shape_is_unfilled_and_said_to_be():
+    """One class less: all layers are there, and the classifier would keep its random weights."""
     state = tiny_model().state_dict()
-    state['conv.weight'] = torch.zeros(8, 3, 5, 5)
-    assert missing_tensors(tiny_model(), state) == (['conv.weight'], TOTAL)
+    state['head.weight'] = torch.zeros(2, 8, 1, 1)
+    found = compare(tiny_model(), state)
+    assert not found.complete and not found.missing and not found.left_over
+    assert found.other_shape == {'head.weight': ((2, 8, 1, 1), (1, 8, 1, 1))}
+    assert 'head.weight: (2, 8, 1, 1) for (1, 8, 1, 1)' in str(found)
 
 
-def test_other_layers_and_counters_do_not_count():
+def test_every_parameter_and_buffer_counts_but_counters_do_not():
     model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm2d(3))
-    missing, total = missing_tensors(model, {})
-    assert total == 4
-    assert missing == ['1.weight', '1.bias', '1.running_mean', '1.running_var']
+    model.register_buffer('scale', torch.ones(2))
+    assert compare(model, {}).missing == [
+        'scale',
+        *(f'{i}.{name}' for i in (0, 1) for name in ('weight', 'bias')),
+        '1.running_mean',
+        '1.running_var',
+    ]
+
+
+class Teacher(nn.Module):
+    """Takes the weights of a plain model twice, as semi-supervised detectors do."""
+
+    def __init__(self):
+        super().__init__()
+        self.student, self.teacher = nn.Linear(2, 2), nn.Linear(2, 2)
+        self.register_load_state_dict_pre_hook(self._both)
+
+    @staticmethod
+    def _both(module, state, prefix, *_):
+        for key in [key for key in state if not key.startswith(('student', 'teacher'))]:
+            value = state.pop(key)
+            state |= {f'student.{key}': value, f'teacher.{key}': value}
+
+
+def test_a_model_that_renames_what_it_loads_is_asked_itself():
+    model, state = Teacher(), nn.Linear(2, 2).state_dict()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    found = compare(model, state)
+    assert found.complete and not found.left_over
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key])  # asking copies nothing
+    checkpoints.load(model, state)
+    assert torch.equal(model.teacher.weight, state['weight'])
+
+
+def test_loading_is_complete_or_nothing_happens():
+    model, state = tiny_model(1.0), tiny_model(2.0).state_dict()
+    del state['head.bias']
+    with pytest.raises(CheckpointMismatch, match=r'(?s)^x.pth does not fill 1 of the 9.*head.bias'):
+        checkpoints.load(model, state, source='x.pth')
+    assert (model.head.weight == 1).all()
+    found = checkpoints.load(model, state, strict=False)
+    assert found.missing == ['head.bias']
+    assert (model.head.weight == 2).all() and (model.head.bias == 1).all()
 
 
 def fake_runner(model=None):
@@ -80,7 +130,7 @@ def test_the_hook_warns_with_the_share(caplog):
         hook.after_load_checkpoint(fake_runner(), dict(state_dict=batch_norm_checkpoint()))
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
-    assert 'does not fill 6 of the 9 conv and norm tensors of this model (67 %)' in record.message
+    assert 'does not fill 6 of the 9 tensors of this model (67 %)' in record.message
     assert 'bcn.weight' in record.message
     assert 'initial values' in record.message
 
@@ -131,3 +181,14 @@ def test_trap_16_the_runner_alone_says_nothing_and_ours_stops_it(tmp_path):
     with pytest.raises(CheckpointMismatch):
         runner.load_or_resume()
     assert torch.equal(runner.model.conv.weight, before)  # raised before anything was copied
+
+
+def test_a_first_look_lists_what_is_there(tmp_path):
+    torch.save({'weight': torch.zeros(1)}, tmp_path / 'epoch_3.pth')
+    checkpoints.check_checkpoint(str(tmp_path / 'epoch_3.pth'))
+    checkpoints.check_checkpoint('https://example.org/epoch_4.pth')
+    with pytest.raises(FileNotFoundError, match=r'(?s)epoch_4\.pth.*: epoch_3\.pth'):
+        checkpoints.check_checkpoint(str(tmp_path / 'epoch_4.pth'))
+    (tmp_path / 'epoch_5.pth').touch()
+    with pytest.raises(ValueError, match=r'epoch_5\.pth is empty'):
+        checkpoints.check_checkpoint(str(tmp_path / 'epoch_5.pth'))

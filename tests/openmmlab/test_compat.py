@@ -21,13 +21,13 @@ from mmengine.runner import load_checkpoint
 
 from tests.openmmlab.tiny import make_runner, tiny_model
 from wsbcn_mm import BatchChannelNorm2d, WSConv2d
-from wsbcn_mm.openmmlab import compat
+from wsbcn_mm.openmmlab import checkpoints, compat
 
 # ---- configs of packages -----------------------------------------------------------------------
 
 INHERITING = """
-_base_ = ['mmdet::_base_/default_runtime.py', 'wsbcn_mm::_base_/wsbcn.py']
-norm_cfg = {{_base_.bcn_cfg}}
+_base_ = ['mmdet::_base_/default_runtime.py', 'wsbcn_mm::_base_/norms/ws-bcn.py']
+norm_cfg = {{_base_.norm}}
 """
 
 
@@ -37,7 +37,7 @@ def test_a_config_inherits_from_ours_and_from_mmdet_by_package_name(tmp_path):
     file.write_text(INHERITING)
     cfg = Config.fromfile(file)
     assert (cfg.norm_cfg.type, cfg.norm_cfg.num_groups) == ('BCN', 32)
-    assert cfg.custom_imports.imports == ['wsbcn_mm']
+    assert [hook.type for hook in cfg.custom_hooks] == ['EstimatesHook']
     assert cfg.default_scope == 'mmdet'
 
 
@@ -50,7 +50,7 @@ def walk(value):
             yield from walk(item)
 
 
-@pytest.mark.parametrize('base', ['_base_/wsbcn.py', 'quick'])
+@pytest.mark.parametrize('base', ['_base_/norms/ws-bcn.py', 'quick'])
 def test_what_is_inherited_by_package_name_can_be_built(base, tmp_path, root):
     """mmengine marks dicts of another package's config with ``_scope_='wsbcn_mm'``.
 
@@ -61,7 +61,7 @@ def test_what_is_inherited_by_package_name_can_be_built(base, tmp_path, root):
     if base == 'quick':
         base = f'quick/{next((root / "configs" / "quick").glob("*mask-rcnn*.py")).name}'
     file = tmp_path / 'config.py'
-    variables = 'ours = dict(a={{_base_.bcn_cfg}}, b={{_base_.ws_cfg}})'
+    variables = 'ours = dict(a={{_base_.norm}}, b={{_base_.conv}})'
     file.write_text(f"_base_ = 'wsbcn_mm::{base}'\n{variables}\n")
     cfg = Config.fromfile(file)
     assert type(build_norm_layer(cfg.ours.a, 32)[1]) is BatchChannelNorm2d
@@ -202,7 +202,7 @@ def test_a_checkpoint_of_the_runner_loads_with_torchs_check_on(trained):
     try:
         with pytest.raises(pickle.UnpicklingError, match='Weights only load failed'):
             torch.load(file, weights_only=True)
-        compat.allow_checkpoint_globals()
+        checkpoints.allow_checkpoint_globals()
         torch.load(file, weights_only=True)
     finally:
         torch.serialization.add_safe_globals(allowed)
@@ -332,3 +332,22 @@ def test_require_tells_mmcv_without_ops_from_mmcv(monkeypatch):
         compat.require('mmcv', 'mmdet')
     assert 'mmcv-lite' in str(error.value)
     assert 'MMCV_WITH_OPS=1 pip install --no-build-isolation mmcv==' in str(error.value)
+
+
+@pytest.mark.parametrize(
+    'former, now',
+    [
+        ('diagnostics_hook', 'hooks.diagnostics'),
+        ('shapes_coco', 'datasets.shapes_coco'),
+        ('shapes_voc', 'datasets.shapes_voc'),
+    ],
+)
+def test_what_older_configs_import_is_still_there(former, now):
+    """A checkpoint's config names modules as they were called when it was trained."""
+    if 'shapes' in former:
+        package = 'mmdet' if 'coco' in former else 'mmseg'
+        pytest.importorskip(package, reason='the dataset is registered there')
+    old = vars(importlib.import_module(f'wsbcn_mm.openmmlab.{former}'))
+    new = vars(importlib.import_module(f'wsbcn_mm.openmmlab.{now}'))
+    (name,) = (key for key in old if key.endswith(('Hook', 'Dataset')))
+    assert old[name] is new[name]

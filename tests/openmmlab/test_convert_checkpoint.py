@@ -21,7 +21,7 @@ from tests.openmmlab import matrix
 from wsbcn_mm import BatchChannelNorm2d, WSConv2d, reference
 from wsbcn_mm.checkpoint_layouts import convert_state
 from wsbcn_mm.openmmlab import checkpoints as loading
-from wsbcn_mm.openmmlab.checkpoints import missing_tensors
+from wsbcn_mm.openmmlab.checkpoints import compare
 from wsbcn_mm.openmmlab.measure.recalibration import write_statistics
 from wsbcn_mm.recalibration import recalibrate
 
@@ -49,7 +49,7 @@ def gn_and_bcn(folder, name, monkeypatch):
             part.update(type='BCN', affine=done.affine)
     new = matrix.build(cfg)
     assert sum(isinstance(m, BatchChannelNorm2d) for m in new.modules()) >= 20
-    assert missing_tensors(new, done.state)[0] == []
+    assert compare(new, done.state).complete
     new.load_state_dict(done.state)
     return cfg, old, new
 
@@ -157,12 +157,12 @@ def test_a_converted_file_fills_every_conv_and_norm_tensor(source, depth, groups
     state = layouts.resnet(str(depth), norm, groups, shape=lambda *size: nothing.expand(size))
     done = convert_state(layouts.module(state), source, 'bcn-ws')
     model = backbone(norm_cfg=dict(type='BCN', num_groups=32, affine=done.affine))
-    assert missing_tensors(model, done.state)[0] == []
+    assert compare(model, done.state).complete
     assert set(done.state) == set(model.state_dict())
     if source != 'authors-bcn':
         done = convert_state(state, source, 'gn-ws')
         model = backbone(norm_cfg=dict(type='GN', num_groups=32))
-        assert missing_tensors(model, done.state)[0] == []
+        assert compare(model, done.state).complete
         assert set(done.state) == set(model.state_dict())
 
 

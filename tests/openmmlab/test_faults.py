@@ -18,7 +18,8 @@ from mmengine.registry import init_default_scope
 
 from tests.openmmlab.test_compat import Harmless, needs_allow_list
 from tests.openmmlab.tiny import make_runner
-from wsbcn_mm.openmmlab import compat, config
+from wsbcn_mm.openmmlab import compat, preflight
+from wsbcn_mm.openmmlab.checkpoints import CheckpointRefused
 
 QUICK = 'configs/quick/quick_mask-rcnn_r18_fpn_ws-bcn_1xb1_shapes.py'
 
@@ -88,10 +89,10 @@ def test_damaged_annotations_are_found(tmp_path):
         )
     )
     loaders = ('train_dataloader', 'val_dataloader', 'test_dataloader')
-    first, second = config.damaged_annotations(cfg, *loaders)
+    first, second = preflight.damaged_annotations(cfg, *loaders)
     assert first.startswith(f'train_dataloader: {bad} is damaged: ')
     assert second == f'test_dataloader: {odd} is damaged: a list instead of an object'
-    assert config.damaged_annotations(cfg, 'val_dataloader') == []
+    assert preflight.damaged_annotations(cfg, 'val_dataloader') == []
 
 
 @needs_allow_list
@@ -100,7 +101,7 @@ def test_a_checkpoint_that_runs_code_is_refused_by_name(tmp_path):
     torch.save(dict(state_dict={}, payload=Harmless(str(touched))), file)
     for resume in (False, True):
         runner = make_runner(tmp_path / str(resume), load_from=str(file), resume=resume)
-        with pytest.raises(compat.CheckpointRefused) as error:
+        with pytest.raises(CheckpointRefused) as error:
             runner.load_or_resume()
         text = str(error.value)
         assert f'{file} was refused: it holds more than tensors and numbers' in text

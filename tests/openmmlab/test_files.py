@@ -12,7 +12,8 @@ import sys
 import torch
 
 from tests.openmmlab.tiny import make_runner
-from wsbcn_mm.openmmlab import compat, files
+from wsbcn_mm.openmmlab import files
+from wsbcn_mm.openmmlab.checkpoints import CheckpointRefused
 from wsbcn_mm.openmmlab.files import damage, latest_complete, write_atomically
 
 ATOMIC = dict(checkpoint=dict(type='AtomicCheckpointHook', interval=1))
@@ -232,6 +233,6 @@ def test_a_truncated_checkpoint_is_refused_with_its_name(tmp_path):
     path = checkpoint(tmp_path / 'epoch_7.pth')
     path.write_bytes(path.read_bytes()[:-300])
     runner = make_runner(tmp_path / 'run', load_from=str(path), resume=True)
-    with pytest.raises(compat.CheckpointRefused, match='epoch_7.pth is incomplete'):
+    with pytest.raises(CheckpointRefused, match='epoch_7.pth is incomplete'):
         runner.load_or_resume()
     assert files.latest_complete(tmp_path)[0] is None

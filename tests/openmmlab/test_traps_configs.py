@@ -138,11 +138,11 @@ def test_trap_17_the_host_merges_key_by_key(tmp_path):
     assert '_delete_' in config("_base_ = './bcn.py'").norm_cfg
 
     # Ours goes beside a base of mmseg, which defines norm_cfg.
-    mixin = CONFIGS / '_base_' / 'wsbcn.py'
+    mixin = CONFIGS / '_base_' / 'norms' / 'ws-bcn.py'
     cfg = config(f"_base_ = ['mmseg::_base_/models/deeplabv3_r50-d8.py', '{mixin}']")
     assert cfg.norm_cfg.type == 'SyncBN'
-    assert cfg.bcn_cfg.type == 'BCN'
-    assert cfg.ws_cfg.type == 'WSConv2d'
+    assert cfg.norm.type == 'BCN'
+    assert cfg.conv.type == 'WSConv2d'
 
 
 @ALL

@@ -16,9 +16,7 @@ def parse_args() -> argparse.Namespace:
     """The command line."""
     from wsbcn_mm.openmmlab import command_line
 
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('config', help='config file')
-    parser.add_argument('checkpoint', help='checkpoint file')
+    parser = command_line.parser_of(__doc__)
     parser.add_argument('-o', '--out', default='report', help='folder of the page')
     parser.add_argument('--images', type=int, default=64, help='validation images to look at')
     parser.add_argument(
@@ -30,7 +28,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--against', metavar='JSON', help='diagnostics.json of another model, drawn beside this one'
     )
-    command_line.add_config_options(parser)
     return parser.parse_args()
 
 
@@ -39,7 +36,7 @@ def main() -> None:
     args = parse_args()
     from diagnosis_page import read_numbers, write_page
 
-    from wsbcn_mm.openmmlab import command_line, config
+    from wsbcn_mm.openmmlab import checkpoints, command_line, config, preflight
     from wsbcn_mm.openmmlab.measure import diagnosis
 
     with command_line.errors_in_one_line():
@@ -49,8 +46,8 @@ def main() -> None:
                 raise ValueError(f'--{name.replace("_", "-")} must be positive\n  got {value}')
         other = read_numbers(args.against) if args.against else None
         cfg = config.load_config(args.config, args.cfg_options)
-        config.check_checkpoint_file(args.checkpoint)
-        config.check_data(cfg, 'train_dataloader', 'val_dataloader')
+        checkpoints.check_checkpoint(args.checkpoint)
+        preflight.check_data(cfg, 'train_dataloader', 'val_dataloader')
         out = Path(args.out)
         cfg.work_dir, cfg.log_level, cfg.load_from = str(out / 'log'), 'ERROR', None
         numbers = diagnosis.diagnose(

@@ -132,10 +132,11 @@ def final_state(work: Path) -> dict:
     """What the last checkpoint holds of weights, statistics and optimizer, by name."""
     import torch
 
+    from wsbcn_mm.openmmlab.checkpoints import read_checkpoint
     from wsbcn_mm.openmmlab.files import latest_complete
 
     path, _ = latest_complete(work)
-    content = torch.load(path, map_location='cpu', weights_only=True)
+    content = read_checkpoint(path)
     tensors = dict(content['state_dict'])
     for i, state in content['optimizer']['state'].items():
         tensors |= {f'optimizer.{i}.{key}': value for key, value in state.items()}

@@ -27,6 +27,7 @@ from wsbcn_mm.openmmlab.config import find_config, package_configs
 from wsbcn_mm.openmmlab.conversion import convert as convert_config
 from wsbcn_mm.openmmlab.conversion import probe
 from wsbcn_mm.openmmlab.conversion.audit import audit_built
+from wsbcn_mm.openmmlab.errors import first_line
 from wsbcn_mm.structure import is_norm, trace
 
 # What a config may need beside the installed packages, by what the message of its failure holds.
@@ -140,7 +141,7 @@ def _upstream(error: BaseException) -> dict:
 
 
 def _first_line(error: BaseException) -> str:
-    line = ' '.join((str(error).strip().splitlines() or [''])[0].split())
+    line = ' '.join(first_line(error).split())
     line = re.sub(r'/\S*/site-packages/', '', line)  # not where this machine keeps them
     return re.sub(r'(?<![\w./:])/(?:[^\s/]+/)+', '', line)[:200]
 

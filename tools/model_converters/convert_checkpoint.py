@@ -37,7 +37,6 @@ def run(args: argparse.Namespace) -> None:
     from wsbcn_mm.openmmlab.checkpoints import read_checkpoint, state_dict_of
 
     state = state_dict_of(read_checkpoint(args.checkpoint), args.checkpoint)
-    state = {key.removeprefix('module.'): value for key, value in state.items()}
     state = {k.removeprefix(args.prefix): v for k, v in state.items() if k.startswith(args.prefix)}
     if not state:
         raise ValueError(f'{args.checkpoint} has no name that starts with {args.prefix!r}')

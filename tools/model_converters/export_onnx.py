@@ -20,9 +20,7 @@ def parse_args() -> argparse.Namespace:
     """The command line."""
     from wsbcn_mm.openmmlab import command_line
 
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('config', help='config file')
-    parser.add_argument('checkpoint', help='checkpoint file')
+    parser = command_line.parser_of(__doc__)
     parser.add_argument('-o', '--output', type=Path, required=True, help='folder')
     parser.add_argument(
         '--shape', nargs=2, type=int, required=True, metavar=('H', 'W'), help='size of the image'
@@ -36,7 +34,6 @@ def parse_args() -> argparse.Namespace:
         default=18,
         help='default: 18; from 21 on GroupNorm is one operator (GroupNormalization)',
     )
-    command_line.add_config_options(parser)
     return parser.parse_args()
 
 
@@ -59,7 +56,6 @@ def export(args: argparse.Namespace) -> None:
     for name in ('onnx', 'onnxscript', 'onnxruntime'):
         __import__(name)
     cfg = config.load_config(args.config, args.cfg_options)
-    config.check_checkpoint_file(args.checkpoint)
     model = inference.load_model(cfg, args.checkpoint)
     image = inference.random_image(*args.shape)
     steps = folding.plan(model, run=inference.run_on(cfg, image))

@@ -22,9 +22,7 @@ def parse_args() -> argparse.Namespace:
     """The command line."""
     from wsbcn_mm.openmmlab import command_line
 
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('config', help='config file')
-    parser.add_argument('checkpoint', help='checkpoint file')
+    parser = command_line.parser_of(__doc__)
     parser.add_argument('-o', '--output', type=Path, required=True, metavar='DST', help='folder')
     parser.add_argument(
         '--images', nargs='+', metavar='FILE', help='compare on these; default: two random images'
@@ -46,7 +44,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--evaluate', action='store_true', help='evaluate both models on the test data first'
     )
-    command_line.add_config_options(parser)
     return parser.parse_args()
 
 
@@ -102,15 +99,14 @@ def convert(args: argparse.Namespace) -> None:
     from mmengine.config import Config
 
     from wsbcn_mm import folding
-    from wsbcn_mm.openmmlab import config
+    from wsbcn_mm.openmmlab import checkpoints, config, preflight
     from wsbcn_mm.openmmlab.deploy import inference, stock
 
     cfg = config.load_config(args.config, args.cfg_options)
-    config.check_checkpoint_file(args.checkpoint)
     if args.evaluate:
-        config.check_data(cfg, 'test_dataloader')
+        preflight.check_data(cfg, 'test_dataloader')
     images = read_images(args)
-    checkpoint = inference.read_checkpoint(args.checkpoint)
+    checkpoint = checkpoints.read_checkpoint(args.checkpoint)
     model = inference.load_model(cfg, checkpoint)
     steps = folding.plan(model, run=inference.run_on(cfg, next(iter(images.values()))))
     print(steps)
@@ -147,7 +143,7 @@ def convert(args: argparse.Namespace) -> None:
         weights = Path(folder) / f'{stem}.pth'
         meta = {
             key: value
-            for key, value in checkpoint.get('meta', {}).items()
+            for key, value in checkpoints.meta_of(checkpoint).items()
             if key in ('dataset_meta', 'epoch', 'iter')
         }
         meta['cfg'] = stock_cfg.pretty_text

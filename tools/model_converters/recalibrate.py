@@ -11,9 +11,9 @@ def parse_args() -> argparse.Namespace:
     """The command line."""
     from wsbcn_mm.openmmlab import command_line
 
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('config', help='config file of the model')
-    parser.add_argument('checkpoint', help='checkpoint file, of the model or of its backbone')
+    parser = command_line.parser_of(
+        __doc__, 'checkpoint file, of the model or of its backbone', launcher=True
+    )
     parser.add_argument('-n', '--num-images', type=int, default=200, help='images, over all ranks')
     parser.add_argument(
         '-o', '--out', help='file to write; default: <checkpoint>_recalibrated.pth beside it'
@@ -26,8 +26,6 @@ def parse_args() -> argparse.Namespace:
         help='batch_weight and batch_bias follow the statistics: the model computes what it did '
         'before (after a conversion from GN + WS)',
     )
-    command_line.add_config_options(parser)
-    command_line.add_launcher(parser)
     args = command_line.parse(parser)
     for name in ('num_images', 'batch_size', 'passes'):
         if getattr(args, name) < 1:
@@ -39,24 +37,15 @@ def run(args: argparse.Namespace) -> None:
     """Loads, measures, writes."""
     from mmengine.dist import get_dist_info, init_dist, is_distributed
     from mmengine.registry import MODELS, init_default_scope
-    from mmengine.runner.checkpoint import load_state_dict
 
-    from wsbcn_mm.openmmlab import config, files, launch
-    from wsbcn_mm.openmmlab.checkpoints import (
-        CheckpointMismatch,
-        missing_tensors,
-        read_checkpoint,
-        settings_unlike,
-        state_dict_of,
-    )
+    from wsbcn_mm.openmmlab import checkpoints, command_line, config, files, preflight
     from wsbcn_mm.openmmlab.measure import recalibration
 
     cfg = config.load_config(args.config, args.cfg_options)
-    checkpoint = read_checkpoint(args.checkpoint)
-    state = state_dict_of(checkpoint, args.checkpoint)
-    state = {key.removeprefix('module.'): value for key, value in state.items()}
-    config.check_data(cfg, 'train_dataloader')
-    launch.prepare_distributed(cfg, args.launcher)
+    checkpoint = checkpoints.read_checkpoint(args.checkpoint)
+    state = checkpoints.state_dict_of(checkpoint, args.checkpoint)
+    preflight.check_data(cfg, 'train_dataloader')
+    command_line.prepare_distributed(cfg, args.launcher)
     if args.launcher != 'none' and not is_distributed():
         init_dist(args.launcher)
     init_default_scope(cfg.get('default_scope') or 'mmengine')
@@ -69,17 +58,7 @@ def run(args: argparse.Namespace) -> None:
     # A converted ImageNet file has the keys of a backbone alone.
     backbone = hasattr(model, 'backbone') and not any(k.startswith('backbone.') for k in state)
     target = model.backbone if backbone else model
-    unlike = settings_unlike(target, checkpoint)
-    if unlike:
-        raise CheckpointMismatch(unlike)
-    missing, total = missing_tensors(target, state)
-    if missing:
-        raise CheckpointMismatch(
-            f'{args.checkpoint} does not fill {len(missing)} of the {total} conv and norm tensors '
-            f'of {"the backbone of " * backbone}{args.config}\n'
-            f'  first missing: {", ".join(missing[:4])}'
-        )
-    load_state_dict(target, state, strict=False, logger='silent')
+    checkpoints.load(target, state, checkpoint, source=args.checkpoint)
     batches = recalibration.loader(dataset, args.num_images, args.batch_size)
     done = recalibration.recalibrate_model(
         model,

@@ -1,119 +1,217 @@
-"""Says loudly what a checkpoint does not fill: OpenMMLab loads with strict=False and only logs.
+"""The one door for every file with weights: found, refused, read, compared with a model, loaded.
 
-`CheckpointReportHook` speaks for what the Runner loads, `ReportedPretrainedInit` for
-``init_cfg=dict(type='Pretrained', ...)``, whose place in the registry it takes.
+Nothing in a checkpoint runs, wherever it comes from: `guard_loaders` closes mmengine's own ways to
+one as well. What a checkpoint fills of a model is asked by one rule (`compare`), over all
+parameters and buffers. Where results are computed a model must be filled completely (`load`);
+where training starts, it is said what was not (`wsbcn_mm.openmmlab.hooks.checkpoints`).
 """
 
-import logging
+from __future__ import annotations
+
+import importlib
+import os
 import pickle
+import re
 import zipfile
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
+from unittest import mock
 
 import torch
-from mmengine.hooks import Hook
-from mmengine.logging import print_log
-from mmengine.model import PretrainedInit, is_model_wrapper, update_init_info
-from mmengine.registry import HOOKS, WEIGHT_INITIALIZERS
-from mmengine.runner.checkpoint import CheckpointLoader, load_state_dict
+from mmengine.runner.checkpoint import CheckpointLoader
 from torch import Tensor, nn
 
 from wsbcn_mm.layers import BatchChannelNorm, WeightStandardized
-from wsbcn_mm.openmmlab.compat import refusal
+from wsbcn_mm.openmmlab.errors import first_line
 from wsbcn_mm.openmmlab.files import damage
-from wsbcn_mm.structure import CONVS, NORMS
 
 # Where a file may hold its tensors: OpenMMLab's and the authors' key, then others'.
 HOLDERS = ('state_dict', 'model', 'model_state_dict', 'state_dict_ema')
 
 
-def missing_tensors(model: nn.Module, state_dict: dict[str, Tensor]) -> tuple[list[str], int]:
-    """The conv and norm tensors of a model that a state dict does not fill, and how many it has.
-
-    A tensor counts as filled when the name is there with the same shape. The counters of
-    BatchNorm (``num_batches_tracked``) do not count.
-
-    Args:
-        model: The model.
-        state_dict: Tensors by name; a leading ``module.`` is passed over.
-
-    Returns:
-        The names that stay unfilled, and the number of all conv and norm tensors.
-    """
-    shapes = {key.removeprefix('module.'): value.shape for key, value in state_dict.items()}
-    wanted = {}
-    for prefix, module in model.named_modules():
-        if isinstance(module, (*CONVS, *NORMS)):
-            for name, value in module.state_dict().items():
-                if not name.endswith('num_batches_tracked'):
-                    wanted[f'{prefix}.{name}' if prefix else name] = value.shape
-    return [name for name, shape in wanted.items() if shapes.get(name) != shape], len(wanted)
+class CheckpointRefused(pickle.UnpicklingError, ValueError):
+    """A checkpoint that is damaged, or that would run code."""
 
 
-def settings_unlike(model: nn.Module, checkpoint: dict) -> str | None:
-    """What is wrong where a checkpoint records other settings than the layers of the model have.
-
-    Args:
-        model: The model.
-        checkpoint: Its ``meta`` may hold ``formula`` and ``affine``, as our converter writes them.
-
-    Returns:
-        A sentence with the config line that mends it; None where all is well or nothing is known.
-    """
-    meta = checkpoint.get('meta')
-    if not isinstance(meta, dict):
-        return None
-    found = []
-    for name, kind, layer, place in (
-        ('formula', WeightStandardized, 'WSConv2d', 'conv_cfg'),
-        ('affine', BatchChannelNorm, 'BCN', 'norm_cfg'),
-    ):
-        wanted = meta.get(name)
-        others = {getattr(m, name) for m in model.modules() if isinstance(m, kind)} - {wanted}
-        if wanted is not None and others:
-            found.append(
-                f'the checkpoint is for {name} {wanted!r}, layers of this model have '
-                f'{", ".join(sorted(map(repr, others)))}\n'
-                f'  set {place}=dict(type={layer!r}, {name}={wanted!r})'
-            )
-    return '\n'.join(found) or None
+class CheckpointMismatch(ValueError):
+    """A checkpoint leaves tensors of the model unfilled, or was made for other layers."""
 
 
-def read_checkpoint(path: str | Path) -> dict:
-    """Reads a checkpoint file with torch's safe loader, onto the CPU.
+# ---- finding and reading -----------------------------------------------------------------------
 
-    Args:
-        path: A local file.
 
-    Returns:
-        What it holds.
+def is_address(source: str | Path) -> bool:
+    """Whether a checkpoint is named by an address (``https://``, ``torchvision://``), no file."""
+    return '://' in str(source)
+
+
+def find_checkpoint(source: str | Path) -> Path:
+    """The local file of that name, ``~`` expanded.
 
     Raises:
         FileNotFoundError: no such file; the message lists the checkpoints beside it.
-        ValueError: damaged, not a checkpoint, or one that would run code.
     """
-    path = Path(path)
+    path = Path(source).expanduser()
     if not path.is_file():
         folder = path.parent
         there = sorted(file.name for file in folder.glob('*.pth') if file.is_file())
         raise FileNotFoundError(
             f'no checkpoint file {path}\n  in {folder}: {", ".join(there) or "no .pth files"}'
         )
-    try:
-        # Mapped where the format allows it: looking at the keys then costs next to nothing.
-        content = torch.load(
-            path, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(path)
-        )
-    except Exception as error:  # a damaged pickle can raise anything
-        reason = damage(path)
-        if reason is not None:
-            raise ValueError(f'the checkpoint {path} {reason}') from error
-        if isinstance(error, pickle.UnpicklingError):
-            raise refusal(path, error) from error
-        first = (str(error).strip().splitlines() or [''])[0]
-        raise ValueError(f'{path} is damaged or incomplete\n  {first}') from error
+    return path
+
+
+def read_checkpoint(source: str | Path, checksums: bool = True) -> dict:
+    """Reads a checkpoint with torch's safe loader, onto the CPU.
+
+    Args:
+        source: A local file, or any address that mmengine knows.
+        checksums: Compare those of all parts of a local file, which reads it once. Without them
+            looking at its structure costs next to nothing: for a first look at a file that is
+            loaded later.
+
+    Returns:
+        What it holds.
+
+    Raises:
+        FileNotFoundError: no such file; the message lists the checkpoints beside it.
+        CheckpointRefused: a ValueError: damaged, or it would run code.
+        ValueError: not a checkpoint.
+    """
+    if is_address(source):
+        content = CheckpointLoader.load_checkpoint(str(source), 'cpu')
+    else:
+        content = _load_file(find_checkpoint(source), 'cpu', checksums)
     if not isinstance(content, dict):
-        raise ValueError(f'{path} holds a {type(content).__name__}, not a checkpoint')
+        raise ValueError(f'{source} holds a {type(content).__name__}, not a checkpoint')
     return content
+
+
+def check_checkpoint(source: str | Path) -> None:
+    """A first look, before anything expensive starts; addresses are left to the one who loads.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is damaged, would run code, or is no checkpoint.
+    """
+    if not is_address(source):
+        read_checkpoint(source, checksums=False)
+
+
+def _load_file(path: Path, map_location: object, checksums: bool) -> object:
+    reason = damage(path) if checksums else None
+    if reason is not None:
+        raise _damaged(path, reason)
+    try:
+        # Mapped where the format allows it.
+        return torch.load(path, map_location=map_location, mmap=zipfile.is_zipfile(path))
+    except CheckpointRefused:  # inside of `code_refused`
+        raise
+    except pickle.UnpicklingError as error:
+        reason = damage(path)
+        raise (_refusal(path, error) if reason is None else _damaged(path, reason)) from error
+    except Exception as error:  # a damaged pickle can raise anything
+        reason = damage(path) or f'is damaged or incomplete\n  {first_line(error)}'
+        raise _damaged(path, reason) from error
+
+
+def _damaged(path: Path, reason: str) -> CheckpointRefused:
+    return CheckpointRefused(
+        f'the checkpoint {path} {reason}\n  use another one; `--resume` without a file takes the '
+        'latest complete one of the work dir'
+    )
+
+
+def _refusal(source: object, error: pickle.UnpicklingError) -> CheckpointRefused:
+    """What to raise where torch's safe loader refuses a file, with the class that it stopped at."""
+    asked = re.search(r'(?:GLOBAL|global|attribute) `?\'?([\w.]+)', str(error))
+    return CheckpointRefused(
+        f'{source} was refused: it holds more than tensors and numbers'
+        + (f' ({asked[1]})' if asked else '')
+        + ', and loading it could run any code\n  if you made it yourself, save its '
+        "state_dict alone: torch.save(dict(state_dict=...), 'new.pth')"
+    )
+
+
+# ---- mmengine's own ways to a checkpoint -------------------------------------------------------
+
+
+def guard_loaders() -> None:
+    """Makes mmengine's loaders refuse what is damaged or would run code, whatever the scheme.
+
+    `load_from`, `resume`, ``init_cfg``, averaged models and teachers all come by
+    ``CheckpointLoader.load_checkpoint``. Its loader of local files is replaced by ours. Those of
+    addresses download by themselves; while one runs, ``torch.load`` has its check on, which
+    ``torch.hub`` turns off.
+    """
+    original = CheckpointLoader.load_checkpoint
+    if getattr(original, 'refuses_code', False):
+        return
+
+    def load_from_local(filename: str, map_location: object = None) -> object:
+        return _load_file(find_checkpoint(filename), map_location, checksums=True)
+
+    def load_checkpoint(
+        filename: str | os.PathLike, map_location: object = None, logger: str = 'current'
+    ) -> object:
+        with code_refused(filename):
+            return original(str(filename), map_location, logger)
+
+    load_checkpoint.refuses_code = True
+    CheckpointLoader.register_scheme(prefixes='', loader=load_from_local, force=True)
+    CheckpointLoader.load_checkpoint = staticmethod(load_checkpoint)
+
+
+@contextmanager
+def code_refused(source: object) -> Iterator[None]:
+    """While it lasts, ``torch.load`` has its check on, also where it is told otherwise.
+
+    Args:
+        source: What the error names.
+    """
+    original = torch.load
+
+    def load(*args: object, **kwargs: object) -> object:
+        kwargs.pop('weights_only', None)  # torch's own default: to check
+        try:
+            return original(*args, **kwargs)
+        except pickle.UnpicklingError as error:
+            raise _refusal(source, error) from error
+
+    with mock.patch.object(torch, 'load', load):
+        yield
+
+
+def allow_checkpoint_globals() -> None:
+    """Puts what mmengine's own checkpoints hold, beside tensors, on torch's allow-list."""
+    import numpy as np
+    from mmengine.logging.history_buffer import HistoryBuffer
+
+    multiarray = importlib.import_module(
+        'numpy._core.multiarray' if find_spec('numpy._core') else 'numpy.core.multiarray'
+    )
+    # Statistics of the log, as numpy arrays and scalars of these types.
+    dtypes = [type(np.dtype(kind)) for kind in ('f8', 'f4', 'f2', 'i8', 'i4', 'u1', '?')]
+    torch.serialization.add_safe_globals(
+        [HistoryBuffer, multiarray._reconstruct, multiarray.scalar, np.ndarray, np.dtype, *dtypes]
+    )
+
+    def history_buffer_method(owner: type, name: str) -> Callable:
+        # A pickled HistoryBuffer names its methods through getattr. The real getattr on the list
+        # would let a checkpoint reach anything; this stands in for it and knows that one class.
+        if owner is HistoryBuffer and name in HistoryBuffer._statistics_methods:
+            return getattr(HistoryBuffer, name)
+        raise pickle.UnpicklingError(f'a checkpoint may not ask for attribute {name!r} of {owner}')
+
+    HistoryBuffer()  # fills the table of its methods
+    torch.serialization.add_safe_globals([(history_buffer_method, 'builtins.getattr')])
+
+
+# ---- what is in one ----------------------------------------------------------------------------
 
 
 def holder_of_tensors(checkpoint: dict) -> dict:
@@ -124,99 +222,194 @@ def holder_of_tensors(checkpoint: dict) -> dict:
     return checkpoint
 
 
-def state_dict_of(checkpoint: dict, path: str | Path = 'the checkpoint') -> dict[str, Tensor]:
-    """The tensors of a checkpoint by name: those of its ``state_dict`` or ``model``, or its own.
+def state_dict_of(checkpoint: dict, source: str | Path = 'the checkpoint') -> dict[str, Tensor]:
+    """The tensors of a checkpoint by name, without the ``module.`` of a wrapped model.
+
+    Args:
+        checkpoint: What `read_checkpoint` returned. The tensors are those of its ``state_dict`` or
+            ``model``, or its own.
+        source: Names it in the error.
 
     Raises:
         ValueError: there are none.
     """
     holder = holder_of_tensors(checkpoint)
-    tensors = {k: v for k, v in holder.items() if isinstance(v, Tensor)}
+    tensors = {
+        str(key).removeprefix('module.'): value
+        for key, value in holder.items()
+        if isinstance(value, Tensor)
+    }
     if not tensors:
         keys = ', '.join(map(str, list(holder)[:6])) or 'none'
-        raise ValueError(f'{path} holds no tensors of a model by name\n  its keys: {keys}')
+        raise ValueError(f'{source} holds no tensors of a model by name\n  its keys: {keys}')
     return tensors
 
 
-class CheckpointMismatch(ValueError):
-    """A checkpoint leaves conv or norm tensors of the model unfilled."""
+def meta_of(checkpoint: dict) -> dict:
+    """What a checkpoint says about itself (``meta``); empty where it says nothing."""
+    meta = checkpoint.get('meta')
+    return meta if isinstance(meta, dict) else {}
 
 
-@HOOKS.register_module()
-class CheckpointReportHook(Hook):
-    """Reports what share of the conv and norm tensors a loaded checkpoint leaves unfilled.
+# ---- what it fills of a model ------------------------------------------------------------------
 
-    Acts whenever the Runner loads a checkpoint: ``load_from``, ``resume`` and testing.
 
-    Args:
-        strict: Raise `CheckpointMismatch`, a ValueError, instead of warning: testing a half-loaded
-            model measures nothing.
+@dataclass
+class Comparison:
+    """What a state dict fills of a model's parameters and buffers.
+
+    The counters of BatchNorm (``num_batches_tracked``) do not count: no result depends on them,
+    and old checkpoints have none.
+
+    Attributes:
+        filled: Names of tensors that it fills.
+        missing: Names that it does not have.
+        other_shape: Names that it has in another shape, with the shape there and the model's.
+        left_over: Names in the state dict that the model has no place for.
+        unlike: What is wrong where the checkpoint records other settings of the layers, with the
+            lines of a config that mend it.
     """
 
-    def __init__(self, strict: bool = False) -> None:
-        self.strict = strict
+    filled: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    other_shape: dict[str, tuple[torch.Size, torch.Size]] = field(default_factory=dict)
+    left_over: list[str] = field(default_factory=list)
+    unlike: list[str] = field(default_factory=list)
 
-    def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
-        """Compares before the Runner copies the tensors; see the class."""
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-        problems = _problems(model, checkpoint.get('state_dict', checkpoint), checkpoint)
-        if problems and self.strict:
-            raise CheckpointMismatch('\n'.join(problems))
-        for text in problems:
-            print_log(
-                f'{text}\n  those tensors start from their initial values'
-                if 'does not fill' in text
-                else text,
-                runner.logger,
-                logging.WARNING,
+    @property
+    def complete(self) -> bool:
+        """Whether the model computes what the checkpoint's model did."""
+        return not (self.missing or self.other_shape or self.unlike)
+
+    def __str__(self) -> str:
+        unfilled = len(self.missing) + len(self.other_shape)
+        total = len(self.filled) + unfilled
+        if unfilled:
+            share = f'({100 * unfilled / total:.0f} %)'
+            lines = [f'does not fill {unfilled} of the {total} tensors of this model {share}']
+        else:
+            lines = [f'fills all {total} tensors of this model']
+        if self.missing:
+            lines.append(f'not in the file: {_some(self.missing)}')
+        for name, (found, wanted) in list(self.other_shape.items())[:4]:
+            lines.append(f'of another shape: {name}: {tuple(found)} for {tuple(wanted)}')
+        if len(self.other_shape) > 4:
+            lines.append(f'  and {len(self.other_shape) - 4} more')
+        if self.left_over:
+            lines.append(f'left over in the file: {_some(self.left_over)}')
+        if unfilled:
+            lines.append('is it the checkpoint of another config (classes, norm, layers)?')
+        return '\n  '.join([*lines, *self.unlike])
+
+
+def _some(names: list[str], at_most: int = 4) -> str:
+    rest = len(names) - at_most
+    return ', '.join(names[:at_most]) + (f' and {rest} more' if rest > 0 else '')
+
+
+def compare(
+    model: nn.Module, state_dict: dict[str, Tensor], checkpoint: dict | None = None
+) -> Comparison:
+    """What a state dict would fill of a model; the model stays as it is.
+
+    The model itself is asked, as when it loads: parts that take tensors under other names (older
+    versions, student and teacher) are judged by what they make of them.
+
+    Args:
+        model: The model, not wrapped.
+        state_dict: Tensors by name; a leading ``module.`` is passed over.
+        checkpoint: Where they are from; its ``meta`` may hold ``formula`` and ``affine``.
+    """
+    return _load(model, state_dict, checkpoint or {}, copy=False)
+
+
+def load(
+    model: nn.Module,
+    state_dict: dict[str, Tensor],
+    checkpoint: dict | None = None,
+    strict: bool = True,
+    source: str | Path = 'the checkpoint',
+) -> Comparison:
+    """Copies a state dict into a model, and says what it filled.
+
+    Args:
+        model: See `compare`.
+        state_dict: See there.
+        checkpoint: See there.
+        strict: All of the model must be filled.
+        source: Names the checkpoint in the error.
+
+    Raises:
+        CheckpointMismatch: it is not; nothing was copied.
+    """
+    if strict:
+        found = compare(model, state_dict, checkpoint)
+        if not found.complete:
+            raise CheckpointMismatch(f'{source} {found}')
+    return _load(model, state_dict, checkpoint or {}, copy=True)
+
+
+def _load(
+    model: nn.Module, state_dict: dict[str, Tensor], checkpoint: dict, copy: bool
+) -> Comparison:
+    names = defaultdict(list)
+    shapes = {}
+    for name, value in model.state_dict().items():
+        if isinstance(value, Tensor):  # a module may have other things to save
+            names[name.rpartition('.')[0]].append(name)
+            shapes[name] = value.shape
+    found = Comparison(unlike=settings_unlike(model, checkpoint))
+
+    def look(_module: nn.Module, state: dict, prefix: str, *_: object) -> None:
+        # Called for every module in turn, after whatever renames tensors for it. What is taken out
+        # of `state` here is not copied.
+        for name in names[prefix[:-1]]:
+            value = state.get(name)
+            if value is None:
+                found.missing.append(name)
+            elif value.shape != shapes[name]:
+                found.other_shape[name] = (value.shape, shapes[name])
+            else:
+                found.filled.append(name)
+                if copy:
+                    continue
+            state.pop(name, None)
+
+    handles = [module.register_load_state_dict_pre_hook(look) for module in model.modules()]
+    state = OrderedDict((k.removeprefix('module.'), v) for k, v in state_dict.items())
+    try:
+        found.left_over = list(model.load_state_dict(state, strict=False).unexpected_keys)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for listed in (found.filled, found.missing):
+        listed[:] = [name for name in listed if not name.endswith('num_batches_tracked')]
+    return found
+
+
+def settings_unlike(model: nn.Module, checkpoint: dict) -> list[str]:
+    """What is wrong where a checkpoint records other settings than the layers of the model have.
+
+    Args:
+        model: The model.
+        checkpoint: Its ``meta`` may hold ``formula`` and ``affine``, as our converter writes them.
+
+    Returns:
+        For each of them a sentence, with the config line that mends it.
+    """
+    meta = meta_of(checkpoint)
+    found = []
+    for name, kind, layer, place in (
+        ('formula', WeightStandardized, 'WSConv2d', 'conv_cfg'),
+        ('affine', BatchChannelNorm, 'BCN', 'norm_cfg'),
+    ):
+        if meta.get(name) is None:
+            continue
+        others = {getattr(m, name) for m in model.modules() if isinstance(m, kind)} - {meta[name]}
+        if others:
+            found.append(
+                f'the checkpoint is for {name} {meta[name]!r}, layers of this model have '
+                f'{", ".join(sorted(map(repr, others)))}\n'
+                f'  set {place}=dict(type={layer!r}, {name}={meta[name]!r})'
             )
-
-
-def _problems(model: nn.Module, state: dict[str, Tensor], checkpoint: dict) -> list[str]:
-    problems = []
-    missing, total = missing_tensors(model, state)
-    if missing:
-        problems.append(
-            f'the checkpoint does not fill {len(missing)} of the {total} conv and norm tensors of '
-            f'this model ({100 * len(missing) / total:.0f} %)\n  first missing: '
-            + ', '.join(missing[:4])
-            + '\n  is it the checkpoint of another config (other norm, other layers)?'
-        )
-    unlike = settings_unlike(model, checkpoint)
-    return [*problems, unlike] if unlike else problems
-
-
-@WEIGHT_INITIALIZERS.register_module(name='Pretrained', force=True)
-class ReportedPretrainedInit(PretrainedInit):
-    """mmengine's ``init_cfg=dict(type='Pretrained')``, which also says what was not loaded.
-
-    A line with the share of conv and norm tensors that the file fills; a warning where it is not
-    all of them, and where the WS formula of the file is not that of the layers.
-
-    Args:
-        checkpoint: File or address, as in mmengine.
-        prefix: Part of the checkpoint's model to load, such as ``'backbone.'``.
-        map_location: As in mmengine.
-    """
-
-    def __call__(self, module: nn.Module) -> None:
-        """Loads into ``module`` and reports."""
-        checkpoint = CheckpointLoader.load_checkpoint(self.checkpoint, self.map_location, 'current')
-        if not isinstance(checkpoint, dict):
-            raise ValueError(f'{self.checkpoint} is not a checkpoint of a model')
-        state = state_dict_of(checkpoint, self.checkpoint)
-        state = {key.removeprefix('module.'): value for key, value in state.items()}
-        if self.prefix is not None:
-            prefix = self.prefix.rstrip('.') + '.'
-            state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-            if not state:
-                raise ValueError(f'{self.checkpoint} has no key that starts with {prefix!r}')
-        problems = _problems(module, state, checkpoint)
-        load_state_dict(module, state, strict=False, logger='current')
-        name = type(module).__name__
-        if not problems:
-            print_log(f'{self.checkpoint} fills every conv and norm tensor of {name}', 'current')
-        for text in problems:
-            print_log(f'{self.checkpoint} -> {name}: {text}', 'current', logging.WARNING)
-        if hasattr(module, '_params_init_info'):
-            update_init_info(module, init_info=self._get_init_info())
+    return found

@@ -1,38 +1,56 @@
-"""What the command lines of several tools share: OpenMMLab's arguments, errors in one line."""
+"""What the command lines of several tools share: OpenMMLab's arguments, set-up, errors."""
 
 import argparse
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
-from mmengine.config import DictAction
+import torch
+from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.registry import RUNNERS
+from mmengine.runner import Runner
 
-from wsbcn_mm.openmmlab import compat
+from wsbcn_mm.openmmlab import compat, config
+from wsbcn_mm.openmmlab.checkpoints import check_checkpoint
+from wsbcn_mm.openmmlab.files import latest_complete
+from wsbcn_mm.openmmlab.registry import ATOMIC_CHECKPOINT_HOOK, ESTIMATES_HOOK, NORM_NAMED
 
 # What a mistake of the user raises; anything else is a defect and keeps its traceback.
 USER_ERRORS = (ValueError, ImportError, OSError, compat.DataError)
 
 
-def add_config_options(parser: argparse.ArgumentParser) -> None:
-    """Adds ``--cfg-options``."""
+def parser_of(
+    description: str | None, checkpoint: str | None = 'checkpoint file', launcher: bool = False
+) -> argparse.ArgumentParser:
+    """What the tools have in common: config, checkpoint, ``--cfg-options``, ``--launcher``.
+
+    Args:
+        description: What the tool does.
+        checkpoint: Help on that argument; None: the tool takes none.
+        launcher: The tool runs in several processes, too; see `parse`.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument('config', help='config file')
+    if checkpoint is not None:
+        parser.add_argument('checkpoint', help=checkpoint)
     parser.add_argument(
         '--cfg-options',
         nargs='+',
         action=DictAction,
         help='override settings of the config: a.b.c=value, key="[a,b]", key="[(a,b),(c,d)]"',
     )
-
-
-def add_launcher(parser: argparse.ArgumentParser) -> None:
-    """Adds ``--launcher`` and the ``--local-rank`` that torch.distributed.launch passes."""
-    parser.add_argument(
-        '--launcher',
-        choices=['none', 'pytorch', 'slurm', 'mpi'],
-        default='none',
-        help='how the processes were started',
-    )
-    parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
+    if launcher:
+        parser.add_argument(
+            '--launcher',
+            choices=['none', 'pytorch', 'slurm', 'mpi'],
+            default='none',
+            help='how the processes were started',
+        )
+        # The second name is what torch.distributed.launch passes.
+        parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
+    return parser
 
 
 def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
@@ -49,3 +67,152 @@ def errors_in_one_line() -> Iterator[None]:
         yield
     except USER_ERRORS as error:
         sys.exit(f'error: {error}')
+
+
+# ---- set-up --------------------------------------------------------------------------------------
+
+
+def read_run(args: argparse.Namespace) -> Config:
+    """The config of a run, with its work dir and the launcher of its command line."""
+    cfg = config.load_config(args.config, args.cfg_options)
+    cfg.launcher = args.launcher
+    cfg.work_dir = args.work_dir or cfg.get('work_dir') or f'./work_dirs/{Path(args.config).stem}'
+    return cfg
+
+
+def build_runner(cfg: Config) -> Runner:
+    """The runner that a config asks for."""
+    return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+
+
+def prepare_distributed(cfg: Config, launcher: str) -> None:
+    """Lets ``--launcher pytorch`` work on the CPU; does nothing elsewhere.
+
+    mmengine asks CUDA for its device as soon as it initialises a process group itself, and wraps
+    the model for one device per process. On a machine without CUDA the group (gloo) is therefore
+    started here, and the wrapper is told that there is no device.
+
+    Args:
+        cfg: Changed in place: ``model_wrapper_cfg`` where the config does not set it.
+        launcher: The value of ``--launcher``.
+    """
+    if launcher != 'pytorch' or torch.cuda.is_available():
+        return
+    torch.distributed.init_process_group('gloo')
+    wrapper = dict(type='MMDistributedDataParallel', device_ids=None, broadcast_buffers=False)
+    wrapper['find_unused_parameters'] = cfg.get('find_unused_parameters', False)
+    cfg.setdefault('model_wrapper_cfg', wrapper)
+
+
+def harden(cfg: Config) -> None:
+    """Adds what training with BCN needs and the config does not have.
+
+    `EstimatesHook` where the model has BCN, and the atomic checkpoint hook in the place of
+    mmengine's own; hooks of other types are left alone.
+
+    Args:
+        cfg: Changed in place.
+    """
+    present = any(
+        config.type_name(hook) == ESTIMATES_HOOK for hook in cfg.get('custom_hooks') or []
+    )
+    if not present and _has_bcn(cfg.get('model')):
+        config.add_hook(cfg, dict(type=ESTIMATES_HOOK))
+    hooks = dict(cfg.get('default_hooks') or {})
+    hook = hooks.get('checkpoint', dict(type='CheckpointHook', interval=1))  # mmengine's default
+    if isinstance(hook, dict) and config.type_name(hook) == 'CheckpointHook':
+        hooks['checkpoint'] = {**hook, 'type': ATOMIC_CHECKPOINT_HOOK}
+        cfg.default_hooks = hooks
+
+
+def _has_bcn(part: object) -> bool:
+    """Whether a part of a model's config names one of our norms."""
+    if isinstance(part, dict):
+        return config.type_name(part) in NORM_NAMED or any(
+            _has_bcn(value) for value in part.values()
+        )
+    return isinstance(part, (list, tuple)) and any(_has_bcn(value) for value in part)
+
+
+def resume_from(cfg: Config, checkpoint: str) -> list[str]:
+    """Sets what to resume from.
+
+    Args:
+        cfg: Changed in place; with ``work_dir``.
+        checkpoint: A file, or ``'auto'``: the latest complete one of the work dir; where there is
+            none, training starts anew.
+
+    Returns:
+        A line for each checkpoint that was passed over because it is not complete.
+
+    Raises:
+        ValueError: the file is not complete.
+        FileNotFoundError: there is no such file.
+    """
+    passed_over = []
+    if checkpoint == 'auto':
+        found, passed_over = latest_complete(cfg.work_dir)
+        checkpoint = None if found is None else str(found)
+    else:
+        check_checkpoint(checkpoint)
+    cfg.resume, cfg.load_from = checkpoint is not None, checkpoint
+    return passed_over
+
+
+def draw_pictures(cfg: Config, show: bool, show_dir: str | None, wait_time: float) -> None:
+    """Turns on the visualization hook of detection or segmentation.
+
+    Raises:
+        ValueError: the config has no such hook.
+    """
+    hook = (cfg.get('default_hooks') or {}).get('visualization')
+    if hook is None:
+        raise ValueError(
+            '--show and --show-dir need default_hooks.visualization in the config, such as '
+            "dict(type='DetVisualizationHook') or dict(type='SegVisualizationHook')"
+        )
+    hook['draw'] = True
+    if show:
+        hook['show'], hook['wait_time'] = True, wait_time
+    if show_dir:
+        if 'Det' in hook['type']:
+            hook['test_out_dir'] = show_dir
+        else:
+            cfg.visualizer['save_dir'] = str(Path(cfg.work_dir) / show_dir)
+
+
+def augment_test(cfg: Config) -> None:
+    """Replaces model and test pipeline by those of test-time augmentation (--tta).
+
+    Raises:
+        ValueError: the config lacks ``tta_model`` or ``tta_pipeline``.
+    """
+    if 'tta_model' not in cfg or 'tta_pipeline' not in cfg:
+        raise ValueError(
+            '--tta needs tta_model and tta_pipeline in the config; those of '
+            "'mmdet::_base_/... _tta.py' and mmseg's dataset bases are examples"
+        )
+    cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
+    for _, dataset in config.datasets_of(cfg, 'test_dataloader'):
+        dataset['pipeline'] = cfg.tta_pipeline
+
+
+def keep_predictions(cfg: Config, out: str) -> None:
+    """Makes the evaluator keep what the model predicts (--out).
+
+    Args:
+        cfg: Changed in place.
+        out: Segmentation: a folder of masks. Otherwise: a .pkl file.
+
+    Raises:
+        ValueError: not a .pkl file where one is expected.
+    """
+    if cfg.get('default_scope') == 'mmseg':
+        cfg.test_evaluator['output_dir'] = out
+        cfg.test_evaluator['keep_results'] = True
+        return
+    if not out.endswith(('.pkl', '.pickle')):
+        raise ValueError(f'--out must name a .pkl file for detection\n  got {out}')
+    evaluators = cfg.test_evaluator
+    dump = dict(type='DumpDetResults', out_file_path=out)
+    cfg.test_evaluator = [*(evaluators if isinstance(evaluators, list) else [evaluators]), dump]

@@ -5,28 +5,28 @@ Each function names the gap, and does nothing where it is not there:
 - `find_packages_by_import_name`: ``_base_ = 'wsbcn_mm::...'`` and ``'mmdet::...'`` with setuptools
   >= 82 (no pkg_resources), in editable installs, and in the maintained fork, whose distributions
   have other names.
-- `allow_checkpoint_globals`: torch >= 2.6 refuses the few harmless classes in mmengine's
-  checkpoints. They go on torch's allow-list; the check itself stays on.
-- `refuse_unsafe_checkpoints`: a local checkpoint that is damaged, or would run code, is refused
-  with the file's name and what to do.
+- `checkpoints.allow_checkpoint_globals`: torch >= 2.6 refuses the few harmless classes in
+  mmengine's checkpoints. They go on torch's allow-list; the check itself stays on.
+- `checkpoints.guard_loaders`: a checkpoint that is damaged, or would run code, is refused with its
+  name and what to do, from disk or from an address.
 - `name_the_file_of_a_failed_transform`: an unreadable image or mask is an error without a name.
 - `fuse_standardized_weights`: mmcv's fuse_conv_bn would fold a BatchNorm into the raw weight.
 
-`require` tells the user what to install, with the command.
+`require` tells the user what to install, with the command; `unwrapped` looks into the hosts'
+wrappers of a model.
 """
 
 import difflib
 import importlib
-import pickle
 import re
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
-import torch
+from torch import nn
 
 from wsbcn_mm.layers import WeightStandardized
-from wsbcn_mm.openmmlab.files import damage
+from wsbcn_mm.openmmlab import checkpoints
 
 # import name -> (oldest version that works, how to get the one we test with)
 PACKAGES = {
@@ -41,8 +41,8 @@ PACKAGES = {
 def apply() -> None:
     """Closes every gap; may be called more than once."""
     find_packages_by_import_name()
-    allow_checkpoint_globals()
-    refuse_unsafe_checkpoints()
+    checkpoints.allow_checkpoint_globals()
+    checkpoints.guard_loaders()
     name_the_file_of_a_failed_transform()
     if find_spec('mmcv') is not None:
         fuse_standardized_weights()
@@ -105,76 +105,6 @@ def _package_folder(distribution: str) -> str:
     return str(Path(next(iter(spec.submodule_search_locations))))
 
 
-def allow_checkpoint_globals() -> None:
-    """Puts what mmengine's own checkpoints hold, beside tensors, on torch's allow-list."""
-    if not hasattr(torch.serialization, 'add_safe_globals'):  # torch < 2.4: no allow-list, no gap
-        return
-    import numpy as np
-    from mmengine.logging.history_buffer import HistoryBuffer
-
-    multiarray = importlib.import_module(
-        'numpy._core.multiarray' if find_spec('numpy._core') else 'numpy.core.multiarray'
-    )
-    # Statistics of the log, as numpy arrays and scalars of these types.
-    dtypes = [type(np.dtype(kind)) for kind in ('f8', 'f4', 'f2', 'i8', 'i4', 'u1', '?')]
-    torch.serialization.add_safe_globals(
-        [HistoryBuffer, multiarray._reconstruct, multiarray.scalar, np.ndarray, np.dtype, *dtypes]
-    )
-
-    def history_buffer_method(owner: type, name: str):
-        # A pickled HistoryBuffer names its methods through getattr. The real getattr on the list
-        # would let a checkpoint reach anything; this stands in for it and knows that one class.
-        if owner is HistoryBuffer and name in HistoryBuffer._statistics_methods:
-            return getattr(HistoryBuffer, name)
-        raise pickle.UnpicklingError(f'a checkpoint may not ask for attribute {name!r} of {owner}')
-
-    HistoryBuffer()  # fills the table of its methods
-    torch.serialization.add_safe_globals([(history_buffer_method, 'builtins.getattr')])
-
-
-class CheckpointRefused(pickle.UnpicklingError, ValueError):
-    """A checkpoint that is damaged, or that would run code."""
-
-
-def refusal(file: Path, error: pickle.UnpicklingError) -> CheckpointRefused:
-    """What to raise where torch's safe loader refuses a file, with the class that it stopped at."""
-    asked = re.search(r'(?:GLOBAL|global|attribute) `?\'?([\w.]+)', str(error))
-    return CheckpointRefused(
-        f'{file} was refused: it holds more than tensors and numbers'
-        + (f' ({asked[1]})' if asked else '')
-        + ', and loading it could run any code\n  if you made it yourself, save its '
-        "state_dict alone: torch.save(dict(state_dict=...), 'new.pth')"
-    )
-
-
-def refuse_unsafe_checkpoints() -> None:
-    """Makes mmengine's loader of local files say what is wrong with one."""
-    from mmengine.runner.checkpoint import CheckpointLoader
-
-    def load_from_local(filename: str, map_location=None):
-        file = Path(filename).expanduser()
-        if not file.is_file():
-            raise FileNotFoundError(f'no checkpoint file {file}')
-        reason = damage(file)
-        if reason is not None:
-            raise CheckpointRefused(
-                f'{file} {reason}\n  use another checkpoint; `--resume` without a file takes the '
-                'latest complete one of the work dir'
-            )
-        # torch < 2.6 checks only where it is told to; later ones ask the environment, too.
-        check = {} if _torch_checks() else dict(weights_only=True)
-        try:
-            return torch.load(file, map_location=map_location, **check)
-        except pickle.UnpicklingError as error:
-            raise refusal(file, error) from error
-
-    CheckpointLoader.register_scheme(prefixes='', loader=load_from_local, force=True)
-
-
-def _torch_checks() -> bool:
-    return _as_tuple(torch.__version__) >= (2, 6)
-
-
 class DataError(RuntimeError):
     """An image or its annotation could not be read."""
 
@@ -219,6 +149,15 @@ def fuse_standardized_weights() -> None:
 
     _fuse_conv_bn.handles_standardized_weights = True
     module._fuse_conv_bn = _fuse_conv_bn
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside of mmengine's wrappers: several processes, test-time augmentation."""
+    from mmengine.model import BaseTTAModel, is_model_wrapper
+
+    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+        model = model.module
+    return model
 
 
 def require(*names: str) -> None:

@@ -1,29 +1,17 @@
-"""Reading a config file and checking what it needs, before anything expensive starts."""
+"""Configs: found, read, and the one walk over what their datasets wrap."""
 
-import json
+import ast
 from importlib.util import find_spec
 from pathlib import Path
 
-from mmengine.config import Config, ConfigDict
+from mmengine.config import Config
+from mmengine.registry import DATASETS
 
-from wsbcn_mm.openmmlab import checkpoints as checkpoint
 from wsbcn_mm.openmmlab import compat
-from wsbcn_mm.openmmlab.files import damage, latest_complete
-from wsbcn_mm.openmmlab.registry import ATOMIC_CHECKPOINT_HOOK, ESTIMATES_HOOK, NORM_NAMED
+from wsbcn_mm.openmmlab.errors import first_line
 
 PACKAGE_OF_SCOPE = {'mmdet': 'mmdet', 'mmseg': 'mmseg', 'mmpretrain': 'mmpretrain'}
 PRETRAINED = ('Pretrained', 'PretrainedInit')  # the initialisation from a file
-
-COCO_LAYOUT = """\
-  expected layout (`ln -s /path/to/coco data/coco` puts it there):
-    data/coco/annotations/instances_{train,val}2017.json
-    data/coco/{train,val}2017/*.jpg"""
-VOC_LAYOUT = """\
-  expected layout (`ln -s /path/to/VOCdevkit data/VOCdevkit` puts it there):
-    data/VOCdevkit/VOC2012/ImageSets/Segmentation/{train,val}.txt
-    data/VOCdevkit/VOC2012/{JPEGImages/*.jpg,SegmentationClass/*.png}
-  configs of VOC aug also need ImageSets/Segmentation/aug.txt and SegmentationClassAug/*.png, which
-  mmsegmentation's tools/dataset_converters/voc_aug.py makes from the SBD download"""
 
 
 def load_config(path: str, options: dict | None = None) -> Config:
@@ -67,10 +55,60 @@ def read_config(path: str | Path) -> Config:
     except (ImportError, FileNotFoundError):  # say all there is to say
         raise
     except Exception as error:
-        first = (str(error).strip().splitlines() or [''])[0]
         raise ValueError(
-            f'{path} cannot be read as a config\n  {type(error).__name__}: {first}'
+            f'{path} cannot be read as a config\n  {type(error).__name__}: {first_line(error)}'
         ) from error
+
+
+def read_text(text: str) -> Config:
+    """A config that was written as text, as checkpoints hold theirs, read as data.
+
+    Nothing of it runs: assignments of numbers, texts, lists, dicts and ``dict(...)`` are all there
+    is in what mmengine writes (``Config.pretty_text``), and all that is understood.
+
+    Raises:
+        ValueError: there is something else in it.
+    """
+    content = {}
+    try:
+        for statement in ast.parse(text).body:
+            if not (isinstance(statement, ast.Assign) and len(statement.targets) == 1):
+                raise _not_data(statement)
+            target = statement.targets[0]
+            if not isinstance(target, ast.Name):
+                raise _not_data(statement)
+            content[target.id] = _value(statement.value)
+    except (SyntaxError, RecursionError, MemoryError) as error:
+        raise ValueError(f'the text is no config\n  {first_line(error)}') from error
+    return Config(content)
+
+
+def _value(node: ast.expr) -> object:
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == 'dict':
+        found = {}
+        for part in node.args:
+            found |= _value(part)
+        for keyword in node.keywords:
+            found |= (
+                _value(keyword.value)
+                if keyword.arg is None
+                else {keyword.arg: _value(keyword.value)}
+            )
+        return found
+    if isinstance(node, ast.Dict) and None not in node.keys:
+        return {_value(key): _value(value) for key, value in zip(node.keys, node.values)}
+    if isinstance(node, (ast.List, ast.Tuple, ast.Set)):
+        kind = {ast.List: list, ast.Tuple: tuple, ast.Set: set}[type(node)]
+        return kind(_value(item) for item in node.elts)
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        return -_value(node.operand)
+    if isinstance(node, ast.Constant):
+        return node.value
+    raise _not_data(node)
+
+
+def _not_data(node: ast.AST) -> ValueError:
+    return ValueError(f'the config is more than data: {ast.unparse(node)[:80]}')
 
 
 def with_names(cfg: Config) -> Config:
@@ -79,10 +117,31 @@ def with_names(cfg: Config) -> Config:
     return Config(cfg.to_dict(), filename=cfg.filename) if cfg._imported_names else cfg
 
 
-def type_name(cfg: dict) -> str:
-    """The ``type`` of a config without the package in front of it; classes count by their name."""
-    kind = cfg.get('type')
+def type_name(cfg: object) -> str:
+    """The ``type`` of a config without the package in front of it; classes count by their name.
+
+    What is no config, but the thing itself (a hook that was built already), by its class' name.
+    """
+    kind = cfg.get('type') if isinstance(cfg, dict) else type(cfg)
     return str(getattr(kind, '__name__', kind)).rpartition('.')[2]
+
+
+def scope_of(cfg: Config) -> str:
+    """``'mmdet'`` or ``'mmseg'``.
+
+    Raises:
+        ValueError: the config is of neither.
+    """
+    model = cfg.get('model') or {}
+    scope = cfg.get('default_scope')
+    if scope is None:  # a config in pure Python has types such as mmdet.models.RetinaNet
+        scope = str(model.get('kind') or model.get('type')).partition('.')[0]
+    if scope not in ('mmdet', 'mmseg'):
+        raise ValueError(
+            'a config of MMDetection or MMSegmentation is needed\n  got default_scope '
+            f'{cfg.get("default_scope")!r}, model {model.get("type")!r}'
+        )
+    return scope
 
 
 def find_config(source: str) -> tuple[Path, str | None]:
@@ -129,233 +188,76 @@ def package_configs(package: str) -> Path:
     return Path(find_spec(package).submodule_search_locations[0]) / '.mim' / 'configs'
 
 
-def check_data(cfg: Config, *loaders: str) -> None:
-    """Raises unless the files that the datasets of these loaders name exist.
+# ---- datasets ----------------------------------------------------------------------------------
+
+
+def inner_datasets(dataset: object) -> list[dict]:
+    """The datasets below the wrappers (repeated, mixed, concatenated) that read files.
 
     Args:
-        cfg: The config.
-        *loaders: Names such as ``'train_dataloader'``; one that the config lacks is passed over.
-
-    Raises:
-        FileNotFoundError: the first annotation file or image folder that is missing, with the
-            layout that is expected.
-    """
-    for loader in loaders:
-        for dataset in _datasets((cfg.get(loader) or {}).get('dataset')):
-            if dataset['type'].startswith('Shapes'):
-                continue  # draws itself
-            root = Path(dataset.get('data_root') or '')
-            prefixes = (dataset.get('data_prefix') or {}).values()
-            wanted = [dataset.get('ann_file') or '', *prefixes]
-            for path in (root / name for name in wanted if name):
-                if not path.exists():
-                    raise FileNotFoundError(
-                        f'{loader}: {dataset["type"]} needs {path}, which does not exist\n'
-                        f'{VOC_LAYOUT if "VOC" in dataset["type"] else COCO_LAYOUT}\n'
-                        f'  or name another place: --cfg-options {loader}.dataset.data_root=...'
-                    )
-
-
-def _datasets(cfg: dict | None) -> list[dict]:
-    """The innermost dataset configs below the wrappers (Repeat, Concat, MultiImageMix)."""
-    if cfg is None:
-        return []
-    if 'datasets' in cfg:
-        return [inner for part in cfg['datasets'] for inner in _datasets(part)]
-    return _datasets(cfg['dataset']) if 'dataset' in cfg else [cfg]
-
-
-def check_checkpoint_file(path: str) -> None:
-    """Raises unless a checkpoint is there and can be read; addresses are left to mmengine.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: it is damaged, or no checkpoint.
-    """
-    if '://' in path:
-        return
-    # The checksums of all parts; what reads the file next looks at its structure alone.
-    reason = damage(path) if Path(path).is_file() else None
-    if reason is not None:
-        raise ValueError(f'the checkpoint {path} {reason}')
-    checkpoint.read_checkpoint(path)
-
-
-def check_pretrained(cfg: Config) -> None:
-    """Raises unless every local file that a part of the model starts from is there and readable.
-
-    Args:
-        cfg: The config.
-
-    Raises:
-        FileNotFoundError: a file is missing; the message says how to get one, or to do without.
-        ValueError: a file cannot be read.
-    """
-    for place, init in _pretrained(cfg.get('model') or {}, 'model'):
-        path = init.get('checkpoint') or ''
-        if '://' in path:
-            continue
-        if not Path(path).is_file():
-            raise FileNotFoundError(
-                f'{place} starts from {path}, which does not exist\n'
-                '  convert a published checkpoint: tools/model_converters/convert_checkpoint.py; '
-                'the comments of configs/_base_/backbones hold the commands\n'
-                f'  or name another file: --cfg-options {place}.init_cfg.checkpoint=...\n'
-                f'  or load none, where the whole model comes from elsewhere: {place}.init_cfg=None'
-            )
-        checkpoint.read_checkpoint(path)
-
-
-def _pretrained(part: dict | list, place: str):
-    """Where a model's config says ``init_cfg=dict(type='Pretrained')``, and that dict."""
-    if isinstance(part, dict):
-        init = part.get('init_cfg')
-        for cfg in init if isinstance(init, list) else [init]:
-            if isinstance(cfg, dict) and type_name(cfg) in PRETRAINED:
-                yield place, cfg
-        items = part.items()
-    else:
-        items = enumerate(part)
-    for key, value in items:
-        if isinstance(value, (dict, list)) and key != 'init_cfg':
-            yield from _pretrained(value, f'{place}.{key}')
-
-
-def harden(cfg: Config) -> None:
-    """Adds what training with BCN needs and the config does not have.
-
-    `EstimatesHook` where the model has BCN, and the atomic checkpoint hook in the place of
-    mmengine's own; hooks of other types are left alone.
-
-    Args:
-        cfg: Changed in place.
-    """
-    present = any(type_name(hook) == ESTIMATES_HOOK for hook in cfg.get('custom_hooks') or [])
-    if not present and _has_bcn(cfg.get('model')):
-        add_hook(cfg, dict(type=ESTIMATES_HOOK))
-    hooks = cfg.setdefault('default_hooks', {})
-    checkpoint = hooks.setdefault('checkpoint', dict(type='CheckpointHook', interval=1))
-    if type_name(checkpoint) == 'CheckpointHook':
-        checkpoint['type'] = ATOMIC_CHECKPOINT_HOOK
-
-
-def _has_bcn(part: object) -> bool:
-    """Whether a part of a model's config names one of our norms."""
-    if isinstance(part, dict):
-        return type_name(part) in NORM_NAMED or any(_has_bcn(value) for value in part.values())
-    return isinstance(part, (list, tuple)) and any(_has_bcn(value) for value in part)
-
-
-def resume_from(cfg: Config, checkpoint: str) -> list[str]:
-    """Sets what to resume from.
-
-    Args:
-        cfg: Changed in place; with ``work_dir``.
-        checkpoint: A file, or ``'auto'``: the latest complete one of the work dir; where there is
-            none, training starts anew.
+        dataset: The config of a dataset. What was built already, or is none, counts as nothing.
 
     Returns:
-        A line for each checkpoint that was passed over because it is not complete.
+        The dicts of the config themselves: what is set in them is set in the config.
+    """
+    if isinstance(dataset, (list, tuple)):
+        return [inner for part in dataset for inner in inner_datasets(part)]
+    if not isinstance(dataset, dict):
+        return []
+    if 'datasets' in dataset:
+        return inner_datasets(dataset['datasets'])
+    return inner_datasets(dataset['dataset']) if 'dataset' in dataset else [dataset]
+
+
+def datasets_of(cfg: Config, *loaders: str) -> list[tuple[str, dict]]:
+    """The inner datasets of these loaders, each with the loader's name.
+
+    Args:
+        cfg: The config.
+        *loaders: Names such as ``'train_dataloader'``; one that the config lacks has none.
+    """
+    return [
+        (loader, dataset)
+        for loader in loaders
+        for dataset in inner_datasets((cfg.get(loader) or {}).get('dataset'))
+    ]
+
+
+def datasets_of_test(cfg: Config) -> list[dict]:
+    """The inner datasets that the config tests on; without a test loader those of validation.
 
     Raises:
-        ValueError: the file is not complete.
-        FileNotFoundError: there is no such file.
+        ValueError: the config has neither, or none with a pipeline.
     """
-    passed_over = []
-    if checkpoint == 'auto':
-        found, passed_over = latest_complete(cfg.work_dir)
-        checkpoint = None if found is None else str(found)
-    else:
-        check_checkpoint_file(checkpoint)
-    cfg.resume, cfg.load_from = checkpoint is not None, checkpoint
-    return passed_over
+    for loader in ('test_dataloader', 'val_dataloader'):
+        found = [dataset for _, dataset in datasets_of(cfg, loader) if dataset.get('pipeline')]
+        if found:
+            return found
+    raise ValueError(
+        f'{cfg.filename or "the config"} has no test_dataloader and no val_dataloader whose '
+        'dataset has a pipeline\n  what images are and how they are read is taken from there'
+    )
 
 
-def damaged_annotations(cfg: Config, *loaders: str) -> list[str]:
-    """A line for each JSON annotation file of these loaders that cannot be parsed.
-
-    Reads them all: for the time after something has failed.
-    """
-    lines = []
-    for loader in loaders:
-        for dataset in _datasets((cfg.get(loader) or {}).get('dataset')):
-            path = Path(dataset.get('data_root') or '', dataset.get('ann_file') or '')
-            if path.suffix == '.json' and path.is_file():
-                try:
-                    content = json.loads(path.read_bytes())
-                    if not isinstance(content, dict):
-                        raise ValueError(f'a {type(content).__name__} instead of an object')
-                except ValueError as error:
-                    lines.append(f'{loader}: {path} is damaged: {error}')
-    return list(dict.fromkeys(lines))
+def dataset_class(cfg: Config, dataset: dict) -> type | None:
+    """The class of a dataset; None where its name is not known."""
+    name = dataset.get('type')
+    if not isinstance(name, str):
+        return name
+    with DATASETS.switch_scope_and_registry(cfg.get('default_scope')) as registry:
+        return registry.get(name)
 
 
-def work_dir(cfg: Config, config_path: str, argument: str | None) -> str:
-    """The folder of a run: the argument, else the config's, else work_dirs/<name of config>."""
-    return argument or cfg.get('work_dir') or f'./work_dirs/{Path(config_path).stem}'
+def single_pass(dataset: dict) -> dict:
+    """A dataset without the wrappers that repeat or mix images; concatenated ones stay so."""
+    if 'datasets' in dataset:
+        return {**dataset, 'datasets': [single_pass(part) for part in dataset['datasets']]}
+    return single_pass(dataset['dataset']) if 'dataset' in dataset else dataset
+
+
+# ---- changes -----------------------------------------------------------------------------------
 
 
 def add_hook(cfg: Config, hook: dict) -> None:
     """Appends a hook of ours to the config's custom hooks."""
     cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), hook]
-
-
-def draw_pictures(cfg: Config, show: bool, show_dir: str | None, wait_time: float) -> None:
-    """Turns on the visualization hook of detection or segmentation.
-
-    Raises:
-        ValueError: the config has no such hook.
-    """
-    hook = (cfg.get('default_hooks') or {}).get('visualization')
-    if hook is None:
-        raise ValueError(
-            '--show and --show-dir need default_hooks.visualization in the config, such as '
-            "dict(type='DetVisualizationHook') or dict(type='SegVisualizationHook')"
-        )
-    hook['draw'] = True
-    if show:
-        hook['show'], hook['wait_time'] = True, wait_time
-    if show_dir:
-        if 'Det' in hook['type']:
-            hook['test_out_dir'] = show_dir
-        else:
-            cfg.visualizer['save_dir'] = str(Path(cfg.work_dir) / show_dir)
-
-
-def augment_test(cfg: Config) -> None:
-    """Replaces model and test pipeline by those of test-time augmentation (--tta).
-
-    Raises:
-        ValueError: the config lacks ``tta_model`` or ``tta_pipeline``.
-    """
-    if 'tta_model' not in cfg or 'tta_pipeline' not in cfg:
-        raise ValueError(
-            '--tta needs tta_model and tta_pipeline in the config; those of '
-            "'mmdet::_base_/... _tta.py' and mmseg's dataset bases are examples"
-        )
-    cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
-    dataset = cfg.test_dataloader.dataset
-    while 'dataset' in dataset:
-        dataset = dataset['dataset']
-    dataset.pipeline = cfg.tta_pipeline
-
-
-def keep_predictions(cfg: Config, out: str) -> None:
-    """Makes the evaluator keep what the model predicts (--out).
-
-    Args:
-        cfg: Changed in place.
-        out: Segmentation: a folder of masks. Otherwise: a .pkl file.
-
-    Raises:
-        ValueError: not a .pkl file where one is expected.
-    """
-    if cfg.get('default_scope') == 'mmseg':
-        cfg.test_evaluator['output_dir'] = out
-        cfg.test_evaluator['keep_results'] = True
-        return
-    if not out.endswith(('.pkl', '.pickle')):
-        raise ValueError(f'--out must name a .pkl file for detection\n  got {out}')
-    evaluators = cfg.test_evaluator
-    dump = dict(type='DumpDetResults', out_file_path=out)
-    cfg.test_evaluator = [*(evaluators if isinstance(evaluators, list) else [evaluators]), dump]

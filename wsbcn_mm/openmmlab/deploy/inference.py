@@ -15,28 +15,10 @@ import torch
 from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
-from mmengine.runner.checkpoint import CheckpointLoader
 from torch import Tensor, nn
 
-from wsbcn_mm.openmmlab.checkpoints import CheckpointMismatch
-
-
-def scope_of(cfg: Config) -> str:
-    """``'mmdet'`` or ``'mmseg'``.
-
-    Raises:
-        ValueError: the config is of neither.
-    """
-    model = cfg.get('model') or {}
-    scope = cfg.get('default_scope')
-    if scope is None:  # a config in pure Python has types such as mmdet.models.RetinaNet
-        scope = str(model.get('kind') or model.get('type')).partition('.')[0]
-    if scope not in ('mmdet', 'mmseg'):
-        raise ValueError(
-            'a config of MMDetection or MMSegmentation is needed\n  got default_scope '
-            f'{cfg.get("default_scope")!r}, model {model.get("type")!r}'
-        )
-    return scope
+from wsbcn_mm.openmmlab import checkpoints
+from wsbcn_mm.openmmlab.config import scope_of
 
 
 def build_model(cfg: Config) -> nn.Module:
@@ -49,40 +31,12 @@ def build_model(cfg: Config) -> nn.Module:
     return model
 
 
-def read_checkpoint(path: str) -> dict:
-    """A checkpoint on the CPU: ``state_dict`` and, where it has them, ``meta`` and others."""
-    checkpoint = CheckpointLoader.load_checkpoint(path, 'cpu')
-    return checkpoint if 'state_dict' in checkpoint else dict(state_dict=checkpoint)
-
-
-def load_state(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
-    """Copies a state dict into a model, all of it.
-
-    Raises:
-        CheckpointMismatch: a tensor of the model is missing or has another shape.
-    """
-    state = {key.removeprefix('module.'): value for key, value in state_dict.items()}
-    shapes = {key: value.shape for key, value in state.items()}
-    wrong = [
-        key
-        for key, value in model.state_dict().items()
-        if shapes.get(key) != value.shape and not key.endswith('num_batches_tracked')
-    ]
-    if wrong:
-        raise CheckpointMismatch(
-            f'the checkpoint does not fill {len(wrong)} tensors of this model\n  first: '
-            + ', '.join(wrong[:4])
-            + '\n  is it the checkpoint of another config (other norm, other layers)?'
-        )
-    model.load_state_dict(state, strict=False)
-
-
 def load_model(cfg: Config, checkpoint: str | dict) -> nn.Module:
     """Model and checkpoint together, in evaluation mode on the CPU.
 
     Args:
         cfg: The config.
-        checkpoint: A path, or what `read_checkpoint` returned.
+        checkpoint: A file or an address, or what `checkpoints.read_checkpoint` returned.
 
     Returns:
         The model; ``dataset_meta`` holds class names and palette where the checkpoint has them.
@@ -90,11 +44,13 @@ def load_model(cfg: Config, checkpoint: str | dict) -> nn.Module:
     Raises:
         CheckpointMismatch: the checkpoint is not one of this model.
     """
+    source = 'the checkpoint'
     if isinstance(checkpoint, str):
-        checkpoint = read_checkpoint(checkpoint)
+        source, checkpoint = checkpoint, checkpoints.read_checkpoint(checkpoint)
     model = build_model(cfg)
-    load_state(model, checkpoint['state_dict'])
-    model.dataset_meta = checkpoint.get('meta', {}).get('dataset_meta')
+    state = checkpoints.state_dict_of(checkpoint, source)
+    checkpoints.load(model, state, checkpoint, source=source)
+    model.dataset_meta = checkpoints.meta_of(checkpoint).get('dataset_meta')
     return model
 
 

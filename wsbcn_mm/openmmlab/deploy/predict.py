@@ -15,7 +15,7 @@ from mmengine.registry import DATASETS, TRANSFORMS, VISUALIZERS
 from PIL import Image
 from torch import nn
 
-from wsbcn_mm.openmmlab.deploy.inference import scope_of
+from wsbcn_mm.openmmlab.config import datasets_of_test, scope_of
 
 SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.ppm', '.pgm', '.tif', '.tiff', '.webp')
 
@@ -59,16 +59,9 @@ def read_image(path: Path) -> np.ndarray | None:
         return None
 
 
-def _innermost_dataset(cfg: Config) -> dict:
-    dataset = cfg.test_dataloader.dataset
-    while 'dataset' in dataset:
-        dataset = dataset['dataset']
-    return dataset
-
-
 def pipeline_of(cfg: Config) -> Compose:
     """The test pipeline for images that are in memory: without files and annotations."""
-    steps = [copy.deepcopy(s) for s in _innermost_dataset(cfg)['pipeline']]
+    steps = [copy.deepcopy(s) for s in datasets_of_test(cfg)[0]['pipeline']]
     steps = [s for s in steps if 'Annotations' not in str(s['type'])]
     if 'Load' not in str(steps[0]['type']):
         raise ValueError(
@@ -82,7 +75,7 @@ def classes_of(cfg: Config, model: nn.Module) -> dict:
     """Names and colours of the classes: the checkpoint's, else those of the config's dataset."""
     meta = getattr(model, 'dataset_meta', None)
     if not meta or 'classes' not in meta:
-        dataset = _innermost_dataset(cfg)
+        dataset = datasets_of_test(cfg)[0]
         with DATASETS.switch_scope_and_registry(cfg.get('default_scope')) as registry:
             own = getattr(registry.get(dataset['type']), 'METAINFO', {})
         meta = {**own, **(dataset.get('metainfo') or {})}

@@ -1,13 +1,26 @@
-"""Checkpoints that are complete or not there, and of which the last good one always stays."""
+"""Checkpoints in training: saved so that the last good one always stays, loaded with a report.
 
+OpenMMLab loads with ``strict=False`` and only logs. `CheckpointReportHook` speaks for what the
+Runner loads, `ReportedPretrainedInit` for ``init_cfg=dict(type='Pretrained', ...)``, whose place in
+the registry it takes.
+"""
+
+import logging
 import os
 from pathlib import Path
 
 from mmengine.dist import is_main_process, master_only
 from mmengine.fileio import LocalBackend, register_backend
-from mmengine.hooks import CheckpointHook
-from mmengine.registry import HOOKS
+from mmengine.hooks import CheckpointHook, Hook
+from mmengine.logging import print_log
+from mmengine.model import PretrainedInit, update_init_info
+from mmengine.registry import HOOKS, WEIGHT_INITIALIZERS
+from mmengine.runner import Runner
+from torch import nn
 
+from wsbcn_mm.openmmlab import checkpoints
+from wsbcn_mm.openmmlab.checkpoints import CheckpointMismatch
+from wsbcn_mm.openmmlab.compat import unwrapped
 from wsbcn_mm.openmmlab.files import remove_leftovers, write_atomically
 
 BACKEND = 'wsbcn_atomic'
@@ -67,7 +80,7 @@ class AtomicCheckpointHook(CheckpointHook):
     yours stay as they are.
     """
 
-    def before_train(self, runner) -> None:
+    def before_train(self, runner: Runner) -> None:
         """Prepares the folder."""
         super().before_train(runner)
         local = '://' not in str(self.out_dir)
@@ -80,7 +93,7 @@ class AtomicCheckpointHook(CheckpointHook):
         if Path(self.out_dir).is_dir():
             remove_leftovers(self.out_dir)
 
-    def _save_checkpoint_with_step(self, runner, step: int, meta: dict) -> None:
+    def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
         outdated = None
         if self.max_keep_ckpts > 0 and (not self.keep_ckpt_ids or self.keep_ckpt_ids[-1] != step):
             # Saved with the outdated one: killed before that is removed, a resumed run removes it.
@@ -111,7 +124,7 @@ class AtomicCheckpointHook(CheckpointHook):
             if self.file_backend.isfile(path):
                 self.file_backend.remove(path)
 
-    def _save_best_checkpoint(self, runner, metrics: dict) -> None:
+    def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
         backend = self.file_backend
         self.file_backend = _Deferring(backend)
         try:
@@ -119,3 +132,61 @@ class AtomicCheckpointHook(CheckpointHook):
             self.file_backend.finish()
         finally:
             self.file_backend = backend
+
+
+@HOOKS.register_module()
+class CheckpointReportHook(Hook):
+    """Reports what a loaded checkpoint leaves unfilled of the model's parameters and buffers.
+
+    Acts whenever the Runner loads a checkpoint: ``load_from``, ``resume`` and testing.
+
+    Args:
+        strict: Raise `CheckpointMismatch`, a ValueError, instead of warning: testing a half-loaded
+            model measures nothing.
+    """
+
+    def __init__(self, strict: bool = False) -> None:
+        self.strict = strict
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Compares before the Runner copies the tensors; see the class."""
+        state = checkpoint.get('state_dict', checkpoint)  # what the Runner takes
+        found = checkpoints.compare(unwrapped(runner.model), state, checkpoint)
+        if found.complete:
+            return
+        if self.strict:
+            raise CheckpointMismatch(f'the checkpoint {found}')
+        print_log(
+            f'the checkpoint {found}\n  what is not filled starts from its initial values',
+            runner.logger,
+            logging.WARNING,
+        )
+
+
+@WEIGHT_INITIALIZERS.register_module(name='Pretrained', force=True)
+class ReportedPretrainedInit(PretrainedInit):
+    """mmengine's ``init_cfg=dict(type='Pretrained')``, which also says what was not loaded.
+
+    One line where the file fills every parameter and buffer; a warning where it does not, or where
+    the WS formula of the file is not that of the layers.
+
+    Args:
+        checkpoint: File or address, as in mmengine.
+        prefix: Part of the checkpoint's model to load, such as ``'backbone.'``.
+        map_location: As in mmengine.
+    """
+
+    def __call__(self, module: nn.Module) -> None:
+        """Loads into ``module`` and reports."""
+        checkpoint = checkpoints.read_checkpoint(self.checkpoint)
+        state = checkpoints.state_dict_of(checkpoint, self.checkpoint)
+        if self.prefix is not None:
+            prefix = self.prefix.rstrip('.') + '.'
+            state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+            if not state:
+                raise ValueError(f'{self.checkpoint} has no key that starts with {prefix!r}')
+        found = checkpoints.load(module, state, checkpoint, strict=False)
+        level = logging.INFO if found.complete else logging.WARNING
+        print_log(f'{self.checkpoint} -> {type(module).__name__}: {found}', 'current', level)
+        if hasattr(module, '_params_init_info'):
+            update_init_info(module, init_info=self._get_init_info())

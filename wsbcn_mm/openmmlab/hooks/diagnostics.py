@@ -1,9 +1,7 @@
 """Logs the measures of `wsbcn_mm.diagnostics` while a Runner trains."""
 
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
-from torch import nn
 
 from wsbcn_mm.diagnostics import (
     ActivationObserver,
@@ -12,6 +10,7 @@ from wsbcn_mm.diagnostics import (
     estimate_gaps,
     singularities,
 )
+from wsbcn_mm.openmmlab.compat import unwrapped
 
 
 @HOOKS.register_module()
@@ -33,7 +32,7 @@ class DiagnosticsHook(Hook):
 
     In a config::
 
-        custom_imports = dict(imports=['wsbcn_mm', 'wsbcn_mm.openmmlab.hooks.diagnostics'])
+        custom_imports = dict(imports=['wsbcn_mm'])
         custom_hooks = [dict(type='DiagnosticsHook', interval=50)]
 
     Args:
@@ -59,7 +58,7 @@ class DiagnosticsHook(Hook):
     def before_train_iter(self, runner, batch_idx: int, data_batch=None) -> None:
         """Starts watching, where it is time."""
         if self.every_n_train_iters(runner, self.interval):
-            model = _unwrapped(runner.model)
+            model = unwrapped(runner.model)
             self._activations = ActivationObserver(model).__enter__()
             self._gradients = WeightGradientObserver(model).__enter__()
 
@@ -87,7 +86,7 @@ class DiagnosticsHook(Hook):
 
     def before_val_epoch(self, runner) -> None:
         """Starts watching what the layers with running statistics see."""
-        self._estimates = EstimateObserver(_unwrapped(runner.model)).__enter__()
+        self._estimates = EstimateObserver(unwrapped(runner.model)).__enter__()
 
     def after_val_epoch(self, runner, metrics=None) -> None:
         """Compares and writes."""
@@ -110,7 +109,3 @@ class DiagnosticsHook(Hook):
     def every_n_train_iters(self, runner, n: int) -> bool:
         """Every n-th iteration, the first included: the start tells most."""
         return runner.iter == 0 or super().every_n_train_iters(runner, n)
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    return model.module if is_model_wrapper(model) else model

@@ -15,19 +15,14 @@ import torch
 from mmengine.dist import get_dist_info
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
-from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
-from torch import nn
 
 from wsbcn_mm.checks import check_choice
 from wsbcn_mm.estimates import layers_of, rate_of_step, skipped_updates, synchronize_estimates
+from wsbcn_mm.openmmlab.compat import unwrapped
 
 SCHEDULES = ('constant', 'lr')
 SCALES = ('ranks', 'images', None)
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    return model.module if is_model_wrapper(model) else model
 
 
 @HOOKS.register_module()
@@ -80,7 +75,7 @@ class EstimatesHook(Hook):
 
     def before_train(self, runner) -> None:
         """Remembers the rates of the config, and how many steps each layer has seen."""
-        self._model = _unwrapped(runner.model)
+        self._model = unwrapped(runner.model)
         layers = layers_of(self._model).values()
         self._start = runner.iter
         compiled = bool(runner.cfg.get('compile'))
@@ -143,7 +138,7 @@ class EstimatesHook(Hook):
     def _report(self, runner) -> None:
         new = {
             name: count
-            for name, count in skipped_updates(_unwrapped(runner.model)).items()
+            for name, count in skipped_updates(unwrapped(runner.model)).items()
             if name not in self._told
         }
         if not new:
@@ -201,7 +196,7 @@ class PreciseStatsHook(Hook):
 
         from wsbcn_mm.openmmlab.measure import recalibration
 
-        self._model = _unwrapped(runner.model)
+        self._model = unwrapped(runner.model)
         for hook in runner.hooks:
             if isinstance(hook, EMAHook):
                 if not hook.ema_model.update_buffers:

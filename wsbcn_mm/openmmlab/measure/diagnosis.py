@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 from mmengine.config import Config
-from mmengine.runner import Runner, load_checkpoint
+from mmengine.runner import Runner
 from torch import Tensor
 
 from wsbcn_mm.diagnostics import (
@@ -22,7 +22,7 @@ from wsbcn_mm.diagnostics import (
     smoothness,
 )
 from wsbcn_mm.layers import BatchChannelNorm
-from wsbcn_mm.openmmlab.checkpoints import CheckpointMismatch, missing_tensors
+from wsbcn_mm.openmmlab import checkpoints
 from wsbcn_mm.structure import CONVS, NORMS
 
 KINDS = (*CONVS, *NORMS)
@@ -54,13 +54,9 @@ def diagnose(
         ValueError: the checkpoint leaves tensors unfilled, or the model has no ReLU.
     """
     runner = Runner.from_cfg(cfg)
-    state = load_checkpoint(runner.model, checkpoint, map_location='cpu')
-    missing, total = missing_tensors(runner.model, state.get('state_dict', state))
-    if missing:
-        raise CheckpointMismatch(
-            f'{checkpoint} does not fill {len(missing)} of the {total} conv and norm tensors of '
-            f'this config\n  first missing: {", ".join(missing[:4])}'
-        )
+    content = checkpoints.read_checkpoint(checkpoint)
+    state = checkpoints.state_dict_of(content, checkpoint)
+    checkpoints.load(runner.model, state, content, source=checkpoint)
     model = runner.model.eval()
     loader = Runner.build_dataloader(cfg.val_dataloader, seed=0)
     shown = 0

@@ -8,14 +8,15 @@ import torch
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.dist import get_dist_info
-from mmengine.model import is_model_wrapper
 from mmengine.registry import DATASETS
 from mmengine.utils import ProgressBar
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 
 from wsbcn_mm.layers import BatchChannelNorm
+from wsbcn_mm.openmmlab import config
 from wsbcn_mm.openmmlab.checkpoints import holder_of_tensors
+from wsbcn_mm.openmmlab.compat import unwrapped
 from wsbcn_mm.recalibration import Recalibration, recalibrate
 
 
@@ -31,30 +32,15 @@ def training_images_as_tested(cfg: Config) -> dict:
     Raises:
         ValueError: one of the loaders is missing.
     """
-    train = cfg.get('train_dataloader')
-    test = cfg.get('test_dataloader') or cfg.get('val_dataloader')
-    if not train or not test:
+    if not cfg.get('train_dataloader'):
         raise ValueError(
             'the statistics are those of training images as they look in testing\n'
-            '  the config has no ' + ('test_dataloader' if train else 'train_dataloader')
+            '  the config has no train_dataloader'
         )
-    pipeline = _innermost(test['dataset'])['pipeline']
-    return _with_pipeline(copy.deepcopy(train['dataset']), pipeline)
-
-
-def _innermost(dataset: dict) -> dict:
-    while 'pipeline' not in dataset or 'dataset' in dataset:
-        dataset = dataset['dataset'] if 'dataset' in dataset else dataset['datasets'][0]
-    return dataset
-
-
-def _with_pipeline(dataset: dict, pipeline: list) -> dict:
-    if 'dataset' in dataset:  # RepeatDataset, ClassBalancedDataset, MultiImageMixDataset
-        return _with_pipeline(dataset['dataset'], pipeline)
-    if 'datasets' in dataset:  # ConcatDataset
-        dataset['datasets'] = [_with_pipeline(part, pipeline) for part in dataset['datasets']]
-    else:
-        dataset['pipeline'] = copy.deepcopy(pipeline)
+    pipeline = config.datasets_of_test(cfg)[0]['pipeline']
+    dataset = config.single_pass(copy.deepcopy(cfg.train_dataloader['dataset']))
+    for part in config.inner_datasets(dataset):
+        part['pipeline'] = copy.deepcopy(pipeline)
     return dataset
 
 
@@ -101,7 +87,7 @@ def recalibrate_model(
         keep_function: See there.
         backbone: Run and treat the backbone alone, whatever the heads are.
     """
-    model = model.module if is_model_wrapper(model) else model
+    model = unwrapped(model)
     bar = ProgressBar(passes * len(batches)) if progress and get_dist_info()[0] == 0 else None
 
     def forward(batch: dict) -> None:

@@ -1,0 +1,114 @@
+"""wsbcn_mm.openmmlab.command_line: what the arguments of the tools do to a config."""
+
+import pytest
+
+pytest.importorskip('mmengine', reason="configs are mmengine's")
+pytest.importorskip('mmcv', reason='a config is not read without mmcv')
+
+import argparse
+
+from mmengine.config import Config
+
+from wsbcn_mm.openmmlab import command_line, config
+
+
+def test_work_dir_comes_from_the_argument_then_the_config_then_the_name(monkeypatch):
+    def work_dir(argument, **content):
+        monkeypatch.setattr(config, 'load_config', lambda path, options: Config(content))
+        args = argparse.Namespace(
+            config='configs/c.py', cfg_options=None, launcher='none', work_dir=argument
+        )
+        return command_line.read_run(args).work_dir
+
+    assert work_dir('a', work_dir='b') == 'a'
+    assert work_dir(None, work_dir='b') == 'b'
+    assert work_dir(None) == './work_dirs/c'
+
+
+def test_draw_pictures_needs_the_hook():
+    cfg = Config(dict(default_hooks=dict(timer=dict(type='IterTimerHook'))))
+    with pytest.raises(ValueError, match=r'default_hooks\.visualization'):
+        command_line.draw_pictures(cfg, True, None, 0)
+    cfg = Config(dict(default_hooks=dict(visualization=dict(type='DetVisualizationHook'))))
+    command_line.draw_pictures(cfg, True, 'pictures', 1.5)
+    assert cfg.default_hooks.visualization == dict(
+        type='DetVisualizationHook', draw=True, show=True, wait_time=1.5, test_out_dir='pictures'
+    )
+
+
+def test_augment_test_replaces_the_innermost_pipeline():
+    with pytest.raises(ValueError, match='tta_model and tta_pipeline'):
+        command_line.augment_test(Config(dict(model=dict(type='M'))))
+    inner = dict(type='D', pipeline=[dict(type='Old')])
+    cfg = Config(
+        dict(
+            model=dict(type='M'),
+            tta_model=dict(type='T'),
+            tta_pipeline=[dict(type='New')],
+            test_dataloader=dict(dataset=dict(type='RepeatDataset', dataset=inner)),
+        )
+    )
+    command_line.augment_test(cfg)
+    assert cfg.model == dict(type='T', module=dict(type='M'))
+    assert cfg.test_dataloader.dataset.dataset.pipeline == [dict(type='New')]
+
+
+@pytest.mark.parametrize('evaluators', [dict(type='CocoMetric'), [dict(type='CocoMetric')]])
+def test_keep_predictions_of_detection_adds_an_evaluator(evaluators):
+    cfg = Config(dict(default_scope='mmdet', test_evaluator=evaluators))
+    with pytest.raises(ValueError, match=r'(?s)\.pkl.*got out\.json'):
+        command_line.keep_predictions(cfg, 'out.json')
+    command_line.keep_predictions(cfg, 'out.pkl')
+    assert [e.type for e in cfg.test_evaluator] == ['CocoMetric', 'DumpDetResults']
+    assert cfg.test_evaluator[1].out_file_path == 'out.pkl'
+
+
+def test_keep_predictions_of_segmentation_names_a_folder():
+    cfg = Config(dict(default_scope='mmseg', test_evaluator=dict(type='IoUMetric')))
+    command_line.keep_predictions(cfg, 'masks')
+    assert cfg.test_evaluator == dict(type='IoUMetric', output_dir='masks', keep_results=True)
+
+
+BCN = dict(backbone=dict(norm_cfg=dict(type='BCN')))
+
+
+def test_harden_adds_what_training_needs():
+    cfg = Config(dict(model=BCN))
+    command_line.harden(cfg)
+    assert [hook.type for hook in cfg.custom_hooks] == ['EstimatesHook']
+    assert cfg.default_hooks.checkpoint == dict(type='AtomicCheckpointHook', interval=1)
+    command_line.harden(cfg)
+    assert len(cfg.custom_hooks) == 1
+
+
+@pytest.mark.parametrize('hooks', [None, {}, dict(timer=None)])
+def test_harden_without_default_hooks_replaces_the_one_that_mmengine_would_take(hooks):
+    cfg = Config(dict(model=BCN, default_hooks=hooks))
+    command_line.harden(cfg)
+    assert cfg.default_hooks == {
+        **(hooks or {}),
+        'checkpoint': dict(type='AtomicCheckpointHook', interval=1),
+    }
+
+
+def test_harden_leaves_alone_what_the_config_says_otherwise():
+    """No checkpoints at all, a hook of another class, a hook that was built already."""
+    from mmengine.hooks import CheckpointHook, IterTimerHook
+
+    for hook in (None, dict(type='MyCheckpointHook'), CheckpointHook(interval=3)):
+        cfg = Config(dict(model={}, default_hooks=dict(checkpoint=hook)))
+        command_line.harden(cfg)
+        assert cfg.default_hooks == dict(checkpoint=hook)
+    timer = IterTimerHook()
+    cfg = Config(dict(model=BCN, custom_hooks=[timer]))
+    command_line.harden(cfg)
+    assert cfg.custom_hooks == [timer, dict(type='EstimatesHook')]
+
+
+def test_errors_in_one_line():
+    """A mistake of the user ends the program; a defect keeps its traceback."""
+    with pytest.raises(SystemExit) as ended, command_line.errors_in_one_line():
+        raise ValueError('lr must be positive')
+    assert ended.value.code == 'error: lr must be positive'
+    with pytest.raises(AttributeError), command_line.errors_in_one_line():
+        raise AttributeError('a defect')

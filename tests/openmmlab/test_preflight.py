@@ -1,0 +1,82 @@
+"""wsbcn_mm.openmmlab.preflight: what is missing is said before anything is started."""
+
+import pytest
+
+pytest.importorskip('mmengine', reason="configs are mmengine's")
+pytest.importorskip('mmcv', reason='a config is not read without mmcv')
+
+from mmengine.config import Config
+
+from wsbcn_mm.openmmlab import preflight
+
+
+def coco(root):
+    return dict(
+        type='CocoDataset',
+        data_root=str(root),
+        ann_file='annotations/instances_train2017.json',
+        data_prefix=dict(img='train2017/'),
+    )
+
+
+def voc(root):
+    return dict(
+        type='PascalVOCDataset',
+        data_root=str(root),
+        ann_file='ImageSets/Segmentation/train.txt',
+        data_prefix=dict(img_path='JPEGImages', seg_map_path='SegmentationClass'),
+    )
+
+
+PARTS = {
+    coco: ['annotations/instances_train2017.json', 'train2017'],
+    voc: ['ImageSets/Segmentation/train.txt', 'JPEGImages', 'SegmentationClass'],
+}
+LAYOUT = {coco: 'instances_{train,val}2017.json', voc: 'VOC2012/ImageSets/Segmentation'}
+WRAPPERS = {
+    'plain': lambda d: d,
+    'repeat': lambda d: dict(type='RepeatDataset', times=2, dataset=d),
+    'concat': lambda d: dict(type='ConcatDataset', datasets=[dict(type='A'), d]),
+    'nested': lambda d: dict(
+        type='MultiImageMixDataset', dataset=dict(type='ConcatDataset', datasets=[d, d])
+    ),
+}
+
+
+def make(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch() if path.suffix else path.mkdir()
+
+
+@pytest.mark.parametrize('wrapper', WRAPPERS)
+@pytest.mark.parametrize('dataset', [coco, voc])
+def test_check_data_names_each_missing_path_until_all_are_there(dataset, wrapper, tmp_path):
+    inner = dataset(tmp_path)
+    cfg = Config(dict(train_dataloader=dict(dataset=WRAPPERS[wrapper](inner))))
+    for part in PARTS[dataset]:
+        with pytest.raises(FileNotFoundError) as error:
+            preflight.check_data(cfg, 'train_dataloader')
+        message = str(error.value)
+        first = f'train_dataloader: {inner["type"]} needs {tmp_path / part}, which does not exist'
+        assert message.splitlines()[0] == first
+        assert LAYOUT[dataset] in message
+        assert '--cfg-options train_dataloader.dataset.data_root=' in message
+        make(tmp_path / part)
+    preflight.check_data(cfg, 'train_dataloader')
+
+
+def test_check_data_looks_at_the_loaders_it_is_told(tmp_path):
+    cfg = Config(dict(val_dataloader=dict(dataset=coco(tmp_path)), test_dataloader=None))
+    preflight.check_data(cfg, 'train_dataloader', 'test_dataloader')
+    with pytest.raises(FileNotFoundError, match='val_dataloader'):
+        preflight.check_data(cfg, 'train_dataloader', 'val_dataloader')
+
+
+def test_check_data_lets_the_embedded_dataset_draw_itself(tmp_path):
+    pytest.importorskip('mmdet', reason='registered there')
+    import wsbcn_mm.openmmlab.datasets.shapes_coco  # noqa: F401  as the config's custom_imports
+
+    dataset = dict(coco(tmp_path / 'absent'), type='ShapesCocoDataset')
+    cfg = Config(dict(default_scope='mmdet', train_dataloader=dict(dataset=dataset)))
+    preflight.check_data(cfg, 'train_dataloader')
+    assert not (tmp_path / 'absent').exists()

@@ -1,0 +1,130 @@
+"""What a run needs, looked at before anything expensive starts; what was wrong, after it failed."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from mmengine.config import Config
+
+from wsbcn_mm.openmmlab.checkpoints import check_checkpoint, is_address
+from wsbcn_mm.openmmlab.config import PRETRAINED, dataset_class, datasets_of, type_name
+
+HOSTS = ('mmengine', 'mmdet', 'mmseg', 'mmpretrain')
+
+COCO_LAYOUT = """\
+  expected layout (`ln -s /path/to/coco data/coco` puts it there):
+    data/coco/annotations/instances_{train,val}2017.json
+    data/coco/{train,val}2017/*.jpg"""
+VOC_LAYOUT = """\
+  expected layout (`ln -s /path/to/VOCdevkit data/VOCdevkit` puts it there):
+    data/VOCdevkit/VOC2012/ImageSets/Segmentation/{train,val}.txt
+    data/VOCdevkit/VOC2012/{JPEGImages/*.jpg,SegmentationClass/*.png}
+  configs of VOC aug also need ImageSets/Segmentation/aug.txt and SegmentationClassAug/*.png, which
+  mmsegmentation's tools/dataset_converters/voc_aug.py makes from the SBD download"""
+
+
+def check_data(cfg: Config, *loaders: str) -> None:
+    """Raises unless the files that the datasets of these loaders name exist.
+
+    What lies in a storage backend is left to the host, and so is a dataset class of somebody else,
+    which may find or make its files in a way of its own (ours draws them).
+
+    Args:
+        cfg: The config.
+        *loaders: Names such as ``'train_dataloader'``; one that the config lacks is passed over.
+
+    Raises:
+        FileNotFoundError: the first annotation file or image folder that is missing, with the
+            layout that is expected.
+    """
+    for loader, dataset in datasets_of(cfg, *loaders):
+        kind = type_name(dataset)
+        if not _reads_as_the_host(cfg, dataset):
+            continue
+        for path in _files_of(dataset):
+            if not is_address(path) and not os.path.exists(path):
+                raise FileNotFoundError(
+                    f'{loader}: {kind} needs {path}, which does not exist\n'
+                    f'{VOC_LAYOUT if "VOC" in kind else COCO_LAYOUT}\n'
+                    f'  or name another place: --cfg-options {loader}.dataset.data_root=...'
+                )
+
+
+def _reads_as_the_host(cfg: Config, dataset: dict) -> bool:
+    backend = (dataset.get('backend_args') or {}).get('backend', 'local')
+    if backend not in ('local', 'disk'):
+        return False
+    kind = dataset_class(cfg, dataset)
+    return kind is None or kind.__module__.partition('.')[0] in HOSTS
+
+
+def _files_of(dataset: dict) -> Iterator[str]:
+    """What a dataset of the hosts reads: its list of images and the folders."""
+    root = dataset.get('data_root') or ''
+    if dataset.get('ann_file'):
+        yield os.path.join(root, dataset['ann_file'])
+    steps = dataset.get('pipeline') or []
+    with_masks = not steps or any('Annotations' in type_name(step) for step in steps)
+    for key, folder in (dataset.get('data_prefix') or {}).items():
+        # Testing without masks works: nobody reads that folder then.
+        if folder and isinstance(folder, str) and (with_masks or 'seg_map' not in key):
+            yield os.path.join(root, folder).rstrip('/')
+
+
+def check_pretrained(cfg: Config) -> None:
+    """Raises unless every local file that a part of the model starts from is there and readable.
+
+    Args:
+        cfg: The config.
+
+    Raises:
+        FileNotFoundError: a file is missing; the message says how to get one, or to do without.
+        ValueError: a file cannot be read.
+    """
+    for place, init in _pretrained(cfg.get('model') or {}, 'model'):
+        path = init.get('checkpoint')
+        if not isinstance(path, str) or is_address(path):
+            continue  # what is no path raises where it is used
+        if not Path(path).expanduser().is_file():
+            raise FileNotFoundError(
+                f'{place} starts from {path}, which does not exist\n'
+                '  convert a published checkpoint: tools/model_converters/convert_checkpoint.py; '
+                'the comments of configs/_base_/backbones hold the commands\n'
+                f'  or name another file: --cfg-options {place}.init_cfg.checkpoint=...\n'
+                f'  or load none, where the whole model comes from elsewhere: {place}.init_cfg=None'
+            )
+        check_checkpoint(path)
+
+
+def _pretrained(part: object, place: str) -> Iterator[tuple[str, dict]]:
+    """Where a model's config says ``init_cfg=dict(type='Pretrained')``, and that dict."""
+    if isinstance(part, dict):
+        init = part.get('init_cfg')
+        for cfg in init if isinstance(init, list) else [init]:
+            if isinstance(cfg, dict) and type_name(cfg) in PRETRAINED:
+                yield place, cfg
+        for key, value in part.items():
+            if key != 'init_cfg':
+                yield from _pretrained(value, f'{place}.{key}')
+    elif isinstance(part, (list, tuple)):
+        for i, value in enumerate(part):
+            yield from _pretrained(value, f'{place}.{i}')
+
+
+def damaged_annotations(cfg: Config, *loaders: str) -> list[str]:
+    """A line for each JSON annotation file of these loaders that cannot be parsed.
+
+    Reads them all: for the time after something has failed.
+    """
+    lines = []
+    for loader, dataset in datasets_of(cfg, *loaders):
+        path = Path(dataset.get('data_root') or '', dataset.get('ann_file') or '')
+        if path.suffix == '.json' and path.is_file():
+            try:
+                content = json.loads(path.read_bytes())
+                if not isinstance(content, dict):
+                    raise ValueError(f'a {type(content).__name__} instead of an object')
+            except ValueError as error:
+                lines.append(f'{loader}: {path} is damaged: {error}')
+    return list(dict.fromkeys(lines))
