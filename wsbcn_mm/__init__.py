@@ -19,6 +19,11 @@ from wsbcn_mm.layers import (
     WSConv3d,
     WSConvTranspose2d,
 )
+from wsbcn_mm.layers.standardization import (
+    standardize_once_per_forward,
+    standardized_once,
+    weights_do_not_change,
+)
 from wsbcn_mm.version import __version__
 
 if find_spec('mmengine') is not None:
@@ -35,5 +40,8 @@ __all__ = [
     '__version__',
     'batch_channel_norm',
     'fold',
+    'standardize_once_per_forward',
+    'standardized_once',
     'weight_standardize',
+    'weights_do_not_change',
 ]

@@ -46,7 +46,7 @@ def batch_channel_norm(
     x = _dense(x)
     backend = backends.select(x)
     parameters = (batch_weight, batch_bias, weight, bias)
-    if _has_nodes(backend) and not from_batch and x.numel() > 0:
+    if has_nodes(backend) and not from_batch and x.numel() > 0:
         return torch.ops.wsbcn_mm.batch_channel_norm.default(
             x,
             *parameters,
@@ -102,12 +102,12 @@ def weight_standardize(weight: Tensor, eps: float, formula: str, dtype: torch.dt
         return weight.to(dtype, copy=True)
     weight = _dense(weight)
     backend = backends.select(weight)
-    if _has_nodes(backend):
+    if has_nodes(backend):
         return torch.ops.wsbcn_mm.weight_standardize.default(weight, eps, formula, dtype)
     return _Standardize.apply(weight, backend, eps, formula, dtype)
 
 
-def _has_nodes(backend: str) -> bool:
+def has_nodes(backend: str) -> bool:
     """Whether the backend brings autograd nodes of its own, which a compiler cannot look into."""
     return backend == 'cpu' and not torch.compiler.is_compiling()
 
@@ -236,14 +236,40 @@ def _standardize_twice(grad, weight, eps, formula):
 ops.implement_twice(_normalize_twice, _standardize_twice)
 
 
+def filter_statistics(weight: Tensor, eps: float, formula: str) -> tuple[Tensor, Tensor]:
+    """Mean and sigma (see `ops`) of each row of a weight (O, *), without gradient."""
+    with torch.no_grad():
+        weight = _dense(weight.detach())
+        kernels = backends.BACKENDS[backends.select(weight)].kernels()
+        return kernels.standardize(weight, eps, formula, weight.dtype)[1:]
+
+
+def check_version(weight: Tensor, version: int) -> None:
+    """Raises where a weight was edited since its version was that one."""
+    if weight._version != version:
+        raise RuntimeError(
+            'a weight was modified by an inplace operation between the forward pass that '
+            "standardized it and the backward pass\n  call backward() before the optimizer's "
+            'step and before editing weights'
+        )
+
+
+def standardize_backward(grad, weight, mean, sigma, eps, formula, backend):
+    """The gradient of a weight, differentiable where gradients are recorded."""
+    if torch.is_grad_enabled():
+        return _standardize_twice(grad, weight, eps, formula)
+    kernels = backends.BACKENDS[backend].kernels()
+    return kernels.standardize_backward(_dense_as(grad, weight), weight, mean, sigma, eps, formula)
+
+
 class _Standardize(torch.autograd.Function):
     @staticmethod
     def forward(ctx, weight, backend, eps, formula, dtype):
         kernels = backends.BACKENDS[backend].kernels()
         w_hat, mean, sigma = kernels.standardize(weight, eps, formula, dtype)
         # Not save_for_backward, which allows a single backward pass and counts for activation
-        # checkpointing: the weight cache gives the same node to several graphs. Torch's
-        # check for edits is then ours to make; compiled code checks for itself.
+        # checkpointing: several uses of a layer may share the node. Torch's check for edits is then
+        # ours to make; compiled code checks for itself.
         ctx.saved = weight, mean, sigma
         ctx.version = None if torch.compiler.is_compiling() else weight._version
         ctx.backend, ctx.eps, ctx.formula = backend, eps, formula
@@ -252,19 +278,9 @@ class _Standardize(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         weight, mean, sigma = ctx.saved
-        if ctx.version is not None and weight._version != ctx.version:
-            raise RuntimeError(
-                'a weight was modified by an inplace operation between the forward pass that '
-                "standardized it and the backward pass\n  call backward() before the optimizer's "
-                'step and before editing weights'
-            )
-        if torch.is_grad_enabled():
-            found = _standardize_twice(grad, weight, ctx.eps, ctx.formula)
-        else:
-            kernels = backends.BACKENDS[ctx.backend].kernels()
-            found = kernels.standardize_backward(
-                _dense_as(grad, weight), weight, mean, sigma, ctx.eps, ctx.formula
-            )
+        if ctx.version is not None:
+            check_version(weight, ctx.version)
+        found = standardize_backward(grad, weight, mean, sigma, ctx.eps, ctx.formula, ctx.backend)
         return found, None, None, None, None
 
 

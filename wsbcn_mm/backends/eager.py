@@ -165,6 +165,20 @@ def standardize(weight, eps, formula, dtype):
     return torch.empty_like(weight, dtype=dtype).copy_(w.view(weight.shape)), mean, sigma
 
 
+def standardize_all(weights, eps, formula, out, mean, sigma):
+    first = 0
+    for weight, result in zip(weights, out):
+        rows = slice(first, first := first + len(weight))
+        w_hat, mean[rows], sigma[rows] = standardize(weight, eps, formula, result.dtype)
+        result.copy_(w_hat)
+
+
+def standardize_all_backward(grads, weights, offsets, mean, sigma, eps, formula, out):
+    for grad, weight, first, result in zip(grads, weights, offsets, out):
+        rows = slice(first, first + len(weight))
+        result.copy_(standardize_backward(grad, weight, mean[rows], sigma[rows], eps, formula))
+
+
 def standardize_backward(grad, weight, mean, sigma, eps, formula):
     w = weight.flatten(1).to(mean.dtype) - mean[:, None]
     g = grad.flatten(1).to(mean.dtype)
@@ -186,6 +200,8 @@ _KERNELS = SimpleNamespace(
     normalize_backward=normalize_backward,
     standardize=standardize,
     standardize_backward=standardize_backward,
+    standardize_all=standardize_all,
+    standardize_all_backward=standardize_all_backward,
 )
 
 

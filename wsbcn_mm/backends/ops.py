@@ -85,6 +85,18 @@ _library.define(
     'standardize_backward(Tensor grad, Tensor weight, Tensor mean, Tensor sigma, float eps, '
     'str formula) -> Tensor'
 )
+# The same for many weights of one dtype and device at once, into memory that the caller brings:
+# `out[k]` lies as `weights[k]` does; `mean` and `sigma` hold the rows of all weights one after the
+# other. Backward, `offsets[k]` is the place of the first row of `weights[k]` in them, and `out[k]`
+# may be `grads[k]`.
+_library.define(
+    'standardize_all(Tensor[] weights, float eps, str formula, Tensor(a!)[] out, Tensor(b!) mean, '
+    'Tensor(c!) sigma) -> ()'
+)
+_library.define(
+    'standardize_all_backward(Tensor[] grads, Tensor[] weights, int[] offsets, Tensor mean, '
+    'Tensor sigma, float eps, str formula, Tensor(a!)[] out) -> ()'
+)
 
 # The two operations as a whole, differentiable, for a backend that brings nodes of autograd's graph
 # of its own (the CPU's, in C++): estimate mode and evaluation of a dense x that is not empty, and a
@@ -97,6 +109,15 @@ _library.define(
 _library.define(
     'weight_standardize(Tensor weight, float eps, str formula, ScalarType dtype) -> Tensor'
 )
+# Many weights by one node, to whose graph a weight belongs only after `join`: see `together`.
+_library.define(
+    'weight_standardize_all(Tensor[] weights, float eps, str formula, ScalarType dtype) -> Tensor[]'
+)
+_library.define('join(Tensor w_hat, Tensor weight) -> ()')
+# How often such a node has computed gradients, in the whole process.
+_library.define('backward_calls() -> int')
+# Frees the memory that a backend keeps for its next results.
+_library.define('release_memory() -> ()')
 # What such nodes call to be differentiated again: differentiable gradients of those inputs that
 # require one, in order.
 _library.define(
@@ -246,3 +267,13 @@ def _(x, *_):
 @torch.library.register_fake(f'{NAMESPACE}::weight_standardize', lib=_library)
 def _(weight, eps, formula, dtype):
     return torch.empty_like(weight, dtype=dtype)
+
+
+@torch.library.register_fake(f'{NAMESPACE}::standardize_all', lib=_library)
+def _(*_):
+    pass
+
+
+@torch.library.register_fake(f'{NAMESPACE}::standardize_all_backward', lib=_library)
+def _(*_):
+    pass

@@ -55,18 +55,13 @@ class WeightGradientObserver:
         self._handles = []
         for name, module in self._convs.items():
             self._handles.append(module.weight.register_hook(self._adder(self._raw, name)))
-            if _is_standardized(module):
-                module._standardize = self._watched(module._standardize, name)
-                module._cache.clear()
+            if isinstance(module, WeightStandardized) and module.formula is not None:
+                self._handles.append(module.register_standardized_hook(self._watcher(name)))
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: object) -> None:
         for handle in self._handles:
             handle.remove()
-        for module in self._convs.values():
-            if _is_standardized(module):
-                del module._standardize  # the class's own again
-                module._cache.clear()
 
     @staticmethod
     def _adder(store: dict[str, Tensor], name: str) -> Callable[[Tensor], None]:
@@ -77,14 +72,12 @@ class WeightGradientObserver:
 
         return add
 
-    def _watched(self, standardize: Callable[..., Tensor], name: str) -> Callable[..., Tensor]:
-        def watched(*args) -> Tensor:
-            value = standardize(*args)
-            if value.requires_grad:
-                value.register_hook(self._adder(self._standardized, name))
-            return value
+    def _watcher(self, name: str) -> Callable[[Tensor], None]:
+        def watch(result: Tensor) -> None:
+            if result.requires_grad:
+                result.register_hook(self._adder(self._standardized, name))
 
-        return watched
+        return watch
 
     def layers(self) -> dict[str, WeightGradient]:
         """The gradients of every convolution that got one."""
@@ -94,30 +87,10 @@ class WeightGradientObserver:
                 continue
             bound = None
             if name in self._standardized:
-                g = _filters(module, self._standardized[name]).norm(dim=1)
-                bound = (g / _denominator(module)).norm().item()
+                filters = module.filters(self._standardized[name])
+                bound = (filters.norm(dim=1) / module.denominators()).norm().item()
             result[name] = WeightGradient(self._raw[name].norm().item(), bound)
         return result
-
-
-def _is_standardized(module: nn.Module) -> bool:
-    return isinstance(module, WeightStandardized) and module.formula is not None
-
-
-def _filters(module: nn.Module, weight: Tensor) -> Tensor:
-    """A weight as (output channels, fan-in)."""
-    if module.transposed:
-        weight = weight.unflatten(0, (module.groups, -1)).transpose(1, 2).flatten(0, 1)
-    return weight.flatten(1)
-
-
-def _denominator(module: WeightStandardized) -> Tensor:
-    """What WS divides each filter by, (O,)."""
-    rows = _filters(module, module.weight.detach())
-    rows = rows if rows.dtype == torch.float64 else rows.float()
-    if module.formula == 'std_eps':
-        return rows.std(1) + module.eps
-    return (rows.var(1, unbiased=module.formula == 'var_eps') + module.eps).sqrt()
 
 
 @dataclass

@@ -4,7 +4,7 @@ Not for products: these are the ablations of the WS paper (arXiv 1903.10520) and
 names. `tools/study` uses them; the names for configs are in `wsbcn_mm.openmmlab.registry`.
 
 Every convolution here derives from `WeightStandardized` and replaces what is done to the weight, so
-that fusing, plain copies and the once-per-step cache work as they do for WS. Instance normalisation
+that fusing, plain copies and the once-per-pass standardization work as they do for WS. Instance normalisation
 needs nothing of ours: ``dict(type='IN', affine=True)`` in mmcv.
 """
 
@@ -21,11 +21,12 @@ class WeightStandardizationAblation(WeightStandardized):
         super().__init__(*args, eps=eps, **kwargs)
         self.formula = None  # none of those of WS
 
-    def _standardize(self, weight: Tensor, eps: float, formula: None, dtype: torch.dtype) -> Tensor:
+    def standardize(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """What the class does to a weight, in place of WS."""
         # float16 and bfloat16 are computed in float32, as WS is.
         rows = weight.flatten(1)
         rows = rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
-        return self.transform(rows, eps).view_as(weight).to(dtype)
+        return self.transform(rows, self.eps).view_as(weight).to(dtype)
 
     def transform(self, rows: Tensor, eps: float) -> Tensor:
         """What replaces WS.
@@ -79,7 +80,7 @@ class _WithGain(WeightStandardizationAblation):
         self.gain = nn.Parameter(torch.ones_like(self.weight[:, 0, 0, 0]))
 
     def standardized_weight(self) -> Tensor:
-        """The normalised weight times the gain; the cache knows the weight only."""
+        """The normalised weight times the gain; scopes know the weight only."""
         weight = super().standardized_weight()
         return weight * self.gain.to(weight.dtype).view(-1, 1, 1, 1)
 

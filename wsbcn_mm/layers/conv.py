@@ -6,16 +6,19 @@ run with a foreign weight: shortcuts that fold a BatchNorm into the raw weight w
 wrong. (Each point is a test in tests/openmmlab.)
 """
 
+import inspect
 import math
+from collections import OrderedDict
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from wsbcn_mm import functional
 from wsbcn_mm.backends import autograd
 from wsbcn_mm.checks import FORMULAS, check_choice, check_eps, check_fan_in
-from wsbcn_mm.layers.weight_cache import StandardizedWeightCache
+from wsbcn_mm.layers import standardization
 
 
 class WeightStandardized:
@@ -32,33 +35,77 @@ class WeightStandardized:
         check_fan_in(self.in_channels // self.groups * math.prod(self.kernel_size))
         self.eps = eps
         self.formula = formula
-        self._cache = StandardizedWeightCache()
+        self.standardized_hooks: dict[int, Callable[[Tensor], None]] = OrderedDict()
 
     def standardized_weight(self) -> Tensor:
         """The weight that convolves, in the shape of ``weight``; differentiable.
 
-        Computed once until the weight changes, see `layers.weight_cache`: do not edit it. In the
+        Within a scope of `wsbcn_mm.layers.standardization` computed once: do not edit it. In the
         dtype of ``weight``; under autocast, in the one in which the convolution runs.
         """
-        weight, dtype = self.weight, self.weight.dtype
-        device = weight.device.type
+        dtype, device = self.weight.dtype, self.weight.device.type
         autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
         if autocast and dtype != torch.float64:
             dtype = torch.get_autocast_dtype(device)
-        return self._cache.get(weight, self.eps, self.formula, dtype, self._standardize)
+        return standardization.standardized(self, dtype)
 
-    def _standardize(self, weight: Tensor, eps: float, formula: str, dtype: torch.dtype) -> Tensor:
+    def standardize(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """Computes what a weight of this layer becomes; always anew.
+
+        Args:
+            weight: In the shape of ``self.weight``.
+            dtype: Of the result.
+        """
         # Not through `functional`: its checks were made when the layer was.
-        return autograd.weight_standardize(weight, eps, formula, dtype)
+        return autograd.weight_standardize(weight, self.eps, self.formula, dtype)
 
-    def train(self, mode: bool = True) -> nn.Module:
-        """Sets the mode, as in torch; forgets the standardized weight."""
-        self._cache.clear()
-        return super().train(mode)
+    def standardizes_rows(self) -> bool:
+        """Whether `standardize` is WS of the rows ``weight.flatten(1)``: then of many at once."""
+        function = getattr(self.standardize, '__func__', None)
+        return function is WeightStandardized.standardize
+
+    def register_standardized_hook(self, hook: Callable[[Tensor], None]) -> RemovableHandle:
+        """Calls ``hook(w_hat)`` with every standardized weight, once where uses share it.
+
+        Not under torch.compile.
+        """
+        handle = RemovableHandle(self.standardized_hooks)
+        self.standardized_hooks[handle.id] = hook
+        return handle
+
+    def filters(self, weight: Tensor) -> Tensor:
+        """A weight, or its gradient, by filter.
+
+        Args:
+            weight: In the shape of ``self.weight``.
+
+        Returns:
+            (out_channels, fan-in): each row is what one output channel is computed with.
+        """
+        return weight.flatten(1)
+
+    def denominators(self) -> Tensor:
+        """What WS divides each filter by, (out_channels,); without gradient.
+
+        float32, or float64 where the weight is.
+        """
+        rows = self.filters(self.weight.detach())
+        _, sigma = autograd.filter_statistics(rows, self.eps, self.formula)
+        return sigma + self.eps if self.formula == 'std_eps' else sigma
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolves with the standardized weight; shapes as in torch's convolution."""
+        self._check_device(input)
         return super()._conv_forward(input, self.standardized_weight(), self.bias)
+
+    def _check_device(self, input: Tensor) -> None:
+        # A weight on the meta device has no values; torch convolves with whatever is in memory.
+        if self.weight.is_meta and not input.is_meta:
+            raise ValueError(
+                f'{type(self).__name__}: the weight is on the meta device, the input on '
+                f'{input.device}\n  load the weights (load_state_dict(..., assign=True)) or make '
+                'them (to_empty(device=...), then initialise) first'
+            )
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         # Hosts call this to convolve with a weight of their own making.
@@ -92,8 +139,7 @@ class WeightStandardized:
             arguments['output_padding'] = self.output_padding
         plain = kind(self.in_channels, self.out_channels, self.kernel_size, **arguments)
         with torch.no_grad():
-            weight = self._standardize(self.weight, self.eps, self.formula, self.weight.dtype)
-            plain.weight.copy_(weight)
+            plain.weight.copy_(self.standardize(self.weight, self.weight.dtype))
             if self.bias is not None:
                 plain.bias.copy_(self.bias)
         return plain.train(self.training)
@@ -124,30 +170,52 @@ _CONV_DOC = """{name} with Weight Standardization (arXiv 1903.10520, equations 5
     """
 
 
+def _signature(kind: type[nn.Module]) -> inspect.Signature:
+    """That of a torch convolution with our arguments: torch's skip_init looks for ``device``."""
+    signature = inspect.signature(kind)
+    own = inspect.signature(WeightStandardized).parameters
+    return signature.replace(
+        parameters=[*signature.parameters.values(), own['eps'], own['formula']]
+    )
+
+
 class WSConv1d(WeightStandardized, nn.Conv1d):
     __doc__ = _CONV_DOC.format(name='Conv1d')
+    __signature__ = _signature(nn.Conv1d)
 
 
 class WSConv2d(WeightStandardized, nn.Conv2d):
     __doc__ = _CONV_DOC.format(name='Conv2d')
+    __signature__ = _signature(nn.Conv2d)
 
 
 class WSConv3d(WeightStandardized, nn.Conv3d):
     __doc__ = _CONV_DOC.format(name='Conv3d')
+    __signature__ = _signature(nn.Conv3d)
 
 
 class WSConvTranspose2d(WeightStandardized, nn.ConvTranspose2d):
     __doc__ = _CONV_DOC.format(name='ConvTranspose2d')
+    __signature__ = _signature(nn.ConvTranspose2d)
 
-    def _standardize(self, weight: Tensor, eps: float, formula: str, dtype: torch.dtype) -> Tensor:
-        # A transposed weight is (C_in, C_out / groups, *k): an output channel's fan-in are the
-        # input channels of its group.
-        by_group = weight.unflatten(0, (self.groups, -1)).transpose(1, 2)
-        rows = functional.weight_standardize(by_group.flatten(0, 1), eps, formula, dtype)
+    # A transposed weight is (C_in, C_out / groups, *k): an output channel's fan-in are the input
+    # channels of its group.
+    def standardize(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """See `WeightStandardized.standardize`."""
+        by_group = self._by_group(weight)
+        rows = autograd.weight_standardize(by_group.flatten(0, 1), self.eps, self.formula, dtype)
         return rows.view_as(by_group).transpose(1, 2).flatten(0, 1)
+
+    def filters(self, weight: Tensor) -> Tensor:
+        """See `WeightStandardized.filters`."""
+        return self._by_group(weight).flatten(0, 1).flatten(1)
+
+    def _by_group(self, weight: Tensor) -> Tensor:
+        return weight.unflatten(0, (self.groups, -1)).transpose(1, 2)
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """Transposed convolution with the standardized weight; shapes as in torch's."""
+        self._check_device(input)
         output_padding = self._output_padding(
             input, output_size, self.stride, self.padding, self.kernel_size, 2, self.dilation
         )

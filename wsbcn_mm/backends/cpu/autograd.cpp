@@ -1,6 +1,6 @@
-// Both operations with their gradients, as nodes of torch's graph: what backends/autograd.py does
-// for every backend, without Python in between, which takes longer than a small map. The second
-// derivative goes back there (`normalize_twice`, `standardize_twice`).
+// Batch-Channel Normalization with its gradients, as a node of torch's graph: what
+// backends/autograd.py does for every backend, without Python in between, which takes longer than a
+// small map. The second derivative goes back there (`normalize_twice`).
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
@@ -162,83 +162,13 @@ Tensor batch_channel_norm(
       momentum, rate, eps, counts));
 }
 
-std::tuple<Tensor, Tensor, Tensor> standardize(
-    const Tensor& weight, double eps, std::string_view formula, at::ScalarType dtype) {
-  static const auto op = find<std::tuple<Tensor, Tensor, Tensor>(
-      const Tensor&, double, std::string_view, at::ScalarType)>("wsbcn_mm::standardize");
-  return op.call(weight, eps, formula, dtype);
-}
-
-Tensor standardize_backward(
-    const Tensor& grad, const Tensor& weight, const Tensor& mean, const Tensor& sigma, double eps,
-    std::string_view formula) {
-  static const auto op =
-      find<decltype(standardize_backward)>("wsbcn_mm::standardize_backward");
-  return op.call(grad, weight, mean, sigma, eps, formula);
-}
-
-Tensor standardize_twice(
-    const Tensor& grad, const Tensor& weight, double eps, std::string_view formula) {
-  static const auto op = find<decltype(standardize_twice)>("wsbcn_mm::standardize_twice");
-  return op.call(grad, weight, eps, formula);
-}
-
-struct Standardize : torch::autograd::Function<Standardize> {
-  static Tensor forward(
-      AutogradContext* ctx, const Tensor& weight, double eps, std::string formula,
-      at::ScalarType dtype) {
-    at::AutoDispatchBelowADInplaceOrView below;
-    auto [w_hat, mean, sigma] = standardize(weight, eps, formula, dtype);
-    // Not save_for_backward, which allows a single backward pass and counts for activation
-    // checkpointing: the weight cache gives the same node to several graphs. Torch's check for
-    // edits is then ours to make.
-    ctx->saved_data["weight"] = weight;
-    ctx->saved_data["mean"] = mean;
-    ctx->saved_data["sigma"] = sigma;
-    ctx->saved_data["version"] =
-        weight.is_inference() ? int64_t{0} : static_cast<int64_t>(weight._version());
-    ctx->saved_data["eps"] = eps;
-    ctx->saved_data["formula"] = formula;
-    return w_hat;
-  }
-
-  static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    auto& saved = ctx->saved_data;
-    const Tensor weight = saved["weight"].toTensor();
-    TORCH_CHECK(
-        static_cast<int64_t>(weight._version()) == saved["version"].toInt(),
-        "a weight was modified by an inplace operation between the forward pass that standardized "
-        "it and the backward pass\n  call backward() before the optimizer's step and before "
-        "editing weights");
-    const double eps = saved["eps"].toDouble();
-    const std::string formula = saved["formula"].toStringRef();
-    const Tensor found = at::GradMode::is_enabled()
-        ? standardize_twice(grads[0], weight, eps, formula)
-        : standardize_backward(grads[0].contiguous(layout_of(weight)), weight,
-                               saved["mean"].toTensor(), saved["sigma"].toTensor(), eps, formula);
-    return {found, Tensor(), Tensor(), Tensor()};
-  }
-};
-
-// weight dense and not empty.
-Tensor weight_standardize(
-    const Tensor& weight, double eps, std::string_view formula, at::ScalarType dtype) {
-  if (at::GradMode::is_enabled() && weight.requires_grad()) {
-    return Standardize::apply(weight, eps, std::string(formula), dtype);
-  }
-  at::AutoDispatchBelowADInplaceOrView below;
-  return std::get<0>(standardize(weight, eps, formula, dtype));
-}
-
 // Above autograd and, for inference tensors, without it.
 TORCH_LIBRARY_IMPL(wsbcn_mm, AutogradCPU, library) {
   library.impl("batch_channel_norm", batch_channel_norm);
-  library.impl("weight_standardize", weight_standardize);
 }
 
 TORCH_LIBRARY_IMPL(wsbcn_mm, CPU, library) {
   library.impl("batch_channel_norm", batch_channel_norm);
-  library.impl("weight_standardize", weight_standardize);
 }
 
 }  // namespace

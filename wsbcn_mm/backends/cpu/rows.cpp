@@ -246,9 +246,13 @@ WSBCN_INLINE void gradient_of_rows(
   for (int64_t k = 0; k < rows; ++k, x += length, g += length, dx += length) {
     const A centre = m[k], of_g = p[k], of_x = q[k], offset = r[k];
     if (length >= kLanes && length < kShortRow) {
-      in_turns<A>(0, length, [&](int64_t i, auto) WSBCN_INLINED {
+      // The last values are read first: they overlap those before, and dx may be g.
+      const int64_t last = length - kLanes;
+      const Lanes<A> last_g = load<A>(g + last);
+      for (int64_t i = 0; i < last; i += kLanes) {
         store<A>(of_g * load<A>(g + i) + of_x * (load<A>(x + i) - centre) + offset, dx + i);
-      });
+      }
+      store<A>(of_g * last_g + of_x * (load<A>(x + last) - centre) + offset, dx + last);
       continue;
     }
 #pragma omp simd

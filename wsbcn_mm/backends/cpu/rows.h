@@ -31,7 +31,7 @@ using Accumulate = std::conditional_t<std::is_same_v<T, double>, double, float>;
   void rows_dots(                                                                                 \
       const T* g, const T* x, int64_t rows, int64_t length, const A* m, double* sum_g,            \
       double* sum_gx);                                                                            \
-  /* dx = p g + q (x - m) + r */                                                                  \
+  /* dx = p g + q (x - m) + r; dx may be g */                                                     \
   void rows_gradient(                                                                             \
       const T* g, const T* x, T* dx, int64_t rows, int64_t length, const A* m, const A* p,        \
       const A* q, const A* r);                                                                    \

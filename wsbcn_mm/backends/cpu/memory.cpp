@@ -1,0 +1,90 @@
+#include "memory.h"
+
+#include <c10/core/impl/alloc_cpu.h>
+#include <torch/library.h>
+
+#include <cstdint>
+#include <mutex>
+#include <unordered_map>
+#include <vector>
+
+namespace wsbcn {
+namespace {
+
+// Below, the C library does not map memory of its own for a block.
+constexpr size_t kLarge = 1 << 16;
+// Blocks that were not asked for during so many calls are freed: a few passes of a large model.
+constexpr int64_t kPatience = 4096;
+constexpr int64_t kSweep = 256;
+
+class Pool {
+ public:
+  void* take(size_t size) {
+    {
+      std::lock_guard<std::mutex> guard(mutex_);
+      if (++calls_ % kSweep == 0) free_older_than(calls_ - kPatience);
+      auto& blocks = blocks_[size];
+      if (!blocks.empty()) {
+        void* data = blocks.back().data;
+        blocks.pop_back();
+        return data;
+      }
+    }
+    return c10::alloc_cpu(size);
+  }
+
+  void give(void* data, size_t size) {
+    std::lock_guard<std::mutex> guard(mutex_);
+    blocks_[size].push_back({data, calls_});
+  }
+
+  void release() {
+    std::lock_guard<std::mutex> guard(mutex_);
+    free_older_than(calls_ + 1);
+  }
+
+ private:
+  struct Block {
+    void* data;
+    int64_t since;
+  };
+
+  // Of one size the oldest come first.
+  void free_older_than(int64_t call) {
+    for (auto& [size, blocks] : blocks_) {
+      auto kept = blocks.begin();
+      while (kept != blocks.end() && kept->since < call) c10::free_cpu((kept++)->data);
+      blocks.erase(blocks.begin(), kept);
+    }
+  }
+
+  std::mutex mutex_;
+  std::unordered_map<size_t, std::vector<Block>> blocks_;
+  int64_t calls_ = 0;
+};
+
+// Never destroyed: tensors may outlive whatever else ends with the process.
+Pool& pool() {
+  static Pool* const shared = new Pool;
+  return *shared;
+}
+
+}  // namespace
+
+at::Tensor result_like(const at::Tensor& like, at::ScalarType dtype) {
+  const auto options = like.options().dtype(dtype);
+  const size_t size = like.numel() * c10::elementSize(dtype);
+  if (!like.is_cpu() || size < kLarge) return at::empty_like(like, options);
+  void* const data = pool().take(size);
+  return at::from_blob(
+      data, like.sizes(), like.strides(), [size](void* block) { pool().give(block, size); },
+      options);
+}
+
+void release_memory() { pool().release(); }
+
+TORCH_LIBRARY_IMPL(wsbcn_mm, CompositeExplicitAutograd, library) {
+  library.impl("release_memory", release_memory);
+}
+
+}  // namespace wsbcn

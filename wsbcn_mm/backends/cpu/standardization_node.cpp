@@ -1,0 +1,209 @@
+// Weight Standardization with its gradients, as a node of torch's graph: of one weight, or of many at
+// once. The second derivative goes back to backends/autograd.py (`standardize_twice`).
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include <atomic>
+#include <string>
+#include <vector>
+
+#include "memory.h"
+
+namespace wsbcn {
+namespace {
+
+using at::Tensor;
+using at::TensorList;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+// An operator of backends/ops.py; the signature is checked when it is first used.
+template <typename Signature>
+c10::TypedOperatorHandle<Signature> find(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+void standardize_all(
+    TensorList weights, double eps, std::string_view formula, TensorList out, const Tensor& mean,
+    const Tensor& sigma) {
+  static const auto op = find<decltype(standardize_all)>("wsbcn_mm::standardize_all");
+  op.call(weights, eps, formula, out, mean, sigma);
+}
+
+void standardize_all_backward(
+    TensorList grads, TensorList weights, at::IntArrayRef offsets, const Tensor& mean,
+    const Tensor& sigma, double eps, std::string_view formula, TensorList out) {
+  static const auto op =
+      find<decltype(standardize_all_backward)>("wsbcn_mm::standardize_all_backward");
+  op.call(grads, weights, offsets, mean, sigma, eps, formula, out);
+}
+
+Tensor standardize_twice(
+    const Tensor& grad, const Tensor& weight, double eps, std::string_view formula) {
+  static const auto op = find<decltype(standardize_twice)>("wsbcn_mm::standardize_twice");
+  return op.call(grad, weight, eps, formula);
+}
+
+struct Standardized {
+  variable_list w_hats;
+  Tensor mean, sigma;
+};
+
+Standardized standardize(
+    TensorList weights, double eps, std::string_view formula, at::ScalarType dtype) {
+  TORCH_CHECK(!weights.empty(), "there must be a weight");
+  Standardized result;
+  int64_t rows = 0;
+  for (const Tensor& weight : weights) {
+    result.w_hats.push_back(result_like(weight, dtype));
+    rows += weight.size(0);
+  }
+  const auto statistics = weights[0].scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  result.mean = at::empty({rows}, weights[0].options().dtype(statistics));
+  result.sigma = at::empty_like(result.mean);
+  standardize_all(weights, eps, formula, result.w_hats, result.mean, result.sigma);
+  return result;
+}
+
+int64_t version_of(const Tensor& weight) {
+  return weight.is_inference() ? 0 : static_cast<int64_t>(weight._version());
+}
+
+// Whether the gradient may be overwritten: nobody else has it, and it lies as the weight does.
+bool is_ours(const Tensor& grad, const Tensor& weight) {
+  return grad.use_count() == 1 && grad.storage().use_count() == 1 &&
+      grad.scalar_type() == weight.scalar_type() && grad.strides() == weight.strides() &&
+      grad.is_non_overlapping_and_dense() && !grad.is_inference();
+}
+
+std::atomic<int64_t> backward_calls_so_far{0};
+
+int64_t backward_calls() { return backward_calls_so_far; }
+
+struct Standardize : torch::autograd::Function<Standardize> {
+  static variable_list forward(
+      AutogradContext* ctx, TensorList weights, double eps, std::string formula,
+      at::ScalarType dtype) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    Standardized result = standardize(weights, eps, formula, dtype);
+    ctx->set_materialize_grads(false);
+    // Not save_for_backward, which allows a single backward pass and counts for activation
+    // checkpointing: uses of a layer share the node. Torch's check for edits is then ours to make.
+    std::vector<int64_t> versions, first_rows{0};
+    for (const Tensor& weight : weights) {
+      versions.push_back(version_of(weight));
+      first_rows.push_back(first_rows.back() + weight.size(0));
+    }
+    ctx->saved_data["weights"] = weights.vec();
+    ctx->saved_data["versions"] = versions;
+    ctx->saved_data["first_rows"] = first_rows;
+    ctx->saved_data["mean"] = result.mean;
+    ctx->saved_data["sigma"] = result.sigma;
+    ctx->saved_data["eps"] = eps;
+    ctx->saved_data["formula"] = formula;
+    return result.w_hats;
+  }
+
+  // A weight that was not used, or not joined to the graph, has no gradient and gets none.
+  static variable_list backward(AutogradContext* ctx, variable_list& grads) {
+    ++backward_calls_so_far;
+    auto& saved = ctx->saved_data;
+    const variable_list weights = saved["weights"].toTensorVector();
+    const std::vector<int64_t> versions = saved["versions"].toIntVector();
+    const std::vector<int64_t> first_rows = saved["first_rows"].toIntVector();
+    const Tensor mean = saved["mean"].toTensor(), sigma = saved["sigma"].toTensor();
+    const double eps = saved["eps"].toDouble();
+    const std::string formula = saved["formula"].toStringRef();
+    variable_list result(weights.size() + 3);
+    variable_list used_grads, used_weights, out;
+    std::vector<int64_t> offsets;
+    std::vector<size_t> places;
+    for (size_t k = 0; k < weights.size(); ++k) {
+      const Tensor& weight = weights[k];
+      if (!grads[k].defined()) continue;
+      TORCH_CHECK(
+          version_of(weight) == versions[k] && weight.sizes() == grads[k].sizes(),
+          "a weight was modified by an inplace operation between the forward pass that "
+          "standardized it and the backward pass\n  call backward() before the optimizer's step "
+          "and before editing weights");
+      if (at::GradMode::is_enabled()) {
+        result[k] = standardize_twice(grads[k], weight, eps, formula);
+        continue;
+      }
+      places.push_back(k);
+      offsets.push_back(first_rows[k]);
+      used_weights.push_back(weight);
+      if (is_ours(grads[k], weight)) {
+        out.push_back(grads[k]);
+      } else {
+        out.push_back(result_like(weight, weight.scalar_type()));
+        const bool fits = grads[k].scalar_type() == weight.scalar_type() &&
+            grads[k].strides() == weight.strides();
+        if (!fits) grads[k] = out.back().copy_(grads[k]);
+      }
+      used_grads.push_back(std::move(grads[k]));
+    }
+    if (places.empty()) return result;
+    standardize_all_backward(used_grads, used_weights, offsets, mean, sigma, eps, formula, out);
+    for (size_t j = 0; j < places.size(); ++j) result[places[j]] = std::move(out[j]);
+    return result;
+  }
+};
+
+// weights dense, not empty, of one dtype and device.
+variable_list apply(
+    TensorList weights, double eps, std::string_view formula, at::ScalarType dtype) {
+  bool differentiable = false;
+  for (const Tensor& weight : weights) differentiable |= weight.requires_grad();
+  if (differentiable && at::GradMode::is_enabled()) {
+    return Standardize::apply(weights, eps, std::string(formula), dtype);
+  }
+  at::AutoDispatchBelowADInplaceOrView below;
+  return standardize(weights, eps, formula, dtype).w_hats;
+}
+
+Tensor weight_standardize(
+    const Tensor& weight, double eps, std::string_view formula, at::ScalarType dtype) {
+  return apply(weight, eps, formula, dtype).front();
+}
+
+// The results belong to the graph one by one, as they are used (`join`): what is never used must
+// look to hooks and to DistributedDataParallel as a weight that nobody read.
+variable_list weight_standardize_all(
+    TensorList weights, double eps, std::string_view formula, at::ScalarType dtype) {
+  variable_list w_hats = apply(weights, eps, formula, dtype);
+  // Not set_next_edge(), which refuses to change a node that has been used; that a node lies deeper
+  // in the graph than its present edges say does no harm.
+  if (const auto& node = w_hats.front().grad_fn()) {
+    for (auto& edge : node->next_edges()) edge = torch::autograd::Edge();
+  }
+  return w_hats;
+}
+
+void join(const Tensor& w_hat, const Tensor& weight) {
+  const auto& node = w_hat.grad_fn();
+  TORCH_CHECK(node, "w_hat must be a result of weight_standardize_all that requires a gradient");
+  const size_t place = w_hat.output_nr();
+  TORCH_CHECK(place < node->next_edges().size(), "w_hat must be one of the results of its node");
+  node->next_edges()[place] = torch::autograd::impl::gradient_edge(weight);
+}
+
+// Above autograd and, for inference tensors, without it.
+#define WSBCN_IMPLEMENT(key)                                               \
+  TORCH_LIBRARY_IMPL(wsbcn_mm, key, library) {                             \
+    library.impl("weight_standardize", weight_standardize);               \
+    library.impl("weight_standardize_all", weight_standardize_all);       \
+  }
+WSBCN_IMPLEMENT(AutogradCPU)
+WSBCN_IMPLEMENT(AutogradCUDA)
+WSBCN_IMPLEMENT(CPU)
+WSBCN_IMPLEMENT(CUDA)
+
+TORCH_LIBRARY_IMPL(wsbcn_mm, CompositeImplicitAutograd, library) {
+  library.impl("join", join);
+  library.impl("backward_calls", backward_calls);
+}
+
+}  // namespace
+}  // namespace wsbcn
