@@ -1,101 +1,33 @@
 """Weights are standardized once per forward pass, and nothing of it is left afterwards."""
 
-import contextlib
 import copy
 import gc
-import io
-import pickle
-import threading
 import weakref
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize, prune
-from torch.utils.checkpoint import checkpoint
 
 import wsbcn_mm
-from wsbcn_mm import WSConv1d, WSConv2d, WSConv3d, WSConvTranspose2d, backends, reference
-from wsbcn_mm.layers import comparators, standardization
-
-FLOAT = dict(dtype=torch.float64)
-X = torch.linspace(-2, 3, 2 * 4 * 5 * 5, **FLOAT).view(2, 4, 5, 5)
+from tests.layers.standardized import (
+    FLOAT,
+    X,
+    close,
+    conv,
+    expected,
+    gradients,
+    net,
+    reference_of,
+    shrunk,
+)
+from wsbcn_mm import WSConv1d, WSConv2d, WSConv3d, WSConvTranspose2d, reference
+from wsbcn_mm.layers import comparators, scopes
 
 
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_left_open():
-    yield
-    assert standardization.open_scopes() == 0
-
-
-@pytest.fixture(params=['nodes', 'eager'])
-def backend(request):
-    """The backend that brings nodes of its own, where it can be used, and the one of Python."""
-    if request.param == 'nodes':
-        if backends.BACKENDS['cpu'].unavailable():
-            pytest.skip('the CPU kernels are not compiled')
-        yield
-    else:
-        with backends.use_backend('eager'):
-            yield
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    """What is standardized, in order: the number of weights of each operator call."""
-    seen = []
-    one, many = wsbcn_mm.backends.autograd.weight_standardize, standardization.Together
-
-    def counted_one(*arguments):
-        seen.append(1)
-        return one(*arguments)
-
-    def counted_many(weights, *arguments):
-        seen.append(len(weights))
-        return many(weights, *arguments)
-
-    monkeypatch.setattr(wsbcn_mm.backends.autograd, 'weight_standardize', counted_one)
-    monkeypatch.setattr(standardization, 'Together', counted_many)
-    return seen
-
-
-def conv(kind=WSConv2d, **settings):
-    return kind(4, 4, 3, padding=1, **FLOAT | settings)
-
-
-def net(layers=3, attached=True, **settings):
-    model = nn.Sequential(*(conv(**settings) for _ in range(layers)))
-    if attached:
-        wsbcn_mm.standardize_once_per_forward(model)
-    return model
-
-
-def rand(*shape):
-    return torch.randn(*shape, **FLOAT)
-
-
-def expected(model, x=X):
-    """What the model computes with its weights as they are, by the specification."""
-    for layer in model:
-        weight = reference.weight_standardize(layer.weight, layer.eps, layer.formula)
-        x = F.conv2d(x, weight, layer.bias, padding=1)
-    return x
-
-
-def close(found, wanted):
-    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
-
-
-def gradients(model, y):
-    model.zero_grad()
-    y.square().sum().backward()
-    return [p.grad for p in model.parameters()]
 
 
 # ----------------------------------------------------------------------------------------------
@@ -117,13 +49,6 @@ def test_a_forward_pass_is_one_call(calls, backend):
         assert calls == [3]
         close(gradients(model, y), [p.grad for p in reference_of(model)])
         calls.clear()
-
-
-def reference_of(model):
-    """Parameters of a copy, with the gradients that autograd finds through the specification."""
-    twin = copy.deepcopy(model)
-    gradients(twin, expected(twin))
-    return list(twin.parameters())
 
 
 def test_a_shared_layer_is_standardized_once_per_pass(calls, backend):
@@ -148,7 +73,7 @@ def test_a_shared_layer_is_standardized_once_per_pass(calls, backend):
 
 def test_a_chunk_holds_a_few_megabytes(calls, monkeypatch):
     model = net(5)
-    monkeypatch.setattr(standardization, 'CHUNK_BYTES', 2 * model[0].weight.nbytes)
+    monkeypatch.setattr(scopes, 'CHUNK_BYTES', 2 * model[0].weight.nbytes)
     model(X)
     assert calls == [2, 2, 1]
 
@@ -162,7 +87,7 @@ def test_chunks_follow_the_order_of_use(calls, monkeypatch):
 
     model = Backwards(*net(4, attached=False))
     wsbcn_mm.standardize_once_per_forward(model)
-    monkeypatch.setattr(standardization, 'CHUNK_BYTES', 2 * model[0].weight.nbytes)
+    monkeypatch.setattr(scopes, 'CHUNK_BYTES', 2 * model[0].weight.nbytes)
     model(X)
     calls.clear()
     model(X)  # knows the order of the first pass
@@ -211,7 +136,7 @@ def test_other_kinds_of_layers_compute_for_themselves(kind, calls):
 
 
 @pytest.mark.parametrize(
-    ('kind', 'shape'),
+    'kind, shape',
     [(WSConv1d, (1, 4, 5)), (WSConv2d, (1, 4, 5, 5)), (WSConv3d, (1, 4, 5, 5, 5))],
 )
 @pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -355,12 +280,6 @@ def shared(model):
     model[0].weight.detach().numpy()[:] = 0.3 * torch.randn_like(model[0].weight).detach().numpy()
 
 
-def shrunk(model):
-    """Structured pruning: fewer output channels (of the last layer, so that the model runs)."""
-    model[-1].weight.data = model[-1].weight.data[:2]
-    model[-1].bias.data = model[-1].bias.data[:2]
-
-
 def parametrized(model):
     scale = nn.Module()
     scale.forward = lambda weight: 2 * weight + weight.square()
@@ -494,317 +413,3 @@ def test_harm_is_undone():
         losses.append(loss.item())
     assert losses[1] == pytest.approx(losses[0], rel=1e-9)
     assert losses[1] < 1.5
-
-
-# ----------------------------------------------------------------------------------------------
-# Within a pass
-
-
-def in_one_scope(model, change):
-    """Two uses of the first layer in one scope, with a change between them."""
-    with wsbcn_mm.standardized_once(model):
-        model(X)
-        change()
-        found = model(X)
-    close(found, expected(model))
-    return found
-
-
-CHANGES = {
-    'in place': lambda m: m[0].weight.detach().mul_(torch.arange(1.0, 4.0, **FLOAT)),
-    'through a view': lambda m: m[0].weight.detach().view(-1)[3].fill_(7),
-    'load': EDITS['load'],
-    'load, assign': EDITS['load, assign'],
-    'parameter': EDITS['parameter'],
-    '.data = ': EDITS['.data = '],
-    'shrunk': shrunk,
-    'eps': EDITS['eps'],
-    'formula': EDITS['formula'],
-    'layer': EDITS['layer'],
-}
-
-
-@pytest.mark.parametrize('change', CHANGES)
-@pytest.mark.parametrize('block', [wsbcn_mm.standardized_once, wsbcn_mm.weights_do_not_change])
-def test_changes_that_torch_counts_are_seen_inside_a_scope(change, block):
-    model = net(2)
-    with block(model), torch.no_grad():
-        before = model(X)
-        CHANGES[change](model)
-        after = model(X)
-        close(after, expected(model))
-    assert not torch.equal(before, after)
-
-
-def test_a_block_around_a_whole_training_loop_is_right_all_the_same():
-    model = net(2)
-    with wsbcn_mm.standardized_once(model):
-        for _ in range(2):
-            model(X).square().sum().backward()
-            for p in model.parameters():
-                p.data.sub_(1e-3 * p.grad)
-            close(model(X), expected(model))
-    with wsbcn_mm.weights_do_not_change(model):  # not meant for it, but optimizers are counted
-        model(X).square().sum().backward()
-        torch.optim.SGD(model.parameters(), 0.1).step()
-        close(model(X), expected(model))
-
-
-def test_the_longer_scope_standardizes_once(calls):
-    model = net(3).eval()
-    with torch.no_grad(), wsbcn_mm.weights_do_not_change(model):
-        for x in (X, X[:, :, :3], X):
-            close(model(x), expected(model, x))
-    assert calls == [3]
-    model[0].weight.data.normal_()
-    with torch.no_grad():
-        close(model(X), expected(model))
-
-
-def test_gradients_of_micro_steps_in_the_longer_scope(backend):
-    model = net(2)
-    inputs = [rand(1, 4, 5, 5) for _ in range(3)]
-    with wsbcn_mm.weights_do_not_change(model):
-        for x in inputs:
-            model(x).square().sum().backward()
-    found = [p.grad for p in model.parameters()]
-    twin = copy.deepcopy(model)
-    close(found, gradients(twin, torch.cat([expected(twin, x) for x in inputs])))
-
-
-def test_gradients_are_recorded_where_they_are_asked_for(backend):
-    """A teacher's pass without gradients, and a student's, in one scope."""
-    model = net(2)
-    with wsbcn_mm.standardized_once(model):
-        with torch.no_grad():
-            assert not model(X).requires_grad
-        with torch.inference_mode():
-            model(X)
-        y = model(X)
-    close(gradients(model, y), [p.grad for p in reference_of(model)])
-
-
-def test_the_backend_asked_for_computes():
-    model = net(1)
-    with wsbcn_mm.standardized_once(model):
-        first = model[0].standardized_weight()
-        with backends.use_backend('eager'):
-            assert model[0].standardized_weight() is not first
-
-
-def test_functional_call_computes_with_its_weights():
-    model = net(2)
-    others = {name: torch.randn_like(p) for name, p in model.named_parameters()}
-    twin = net(2)
-    twin.load_state_dict(others)
-    with wsbcn_mm.standardized_once(model):
-        own = model(X)
-        close(torch.func.functional_call(model, others, (X,)), expected(twin))
-        close(model(X), own)
-
-
-def test_function_transforms_leave_nothing_behind():
-    model = net(2)
-    with wsbcn_mm.weights_do_not_change(model):
-        torch.func.vjp(model, X)[1](torch.ones_like(X))
-        torch.func.grad(lambda x: model(x).sum())(X)
-        y = model(X)
-    close(gradients(model, y), [p.grad for p in reference_of(model)])
-
-
-def test_traces_follow_the_weights():
-    model = net(2).eval()
-    with torch.no_grad(), wsbcn_mm.weights_do_not_change(model):
-        model(X)
-        traced = torch.jit.trace(model, X, check_trace=False)
-    other = net(2)
-    traced.load_state_dict(other.state_dict())
-    with torch.no_grad():
-        close(traced(X), expected(other))
-
-
-def test_fake_tensors_leave_nothing_behind():
-    from torch._subclasses import FakeTensorMode
-
-    model = net(2)
-    with wsbcn_mm.weights_do_not_change(model):
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            model[0].standardized_weight()
-        assert type(model[0].standardized_weight()) is torch.Tensor
-
-
-def test_compiled_code_is_one_graph_with_the_weights_as_they_are():
-    model = net(2)
-    compiled = torch.compile(model, backend='aot_eager', fullgraph=True)
-    close(compiled(X), expected(model))
-    model[0].weight.data.normal_()
-    with wsbcn_mm.weights_do_not_change(model):
-        close(compiled(X), expected(model))
-
-
-@pytest.mark.parametrize('use_reentrant', [True, False])
-@pytest.mark.parametrize('whole', [True, False])
-def test_checkpointing(use_reentrant, whole, backend):
-    """What runs again in the backward pass computes for itself; shared nodes add up."""
-
-    class Repeated(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.body = net(2, attached=False)
-
-        def forward(self, x):
-            x = self.body(x)
-            for _ in range(2):
-                x = x if whole else checkpoint(self.body, x, use_reentrant=use_reentrant)
-            return self.body(x)
-
-    model = Repeated()
-    wsbcn_mm.standardize_once_per_forward(model)
-    x = X.clone().requires_grad_()
-    y = checkpoint(model, x, use_reentrant=use_reentrant) if whole else model(x)
-    found = gradients(model, y)
-    twin = copy.deepcopy(model.body)
-    wanted = expected(twin, expected(twin)) if whole else X
-    for _ in range(0 if whole else 4):
-        wanted = expected(twin, wanted)
-    close(found, gradients(twin, wanted))
-
-
-def test_backward_after_an_edit_is_refused_as_torch_does(backend):
-    model = net(2)
-    loss = model(X).sum()
-    with torch.no_grad():
-        model[1].weight.mul_(2)
-    with pytest.raises(RuntimeError, match='inplace operation'):
-        loss.backward()
-
-
-# ----------------------------------------------------------------------------------------------
-# Scopes
-
-
-def test_the_outermost_model_opens_the_scope(calls):
-    model = nn.Sequential(net(2), net(1))
-    wsbcn_mm.standardize_once_per_forward(model)
-    wsbcn_mm.standardize_once_per_forward(model)  # twice is as once
-    model(X)
-    assert calls == [3]
-    model[0](X)
-    assert calls == [3, 2]
-
-
-def test_a_model_inside_that_is_not_a_part_has_a_scope_of_its_own(calls):
-    teacher = net(2)
-
-    class Student(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.body = net(1, attached=False)
-
-        def forward(self, x):
-            first = teacher(x)
-            teacher[0].weight.data.normal_()  # the average that it is
-            return self.body(x) + first + teacher(x)
-
-    student = Student()
-    wsbcn_mm.standardize_once_per_forward(student)
-    student(X)
-    assert calls == [2, 1, 2]
-
-
-@pytest.mark.parametrize('error', [ValueError, KeyboardInterrupt])
-def test_a_pass_that_fails_leaves_nothing(error):
-    class Fails(nn.Module):
-        failing = True
-
-        def forward(self, x):
-            if self.failing:
-                raise error
-            return x
-
-    model = nn.Sequential(conv(), Fails(), conv())
-    wsbcn_mm.standardize_once_per_forward(model)
-    kept = contextlib.suppress(error)
-    with kept:
-        model(X)
-    model[0].weight.data.normal_()
-    close(model[0](X), expected(model[:1]))  # not even for a part that opens no scope
-    Fails.failing = False
-    close(model(X), expected([model[0], model[2]]))
-    with pytest.raises(error), wsbcn_mm.weights_do_not_change(model):
-        raise error
-
-
-def test_undone():
-    model = net(1, attached=False)
-    undo = wsbcn_mm.standardize_once_per_forward(model)
-    undo()
-    seen = []
-    model[0].register_forward_hook(lambda *_: seen.append(standardization.open_scopes()))
-    model(X)
-    assert seen == [0]
-
-
-def test_copies_and_pickles_do_the_same(calls):
-    model = net(2)
-    with wsbcn_mm.standardized_once(model):
-        model(X)
-        copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
-        buffer = io.BytesIO()
-        torch.save(model, buffer)
-        buffer.seek(0)
-        copies.append(torch.load(buffer, weights_only=False))
-    for other in copies:
-        other[0].weight.data.normal_()
-        calls.clear()
-        close(other(X), expected(other))
-        assert calls == [2]
-
-
-def test_threads_do_not_meet():
-    model = net(3).eval()
-    wanted, wrong = model(X).detach(), []
-
-    def work(k):
-        for i in range(20):
-            with torch.set_grad_enabled(bool((i + k) % 2)):
-                y = model(X)
-                if y.requires_grad:
-                    y.sum().backward()
-                if not torch.equal(y.detach(), wanted):
-                    wrong.append(i)
-
-    threads = [threading.Thread(target=work, args=(k,)) for k in range(3)]
-    with wsbcn_mm.weights_do_not_change(model):
-        for thread in threads:
-            thread.start()
-        work(3)
-        for thread in threads:
-            thread.join()
-    assert not wrong
-
-
-def test_a_parametrized_weight_is_not_read_ahead():
-    """Reading it computes it: spectral norm moves its vectors at every training step."""
-    model = nn.Sequential(conv(), nn.utils.parametrizations.spectral_norm(conv()))
-    wsbcn_mm.standardize_once_per_forward(model)
-    twin = copy.deepcopy(model)
-    with wsbcn_mm.standardized_once(model):
-        model[0](X)
-    for a, b in zip(model.buffers(), twin.buffers()):
-        assert torch.equal(a, b)
-    y = model(X)
-    y.sum().backward()
-    assert model[1].parametrizations.weight.original.grad is not None
-
-
-def test_the_methods_that_diagnostics_read():
-    for kind, settings in ((WSConv2d, {'groups': 2}), (WSConvTranspose2d, {'groups': 2})):
-        for formula in ('paper', 'std_eps', 'var_eps'):
-            layer = conv(kind, formula=formula, eps=0.1, **settings)
-            rows = layer.filters(layer.weight)
-            assert rows.shape == (4, 2 * 9)
-            close(
-                (rows - rows.mean(1, keepdim=True)) / layer.denominators()[:, None],
-                layer.filters(layer.standardized_weight()),
-            )

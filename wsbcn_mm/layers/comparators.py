@@ -4,8 +4,8 @@ Not for products: these are the ablations of the WS paper (arXiv 1903.10520) and
 names. `tools/study` uses them; the names for configs are in `wsbcn_mm.openmmlab.registry`.
 
 Every convolution here derives from `WeightStandardized` and replaces what is done to the weight, so
-that fusing, plain copies and the once-per-pass standardization work as they do for WS. Instance normalisation
-needs nothing of ours: ``dict(type='IN', affine=True)`` in mmcv.
+that fusing, plain copies and scopes of a forward pass work as they do for WS. Instance
+normalisation needs nothing of ours: ``dict(type='IN', affine=True)`` in mmcv.
 """
 
 import torch

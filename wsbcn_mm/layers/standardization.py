@@ -8,16 +8,17 @@ A scope is what a model's outermost forward pass opens and closes (`standardize_
 
     wsbcn_mm.standardize_once_per_forward(model)  # once, after the model was built
 
-Inside it, the first use of a weight standardizes it together with those that were used after it the
-last time, up to a few MB: one operator call, one node of autograd's graph. Another use of the weight
-gets the same result. **When the forward pass ends, by an exception too, the results are forgotten:**
-whatever then changes the weights, the next pass computes with them as they are. `standardized_once`
-is a scope as a block, and `weights_do_not_change` a longer one, which its caller vouches for.
+Inside it, the first use of a weight standardizes it together with those that were used after it
+the last time, up to a few MB: one operator call, one node of autograd's graph. Another use of the
+weight gets the same result. **When the forward pass ends, by an exception too, the results are
+forgotten:** whatever then changes the weights, the next pass computes with them as they are.
+`standardized_once` is a scope as a block, `weights_do_not_change` a longer one, which its caller
+vouches for.
 
 Within a scope a result is used again only for the very tensor it was computed from, and only while
 nothing that torch counts says otherwise: an edit in place, a step of an optimizer, other memory, a
-backward pass, another eps, formula, dtype, grad mode, backend or stream. (A forward pass that writes
-into weights through ``.data`` between two uses of a layer is beyond that.)
+backward pass, another eps, formula, dtype, grad mode, backend or stream. (A forward pass that
+writes into weights through ``.data`` between two uses of a layer is beyond that.)
 
 A scope belongs to the thread that opened it and to the layers of its model. What runs elsewhere
 computes for itself: replicas of DataParallel, what activation checkpointing repeats in the backward
@@ -29,38 +30,14 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import threading
-import weakref
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from wsbcn_mm import backends
-from wsbcn_mm.backends.together import Together, backward_calls, is_dense
-from wsbcn_mm.layers import optimizer_steps
-
-CHUNK_BYTES = 4 * 2**20
-"""What one operator call standardizes. The gradients of a chunk are there when the last of them is:
-the buckets of DistributedDataParallel, 25 MB, shall not have to wait for each other."""
-
-
-class Layer(Protocol):
-    """What a scope has to know of a layer."""
-
-    weight: Tensor
-    eps: float
-    formula: str
-    standardized_hooks: dict[int, Callable[[Tensor], None]]
-
-    def standardize(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        """Computes the standardized weight."""
-
-    def standardizes_rows(self) -> bool:
-        """Whether `standardize` is WS of ``weight.flatten(1)``, which can be done for many."""
-
+from wsbcn_mm.layers.scopes import Scope, computed, drop_abandoned, open_here, scope_of
 
 # ----------------------------------------------------------------------------------------------
 # What a layer asks
@@ -76,19 +53,8 @@ def standardized(layer: Any, dtype: torch.dtype) -> Tensor:
     if torch.compiler.is_compiling():
         result: Tensor = layer.standardize(layer.weight, dtype)
         return result
-    scope = _scope_of(layer)
-    return _computed(layer, layer.weight, dtype) if scope is None else scope.get(layer, dtype)
-
-
-def _computed(layer: Any, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    result: Tensor = layer.standardize(weight, dtype)
-    _announce(layer, result)
-    return result
-
-
-def _announce(layer: Any, result: Tensor) -> None:
-    for hook in list(layer.standardized_hooks.values()):
-        hook(result)
+    scope = scope_of(layer)
+    return computed(layer, layer.weight, dtype) if scope is None else scope.get(layer, dtype)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -177,331 +143,54 @@ def weights_do_not_change_during(frame: FrameType, model: nn.Module) -> Callable
     Returns:
         A function that ends it, to be called in the same thread.
     """
-    _drop_abandoned()
-    scope = _Scope(model, frame, one_pass=False)
-    _scopes().append(scope)
+    drop_abandoned()
+    scope = Scope(model, frame, one_pass=False)
+    open_here().append(scope)
 
     def close() -> None:
         scope.close()
-        if scope in _scopes():
-            _scopes().remove(scope)
+        if scope in open_here():
+            open_here().remove(scope)
 
     return close
 
 
 def open_scopes() -> int:
     """How many scopes this thread has open."""
-    _drop_abandoned()
-    return len(_scopes())
+    drop_abandoned()
+    return len(open_here())
 
 
 @contextlib.contextmanager
 def _block(model: nn.Module, one_pass: bool) -> Iterator[None]:
-    scope = _Scope(model, None, one_pass)
-    _scopes().append(scope)
+    scope = Scope(model, None, one_pass)
+    open_here().append(scope)
     try:
         yield
     finally:
         scope.close()
-        _scopes().remove(scope)
+        open_here().remove(scope)
 
 
-def _before_forward(model: nn.Module, args: Any) -> None:
+def _before_forward(model: nn.Module, _args: Any) -> None:
     if torch.compiler.is_compiling():
         return
-    _drop_abandoned()
-    scope = _Scope(model, sys._getframe(1), True)
-    for outer in _scopes():
+    drop_abandoned()
+    scope = Scope(model, sys._getframe(1), True)
+    for outer in open_here():
         if outer.is_current() and outer.layers >= scope.layers:
             outer.entered += outer.is_of_a_pass() and outer.model() is model
             return
-    _scopes().append(scope)
+    open_here().append(scope)
 
 
-def _after_forward(model: nn.Module, args: Any, output: Any) -> None:
+def _after_forward(model: nn.Module, _args: Any, _output: Any) -> None:
     if torch.compiler.is_compiling():
         return
-    for scope in reversed(_scopes()):
+    for scope in reversed(open_here()):
         if scope.is_of_a_pass() and scope.model() is model:
             scope.entered -= 1
             if not scope.entered:
                 scope.close()
-                _scopes().remove(scope)
+                open_here().remove(scope)
             return
-
-
-# ----------------------------------------------------------------------------------------------
-# Scopes
-
-
-class _Thread(threading.local):
-    def __init__(self) -> None:
-        self.scopes: list[_Scope] = []
-
-
-_thread = _Thread()
-
-
-def _scopes() -> list[_Scope]:
-    return _thread.scopes
-
-
-def _scope_of(layer: Any) -> _Scope | None:
-    """The innermost scope that serves a layer."""
-    scopes = _thread.scopes
-    if not scopes or _is_transformed():
-        return None
-    for scope in reversed(scopes):
-        if layer in scope.layers and scope.is_current():
-            return scope
-    for scope in reversed(scopes):
-        if scope.look_again(layer) and scope.is_current():
-            return scope
-    return None
-
-
-def _drop_abandoned() -> None:
-    # torch does not call hooks after what is no Exception (KeyboardInterrupt).
-    for scope in list(_scopes()):
-        if not scope.is_running():
-            scope.close()
-            _scopes().remove(scope)
-
-
-def _is_transformed() -> bool:
-    """Whether operators are traced, watched or transformed, and results are not what they seem."""
-    return (
-        torch.jit.is_tracing()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-    )
-
-
-class _Scope:
-    """Results for the layers of a model, and how long they hold.
-
-    Args:
-        model: The model.
-        frame: The function call whose end is the end of the scope; None: somebody closes it.
-        one_pass: Ends when a backward pass begins.
-    """
-
-    def __init__(self, model: nn.Module, frame: FrameType | None, one_pass: bool) -> None:
-        self.model = weakref.ref(model)
-        self.frame = frame
-        self.entered = 1
-        self._one_pass = one_pass
-        self._task = torch._C._current_graph_task_id()  # the backward pass that this is part of
-        self._plan = _plan_of(model)
-        self._order = self._plan.order(model, model.training)
-        self._places = {layer: place for place, layer in enumerate(self._order)}
-        self._training = model.training
-        self._used: dict[Any, None] = {}
-        self._tables: dict[tuple[Any, ...], dict[Any, _Result]] = {}
-        self._looked_again = False
-        self.layers = self._plan.layers()
-
-    def is_of_a_pass(self) -> bool:
-        """Whether a forward pass opened it, which will close it."""
-        return self.frame is not None and self._one_pass
-
-    def is_running(self) -> bool:
-        """Whether the call that opened it has not ended; asked in the thread that opened it."""
-        if self.frame is None:
-            return True
-        frame: FrameType | None = sys._getframe(1)
-        while frame is not None and frame is not self.frame:
-            frame = frame.f_back
-        return frame is not None
-
-    def is_current(self) -> bool:
-        """Whether it serves what runs now: not the backward pass of what it computed."""
-        return torch._C._current_graph_task_id() == self._task and self.is_running()
-
-    def look_again(self, layer: Any) -> bool:
-        """Whether a layer has become part of the model."""
-        model = self.model()
-        if self._looked_again or model is None:
-            return False
-        self._looked_again = True
-        self._plan.look(model)
-        self.layers = self._plan.layers()
-        return layer in self.layers
-
-    def get(self, layer: Any, dtype: torch.dtype) -> Tensor:
-        """The standardized weight of one of the layers."""
-        weight = layer.weight
-        if not _is_plain(weight):
-            return _computed(layer, weight, dtype)
-        self._used[layer] = None
-        context = (
-            dtype,
-            torch.is_grad_enabled(),
-            torch.is_inference_mode_enabled(),
-            backends.forced(),
-            torch.cuda.current_stream(weight.device).cuda_stream if weight.is_cuda else None,
-        )
-        table = self._tables.setdefault(context, {})
-        found = table.get(layer)
-        if found is None or not found.holds_for(layer, weight, self._one_pass):
-            self._compute(layer, weight, dtype, table)
-            found = table[layer]
-        return found.take()
-
-    def _compute(
-        self, layer: Any, weight: Tensor, dtype: torch.dtype, table: dict[Any, _Result]
-    ) -> None:
-        chunk = self._chunk(layer, weight, table)
-        if len(chunk) == 1:
-            value = layer.standardize(weight, dtype)
-            table[layer] = _Result(layer, weight, lambda: value)
-            return
-        together = Together(list(chunk.values()), layer.eps, layer.formula, dtype)
-        for index, (member, of_member) in enumerate(chunk.items()):
-            table[member] = _Result(member, of_member, _taker(together, index))
-
-    def _chunk(self, layer: Any, weight: Tensor, table: dict[Any, _Result]) -> dict[Any, Tensor]:
-        """What is standardized together with a layer: those used after it the last time."""
-        chunk = {layer: weight}
-        place = self._places.get(layer)
-        if place is None or not _joins(layer, weight, layer, weight):
-            return chunk
-        size = weight.nbytes
-        for member in self._order[place + 1 :]:
-            own = _own_weight(member)
-            if own is None or member in table or not _joins(layer, weight, member, own):
-                continue
-            size += own.nbytes
-            if size > CHUNK_BYTES:
-                break
-            chunk[member] = own
-        return chunk
-
-    def close(self) -> None:
-        """Forgets all results."""
-        self._tables = {}
-        self.frame = None
-        if self._one_pass and self._used:
-            self._plan.remember(self._training, list(self._used))
-        self._used = {}
-
-
-def _taker(together: Together, index: int) -> Callable[[], Tensor]:
-    return lambda: together.take(index)
-
-
-_PLAIN = (nn.Parameter, Tensor)
-
-
-def _own_weight(layer: Any) -> Tensor | None:
-    # Not `layer.weight`: reading a parametrized weight computes it.
-    own: Tensor | None = layer._parameters.get('weight')
-    return own
-
-
-def _is_plain(weight: Tensor) -> bool:
-    """Whether a weight is a tensor whose changes torch counts."""
-    if type(weight) not in _PLAIN or weight.is_inference():
-        return False
-    return not (weight.is_cuda and torch.cuda.is_current_stream_capturing())
-
-
-def _joins(layer: Any, weight: Tensor, other: Any, of_other: Tensor) -> bool:
-    """Whether another weight can be standardized in the same call."""
-    return (
-        other.standardizes_rows()
-        and _is_plain(of_other)
-        and (other.eps, other.formula) == (layer.eps, layer.formula)
-        and of_other.dtype is weight.dtype
-        and of_other.device == weight.device
-        and of_other.requires_grad == weight.requires_grad
-        and of_other.numel() > 0
-        and is_dense(of_other)
-    )
-
-
-class _Result:
-    """A standardized weight, and what it holds for."""
-
-    def __init__(self, layer: Any, weight: Tensor, take: Callable[[], Tensor]) -> None:
-        self._take = take
-        self._value: Tensor | None = None
-        self._layer, self._weight = layer, weight
-        self._state = _state(layer, weight)
-        self._backward_calls = backward_calls()
-
-    def take(self) -> Tensor:
-        """The standardized weight."""
-        if self._value is None:
-            self._value = self._take()
-            _announce(self._layer, self._value)
-        return self._value
-
-    def holds_for(self, layer: Any, weight: Tensor, one_pass: bool) -> bool:
-        """Whether it still is the result for this weight."""
-        if weight is not self._weight or _state(layer, weight) != self._state:
-            return False
-        return not one_pass or backward_calls() == self._backward_calls
-
-
-def _state(layer: Any, weight: Tensor) -> tuple[Any, ...]:
-    return (
-        weight._version,
-        weight.data_ptr(),
-        weight.shape,
-        weight.requires_grad,
-        layer.eps,
-        layer.formula,
-        optimizer_steps.count(),
-    )
-
-
-# ----------------------------------------------------------------------------------------------
-# What is known of a model from one pass to the next: layers, never results
-
-
-class _Plan:
-    """The layers of a model, and in which order they are used."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._orders: dict[bool, list[weakref.ref[Any]]] = {}
-        self.look(model)
-
-    def look(self, model: nn.Module) -> None:
-        """Finds the layers."""
-        self._layers = [
-            weakref.ref(module)
-            for module in model.modules()
-            if hasattr(module, 'standardizes_rows')
-        ]
-        # FullyShardedDataParallel wants the gradients of each of its units when that unit's
-        # backward pass ends: no node may span several.
-        fsdp = sys.modules.get('torch.distributed.fsdp')
-        units = getattr(fsdp, 'FSDPModule', ())
-        self._apart = any(isinstance(module, units) for module in model.modules())
-
-    def layers(self) -> set[Any]:
-        """All of them."""
-        return {layer for ref in self._layers if (layer := ref()) is not None}
-
-    def order(self, model: nn.Module, training: bool) -> list[Any]:
-        """Those that the last pass used, in the order of use; before that, all."""
-        refs = self._orders.get(training, self._layers)
-        order = [layer for ref in refs if (layer := ref()) is not None]
-        if not self._apart and any(type(own) not in _PLAIN for own in map(_own_weight, order)):
-            self.look(model)  # it may have been sharded since
-        return [] if self._apart else order
-
-    def remember(self, training: bool, used: list[Any]) -> None:
-        """Notes what a pass used."""
-        self._orders[training] = [weakref.ref(layer) for layer in used]
-
-
-_plans: weakref.WeakKeyDictionary[nn.Module, _Plan] = weakref.WeakKeyDictionary()
-
-
-def _plan_of(model: nn.Module) -> _Plan:
-    plan = _plans.get(model)
-    if plan is None:
-        _plans[model] = plan = _Plan(model)
-    return plan

@@ -1,0 +1,329 @@
+"""How long a standardized weight holds, and what is standardized together; see `standardization`.
+
+A `Scope` holds the results of one forward pass, or of a longer block. Of a model, a `Plan`
+remembers from one pass to the next which layers it has and in which order they are used: never a
+result.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import weakref
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from wsbcn_mm import backends
+from wsbcn_mm.backends.together import Together, backward_calls, is_dense
+from wsbcn_mm.layers import optimizer_steps
+
+CHUNK_BYTES = 4 * 2**20
+"""What one operator call standardizes. The gradients of a chunk are there when the last of them is:
+the buckets of DistributedDataParallel, 25 MB, shall not have to wait for each other."""
+
+
+class Layer(Protocol):
+    """What a scope has to know of a layer."""
+
+    weight: Tensor
+    eps: float
+    formula: str
+    standardized_hooks: dict[int, Callable[[Tensor], None]]
+
+    def standardize(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """Computes the standardized weight."""
+
+    def standardizes_rows(self) -> bool:
+        """Whether `standardize` is WS of ``weight.flatten(1)``, which can be done for many."""
+
+
+def computed(layer: Any, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The standardized weight, computed for this use."""
+    result: Tensor = layer.standardize(weight, dtype)
+    announce(layer, result)
+    return result
+
+
+def announce(layer: Any, result: Tensor) -> None:
+    """Calls the hooks of a layer with a new result."""
+    for hook in list(layer.standardized_hooks.values()):
+        hook(result)
+
+
+class _Thread(threading.local):
+    def __init__(self) -> None:
+        self.scopes: list[Scope] = []
+
+
+_thread = _Thread()
+
+
+def open_here() -> list[Scope]:
+    """The scopes of this thread, the innermost last."""
+    return _thread.scopes
+
+
+def scope_of(layer: Any) -> Scope | None:
+    """The innermost scope that serves a layer."""
+    scopes = _thread.scopes
+    if not scopes or _is_transformed():
+        return None
+    for scope in reversed(scopes):
+        if layer in scope.layers and scope.is_current():
+            return scope
+    for scope in reversed(scopes):
+        if scope.look_again(layer) and scope.is_current():
+            return scope
+    return None
+
+
+def drop_abandoned() -> None:
+    """Closes the scopes whose pass has ended without closing them."""
+    # torch does not call hooks after what is no Exception (KeyboardInterrupt).
+    for scope in list(open_here()):
+        if not scope.is_running():
+            scope.close()
+            open_here().remove(scope)
+
+
+def _is_transformed() -> bool:
+    """Whether operators are traced, watched or transformed, and results are not what they seem."""
+    return (
+        torch.jit.is_tracing()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
+class Scope:
+    """Results for the layers of a model, and how long they hold.
+
+    Args:
+        model: The model.
+        frame: The function call whose end is the end of the scope; None: somebody closes it.
+        one_pass: Ends when a backward pass begins.
+    """
+
+    def __init__(self, model: nn.Module, frame: FrameType | None, one_pass: bool) -> None:
+        self.model = weakref.ref(model)
+        self.frame = frame
+        self.entered = 1
+        self._one_pass = one_pass
+        self._task = torch._C._current_graph_task_id()  # the backward pass that this is part of
+        self._plan = _plan_of(model)
+        self._order = self._plan.order(model, model.training)
+        self._places = {layer: place for place, layer in enumerate(self._order)}
+        self._training = model.training
+        self._used: dict[Any, None] = {}
+        self._tables: dict[tuple[Any, ...], dict[Any, _Result]] = {}
+        self._looked_again = False
+        self.layers = self._plan.layers()
+
+    def is_of_a_pass(self) -> bool:
+        """Whether a forward pass opened it, which will close it."""
+        return self.frame is not None and self._one_pass
+
+    def is_running(self) -> bool:
+        """Whether the call that opened it has not ended; asked in the thread that opened it."""
+        if self.frame is None:
+            return True
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and frame is not self.frame:
+            frame = frame.f_back
+        return frame is not None
+
+    def is_current(self) -> bool:
+        """Whether it serves what runs now: not the backward pass of what it computed."""
+        return torch._C._current_graph_task_id() == self._task and self.is_running()
+
+    def look_again(self, layer: Any) -> bool:
+        """Whether a layer has become part of the model."""
+        model = self.model()
+        if self._looked_again or model is None:
+            return False
+        self._looked_again = True
+        self._plan.look(model)
+        self.layers = self._plan.layers()
+        return layer in self.layers
+
+    def get(self, layer: Any, dtype: torch.dtype) -> Tensor:
+        """The standardized weight of one of the layers."""
+        weight = layer.weight
+        if not _is_plain(weight):
+            return computed(layer, weight, dtype)
+        self._used[layer] = None
+        context = (
+            dtype,
+            torch.is_grad_enabled(),
+            torch.is_inference_mode_enabled(),
+            backends.forced(),
+            torch.cuda.current_stream(weight.device).cuda_stream if weight.is_cuda else None,
+        )
+        table = self._tables.setdefault(context, {})
+        found = table.get(layer)
+        if found is None or not found.holds_for(layer, weight, self._one_pass):
+            self._compute(layer, weight, dtype, table)
+            found = table[layer]
+        return found.take()
+
+    def _compute(
+        self, layer: Any, weight: Tensor, dtype: torch.dtype, table: dict[Any, _Result]
+    ) -> None:
+        chunk = self._chunk(layer, weight, table)
+        if len(chunk) == 1:
+            value = layer.standardize(weight, dtype)
+            table[layer] = _Result(layer, weight, lambda: value)
+            return
+        together = Together(list(chunk.values()), layer.eps, layer.formula, dtype)
+        for index, (member, of_member) in enumerate(chunk.items()):
+            table[member] = _Result(member, of_member, _taker(together, index))
+
+    def _chunk(self, layer: Any, weight: Tensor, table: dict[Any, _Result]) -> dict[Any, Tensor]:
+        """What is standardized together with a layer: those used after it the last time."""
+        chunk = {layer: weight}
+        place = self._places.get(layer)
+        if place is None or not _joins(layer, weight, layer, weight):
+            return chunk
+        size = weight.nbytes
+        for member in self._order[place + 1 :]:
+            own = _own_weight(member)
+            if own is None or member in table or not _joins(layer, weight, member, own):
+                continue
+            size += own.nbytes
+            if size > CHUNK_BYTES:
+                break
+            chunk[member] = own
+        return chunk
+
+    def close(self) -> None:
+        """Forgets all results."""
+        self._tables = {}
+        self.frame = None
+        if self._one_pass and self._used:
+            self._plan.remember(self._training, list(self._used))
+        self._used = {}
+
+
+def _taker(together: Together, index: int) -> Callable[[], Tensor]:
+    return lambda: together.take(index)
+
+
+_PLAIN = (nn.Parameter, Tensor)
+
+
+def _own_weight(layer: Any) -> Tensor | None:
+    # Not `layer.weight`: reading a parametrized weight computes it.
+    own: Tensor | None = layer._parameters.get('weight')
+    return own
+
+
+def _is_plain(weight: Tensor) -> bool:
+    """Whether a weight is a tensor whose changes torch counts."""
+    if type(weight) not in _PLAIN or weight.is_inference():
+        return False
+    return not (weight.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def _joins(layer: Any, weight: Tensor, other: Any, of_other: Tensor) -> bool:
+    """Whether another weight can be standardized in the same call."""
+    return (
+        other.standardizes_rows()
+        and _is_plain(of_other)
+        and (other.eps, other.formula) == (layer.eps, layer.formula)
+        and of_other.dtype is weight.dtype
+        and of_other.device == weight.device
+        and of_other.requires_grad == weight.requires_grad
+        and of_other.numel() > 0
+        and is_dense(of_other)
+    )
+
+
+class _Result:
+    """A standardized weight, and what it holds for."""
+
+    def __init__(self, layer: Any, weight: Tensor, take: Callable[[], Tensor]) -> None:
+        self._take = take
+        self._value: Tensor | None = None
+        self._layer, self._weight = layer, weight
+        self._state = _state(layer, weight)
+        self._backward_calls = backward_calls()
+
+    def take(self) -> Tensor:
+        """The standardized weight."""
+        if self._value is None:
+            self._value = self._take()
+            announce(self._layer, self._value)
+        return self._value
+
+    def holds_for(self, layer: Any, weight: Tensor, one_pass: bool) -> bool:
+        """Whether it still is the result for this weight."""
+        if weight is not self._weight or _state(layer, weight) != self._state:
+            return False
+        return not one_pass or backward_calls() == self._backward_calls
+
+
+def _state(layer: Any, weight: Tensor) -> tuple[Any, ...]:
+    return (
+        weight._version,
+        weight.data_ptr(),
+        weight.shape,
+        weight.requires_grad,
+        layer.eps,
+        layer.formula,
+        optimizer_steps.count(),
+    )
+
+
+# ----------------------------------------------------------------------------------------------
+# What is known of a model from one pass to the next: layers, never results
+
+
+class Plan:
+    """The layers of a model, and in which order they are used."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._orders: dict[bool, list[weakref.ref[Any]]] = {}
+        self.look(model)
+
+    def look(self, model: nn.Module) -> None:
+        """Finds the layers."""
+        self._layers = [
+            weakref.ref(module)
+            for module in model.modules()
+            if hasattr(module, 'standardizes_rows')
+        ]
+        # FullyShardedDataParallel wants the gradients of each of its units when that unit's
+        # backward pass ends: no node may span several.
+        fsdp = sys.modules.get('torch.distributed.fsdp')
+        units = getattr(fsdp, 'FSDPModule', ())
+        self._apart = any(isinstance(module, units) for module in model.modules())
+
+    def layers(self) -> set[Any]:
+        """All of them."""
+        return {layer for ref in self._layers if (layer := ref()) is not None}
+
+    def order(self, model: nn.Module, training: bool) -> list[Any]:
+        """Those that the last pass used, in the order of use; before that, all."""
+        refs = self._orders.get(training, self._layers)
+        order = [layer for ref in refs if (layer := ref()) is not None]
+        if not self._apart and any(type(own) not in _PLAIN for own in map(_own_weight, order)):
+            self.look(model)  # it may have been sharded since
+        return [] if self._apart else order
+
+    def remember(self, training: bool, used: list[Any]) -> None:
+        """Notes what a pass used."""
+        self._orders[training] = [weakref.ref(layer) for layer in used]
+
+
+_plans: weakref.WeakKeyDictionary[nn.Module, Plan] = weakref.WeakKeyDictionary()
+
+
+def _plan_of(model: nn.Module) -> Plan:
+    plan = _plans.get(model)
+    if plan is None:
+        _plans[model] = plan = Plan(model)
+    return plan
