@@ -4,6 +4,7 @@ A check says which argument it is, what was expected, what came, and what to do.
 """
 
 import math
+import numbers
 
 from torch import Tensor
 
@@ -25,18 +26,29 @@ def check_eps(eps: float) -> None:
         raise ValueError(f'eps must be finite and >= 0 (usual: 1e-5)\n  got {eps!r}')
 
 
-def check_rate(momentum: float) -> None:
-    """Raises unless ``momentum`` is a number in [0, 1]."""
-    if isinstance(momentum, bool) or not isinstance(momentum, (int, float)):
+def checked_rate(momentum: float | Tensor) -> float | Tensor:
+    """A rate as the layers keep it: any real number in [0, 1] as a float, or a 0-d tensor as it is.
+
+    A tensor is not looked into, which would wait for its device.
+
+    Raises:
+        TypeError: neither a real number (NumPy's count) nor a 0-d tensor of floating point.
+        ValueError: not in [0, 1].
+    """
+    if isinstance(momentum, Tensor) and momentum.dim() == 0 and momentum.is_floating_point():
+        return momentum
+    if isinstance(momentum, bool) or not isinstance(momentum, numbers.Real):
         raise TypeError(
-            'momentum must be a number in [0, 1], the weight of the new observation\n'
-            f'  got {momentum!r} of type {type(momentum).__name__}'
+            'momentum must be a number in [0, 1], the weight of the new observation, or a 0-d '
+            f'tensor of floating point\n  got {momentum!r} of type {type(momentum).__name__}'
         )
-    if not 0 <= momentum <= 1:
+    rate = float(momentum)
+    if not 0 <= rate <= 1:
         raise ValueError(
             'momentum must lie in [0, 1]; it is the weight of the new observation, as in '
             f'torch.nn.BatchNorm2d\n  got {momentum!r}'
         )
+    return rate
 
 
 def check_groups(num_channels: int, num_groups: int) -> None:

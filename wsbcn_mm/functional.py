@@ -12,7 +12,7 @@ from wsbcn_mm.checks import (
     check_fan_in,
     check_floating,
     check_groups,
-    check_rate,
+    checked_rate,
 )
 
 
@@ -151,8 +151,7 @@ def batch_channel_norm(
                 f'({num_channels},), one per channel\n  got {tuple(value.shape)}'
             )
     check_choice(mode, MODES, 'mode')
-    if not isinstance(momentum, Tensor):
-        check_rate(momentum)
+    momentum = checked_rate(momentum)
     check_eps(eps)
     return autograd.batch_channel_norm(
         input,

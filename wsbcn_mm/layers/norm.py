@@ -4,11 +4,13 @@ Why the classes are built as they are (each point is a test in tests/openmmlab):
 
 - They derive **directly** from nn.GroupNorm (a mixin supplies the rest), because OpenMMLab's
   initialisation and weight-decay rules look at direct base classes.
-- `BatchChannelNorm2d` is an `nn.GroupNorm` holding a statistics-only BatchNorm as child ``bn``, so
-  that ``norm_eval``, SyncBN conversion and weight-decay rules reach the right part, and nothing
-  takes the layer for a BatchNorm that it could fuse away. The child has no ``weight``, so that
-  zero-initialising a residual branch does not switch both scales off.
+- `BatchChannelNorm2d` is an `nn.GroupNorm` holding its channel stage as child ``bn``, a BatchNorm
+  (`wsbcn_mm.layers.channel_stage`), so that ``norm_eval``, SyncBN conversion, weight-decay rules
+  and all that is done to the BatchNorms of a model reach the right part, and nothing takes the
+  layer for a BatchNorm that it could fuse away.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +24,9 @@ from wsbcn_mm.checks import (
     check_eps,
     check_floating,
     check_groups,
-    check_rate,
+    checked_rate,
 )
-from wsbcn_mm.layers import recomputation
+from wsbcn_mm.layers import channel_stage, recomputation
 
 AFFINES = ('group', 'channel', None)
 SYNCS = (None, 'step', 'forward')
@@ -36,7 +38,8 @@ class BatchChannelNorm:
 
     _version = 1
     _abbr_ = 'bcn'  # attribute name in OpenMMLab's modules (`bcn1`); 'bn' would collide with BN's
-    _bn_class: type
+    _bn_class: type[nn.modules.batchnorm._BatchNorm]
+    _stage_class: type[channel_stage.ChannelStage]
     _dims: tuple[int, ...]
 
     def __init__(
@@ -65,11 +68,9 @@ class BatchChannelNorm:
             self.bias = nn.Parameter(torch.zeros(num_groups, **factory))
         self.batch_weight = nn.Parameter(torch.ones(num_channels, **factory))
         self.batch_bias = nn.Parameter(torch.zeros(num_channels, **factory))
-        self.bn = self._bn_class(num_channels, eps, affine=False, **factory)
-        # See `wsbcn_mm.backends.ops`: samples since the estimates were synchronised, and updates
-        # that were left out. Not a part of the model's state.
-        counts = torch.zeros(2, num_channels, dtype=torch.int64, device=device)
-        self.register_buffer('counts', counts, persistent=False)
+        self.bn = self._stage_class(num_channels, eps, affine=False, **factory)
+        self.bn.belongs_to(self)
+        self._counts: Tensor | None = None
         self._history = recomputation.StatisticsHistory()
         self.affine = affine
         self.mode = mode
@@ -94,8 +95,47 @@ class BatchChannelNorm:
                 f"momentum must be a number in [0, 1] or 'cumulative'\n  got {value!r}"
             )
         else:
-            check_rate(value)
-            self.bn.momentum = value
+            self.bn.momentum = checked_rate(value)
+
+    @property
+    def counts(self) -> Tensor:
+        """(2, C), int64: samples since the estimates were synchronised, updates left out.
+
+        Of this process alone, and no part of the model's state: not a buffer, because what is done
+        to buffers would spoil them (DistributedDataParallel sends those of the first rank to all,
+        ``to_empty`` leaves what the memory held, a model made on the meta device and loaded with
+        ``assign=True`` keeps them there). They follow the running statistics to their device.
+        """
+        statistics, counts = self.bn.running_mean, self._counts
+        if counts is None or counts.is_meta or type(counts) is not type(statistics):
+            counts = torch.zeros(2, self.num_channels, dtype=torch.int64, device=statistics.device)
+            self._counts = counts
+        elif counts.device != statistics.device:
+            counts = self._counts = counts.to(statistics.device)
+        return counts
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: bool, **kwargs: bool) -> nn.Module:
+        super()._apply(fn, *args, **kwargs)
+        if self.bn.running_mean is not None:
+            self.counts  # noqa: B018  they move now, not within somebody's CUDA graph
+        return self
+
+    def apply(self, fn: Callable[[nn.Module], None]) -> nn.Module:
+        """Calls ``fn`` with the child and the layer, as any module does.
+
+        A host that zeroes every ``weight`` below a normalisation, for residual branches that start
+        as nothing, means one scale. With both at 0 the branch would never learn: the one of the
+        channel stage then stays.
+        """
+        before = self.batch_weight.detach().clone()
+        super().apply(fn)
+        outer = self.weight
+        if before.is_meta or outer is None or not before.any():
+            return self
+        if not outer.any() and not self.batch_weight.any():
+            with torch.no_grad():
+                self.batch_weight.copy_(before)
+        return self
 
     def reset_parameters(self) -> None:
         """Scales to 1, shifts to 0, running statistics to mean 0 and variance 1."""
@@ -105,14 +145,15 @@ class BatchChannelNorm:
             nn.init.ones_(self.batch_weight)
             nn.init.zeros_(self.batch_bias)
             self.bn.reset_running_stats()
-            self.counts.zero_()
+            if self._counts is not None:
+                self._counts.zero_()
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalises ``input``; see the class for shapes and what each mode does."""
         # Every line here is paid once per layer and step: what is looked up twice is kept.
-        if not self._fits(input):
-            self._refuse(input)
         bn = self.bn
+        if not self._fits(input, bn.running_mean):
+            self._refuse(input)
         # norm_eval and frozen stages call eval() on BatchNorm instances only: the child obeys.
         training = self.training and bn.training
         if not training:
@@ -136,10 +177,10 @@ class BatchChannelNorm:
         """Counts an update; the weight of its observation."""
         bn = self.bn
         momentum = bn.momentum
-        # May have been set on bn, past the setter. A 0-d tensor is what a schedule sets in compiled
-        # code, where every new number would be compiled anew.
-        if momentum is not None and not isinstance(momentum, Tensor):
-            check_rate(momentum)
+        # A 0-d tensor is what a schedule sets in compiled code, where every new number would be
+        # compiled anew. What a child became (SyncBatchNorm) takes anything.
+        if momentum is not None and not isinstance(bn, channel_stage.ChannelStage):
+            momentum = checked_rate(momentum)
         if updates:
             bn.num_batches_tracked.add_(1)
             if momentum is None:
@@ -222,17 +263,33 @@ class BatchChannelNorm:
         # With the new estimates as constants: what evaluation does.
         return self._normalize(input, bn.running_mean, bn.running_var, False, 0.0)
 
-    def _fits(self, input: Tensor) -> bool:
-        if not isinstance(input, Tensor) or not input.is_floating_point():
+    def _fits(self, input: Tensor, mean: Tensor | None) -> bool:
+        if not isinstance(input, Tensor) or not input.is_floating_point() or mean is None:
             return False
         shape = input.shape
-        return len(shape) in self._dims and shape[1] == self.num_channels
+        return (
+            len(shape) in self._dims
+            and shape[1] == self.num_channels
+            and input.device == mean.device
+        )
 
     def _refuse(self, input: Tensor) -> None:
         check_floating(input, 'input')
+        name, mean = type(self).__name__, self.bn.running_mean
+        if mean is None:
+            raise RuntimeError(
+                f'{name}: its child bn has no running statistics (track_running_stats=False)\n'
+                "  they are a part of this layer; mode='batch' trains with those of the batch"
+            )
+        if len(input.shape) in self._dims and input.shape[1] == self.num_channels:
+            raise RuntimeError(
+                f'{name}: the input is on {input.device}, the running statistics on {mean.device}\n'
+                '  move the layer or the input; a layer made on the meta device has no values '
+                'before to_empty(), or load_state_dict(assign=True), and loading'
+            )
         expected = ' or '.join(f'{d}-d' for d in self._dims)
         raise ValueError(
-            f'{type(self).__name__} expects a {expected} input (N, {self.num_channels}, ...)\n'
+            f'{name} expects a {expected} input (N, {self.num_channels}, ...)\n'
             f'  got shape {tuple(input.shape)}'
         )
 
@@ -296,16 +353,19 @@ _NORM_DOC = """Batch-Channel Normalization over {shape} inputs (arXiv 1911.09738
 class BatchChannelNorm1d(BatchChannelNorm, nn.GroupNorm):
     __doc__ = _NORM_DOC.format(shape='(N, C) or (N, C, L)')
     _bn_class = nn.BatchNorm1d
+    _stage_class = channel_stage.ChannelStage1d
     _dims = (2, 3)
 
 
 class BatchChannelNorm2d(BatchChannelNorm, nn.GroupNorm):
     __doc__ = _NORM_DOC.format(shape='(N, C, H, W)')
     _bn_class = nn.BatchNorm2d
+    _stage_class = channel_stage.ChannelStage2d
     _dims = (4,)
 
 
 class BatchChannelNorm3d(BatchChannelNorm, nn.GroupNorm):
     __doc__ = _NORM_DOC.format(shape='(N, C, D, H, W)')
     _bn_class = nn.BatchNorm3d
+    _stage_class = channel_stage.ChannelStage3d
     _dims = (5,)
