@@ -491,7 +491,7 @@ def test_stock_openmmlab_loads_what_fold_writes(folder, name):
     assert len(lines) == len(images) == 2
     predictor = predict.Predictor(cfg, inference.load_model(cfg, str(folder / f'{name}.pth')))
     for line, file in zip(lines, images):
-        sample, found = predictor(predict.read_image(file)), json.loads(line)
+        sample, found = predictor(file)[1], json.loads(line)
         if cfg.default_scope == 'mmseg':
             same = np.asarray(found) == sample.pred_sem_seg.data.numpy()
             assert same.mean() > 0.999  # ties of two classes
@@ -682,7 +682,7 @@ def test_infer_writes_predictions_and_pictures(folder, name):
     assert pictures == ['pictures/a.jpg', 'pictures/b.jpg', 'pictures/inner/a.jpg']
     cfg = config.load_config(str(QUICK[name]))
     predictor = predict.Predictor(cfg, inference.load_model(cfg, str(folder / f'{name}.pth')))
-    sample = predictor(predict.read_image(folder / 'images/inner/a.png'))
+    _, sample = predictor(folder / 'images/inner/a.png')
     if name == 'deeplabv3':
         mask = Image.open(out / 'masks/inner/a.png')
         assert mask.mode == 'P'

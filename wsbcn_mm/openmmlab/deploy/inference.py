@@ -68,8 +68,21 @@ def random_image(height: int, width: int, seed: int = 0) -> np.ndarray:
     return (image[0].permute(1, 2, 0) * 255).byte().numpy()
 
 
-def batch_of(cfg: Config, image: np.ndarray) -> dict:
-    """What a data loader gives ``test_step`` for one image at its own size."""
+def channels_of(model: nn.Module) -> int:
+    """How many channels an image of a model has: grey ones have one."""
+    mean = getattr(getattr(model, 'data_preprocessor', None), 'mean', None)
+    return 3 if mean is None else mean.numel()
+
+
+def batch_of(cfg: Config, image: np.ndarray, channels: int = 3) -> dict:
+    """What a data loader gives ``test_step`` for one image at its own size.
+
+    Args:
+        cfg: The config.
+        image: (H, W, C).
+        channels: How many the model takes; those of the image are repeated or left out.
+    """
+    image = image[..., [i % image.shape[2] for i in range(channels)]]
     size = tuple(image.shape[:2])
     meta = dict(img_id=0, img_path='', img_shape=size, ori_shape=size, scale_factor=(1.0, 1.0))
     if scope_of(cfg) == 'mmdet':
@@ -82,7 +95,7 @@ def batch_of(cfg: Config, image: np.ndarray) -> dict:
 
 def preprocess(model: nn.Module, cfg: Config, image: np.ndarray) -> Tensor:
     """The normalised and padded image that enters the backbone, (1, 3, H, W)."""
-    batch = batch_of(cfg, image)
+    batch = batch_of(cfg, image, channels_of(model))
     weight = next(p for p in model.parameters() if p.is_floating_point())
     return model.data_preprocessor(batch, False)['inputs'].to(weight)
 
@@ -106,7 +119,7 @@ def run_on(cfg: Config, image: np.ndarray) -> Callable[[nn.Module], object]:
     def run_parts(model: nn.Module) -> object:
         parts = tensor_parts(model, preprocess(model, cfg, image))
         if hasattr(model, 'bbox_head') and _image_function(model) is _features:
-            model.test_step(batch_of(cfg, image))
+            model.test_step(batch_of(cfg, image, channels_of(model)))
         return [part.module(part.input) for part in parts]
 
     return run

@@ -1,21 +1,22 @@
 """From image files to predictions in files, one image after the other."""
 
 import copy
+import inspect
 import json
 import os
 from pathlib import Path
+from typing import Any
 
-import cv2
-import mmcv
 import numpy as np
 import torch
-from mmcv.transforms import Compose
 from mmengine.config import Config
-from mmengine.registry import DATASETS, TRANSFORMS, VISUALIZERS
+from mmengine.dataset import Compose, pseudo_collate
+from mmengine.registry import VISUALIZERS
 from PIL import Image
-from torch import nn
 
-from wsbcn_mm.openmmlab.config import datasets_of_test, scope_of
+from wsbcn_mm.openmmlab.compat import DataError
+from wsbcn_mm.openmmlab.config import dataset_class, datasets_of_test, scope_of, type_name
+from wsbcn_mm.openmmlab.errors import first_line
 
 SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.ppm', '.pgm', '.tif', '.tiff', '.webp')
 
@@ -50,41 +51,109 @@ def find_images(source: Path, output: Path) -> list[tuple[Path, Path]]:
     return [(file, file.relative_to(source)) for file in files]
 
 
-def read_image(path: Path) -> np.ndarray | None:
-    """A BGR image, decoded as in training; None for what is no readable image."""
-    try:
-        content = path.read_bytes()
-        return mmcv.imfrombytes(content) if content else None
-    except (OSError, cv2.error):
-        return None
+class Reader:
+    """Reads image files as the config's test data are read: by its own test pipeline.
+
+    What loads ground truth is left out of it. Everything else stays as the config says it: how many
+    channels and bits, whether EXIF counts, sizes, normalisation.
+
+    Args:
+        cfg: The config; its packages' default scope is set.
+
+    Raises:
+        ValueError: no test data, parts of it that are read in different ways, or a pipeline that
+            does not begin with a file.
+    """
+
+    def __init__(self, cfg: Config) -> None:
+        datasets = datasets_of_test(cfg)
+        self.dataset = datasets[0]
+        if any(other['pipeline'] != self.dataset['pipeline'] for other in datasets):
+            raise ValueError(
+                'the test data are read in different ways: their parts have pipelines of their own'
+                '\n  name one of them: --cfg-options test_dataloader.dataset=...'
+            )
+        steps = [copy.deepcopy(s) for s in self.dataset['pipeline'] if not _loads_truth(s)]
+        if not steps or 'Load' not in type_name(steps[0]):
+            found = type_name(steps[0]) if steps else 'nothing'
+            raise ValueError(f'the test pipeline must begin with LoadImageFromFile\n  got {found}')
+        steps[0].pop('backend_args', None)  # these images are local files
+        self._load, self._prepare = Compose(steps[:1]), Compose(steps[1:])
+        self._info = dict(img_id=0, seg_map_path=None, label_map=None, seg_fields=[], instances=[])
+        self._info['reduce_zero_label'] = reduces_zero_label(cfg, self.dataset)
+
+    def __call__(self, path: str | Path) -> tuple[np.ndarray, dict[str, Any]]:
+        """The image as it was loaded, and what a data loader makes of it.
+
+        Raises:
+            DataError: this is no readable image.
+            ValueError: the pipeline does not take it.
+        """
+        data = self._load({**copy.deepcopy(self._info), 'img_path': str(path)})
+        if data is None:  # ignore_empty
+            raise DataError(f'{path} is empty')
+        image = data['img']
+        try:
+            return image, pseudo_collate([self._prepare(data)])
+        except DataError as error:  # not the file's fault
+            raise ValueError(
+                f'the test pipeline fails on {path}, an image {image.shape} of {image.dtype}\n'
+                f'  {first_line(error.__cause__ or error)}'
+            ) from error
 
 
-def pipeline_of(cfg: Config) -> Compose:
-    """The test pipeline for images that are in memory: without files and annotations."""
-    steps = [copy.deepcopy(s) for s in datasets_of_test(cfg)[0]['pipeline']]
-    steps = [s for s in steps if 'Annotations' not in str(s['type'])]
-    if 'Load' not in str(steps[0]['type']):
-        raise ValueError(
-            f'the test pipeline must begin with LoadImageFromFile\n  got {steps[0]["type"]}'
-        )
-    steps[0] = dict(type='LoadImageFromNDArray')
-    return Compose([TRANSFORMS.build(step) for step in steps])
+def _loads_truth(step: dict[str, Any]) -> bool:
+    name = type_name(step)
+    return name.startswith('Load') and ('Annotation' in name or 'Proposals' in name)
 
 
-def classes_of(cfg: Config, model: nn.Module) -> dict:
-    """Names and colours of the classes: the checkpoint's, else those of the config's dataset."""
+def reduces_zero_label(cfg: Config, dataset: dict[str, Any]) -> bool:
+    """Whether label 0 of a dataset means "no class": as its config says, or its class."""
+    if 'reduce_zero_label' in dataset:
+        return bool(dataset['reduce_zero_label'])
+    kind = dataset_class(cfg, dataset)
+    for base in kind.__mro__ if kind is not None else ():
+        parameters = inspect.signature(base.__init__).parameters if '__init__' in vars(base) else {}
+        if 'reduce_zero_label' in parameters:
+            return bool(parameters['reduce_zero_label'].default)
+    return False
+
+
+def classes_of(cfg: Config, model: Any) -> dict[str, Any]:
+    """Names and colours of the classes: the checkpoint's, else those of the config's dataset.
+
+    The names are in the order of the labels. In COCO's layout that is the order of the annotation
+    file, whatever that of the names in the config is.
+    """
     meta = getattr(model, 'dataset_meta', None)
+    dataset = datasets_of_test(cfg)[0]
+    kind = dataset_class(cfg, dataset)
     if not meta or 'classes' not in meta:
-        dataset = datasets_of_test(cfg)[0]
-        with DATASETS.switch_scope_and_registry(cfg.get('default_scope')) as registry:
-            own = getattr(registry.get(dataset['type']), 'METAINFO', {})
-        meta = {**own, **(dataset.get('metainfo') or {})}
+        meta = {**getattr(kind, 'METAINFO', {}), **(dataset.get('metainfo') or {})}
     if 'classes' not in meta:
         raise ValueError(
             "neither the checkpoint nor the config's dataset knows the names of the classes\n"
             '  set test_dataloader.dataset.metainfo=dict(classes=...)'
         )
-    return {**meta, 'classes': list(meta['classes'])}
+    names = list(meta['classes'])
+    file = Path(dataset.get('data_root') or '', dataset.get('ann_file') or '')
+    if _numbers_labels_by_file(cfg, kind) and file.is_file():
+        names = [c['name'] for c in categories_of(file, names)] or names
+    return {**meta, 'classes': names}
+
+
+def _numbers_labels_by_file(cfg: Config, kind: type | None) -> bool:
+    if scope_of(cfg) != 'mmdet':
+        return False
+    from mmdet.datasets import CocoDataset
+
+    return getattr(kind, 'load_data_list', None) is CocoDataset.load_data_list
+
+
+def categories_of(annotations: Path, names: list[str]) -> list[dict[str, Any]]:
+    """The categories of a COCO file that have these names, in its order."""
+    content = json.loads(annotations.read_text())
+    return [c for c in content.get('categories', []) if c['name'] in names]
 
 
 class Predictor:
@@ -95,10 +164,10 @@ class Predictor:
         model: In evaluation mode, folded or not.
     """
 
-    def __init__(self, cfg: Config, model: nn.Module) -> None:
+    def __init__(self, cfg: Config, model: Any) -> None:
         self.model = model
         self.meta = classes_of(cfg, model)
-        self._pipeline = pipeline_of(cfg)
+        self._read = Reader(cfg)
         kind = 'DetLocalVisualizer' if scope_of(cfg) == 'mmdet' else 'SegLocalVisualizer'
         look = {k: v for k, v in (cfg.get('visualizer') or {}).items() if k == 'alpha'}
         self._visualizer = VISUALIZERS.build(
@@ -107,24 +176,45 @@ class Predictor:
         self._visualizer.dataset_meta = {'palette': 'random', **self.meta}
 
     @torch.no_grad()
-    def __call__(self, image: np.ndarray) -> object:
-        """The data sample of one BGR image, predictions in its pixels."""
-        data = self._pipeline(dict(img=image, img_id=0))
-        batch = dict(inputs=[data['inputs']], data_samples=[data['data_samples']])
-        return self.model.test_step(batch)[0].cpu()
+    def __call__(self, path: str | Path) -> tuple[np.ndarray, Any]:
+        """An image file as it was loaded, and its data sample: predictions in its pixels.
 
-    def draw(self, image: np.ndarray, sample: object, path: Path, threshold: float) -> None:
-        """A picture of the predictions on the image."""
+        Raises:
+            DataError: this is no readable image.
+            ValueError: the model predicts what cannot be written here.
+        """
+        image, batch = self._read(path)
+        sample = self.model.test_step(batch)[0].cpu()
+        if not any(name in sample for name in ('pred_instances', 'pred_sem_seg')):
+            raise ValueError(
+                f'the model predicts {", ".join(sample.keys()) or "nothing"}, and boxes, masks and '
+                'class maps are what is written here\n  panoptic results: tools/test.py with '
+                "--cfg-options test_evaluator.outfile_prefix=DIR/panoptic writes COCO's format"
+            )
+        return image, sample
+
+    def draw(self, image: np.ndarray, sample: Any, path: Path, threshold: float) -> None:
+        """A picture of the predictions on the image as it was loaded."""
         path.parent.mkdir(parents=True, exist_ok=True)
         scores = dict(pred_score_thr=threshold) if 'pred_instances' in sample else {}
         self._visualizer.add_datasample(
             path.name,
-            np.ascontiguousarray(image[..., ::-1]),
+            displayable(image),
             sample,
             draw_gt=False,
             out_file=str(path),
             **scores,
         )
+
+
+def displayable(image: np.ndarray) -> np.ndarray:
+    """Any loaded image (H, W) or (H, W, C) as 8-bit RGB; more than 8 bits by the largest value."""
+    image = image[..., None] if image.ndim == 2 else image
+    if image.dtype != np.uint8:
+        values = np.nan_to_num(image.astype(np.float64)).clip(0)
+        image = (values * (255 / max(values.max(initial=0), 255))).astype(np.uint8)
+    image = image[..., [2, 1, 0]] if image.shape[2] >= 3 else image[..., [0, 0, 0]]
+    return np.ascontiguousarray(image)
 
 
 class CocoWriter:
@@ -135,13 +225,13 @@ class CocoWriter:
 
     Args:
         path: The JSON file.
-        classes: Names; category ids are 1, 2, ... in this order.
+        classes: Names in the order of the labels; category ids are 1, 2, ... in this order.
         annotations: A COCO annotation file whose ids of images (by file name) and categories (by
             name) are taken instead, so that the predictions can be evaluated against it.
     """
 
     def __init__(self, path: Path, classes: list[str], annotations: Path | None = None) -> None:
-        self.images: list[dict] = []
+        self.images: list[dict[str, Any]] = []
         self.categories = [dict(id=i + 1, name=name) for i, name in enumerate(classes)]
         self._image_ids: dict[str, int] | None = None
         if annotations is not None:
@@ -158,7 +248,7 @@ class CocoWriter:
         self._file.write('{"annotations": [')
         self._count = 0
 
-    def add(self, name: str, sample: object, size: tuple[int, int]) -> None:
+    def add(self, name: str, sample: Any, size: tuple[int, int]) -> None:
         """The predictions of one image, of (height, width) in pixels."""
         from pycocotools import mask as rle
 
@@ -169,6 +259,12 @@ class CocoWriter:
             image_id = self._image_ids[name]
         self.images.append(dict(id=image_id, file_name=name, height=size[0], width=size[1]))
         found = sample.pred_instances
+        if len(found) and int(found.labels.max()) >= len(self.categories):
+            raise ValueError(
+                f'the model predicts class number {int(found.labels.max())}, and '
+                f'{len(self.categories)} names of classes are known\n'
+                '  name all of them: --cfg-options test_dataloader.dataset.metainfo.classes=...'
+            )
         masks = np.asarray(found.masks, dtype=np.uint8) if 'masks' in found else None
         for i, (box, score, label) in enumerate(
             zip(found.bboxes.tolist(), found.scores.tolist(), found.labels.tolist())
@@ -202,14 +298,21 @@ class CocoWriter:
             self._part.unlink()
 
 
-def write_mask(path: Path, sample: object, palette: list | None) -> None:
-    """Class numbers as a PNG with a palette; 16 bit grey where there are more than 256 classes."""
+def write_mask(path: Path, sample: Any, palette: Any) -> None:
+    """Class numbers as a PNG with a palette; 16 bit grey where there are more than 256 classes.
+
+    The numbers are those of the data set: with ``reduce_zero_label`` 0 is "no class" there, and the
+    first class is 1, as mmsegmentation's metric writes them.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     classes = sample.pred_sem_seg.data.squeeze(0).numpy()
+    colours = list(palette) if isinstance(palette, (list, tuple)) else []
+    if sample.metainfo.get('reduce_zero_label', False):
+        classes, colours = classes + 1, [(0, 0, 0), *colours] if colours else []
     if classes.max(initial=0) > 255:
         Image.fromarray(classes.astype(np.uint16)).save(path)
         return
     picture = Image.fromarray(classes.astype(np.uint8))
-    if isinstance(palette, (list, tuple)) and palette:
-        picture.putpalette([int(v) for colour in palette[:256] for v in colour])
+    if colours:
+        picture.putpalette([int(v) for colour in colours[:256] for v in colour])
     picture.save(path)
