@@ -1,9 +1,10 @@
-"""What all tests share: seed, repository, every backend for CPU tensors, the built package."""
+"""What all tests share: seed, device and dtype, backends, poisoned memory, the built package."""
 
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,14 +25,63 @@ def root() -> Path:
     return Path(__file__).resolve().parents[1]
 
 
-@pytest.fixture(params=['eager', 'cpu'])
-def backend(request):
-    """Forces one backend; tests/backends/test_triton.py does the same for Triton's interpreter."""
-    reason = backends.BACKENDS[request.param].unavailable()
+DTYPES = {str(d).removeprefix('torch.'): d for d in (torch.float64, torch.float32)}
+DTYPES |= {str(d).removeprefix('torch.'): d for d in (torch.float16, torch.bfloat16)}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup('wsbcn_mm')
+    group.addoption('--device', default='cpu', help='where the specification is tested')
+    group.addoption('--dtype', default='float64', choices=DTYPES, help='what it is tested in')
+
+
+@pytest.fixture(scope='session')
+def device(request) -> torch.device:
+    """What --device says. Tensors are made there by default where `on_device` is used."""
+    return torch.device(request.config.getoption('--device'))
+
+
+@pytest.fixture(scope='session')
+def dtype(request) -> torch.dtype:
+    """What --dtype says: the dtype of the tested side; the specification stays in float64."""
+    return DTYPES[request.config.getoption('--dtype')]
+
+
+@pytest.fixture
+def on_device(device: torch.device) -> Iterator[None]:
+    """Makes `device` the one on which torch makes tensors."""
+    if device.type == 'cpu':
+        yield
+        return
+    torch.set_default_device(device)
+    yield
+    torch.set_default_device(None)
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Fills all memory that torch hands out uninitialised with NaN, in C++ too (integers: maximum).
+
+    A kernel that reads what it has not written, or leaves out a part of its result, is then seen.
+    """
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before, warn_only=warn_only)
+
+
+@pytest.fixture(params=['eager', 'kernels'])
+def backend(request, device: torch.device) -> Iterator[str]:
+    """Forces one backend: plain torch, or the kernels that the device has."""
+    kernels = 'cpu' if device.type == 'cpu' else 'triton'
+    name = kernels if request.param == 'kernels' else 'eager'
+    reason = backends.BACKENDS[name].unavailable()
     if reason is not None:
         pytest.skip(reason)
-    with backends.use_backend(request.param):
-        yield request.param
+    with backends.use_backend(name):
+        yield name
 
 
 class Distributions(NamedTuple):

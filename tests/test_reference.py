@@ -1,6 +1,6 @@
 """Small facts of the papers, by hand: the specification itself is right.
 
-Nothing here calls the fast implementations; those are held to `reference` in test_functional.py.
+Nothing here calls the fast implementations; those are held to `reference` in tests/functional.
 """
 
 import pytest

@@ -1,4 +1,4 @@
-"""Choosing a backend, and what every operator must do beside being right (test_functional.py)."""
+"""Choosing a backend, and what every operator must do beside being right (tests/functional)."""
 
 import os
 import subprocess

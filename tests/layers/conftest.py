@@ -1,10 +1,15 @@
-"""Fixtures of the tests of standardization."""
+"""Every test of layers gets memory full of NaN; fixtures of the tests of standardization."""
 
 import pytest
 
 import wsbcn_mm
 from wsbcn_mm import backends
 from wsbcn_mm.layers import scopes, standardization
+
+
+@pytest.fixture(autouse=True)
+def kernel_test(poisoned_memory):
+    pass
 
 
 @pytest.fixture(autouse=True)
