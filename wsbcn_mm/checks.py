@@ -12,7 +12,7 @@ FORMULAS = ('paper', 'std_eps', 'var_eps')
 MODES = ('estimate', 'batch')
 
 
-def check_choice(value: str | None, choices: tuple, name: str) -> None:
+def check_choice(value: str | None, choices: tuple[str | None, ...], name: str) -> None:
     """Raises ValueError unless ``value`` is one of ``choices``."""
     if value not in choices:
         raise ValueError(f'{name} must be one of {", ".join(map(repr, choices))}\n  got {value!r}')

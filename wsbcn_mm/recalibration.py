@@ -13,6 +13,7 @@ the statistics are those of the very inputs that they produce.
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,8 +45,8 @@ class Recalibration:
 @torch.no_grad()
 def recalibrate(
     model: nn.Module,
-    batches: Iterable,
-    forward: Callable | None = None,
+    batches: Iterable[Any],
+    forward: Callable[[Any], object] | None = None,
     passes: int = 4,
     tolerance: float = 0.01,
     layers: Iterable[BatchChannelNorm] | None = None,
@@ -165,7 +166,7 @@ def _stage_1(layer: BatchChannelNorm) -> list[Tensor]:
     return [tensor.clone() for tensor in _tensors(layer)]
 
 
-def _check(batches: Iterable, passes: int, tolerance: float) -> None:
+def _check(batches: Iterable[Any], passes: int, tolerance: float) -> None:
     if isinstance(batches, Iterator):
         raise TypeError(
             'batches must be something to iterate over several times (a DataLoader, a list)\n'
@@ -181,7 +182,9 @@ def _statistics(layer: BatchChannelNorm) -> tuple[Tensor, Tensor]:
     return layer.bn.running_mean.clone(), layer.bn.running_var.clone()
 
 
-def _run(accounts: Iterable['_Moments'], batches: Iterable, forward: Callable) -> None:
+def _run(
+    accounts: Iterable['_Moments'], batches: Iterable[Any], forward: Callable[[Any], object]
+) -> None:
     """One pass: every layer measures what it gets, and uses it at once."""
     handles = []
     try:
@@ -259,12 +262,13 @@ class _Moments:
         m = m - self.centre
         entry = len(m), m.sum(0), (q + m.square()).sum(0)
         if self.calls < len(self.entries):
-            self.sums = tuple(a - b for a, b in zip(self.sums, self.entries[self.calls]))
+            old = self.entries[self.calls]
+            self.sums = (self.sums[0] - old[0], self.sums[1] - old[1], self.sums[2] - old[2])
             self.entries[self.calls] = entry
         else:
             self.entries.append(entry)
         self.calls += 1
-        self.sums = tuple(a + b for a, b in zip(self.sums, entry))
+        self.sums = (self.sums[0] + entry[0], self.sums[1] + entry[1], self.sums[2] + entry[2])
         count, first, second = self.sums
         offset = first / count
         self.write(self.centre + offset, (second / count - offset.square()).clamp_min_(0))

@@ -15,11 +15,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-CONVS = (nn.modules.conv._ConvNd,)
+CONVS = (_ConvNd,)
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
 
@@ -229,7 +230,7 @@ class Call:
             otherwise.
     """
 
-    conv: nn.Module
+    conv: _ConvNd
     holder: nn.Module | None
     version: int
     readers: list

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -101,11 +102,11 @@ class ActivationObserver:
                 module.register_forward_hook(lambda *_: self._leave_module(), always_call=True),
             ]
         self._mode = _ReluMode(self._see)
-        self._mode.__enter__()
+        self._mode.__enter__()  # type: ignore[no-untyped-call]
         return self
 
-    def __exit__(self, *error) -> None:
-        self._mode.__exit__(*error)
+    def __exit__(self, *error: object) -> None:
+        self._mode.__exit__(*error)  # type: ignore[no-untyped-call]
         for handle in self._handles:
             handle.remove()
 
@@ -156,7 +157,13 @@ class _ReluMode(TorchFunctionMode):
         super().__init__()
         self._see = see
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         kwargs = kwargs or {}
         if func in RELUS:
             with torch.no_grad():

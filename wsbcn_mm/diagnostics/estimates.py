@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +68,8 @@ class EstimateObserver:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._layers: dict[str, tuple[nn.Module, nn.Module]] = {}
+        # The layer that is watched, and the one that has its statistics: its child, or itself.
+        self._layers: dict[str, tuple[Any, Any]] = {}
         inner: set[nn.Module] = set()
         for name, module in model.named_modules():
             if isinstance(module, BatchChannelNorm):
@@ -90,7 +92,7 @@ class EstimateObserver:
         ]
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: object) -> None:
         for handle in self._handles:
             handle.remove()
 

@@ -87,6 +87,7 @@ class WeightGradientObserver:
                 continue
             bound = None
             if name in self._standardized:
+                assert isinstance(module, WeightStandardized)
                 filters = module.filters(self._standardized[name])
                 bound = (filters.norm(dim=1) / module.denominators()).norm().item()
             result[name] = WeightGradient(self._raw[name].norm().item(), bound)

@@ -8,6 +8,8 @@ that fusing, plain copies and scopes of a forward pass work as they do for WS. I
 normalisation needs nothing of ours: ``dict(type='IN', affine=True)`` in mmcv.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -17,7 +19,9 @@ from wsbcn_mm.layers import WeightStandardized
 class WeightStandardizationAblation(WeightStandardized):
     """What the convolutions of this module share; a mixin in front of nn.Conv2d."""
 
-    def __init__(self, *args, eps: float = 1e-5, **kwargs) -> None:
+    formula: str | None  # type: ignore[assignment]
+
+    def __init__(self, *args: Any, eps: float = 1e-5, **kwargs: Any) -> None:
         super().__init__(*args, eps=eps, **kwargs)
         self.formula = None  # none of those of WS
 
@@ -75,7 +79,7 @@ class WSStdOnlyConv2d(WeightStandardizationAblation, nn.Conv2d):
 class _WithGain(WeightStandardizationAblation):
     """Adds a learnable gain per output channel, initially 1."""
 
-    def __init__(self, *args, eps: float = 1e-5, **kwargs) -> None:
+    def __init__(self, *args: Any, eps: float = 1e-5, **kwargs: Any) -> None:
         super().__init__(*args, eps=eps, **kwargs)
         self.gain = nn.Parameter(torch.ones_like(self.weight[:, 0, 0, 0]))
 
@@ -84,7 +88,7 @@ class _WithGain(WeightStandardizationAblation):
         weight = super().standardized_weight()
         return weight * self.gain.to(weight.dtype).view(-1, 1, 1, 1)
 
-    def to_plain(self) -> nn.Module:
+    def to_plain(self) -> nn.modules.conv._ConvNd:
         """A torch convolution with the same results; see `WeightStandardized.to_plain`."""
         plain = super().to_plain()
         with torch.no_grad():

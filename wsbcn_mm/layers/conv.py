@@ -10,6 +10,7 @@ import inspect
 import math
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -20,15 +21,23 @@ from wsbcn_mm.backends import autograd
 from wsbcn_mm.checks import FORMULAS, check_choice, check_eps, check_fan_in
 from wsbcn_mm.layers import standardization
 
+# What the mixin stands in front of, for the type checker.
+if TYPE_CHECKING:
+    _Base = nn.modules.conv._ConvNd
+else:
+    _Base = object
 
-class WeightStandardized:
+
+class WeightStandardized(_Base):
     """What the WS convolutions share; a mixin in front of a torch convolution.
 
     The layer's parameters and state dict are those of torch's convolution: the optimizer updates
     the raw ``weight``; what convolves is `standardized_weight`.
     """
 
-    def __init__(self, *args, eps: float = 1e-5, formula: str = 'paper', **kwargs) -> None:
+    def __init__(
+        self, *args: Any, eps: float = 1e-5, formula: str = 'paper', **kwargs: Any
+    ) -> None:
         check_eps(eps)
         check_choice(formula, FORMULAS, 'formula')
         super().__init__(*args, **kwargs)
@@ -118,7 +127,7 @@ class WeightStandardized:
             '  switch the shortcut off, or turn the layer into a plain convolution with .to_plain()'
         )
 
-    def to_plain(self) -> nn.Module:
+    def to_plain(self) -> nn.modules.conv._ConvNd:
         """A torch convolution of the same kind whose weight is this layer's standardized weight.
 
         Same results in evaluation; training it no longer standardizes. Copies, shares nothing.

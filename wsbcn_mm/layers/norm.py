@@ -11,6 +11,7 @@ Why the classes are built as they are (each point is a test in tests/openmmlab):
 """
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +34,16 @@ SYNCS = (None, 'step', 'forward')
 DEFAULT_MOMENTUM = {'estimate': 0.01, 'batch': 0.1}
 
 
-class BatchChannelNorm:
+Self = TypeVar('Self', bound='BatchChannelNorm')
+
+# What the mixin stands in front of, for the type checker.
+if TYPE_CHECKING:
+    _Base = nn.GroupNorm
+else:
+    _Base = object
+
+
+class BatchChannelNorm(_Base):
     """What the Batch-Channel Normalization layers share; a mixin in front of nn.GroupNorm."""
 
     _version = 1
@@ -41,6 +51,10 @@ class BatchChannelNorm:
     _bn_class: type[nn.modules.batchnorm._BatchNorm]
     _stage_class: type[channel_stage.ChannelStage]
     _dims: tuple[int, ...]
+    affine: Any  # 'group', 'channel' or None; a bool in nn.GroupNorm
+    bn: Any  # a ChannelStage, or what a host converts BatchNorms to (SyncBatchNorm)
+    batch_weight: nn.Parameter
+    batch_bias: nn.Parameter
 
     def __init__(
         self,
@@ -54,18 +68,17 @@ class BatchChannelNorm:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if num_groups == 'auto':
-            num_groups = auto_groups(num_channels)
-        check_groups(num_channels, num_groups)
+        groups: Any = auto_groups(num_channels) if num_groups == 'auto' else num_groups
+        check_groups(num_channels, groups)
         check_eps(eps)
         check_choice(affine, AFFINES, 'affine')
         check_choice(mode, MODES, 'mode')
         check_choice(sync, SYNCS, 'sync')
-        factory = dict(device=device, dtype=dtype)
-        super().__init__(num_groups, num_channels, eps, affine == 'channel', **factory)
+        factory: dict[str, Any] = dict(device=device, dtype=dtype)
+        super().__init__(groups, num_channels, eps, affine == 'channel', **factory)
         if affine == 'group':
-            self.weight = nn.Parameter(torch.ones(num_groups, **factory))
-            self.bias = nn.Parameter(torch.zeros(num_groups, **factory))
+            self.weight = nn.Parameter(torch.ones(groups, **factory))
+            self.bias = nn.Parameter(torch.zeros(groups, **factory))
         self.batch_weight = nn.Parameter(torch.ones(num_channels, **factory))
         self.batch_bias = nn.Parameter(torch.zeros(num_channels, **factory))
         self.bn = self._stage_class(num_channels, eps, affine=False, **factory)
@@ -120,7 +133,7 @@ class BatchChannelNorm:
             self.counts  # noqa: B018  they move now, not within somebody's CUDA graph
         return self
 
-    def apply(self, fn: Callable[[nn.Module], None]) -> nn.Module:
+    def apply(self: Self, fn: Callable[[nn.Module], None]) -> Self:
         """Calls ``fn`` with the child and the layer, as any module does.
 
         A host that zeroes every ``weight`` below a normalisation, for residual branches that start

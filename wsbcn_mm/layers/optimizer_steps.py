@@ -11,7 +11,7 @@ def count() -> int:
     return _count
 
 
-def _after_step(*_) -> None:
+def _after_step(*_: object) -> None:
     global _count
     # Compiled optimizers must stay one graph; they write in place, which torch's version counter
     # of each tensor shows.

@@ -11,6 +11,7 @@ repetition the layer asks for them and updates nothing.
 from __future__ import annotations
 
 from collections import deque
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,8 +75,8 @@ class StatisticsHistory:
             best = int(torch.stack([(run[1] - wanted).abs().sum() for run in runs]).argmin())
         return runs[best][2:]
 
-    def __deepcopy__(self, memo: dict) -> StatisticsHistory:
+    def __deepcopy__(self, memo: dict[int, Any]) -> StatisticsHistory:
         return type(self)(self._length)
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self._length,)

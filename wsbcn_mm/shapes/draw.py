@@ -4,6 +4,7 @@ import colorsys
 import functools
 import operator
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -48,7 +49,8 @@ Window = tuple[slice, slice]
 # ----------------------------------------------------------------------------------------------
 # Random helpers and coordinates
 # ----------------------------------------------------------------------------------------------
-def _log_uniform(rng: np.random.Generator, low: float, high: float, size: int | None = None):
+def _log_uniform(rng: np.random.Generator, low: float, high: float, size: int | None = None) -> Any:
+    """A number; with ``size`` an array of them."""
     return np.exp(rng.uniform(np.log(low), np.log(high), size))
 
 
@@ -229,7 +231,8 @@ def random_outline(class_id: int, width: int, height: int, rng: np.random.Genera
     low, high = _LONG_SIDE
     long_side = _log_uniform(rng, min(low, 0.3 * short), min(high, 0.6 * short))
     corners = _unit_outline(CLASSES[class_id], rng) * (long_side / 2)
-    corners = np.stack(_rotate(*corners.T, rng.uniform(0, 2 * np.pi)), axis=1)
+    x, y = corners.T
+    corners = np.stack(_rotate(x, y, rng.uniform(0, 2 * np.pi)), axis=1)
     return corners + rng.uniform(0, 1, 2) * (width, height)
 
 

@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -39,7 +40,9 @@ FIRST_ID = {'train': 1, 'val': 1_000_001}
 # ----------------------------------------------------------------------------------------------
 # Files
 # ----------------------------------------------------------------------------------------------
-def _annotation(annotation_id: int, image_id: int, class_id: int, mask: np.ndarray) -> dict:
+def _annotation(
+    annotation_id: int, image_id: int, class_id: int, mask: np.ndarray
+) -> dict[str, Any]:
     """Returns one COCO annotation; all its numbers come from the run-length code itself."""
     rle = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
     return {
@@ -72,17 +75,19 @@ def _jpeg_bytes(image: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def _write_json(path: Path, content: dict) -> None:
+def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content) + '\n', encoding='utf-8')
 
 
 def _write_split(
-    folder: Path, split: str, count: int, parameters: dict, report: Callable[[], None]
+    folder: Path, split: str, count: int, parameters: dict[str, Any], report: Callable[[], None]
 ) -> list[str]:
     """Draws one split into both layouts; returns its file names without suffix."""
     coco, voc = folder / 'coco', folder / 'VOCdevkit' / 'VOC2012'
     width, height = parameters['size']
-    names, images, annotations = [], [], []
+    names: list[str] = []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for index in range(count):
         image_id = FIRST_ID[split] + index
         name = f'{image_id:012d}'
@@ -121,7 +126,7 @@ def _write_split(
 
 
 def _write_dataset(
-    folder: Path, parameters: dict, progress: Callable[[int, int], None] | None
+    folder: Path, parameters: dict[str, Any], progress: Callable[[int, int], None] | None
 ) -> None:
     """Writes the whole data set into a new folder, its stamp last."""
     voc = folder / 'VOCdevkit' / 'VOC2012'
@@ -153,7 +158,7 @@ def _write_dataset(
     _write_json(folder / STAMP, parameters)
 
 
-def _is_there(root: Path, parameters: dict) -> bool:
+def _is_there(root: Path, parameters: dict[str, Any]) -> bool:
     """Returns whether the very data set is at `root`; raises if something else is."""
     if not root.exists():
         return False
@@ -181,7 +186,7 @@ def _is_there(root: Path, parameters: dict) -> bool:
 
 
 def draw_dataset(
-    root: str | os.PathLike = 'data/shapes',
+    root: str | os.PathLike[str] = 'data/shapes',
     num_train: int = NUM_TRAIN,
     num_val: int = NUM_VAL,
     size: Sequence[int] = (192, 160),

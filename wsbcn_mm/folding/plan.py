@@ -1,36 +1,19 @@
-"""Folding for inference: what is constant in evaluation is computed once.
-
-In evaluation the standardized weight of a WS convolution is a constant, and BCN's batch stage is an
-affine map per channel with constants. Behind a convolution both go into its weight and bias:
-
-    BCN(conv(x, w)) = GN(a (conv(x, w) + bias - mu) + b) = GN(conv(x, a w) + a (bias - mu) + b)
-
-with ``a = batch_weight / sqrt(running_var + eps)`` and ``b = batch_bias``. What remains is a plain
-torch convolution and a plain `nn.GroupNorm`, whose scale and shift per group are written out per
-channel. The map acts on the convolution's output, so its padding does not matter; in front of a
-convolution (pre-activation order) it would, and nothing is folded there.
-
-Which norm follows which convolution is not guessed from names: the model runs once, and every
-operation that reads a convolution's output is watched. A pair is folded when every output of the
-convolution goes to that norm and nowhere else, and every input of the norm comes from there.
-"""
+"""What can be folded in a model, and what cannot, with the reason."""
 
 import copy
 import warnings
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
-from torch.utils._pytree import tree_leaves
 
+from wsbcn_mm.folding import new_layers
+from wsbcn_mm.folding.evidence import Evidence, Run, watched
 from wsbcn_mm.layers import BatchChannelNorm, WeightStandardized
-from wsbcn_mm.structure import Call, Watch, holders_of
-
-Run = Callable[[nn.Module], object]
+from wsbcn_mm.structure import Call, holders_of
 
 
 @dataclass(frozen=True)
@@ -74,31 +57,32 @@ class Plan:
     def apply(self, model: nn.Module, plain: bool = False) -> nn.Module:
         """A folded copy of the model, in evaluation mode; see `fold`."""
         folded = _evaluating_copy(model)
-        new, at_one_place = {}, {}
+        new: dict[nn.Module, nn.Module] = {}
+        at_one_place: dict[str, _ConvNd] = {}
         for step in self.folds:
             norm = None if step.norm is None else folded.get_submodule(step.norm)
             for name in step.convs:
-                conv = folded.get_submodule(name)
-                plain_conv = _plain_conv(conv) if norm is None else _conv_with(conv, norm)
+                conv = _conv_at(folded, name)
+                plain_conv = new_layers.folded_conv(conv, norm)
                 if step.shared:
                     at_one_place[name] = plain_conv
                 else:
                     new[conv] = plain_conv
             if isinstance(norm, BatchChannelNorm):
-                new[norm] = _group_norm(norm)
+                new[norm] = new_layers.group_norm(norm)
             elif norm is not None:
                 new[norm] = nn.Identity().eval()
         if plain:
             for name in self.left.keys() - self.fixed:
                 layer = folded.get_submodule(name)
                 if isinstance(layer, BatchChannelNorm):
-                    new[layer] = nn.Sequential(_batch_norm(layer), _group_norm(layer)).eval()
+                    new[layer] = new_layers.both_stages(layer)
                 else:
-                    new[layer] = _conv_with_raw_weight(layer)
-        folded = _replace(folded, new)
-        for name, conv in at_one_place.items():
+                    new[layer] = new_layers.conv_with_raw_weight(_conv_at(folded, name))
+        folded = new_layers.replace(folded, new)
+        for name, plain_conv in at_one_place.items():
             holder, _, attribute = name.rpartition('.')
-            folded.get_submodule(holder)._modules[attribute] = conv
+            folded.get_submodule(holder)._modules[attribute] = plain_conv
         return folded
 
 
@@ -166,7 +150,7 @@ def plan(model: nn.Module, inputs: object = None, run: Run | None = None) -> Pla
         raise ValueError('give inputs or run, not both')
     work = _evaluating_copy(model)
     names = {module: name for name, module in work.named_modules()}
-    evidence = _Evidence()
+    evidence = Evidence()
     if inputs is not None:
         arguments = inputs if isinstance(inputs, tuple) else (inputs,)
         evidence.add(work, lambda module: module(*arguments))
@@ -176,6 +160,12 @@ def plan(model: nn.Module, inputs: object = None, run: Run | None = None) -> Pla
     return _decide(work, names, evidence)
 
 
+def _conv_at(model: nn.Module, name: str) -> _ConvNd:
+    conv = model.get_submodule(name)
+    assert isinstance(conv, _ConvNd)
+    return conv
+
+
 def _evaluating_copy(model: nn.Module) -> nn.Module:
     model = copy.deepcopy(model)
     model.eval()  # OpenMMLab's backbones answer None
@@ -183,90 +173,20 @@ def _evaluating_copy(model: nn.Module) -> nn.Module:
 
 
 # ----------------------------------------------------------------------------------------------
-# What the run shows
-
-_ELSEWHERE = 'the result of the run'
-_HOLDS = 'no run calls it; something else reads its weight, without Weight Standardization'
-_GUESSES = 4  # registration order is seldom far from the order of use
-
-
-class _Evidence:
-    """Who read the output of every convolution, collected over one run or more.
-
-    Attributes:
-        calls: By convolution, what is known of every call.
-        inputs: By norm: one entry per call, the call of a convolution whose unchanged output came
-            in, or None.
-        leaks: Layers whose parameters something outside of them read.
-        failed: By module: why it could not be run on its own.
-    """
-
-    def __init__(self) -> None:
-        self.calls: dict[nn.Module, list[Call]] = defaultdict(list)
-        self.inputs: dict[nn.Module, list[Call | None]] = defaultdict(list)
-        self.leaks: set[nn.Module] = set()
-        self.failed: dict[nn.Module, str] = {}
-
-    def add(self, module: nn.Module, run: Run) -> None:
-        """Runs the module and remembers what was seen; nothing of a run that raises."""
-        watch = Watch(module)
-        with torch.no_grad(), watch:
-            result = run(module)
-            for leaf in tree_leaves(result):
-                if isinstance(leaf, Tensor) and leaf in watch.outputs:
-                    watch.outputs[leaf].readers.append(_ELSEWHERE)
-        for call in watch.calls:
-            self.calls[call.conv].append(call)
-        for norm, call in watch.inputs:
-            self.inputs[norm].append(call)
-        self.leaks |= watch.leaks
-
-    def explore(self, module: nn.Module) -> None:
-        """Runs what no run has reached yet: the module, or its parts where it does not run."""
-        if _watched(module) or not any(self._is_open(m) for m in module.modules()):
-            return
-        for x in _guess_inputs(module):
-            try:
-                self.add(module, lambda module, x=x: module(x))
-            except Exception as error:  # noqa: BLE001  whatever a module raises that wants other arguments
-                self.failed[module] = f'{type(error).__name__}: {error}'.partition('\n')[0]
-            else:
-                break
-        for child in module.children():
-            self.explore(child)
-
-    def _is_open(self, module: nn.Module) -> bool:
-        kind = (WeightStandardized, BatchChannelNorm)
-        seen = (self.calls, self.inputs, self.leaks)
-        return isinstance(module, kind) and not any(module in some for some in seen)
-
-
-def _watched(module: nn.Module) -> bool:
-    return isinstance(module, (_ConvNd, BatchChannelNorm, _BatchNorm))
-
-
-def _guess_inputs(module: nn.Module) -> list[Tensor]:
-    """Random inputs that a module may take: one per number of channels that a convolution wants."""
-    inputs = {}
-    for conv in module.modules():
-        if isinstance(conv, _ConvNd):
-            weight = conv.weight
-            # Large enough for the strides of a backbone, odd in one axis.
-            size = {1: (67,), 2: (64, 67), 3: (16, 16, 17)}[weight.dim() - 2]
-            generator = torch.Generator().manual_seed(0)
-            x = torch.randn(2, conv.in_channels, *size, generator=generator)
-            inputs.setdefault(x.shape, x.to(weight.device, weight.dtype))
-    return list(inputs.values())[:_GUESSES]
-
-
-# ----------------------------------------------------------------------------------------------
 # Decisions
 
+_HOLDS = 'no run calls it; something else reads its weight, without Weight Standardization'
 
-def _decide(root: nn.Module, names: dict[nn.Module, str], evidence: _Evidence) -> Plan:
+
+Names = Mapping[nn.Module, str]
+
+
+def _decide(root: nn.Module, names: Names, evidence: Evidence) -> Plan:
     fixed = _fixed(root, evidence)
     holders = holders_of(root)
-    folds, left, done = [], {}, set()
+    folds: list[Fold] = []
+    left: dict[str, str] = {}
+    done: set[nn.Module] = set()
     for norm, name in names.items():
         ours = isinstance(norm, BatchChannelNorm)
         if not ours and not (isinstance(norm, _BatchNorm) and norm in evidence.inputs):
@@ -281,16 +201,19 @@ def _decide(root: nn.Module, names: dict[nn.Module, str], evidence: _Evidence) -
             folds.append(Fold(tuple(names[conv] for conv in convs), name))
             done.update(convs)
         elif reason is None and all(_splits(norm, c, evidence, holders) for c in convs):
-            places = dict.fromkeys((call.conv, call.holder) for call in calls)
+            # Every call is one of a convolution, or there would be a reason; those that are shared
+            # have holders.
+            places = dict.fromkeys((c.conv, c.holder) for c in calls if c is not None)
             paths = (
                 f'{names[holder]}.{attribute}'.lstrip('.')
                 for conv, holder in places
+                if holder is not None
                 for attribute, child in holder.named_children()
                 if child is conv
             )
             folds.append(Fold(tuple(paths), name, shared=True))
         elif ours:
-            left[name] = reason or next(filter(None, whole))
+            left[name] = reason or next(why for why in whole if why is not None)
     for conv, name in names.items():
         if isinstance(conv, WeightStandardized) and conv not in done:
             if conv in fixed:
@@ -302,7 +225,12 @@ def _decide(root: nn.Module, names: dict[nn.Module, str], evidence: _Evidence) -
 
 
 def _why_not_at_all(
-    norm: nn.Module, calls: list, convs: list, names: dict, evidence: _Evidence, fixed: dict
+    norm: nn.Module,
+    calls: Sequence[Call | None],
+    convs: Sequence[_ConvNd],
+    names: Names,
+    evidence: Evidence,
+    fixed: Mapping[nn.Module, str],
 ) -> str | None:
     """Why a norm cannot be folded into the convolutions in front of it, whoever else uses them."""
     if norm in fixed:
@@ -321,14 +249,14 @@ def _why_not_at_all(
     for conv in convs:
         if conv in fixed:
             return f'{names[conv]} cannot be replaced: {fixed[conv]}'
-        if not _is_linear_in_its_weight(conv):
+        if not new_layers.is_linear_in_its_weight(conv):
             kind = type(conv).__name__
             return f'{names[conv]}, a {kind}, computes with something else than its weight'
     return None
 
 
 def _why_not_whole(
-    norm: nn.Module, conv: nn.Module, names: dict, evidence: _Evidence
+    norm: nn.Module, conv: nn.Module, names: Names, evidence: Evidence
 ) -> str | None:
     """Where an output of the convolution goes, if not to the norm alone."""
     for call in evidence.calls[conv]:
@@ -340,7 +268,12 @@ def _why_not_whole(
     return None
 
 
-def _splits(norm: nn.Module, conv: nn.Module, evidence: _Evidence, holders: dict) -> bool:
+def _splits(
+    norm: nn.Module,
+    conv: nn.Module,
+    evidence: Evidence,
+    holders: Mapping[nn.Module, list[nn.Module]],
+) -> bool:
     """Whether the holders of a shared convolution may get convolutions of their own.
 
     All of them were seen to run it, and those that use the norm put nothing else behind it.
@@ -354,7 +287,7 @@ def _splits(norm: nn.Module, conv: nn.Module, evidence: _Evidence, holders: dict
     )
 
 
-def _fixed(root: nn.Module, evidence: _Evidence) -> dict[nn.Module, str]:
+def _fixed(root: nn.Module, evidence: Evidence) -> dict[nn.Module, str]:
     """Layers that cannot be replaced without changing what happens around them."""
     found = {
         layer: _HOLDS
@@ -363,11 +296,11 @@ def _fixed(root: nn.Module, evidence: _Evidence) -> dict[nn.Module, str]:
         for layer in evidence.leaks
     }
     for module in root.modules():
-        if _hooks(module) and _watched(module):
+        if _hooks(module) and watched(module):
             found[module] = 'it has hooks, which a new layer would not have'
         for attribute, value in vars(module).items():
             for layer in _modules_in(value) if attribute != '_modules' else ():
-                if _watched(layer):
+                if watched(layer):
                     kind = type(module).__name__
                     found[layer] = f'attribute {attribute!r} of a {kind} refers to it as well'
     return found
@@ -386,119 +319,3 @@ def _modules_in(value: object) -> Iterator[nn.Module]:
         yield from (item for item in value.values() if isinstance(item, nn.Module))
     elif isinstance(value, (list, tuple, set)):
         yield from (item for item in value if isinstance(item, nn.Module))
-
-
-@torch.no_grad()
-def _is_linear_in_its_weight(conv: nn.Module) -> bool:
-    """Whether scaling a convolution's weight and adding a bias does that to its output.
-
-    Torch's own do. A subclass may compute its weight (mmcv's ConvWS): that is found out by trying.
-    A parametrized one does.
-    """
-    if hasattr(conv, 'parametrizations') and not isinstance(conv, WeightStandardized):
-        return False
-    if isinstance(conv, WeightStandardized) or type(conv).__module__ == 'torch.nn.modules.conv':
-        return True
-    conv = copy.deepcopy(conv).double()
-    scale = torch.linspace(0.5, 2, conv.out_channels, dtype=torch.float64).to(conv.weight.device)
-    (x,) = _guess_inputs(conv)
-    expected = conv(x) * scale.view(-1, *[1] * (x.dim() - 2)) + scale.view(-1, *[1] * (x.dim() - 2))
-    found = _scale(conv, scale, scale)(x)
-    return found.shape == expected.shape and torch.allclose(found, expected, 1e-9, 1e-9)
-
-
-# ----------------------------------------------------------------------------------------------
-# New layers
-
-
-def _conv_with(conv: nn.Module, norm: nn.Module) -> nn.Module:
-    """The convolution followed by BCN's batch stage, or by BatchNorm: one plain convolution."""
-    mean, var, weight, bias, eps = _affine_of(norm)
-    scale = weight.double() / (var.double() + eps).sqrt()
-    shift = bias.double() - mean.double() * scale
-    return _scale(_plain_conv(conv, torch.float64), scale, shift, conv.weight.dtype)
-
-
-def _affine_of(norm: nn.Module) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
-    if isinstance(norm, BatchChannelNorm):
-        statistics, weight, bias = norm.bn, norm.batch_weight, norm.batch_bias
-    else:
-        statistics, weight, bias = norm, norm.weight, norm.bias
-    mean, var = statistics.running_mean, statistics.running_var
-    weight = torch.ones_like(var) if weight is None else weight
-    return mean, var, weight, torch.zeros_like(mean) if bias is None else bias, norm.eps
-
-
-def _plain_conv(conv: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """The convolution without Weight Standardization.
-
-    Its weight is the one the layer itself computes: networks without trained statistics enlarge the
-    rounding of another one a thousand times.
-    """
-    plain = conv.to_plain() if isinstance(conv, WeightStandardized) else copy.deepcopy(conv)
-    plain.requires_grad_(conv.weight.requires_grad)
-    return _like(plain.to(dtype or conv.weight.dtype), conv)
-
-
-def _conv_with_raw_weight(conv: nn.Module) -> nn.Module:
-    """A plain convolution that holds the parameters of a WS convolution as they are."""
-    plain = _plain_conv(conv)
-    plain.weight.copy_(conv.weight)
-    return plain
-
-
-def _like(new: nn.Module, conv: nn.Module) -> nn.Module:
-    weight = conv.weight
-    layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(weight.dim())
-    if layout is None or weight.is_contiguous():
-        return new
-    return new.to(memory_format=layout) if weight.is_contiguous(memory_format=layout) else new
-
-
-def _scale(
-    conv: nn.Module, scale: Tensor, shift: Tensor, dtype: torch.dtype = torch.float64
-) -> nn.Module:
-    """``scale * conv(x) + shift`` per output channel as one convolution, of the given dtype."""
-    new = copy.deepcopy(conv)
-    weight = conv.weight
-    if conv.transposed:  # (C_in, C_out / groups, *k), C_in and C_out both by group
-        by_group = weight.unflatten(0, (conv.groups, -1))
-        per_channel = scale.view(conv.groups, 1, -1, *[1] * (weight.dim() - 2))
-        weight = (by_group * per_channel).flatten(0, 1)
-    else:
-        weight = weight * scale.view(-1, *[1] * (weight.dim() - 1))
-    bias = shift if conv.bias is None else conv.bias * scale + shift
-    requires_grad = conv.weight.requires_grad
-    new.weight = nn.Parameter(weight.to(dtype), requires_grad)
-    new.bias = nn.Parameter(bias.to(dtype), requires_grad)
-    return _like(new, conv)
-
-
-def _group_norm(norm: BatchChannelNorm) -> nn.GroupNorm:
-    """BCN's channel stage; its scale and shift per group written out per channel."""
-    like = dict(device=norm.batch_weight.device, dtype=norm.batch_weight.dtype)
-    affine = norm.weight is not None
-    new = nn.GroupNorm(norm.num_groups, norm.num_channels, norm.eps, affine, **like)
-    if affine:
-        for target, source in ((new.weight, norm.weight), (new.bias, norm.bias)):
-            target.copy_(source.repeat_interleave(norm.num_channels // source.numel()))
-            target.requires_grad_(source.requires_grad)
-    return new.eval()
-
-
-def _batch_norm(norm: BatchChannelNorm) -> _BatchNorm:
-    """BCN's batch stage in evaluation."""
-    new = norm._bn_class(norm.num_channels, norm.eps).to(norm.batch_weight)
-    statistics = norm.bn.state_dict()
-    new.load_state_dict(dict(statistics, weight=norm.batch_weight, bias=norm.batch_bias))
-    return new.eval()
-
-
-def _replace(root: nn.Module, new: dict[nn.Module, nn.Module]) -> nn.Module:
-    """Puts new modules wherever the tree refers to the old ones."""
-    modules: Iterable[nn.Module] = list(root.modules())
-    for module in modules:
-        for name, child in module._modules.items():
-            if child in new:
-                module._modules[name] = new[child]
-    return new.get(root, root)

@@ -1,0 +1,92 @@
+"""Who reads the output of a convolution: seen in runs of the model, or of its parts."""
+
+from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+from torch.utils._pytree import tree_leaves
+
+from wsbcn_mm.layers import BatchChannelNorm, WeightStandardized
+from wsbcn_mm.structure import Call, Watch
+
+Run = Callable[[nn.Module], object]
+
+_ELSEWHERE = 'the result of the run'
+_GUESSES = 4  # registration order is seldom far from the order of use
+
+
+class Evidence:
+    """Who read the output of every convolution, collected over one run or more.
+
+    Attributes:
+        calls: By convolution, what is known of every call.
+        inputs: By norm: one entry per call, the call of a convolution whose unchanged output came
+            in, or None.
+        leaks: Layers whose parameters something outside of them read.
+        failed: By module: why it could not be run on its own.
+    """
+
+    def __init__(self) -> None:
+        self.calls: dict[nn.Module, list[Call]] = defaultdict(list)
+        self.inputs: dict[nn.Module, list[Call | None]] = defaultdict(list)
+        self.leaks: set[nn.Module] = set()
+        self.failed: dict[nn.Module, str] = {}
+
+    def add(self, module: nn.Module, run: Run) -> None:
+        """Runs the module and remembers what was seen; nothing of a run that raises."""
+        watch = Watch(module)
+        with torch.no_grad(), watch:
+            result = run(module)
+            for leaf in tree_leaves(result):
+                if isinstance(leaf, Tensor) and leaf in watch.outputs:
+                    watch.outputs[leaf].readers.append(_ELSEWHERE)
+        for call in watch.calls:
+            self.calls[call.conv].append(call)
+        for norm, seen in watch.inputs:
+            self.inputs[norm].append(seen)
+        self.leaks |= watch.leaks
+
+    def explore(self, module: nn.Module) -> None:
+        """Runs what no run has reached yet: the module, or its parts where it does not run."""
+        if watched(module) or not any(self._is_open(m) for m in module.modules()):
+            return
+        for x in guess_inputs(module):
+            try:
+                self.add(module, partial(_call, x=x))
+            except Exception as error:  # noqa: BLE001  whatever a module raises that wants other arguments
+                self.failed[module] = f'{type(error).__name__}: {error}'.partition('\n')[0]
+            else:
+                break
+        for child in module.children():
+            self.explore(child)
+
+    def _is_open(self, module: nn.Module) -> bool:
+        kind = (WeightStandardized, BatchChannelNorm)
+        seen = (self.calls, self.inputs, self.leaks)
+        return isinstance(module, kind) and not any(module in some for some in seen)
+
+
+def _call(module: nn.Module, x: Tensor) -> object:
+    return module(x)
+
+
+def watched(module: nn.Module) -> bool:
+    return isinstance(module, (_ConvNd, BatchChannelNorm, _BatchNorm))
+
+
+def guess_inputs(module: nn.Module) -> list[Tensor]:
+    """Random inputs that a module may take: one per number of channels that a convolution wants."""
+    inputs: dict[tuple[int, ...], Tensor] = {}
+    for conv in module.modules():
+        if isinstance(conv, _ConvNd):
+            weight = conv.weight
+            # Large enough for the strides of a backbone, odd in one axis.
+            size = {1: (67,), 2: (64, 67), 3: (16, 16, 17)}[weight.dim() - 2]
+            generator = torch.Generator().manual_seed(0)
+            x = torch.randn(2, conv.in_channels, *size, generator=generator)
+            inputs.setdefault(tuple(x.shape), x.to(weight.device, weight.dtype))
+    return list(inputs.values())[:_GUESSES]
