@@ -155,7 +155,8 @@ class WeightStandardized(_Base):
 
     def extra_repr(self) -> str:
         """Torch's line, followed by eps and formula."""
-        return f'{super().extra_repr()}, eps={self.eps}, formula={self.formula!r}'
+        torchs = super().extra_repr()  # type: ignore[no-untyped-call]
+        return f'{torchs}, eps={self.eps}, formula={self.formula!r}'
 
 
 _CONV_DOC = """{name} with Weight Standardization (arXiv 1903.10520, equations 5-7).
@@ -225,15 +226,14 @@ class WSConvTranspose2d(WeightStandardized, nn.ConvTranspose2d):
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """Transposed convolution with the standardized weight; shapes as in torch's."""
         self._check_device(input)
-        output_padding = self._output_padding(
-            input, output_size, self.stride, self.padding, self.kernel_size, 2, self.dilation
-        )
+        sizes: list[Any] = [self.stride, self.padding, self.kernel_size, 2, self.dilation]
+        output_padding = self._output_padding(input, output_size, *sizes)
         return F.conv_transpose2d(
             input,
             self.standardized_weight(),
             self.bias,
             self.stride,
-            self.padding,
+            self.padding,  # type: ignore[arg-type]  # never a str: transposed ones have no 'same'
             output_padding,
             self.groups,
             self.dilation,

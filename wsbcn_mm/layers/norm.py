@@ -128,7 +128,7 @@ class BatchChannelNorm(_Base):
         return counts
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: bool, **kwargs: bool) -> nn.Module:
-        super()._apply(fn, *args, **kwargs)
+        super()._apply(fn, *args, **kwargs)  # type: ignore[no-untyped-call]
         if self.bn.running_mean is not None:
             self.counts  # noqa: B018  they move now, not within somebody's CUDA graph
         return self

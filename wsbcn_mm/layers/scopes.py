@@ -93,7 +93,7 @@ def drop_abandoned() -> None:
 def _is_transformed() -> bool:
     """Whether operators are traced, watched or transformed, and results are not what they seem."""
     return (
-        torch.jit.is_tracing()
+        torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
     )
