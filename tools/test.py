@@ -49,6 +49,7 @@ def configure(args: argparse.Namespace) -> Config:
     if args.out is not None:
         command_line.keep_predictions(cfg, args.out)
     config.add_hook(cfg, dict(type='CheckpointReportHook', strict=True))
+    config.add_hook(cfg, dict(type='DataCheckHook'))
     command_line.prepare_distributed(cfg, args.launcher)
     return cfg
 
@@ -56,18 +57,22 @@ def configure(args: argparse.Namespace) -> Config:
 def main() -> None:
     """Reads the config, loads the checkpoint, evaluates."""
     args = parse_args()
-    from wsbcn_mm.openmmlab import command_line, compat
+    from wsbcn_mm.openmmlab import command_line, compat, preflight
     from wsbcn_mm.openmmlab.checkpoints import CheckpointMismatch, CheckpointRefused
 
     with command_line.errors_in_one_line():
         cfg = configure(args)
-    runner = command_line.build_runner(cfg)
     try:
-        runner.test()
+        command_line.build_runner(cfg).test()
     except CheckpointMismatch as error:
         sys.exit(f'error: {cfg.load_from}: {error}')
     except (CheckpointRefused, compat.DataError) as error:
         sys.exit(f'error: {error}')
+    except Exception:
+        damaged = preflight.damaged_annotations(cfg, 'test_dataloader')
+        if not damaged:
+            raise
+        sys.exit('error: ' + '\n'.join(damaged))
 
 
 if __name__ == '__main__':

@@ -54,10 +54,12 @@ def configure(args: argparse.Namespace) -> Config:
             print(f'not resumed from: {line}', file=sys.stderr)
     elif cfg.get('load_from'):
         checkpoints.check_checkpoint(cfg.load_from)
+    preflight.check_amp(cfg)
     preflight.check_pretrained(cfg)
     preflight.check_data(cfg, 'train_dataloader', 'val_dataloader')
     command_line.harden(cfg)
     config.add_hook(cfg, dict(type='CheckpointReportHook'))
+    config.add_hook(cfg, dict(type='DataCheckHook'))
     command_line.prepare_distributed(cfg, args.launcher)
     return cfg
 

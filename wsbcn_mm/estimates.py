@@ -83,7 +83,7 @@ def skipped_updates(model: nn.Module) -> dict[str, int]:
 
 
 def rate_of_step(
-    rate: float, images: int = 1, seen: int | None = None, lr_ratio: float = 1.0
+    rate: float, images: float = 1, seen: int | None = None, lr_ratio: float = 1.0
 ) -> float:
     """The rate of one step: a memory measured in images, whatever the number of images per step.
 

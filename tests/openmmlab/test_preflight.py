@@ -5,6 +5,9 @@ import pytest
 pytest.importorskip('mmengine', reason="configs are mmengine's")
 pytest.importorskip('mmcv', reason='a config is not read without mmcv')
 
+import json
+
+import torch
 from mmengine.config import Config
 
 from wsbcn_mm.openmmlab import preflight
@@ -80,3 +83,55 @@ def test_check_data_lets_the_embedded_dataset_draw_itself(tmp_path):
     cfg = Config(dict(default_scope='mmdet', train_dataloader=dict(dataset=dataset)))
     preflight.check_data(cfg, 'train_dataloader')
     assert not (tmp_path / 'absent').exists()
+
+
+def test_check_data_leaves_alone_what_the_host_reads_otherwise(tmp_path):
+    """Storage with a prefix or a backend, test data without masks."""
+    for change in (
+        dict(data_root='s3://bucket/coco/'),
+        dict(ann_file='store://bucket/a.json', data_prefix=dict(img='store://bucket/images')),
+        dict(backend_args=dict(backend='petrel', path_mapping={'data/': 's3://'})),
+    ):
+        cfg = Config(dict(train_dataloader=dict(dataset={**coco(tmp_path), **change})))
+        preflight.check_data(cfg, 'train_dataloader')
+    dataset = dict(voc(tmp_path), ann_file='', pipeline=[dict(type='LoadImageFromFile')])
+    (tmp_path / 'JPEGImages').mkdir()
+    cfg = Config(dict(test_dataloader=dict(dataset=dataset)))
+    preflight.check_data(cfg, 'test_dataloader')
+    dataset['pipeline'].append(dict(type='LoadAnnotations'))
+    cfg = Config(dict(test_dataloader=dict(dataset=dataset)))
+    with pytest.raises(FileNotFoundError, match='SegmentationClass'):
+        preflight.check_data(cfg, 'test_dataloader')
+
+
+def test_a_home_folder_is_found_where_the_host_finds_it(tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    torch.save(dict(weight=torch.zeros(1)), tmp_path / 'a.pth')
+    init = dict(type='Pretrained', checkpoint='~/a.pth')
+    preflight.check_pretrained(Config(dict(model=dict(backbone=dict(init_cfg=init)))))
+    init['checkpoint'] = '~/b.pth'
+    with pytest.raises(FileNotFoundError, match=r'model\.backbone starts from ~/b\.pth'):
+        preflight.check_pretrained(Config(dict(model=dict(backbone=dict(init_cfg=init)))))
+
+
+def test_mixed_precision_without_a_gpu_is_one_sentence(monkeypatch):
+    cfg = Config(dict(optim_wrapper=dict(type='AmpOptimWrapper')))
+    monkeypatch.setattr(preflight, 'get_device', lambda: 'cpu')
+    with pytest.raises(ValueError, match='needs a GPU'):
+        preflight.check_amp(cfg)
+    preflight.check_amp(Config(dict(optim_wrapper=dict(type='OptimWrapper'))))
+    monkeypatch.setattr(preflight, 'get_device', lambda: 'cuda')
+    preflight.check_amp(cfg)
+
+
+@pytest.mark.parametrize('key', preflight.ANNOTATION_KEYS)
+def test_annotations_that_lack_a_key_are_named_after_a_failure(key, tmp_path):
+    whole = dict(id=5, image_id=1, category_id=1, bbox=[0, 0, 2, 2], area=4, iscrowd=0)
+    part = {name: value for name, value in whole.items() if name != key}
+    path = tmp_path / 'a.json'
+    cfg = Config(dict(test_dataloader=dict(dataset=dict(type='CocoDataset', ann_file=str(path)))))
+    for annotations, found in ([whole], 0), ([whole, part], 1):
+        path.write_text(json.dumps(dict(images=[], annotations=annotations)))
+        lines = preflight.damaged_annotations(cfg, 'test_dataloader')
+        assert len(lines) == found
+    assert f'1 annotations without {key!r} (first id 5)' in lines[0]

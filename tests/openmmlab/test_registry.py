@@ -83,5 +83,5 @@ def test_the_table_names_what_upstream_has():
 
 def test_the_hooks_are_there_on_import():
     names = [value for key, value in vars(registry).items() if key.endswith('_HOOK')]
-    assert len(names) == 5
+    assert len(names) == 6
     assert all(name in HOOKS.module_dict for name in names)

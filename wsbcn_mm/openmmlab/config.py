@@ -1,9 +1,12 @@
 """Configs: found, read, and the one walk over what their datasets wrap."""
 
 import ast
+from collections.abc import Iterator
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
+from mmengine import registry as registries
 from mmengine.config import Config
 from mmengine.registry import DATASETS
 
@@ -109,6 +112,51 @@ def _value(node: ast.expr) -> object:
 
 def _not_data(node: ast.AST) -> ValueError:
     return ValueError(f'the config is more than data: {ast.unparse(node)[:80]}')
+
+
+def foreign_config(text: str) -> Config:
+    """The config in somebody's checkpoint, such that its model can be built without running it.
+
+    `read_text` reads it. Building a model calls what its types name, and mmengine imports a name
+    that it does not know: here each of them must be registered by the hosts or by this package.
+
+    Raises:
+        ValueError: it is more than data, has no model of these hosts, or names something else.
+    """
+    cfg = read_text(text)
+    model = cfg.get('model')
+    if not isinstance(model, dict):
+        raise ValueError('the config has no model')
+    scope = cfg.get('default_scope') or str(model.get('type')).partition('.')[0]
+    if scope not in PACKAGE_OF_SCOPE:
+        raise ValueError(f'the config is of none of {", ".join(PACKAGE_OF_SCOPE)}: {scope!r}')
+    compat.require(scope)
+    import_module(f'{scope}.models')
+    known = {name for registry in vars(registries).values() for name in _registered(registry)}
+    for part in _dicts(model):
+        part.pop('_scope_', None)
+        for key in {'type', 'kind'} & part.keys():
+            name = str(part[key]).rpartition('.')[2]
+            if name not in known:
+                raise ValueError(f'the config names {part[key]!r}, which no host has registered')
+            part[key] = name
+    return Config(dict(cfg.to_dict(), default_scope=scope))
+
+
+def _registered(registry: object) -> Iterator[str]:
+    if isinstance(registry, registries.Registry):
+        yield from registry.module_dict
+        for child in registry.children.values():
+            yield from _registered(child)
+
+
+def _dicts(value: object) -> Iterator[dict]:
+    if isinstance(value, dict):
+        yield value
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _dicts(item)
 
 
 def with_names(cfg: Config) -> Config:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mmengine.config import Config
+from mmengine.device import get_device
 
 from wsbcn_mm.openmmlab.checkpoints import check_checkpoint, is_address
 from wsbcn_mm.openmmlab.config import PRETRAINED, dataset_class, datasets_of, type_name
@@ -112,8 +113,31 @@ def _pretrained(part: object, place: str) -> Iterator[tuple[str, dict]]:
             yield from _pretrained(value, f'{place}.{i}')
 
 
+def check_amp(cfg: Config) -> None:
+    """Raises where mixed precision is asked for on a machine that mmengine has it not on.
+
+    Raises:
+        ValueError: no GPU (or NPU, MLU, MUSA).
+    """
+    if type_name(cfg.get('optim_wrapper')) == 'AmpOptimWrapper' and get_device() in ('cpu', 'mps'):
+        raise ValueError(
+            f'automatic mixed precision needs a GPU, and this machine has {get_device()} alone\n'
+            "  train without --amp, with optim_wrapper.type='OptimWrapper'"
+        )
+
+
+# What mmdet and pycocotools read of every annotation, and what belongs there.
+ANNOTATION_KEYS = {
+    'image_id': 'the id of its image',
+    'category_id': 'the id of its category',
+    'bbox': '[x, y, width, height]',
+    'area': 'that of the mask, or width * height of the box',
+    'iscrowd': '0',
+}
+
+
 def damaged_annotations(cfg: Config, *loaders: str) -> list[str]:
-    """A line for each JSON annotation file of these loaders that cannot be parsed.
+    """A line for each JSON annotation file of these loaders that is damaged or lacks something.
 
     Reads them all: for the time after something has failed.
     """
@@ -123,8 +147,21 @@ def damaged_annotations(cfg: Config, *loaders: str) -> list[str]:
         if path.suffix == '.json' and path.is_file():
             try:
                 content = json.loads(path.read_bytes())
-                if not isinstance(content, dict):
-                    raise ValueError(f'a {type(content).__name__} instead of an object')
             except ValueError as error:
                 lines.append(f'{loader}: {path} is damaged: {error}')
+                continue
+            lines += [f'{loader}: {path} {reason}' for reason in _wrong_with(content)]
     return list(dict.fromkeys(lines))
+
+
+def _wrong_with(content: object) -> Iterator[str]:
+    if not isinstance(content, dict):
+        yield f'is damaged: a {type(content).__name__} instead of an object'
+        return
+    for key, value in ANNOTATION_KEYS.items():
+        lacking = [a for a in content.get('annotations') or [] if key not in a]
+        if lacking:
+            yield (
+                f'has {len(lacking)} annotations without {key!r} (first id '
+                f'{lacking[0].get("id")})\n  add it: {value}'
+            )

@@ -71,6 +71,7 @@ ESTIMATES_HOOK = 'EstimatesHook'
 PRECISE_STATS_HOOK = 'PreciseStatsHook'
 ATOMIC_CHECKPOINT_HOOK = 'AtomicCheckpointHook'
 CHECKPOINT_REPORT_HOOK = 'CheckpointReportHook'
+DATA_CHECK_HOOK = 'DataCheckHook'
 DIAGNOSTICS_HOOK = 'DiagnosticsHook'
 
 

@@ -1,3 +1,3 @@
-"""Hooks of mmengine: estimates, checkpoints, diagnostics. Registered when they are imported."""
+"""Hooks of mmengine: estimates, checkpoints, data, diagnostics. Registered on import."""
 
-from wsbcn_mm.openmmlab.hooks import checkpoints, diagnostics, estimates  # noqa: F401
+from wsbcn_mm.openmmlab.hooks import checkpoints, data, diagnostics, estimates  # noqa: F401

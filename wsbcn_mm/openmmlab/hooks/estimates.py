@@ -16,6 +16,7 @@ from mmengine.dist import get_dist_info
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.registry import HOOKS
+from torch.utils.data import DataLoader
 
 from wsbcn_mm.checks import check_choice
 from wsbcn_mm.estimates import layers_of, rate_of_step, skipped_updates, synchronize_estimates
@@ -98,8 +99,18 @@ class EstimatesHook(Hook):
             )
 
     @staticmethod
-    def _images_per_rank(loader) -> int:
-        return loader.batch_size or loader.batch_sampler.batch_size
+    def _images_per_rank(loader: DataLoader) -> float:
+        """Images of a step; on average where a sampler takes turns between sizes."""
+        size = loader.batch_size or getattr(loader.batch_sampler, 'batch_size', None)
+        if size is None:
+            print_log(
+                f'EstimatesHook: {type(loader.batch_sampler).__name__} does not say how many images'
+                ' a batch has; the rate is that of one',
+                'current',
+                logging.WARNING,
+            )
+            return 1
+        return sum(size) / len(size) if isinstance(size, (list, tuple)) else size
 
     def before_train_iter(self, runner, batch_idx: int, data_batch=None) -> None:
         """Sets the rates of this step."""

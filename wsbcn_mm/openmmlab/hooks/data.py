@@ -1,0 +1,177 @@
+"""What everybody gets wrong once in a data set, said before the first step instead of never.
+
+None of these raises in the hosts: labels shift, the metrics look fine or are all zero.
+"""
+
+import itertools
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+from torch import nn
+from torch.utils.data import ConcatDataset, Dataset
+
+from wsbcn_mm.openmmlab.compat import DataError, unwrapped
+
+IGNORED = 255  # what a mask says where it says nothing, in mmsegmentation
+FEW, MANY = 8, 200  # masks that are looked at
+
+
+@HOOKS.register_module()
+class DataCheckHook(Hook):
+    """Compares the data sets of a run with its model before anything is trained or evaluated.
+
+    Raises `DataError` where a setting cannot be meant; everything else runs as before:
+
+    - no image at all (a wrong ``img_suffix`` or folder);
+    - classes of the config that the annotation file does not have: the labels of those behind them
+      shift;
+    - a head with fewer classes than the data;
+    - masks that are pictures (RGB), that hold labels the config has no class for, or that are 0
+      and 255 alone: 255 means "ignore".
+    """
+
+    def before_train(self, runner: Runner) -> None:
+        """Looks at the data of training and of validation."""
+        self._check(runner, runner.train_loop, runner.val_loop)
+
+    def before_test(self, runner: Runner) -> None:
+        """Looks at the data of testing."""
+        self._check(runner, runner.test_loop)
+
+    @staticmethod
+    def _check(runner: Runner, *loops: Any) -> None:
+        model = unwrapped(runner.model)
+        for loop in loops:
+            loader = getattr(loop, 'dataloader', None)
+            for dataset in _inner(getattr(loader, 'dataset', None)):
+                check_dataset(dataset, model)
+
+
+def _inner(dataset: Any) -> Iterator[Any]:
+    """The data sets that read files, below the wrappers."""
+    if isinstance(dataset, ConcatDataset):
+        for part in dataset.datasets:
+            yield from _inner(part)
+    elif isinstance(getattr(dataset, 'dataset', None), Dataset):
+        yield from _inner(dataset.dataset)
+    elif getattr(dataset, 'metainfo', None) is not None:
+        yield dataset
+
+
+def check_dataset(dataset: Any, model: nn.Module) -> None:
+    """See `DataCheckHook`.
+
+    Args:
+        dataset: Of mmengine's BaseDataset, or anything else with ``metainfo``.
+        model: The model that shall take it.
+
+    Raises:
+        DataError: one sentence with the place and the mend.
+    """
+    kind = type(dataset).__name__
+    if len(dataset) == 0:
+        prefix = getattr(dataset, 'data_prefix', None) or {}
+        suffix = getattr(dataset, 'img_suffix', None)
+        raise DataError(
+            f'{kind} has no image: {getattr(dataset, "ann_file", "") or ""} {dict(prefix)}'
+            + (f'\n  img_suffix={suffix!r}: do the names end like that?' if suffix else '')
+        )
+    classes = dataset.metainfo.get('classes')
+    if not classes:
+        return
+    if isinstance(classes, str):
+        raise DataError(f'{kind}: classes is one text\n  add a comma: classes=({classes!r},)')
+    found = getattr(dataset, 'cat_ids', None)
+    if found is not None and len(found) < len(classes):
+        raise DataError(
+            f'{kind}: {len(classes)} classes in the config, and {dataset.ann_file} has '
+            f'{len(found)} of them\n  classes={tuple(classes)}: the labels of those behind a name '
+            'that it does not have shift\n  write the names as its `categories` do'
+        )
+    for name, module in _heads(model):
+        if module.num_classes < len(classes):
+            raise DataError(
+                f'{name} has num_classes={module.num_classes}, {kind} has {len(classes)} classes '
+                f'({", ".join(map(str, classes[:4]))}, ...)\n  set num_classes={len(classes)} there'
+            )
+    _check_masks(dataset, len(classes), {IGNORED, *_ignored(model)})
+
+
+def _heads(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The heads that tell the classes of the data apart."""
+    for name, module in model.named_modules():
+        # A region proposal tells objects from background; a backbone's classes are ImageNet's.
+        other = 'rpn' in name or 'backbone' in name or 'semantic' in name
+        number = getattr(module, 'num_classes', None)
+        if other or 'head' not in name or getattr(module, 'class_agnostic', False):
+            continue
+        if isinstance(number, int):
+            yield name, module
+
+
+def _ignored(model: nn.Module) -> Iterator[int]:
+    """The labels that the model's losses leave out."""
+    for module in model.modules():
+        number = getattr(module, 'ignore_index', None)
+        if isinstance(number, int):
+            yield number
+
+
+def _check_masks(dataset: Any, num_classes: int, ignored: set[int]) -> None:
+    read = _mask_reader(dataset)
+    if read is None:
+        return
+    seen: set[int] = set()
+    order = np.random.default_rng(0).permutation(len(dataset))[:MANY].tolist()
+    for i in itertools.islice(order, FEW):
+        seen |= _labels(*read(i), num_classes, ignored)
+    if dataset.reduce_zero_label:  # 0 and 255 are 1 and 0 in the file
+        return
+    more = iter(order[FEW:])
+    while seen == {0, IGNORED} and (i := next(more, None)) is not None:
+        seen |= _labels(*read(i), num_classes, ignored)
+    if seen == {0, IGNORED} and num_classes > 1:
+        raise DataError(
+            f'the masks of {type(dataset).__name__} ({read(order[0])[0]}, ...) are 0 and 255 '
+            'alone, and 255 means "ignore": nothing of the object would count\n'
+            '  write them as class numbers: 0 for the background, 1 for the object'
+        )
+
+
+def _labels(path: str, mask: np.ndarray, num_classes: int, ignored: set[int]) -> set[int]:
+    if mask.ndim != 2:
+        raise DataError(
+            f'{path} is a picture of shape {mask.shape}, not a mask with one class number per '
+            'pixel\n  convert colours to class numbers (a PNG with a palette holds them, too)'
+        )
+    labels = set(np.unique(mask).tolist())
+    wrong = sorted(label for label in labels - ignored if label >= num_classes)
+    if wrong:
+        raise DataError(
+            f'{path} holds the label {wrong[0]}, and the config has {num_classes} classes '
+            f'(labels 0 to {num_classes - 1}, {IGNORED} to ignore)\n  name all classes in '
+            'metainfo, or write the masks anew'
+        )
+    return labels
+
+
+def _mask_reader(dataset: Any) -> Callable[[int], tuple[str, np.ndarray]] | None:
+    """Reads a mask as the data set's pipeline does; None where it reads none."""
+    steps = getattr(getattr(dataset, 'pipeline', None), 'transforms', [])
+    load = next((s for s in steps if type(s).__name__ == 'LoadAnnotations'), None)
+    if load is None or not hasattr(dataset, 'seg_map_suffix') or not hasattr(dataset, 'label_map'):
+        return None  # not a segmentation of mmsegmentation
+
+    def read(index: int) -> tuple[str, np.ndarray]:
+        info = dataset.get_data_info(index)
+        path = info.get('seg_map_path')
+        if not path or not os.path.exists(path):
+            raise DataError(f'{type(dataset).__name__}: no mask {path} for {info.get("img_path")}')
+        return path, load(info)['gt_seg_map']
+
+    return read
