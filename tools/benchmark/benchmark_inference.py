@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(REPOSITORY / 'tools'), str(REPOSITORY)]  # also from a clone not installed
@@ -33,7 +34,7 @@ CONFIGS = {
 }
 BASE = 'conv + GN'
 # Names of norm and convolution; None: as the config has them.
-VARIANTS = {
+VARIANTS: dict[str, tuple[str, str] | None] = {
     'WS + BCN': None,
     'WS + BCN, folded': None,
     'WS + BCN, folded, onnxruntime': None,
@@ -91,7 +92,7 @@ class Network(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model = model
+        self.model: Any = model  # a host's: its methods are its own
 
     def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, ...]:
         if hasattr(self.model, 'decode_head'):
@@ -111,13 +112,14 @@ def build(config: str, variant: str, shape: tuple[int, int]) -> tuple[nn.Module,
 
     MMLogger.get_current_instance().setLevel('WARNING')  # it writes to stdout
     cfg = load_config(config)
-    if VARIANTS[variant] is not None:
-        replace_layers(cfg.model, *VARIANTS[variant])
+    names = VARIANTS[variant]
+    if names is not None:
+        replace_layers(cfg.model, *names)
     torch.manual_seed(0)
     plain.drop_pretrained(cfg.model)
-    model = inference.build_model(cfg)
+    model: Any = inference.build_model(cfg)
     model.init_weights()  # as a training begins: torch's own start is ill-conditioned
-    network = Network(model).requires_grad_(False)
+    network: nn.Module = Network(model).requires_grad_(False)
     network.eval()
     image = torch.randn(1, 3, *shape, generator=torch.Generator().manual_seed(0))
     if 'folded' in variant:
@@ -168,7 +170,9 @@ def caller(
 def _status(field: str) -> int:
     """A field of /proc/self/status in bytes."""
     text = Path('/proc/self/status').read_text()
-    return int(re.search(rf'^{field}:\s+(\d+) kB', text, re.MULTILINE)[1]) * 1024
+    found = re.search(rf'^{field}:\s+(\d+) kB', text, re.MULTILINE)
+    assert found is not None
+    return int(found[1]) * 1024
 
 
 def peak_memory(file: Path, shape: tuple[int, int], threads: int) -> int | None:
@@ -316,7 +320,7 @@ def main(arguments: list[str] | None = None) -> None:
         str(REPOSITORY / name): shape for name, shape in CONFIGS.items()
     }
     given = sys.argv[1:] if arguments is None else arguments
-    results = dict(
+    results: dict[str, Any] = dict(
         command=shlex.join(['python', 'tools/benchmark/benchmark_inference.py', *given]),
         date=time.strftime('%Y-%m-%d %H:%M:%S %z'),
         machine=describe_machine(torch.device('cpu')),

@@ -13,6 +13,7 @@ import shlex
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(REPOSITORY / 'tools'), str(REPOSITORY)]  # also from a clone not installed
@@ -112,7 +113,7 @@ def main(arguments: list[str] | None = None) -> None:
         device, [DTYPES[name] for name in args.dtype], args.layout, args.repeats, args.quick
     )
     given = sys.argv[1:] if arguments is None else arguments
-    results = dict(
+    results: dict[str, Any] = dict(
         command=shlex.join(['python', 'tools/benchmark/benchmark_layers.py', *given]),
         date=time.strftime('%Y-%m-%d %H:%M:%S %z'),
         machine=describe_machine(device),

@@ -10,6 +10,7 @@ import copy
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +39,8 @@ class Gate:
     """
 
     def __init__(self) -> None:
-        self.count, self.failures, self.worst = 0, [], 0.0
+        self.count, self.worst = 0, 0.0
+        self.failures: list[str] = []
 
     def compare(self, what: str, ours: Results, truth: Results, plain: Results) -> None:
         """Judges every result of ``truth`` by name; ``plain`` may lack some."""
@@ -129,16 +131,17 @@ def _norm_results(norm: nn.Module, forward: Callable, x: Tensor, cotangent: Tens
     return {'y': y.detach(), **more, 'gradient of x': x.grad, **gradients, **buffers}
 
 
-def _by_torch(norm: nn.Module, x: Tensor) -> Tensor:
+def _by_torch(norm: BatchChannelNorm2d, x: Tensor) -> Tensor:
     """F.batch_norm, then F.group_norm, with the statistics that the mode asks for."""
     mean, var = norm.bn.running_mean, norm.bn.running_var
+    rate: Any = norm.momentum
     use_batch = norm.training and norm.mode == 'batch'
     if norm.training and not use_batch:
-        updated = reference.update_estimates(x.double(), mean.double(), var.double(), norm.momentum)
+        updated = reference.update_estimates(x.double(), mean.double(), var.double(), rate)
         mean, var = (t.to(x.dtype) for t in updated)
     x1 = F.batch_norm(x, mean.clone(), var.clone(), norm.batch_weight, norm.batch_bias, use_batch)
-    outer = [reference.expand_groups(p, x.size(1)) for p in (norm.weight, norm.bias)]
-    return F.group_norm(x1, norm.num_groups, *outer)
+    weight, bias = (reference.expand_groups(p, x.size(1)) for p in (norm.weight, norm.bias))
+    return F.group_norm(x1, norm.num_groups, weight, bias)
 
 
 def _check_weight(gate, what, shape, formula, device, dtype, layout) -> None:
@@ -146,7 +149,7 @@ def _check_weight(gate, what, shape, formula, device, dtype, layout) -> None:
     conv = WSConv2d(shape[1], shape[0], shape[2:], formula=formula)
     with torch.no_grad():
         conv.weight.copy_((torch.randn(shape, generator=generator) * 0.05 + 0.02).to(dtype))
-    conv = conv.to(device).to(memory_format=LAYOUTS[layout])
+    conv = conv.to(device).to(memory_format=LAYOUTS[layout])  # type: ignore[call-overload]
     cotangent = torch.randn(shape, generator=generator)
     cotangent = cotangent.to(device, dtype, memory_format=LAYOUTS[layout])
     plain = partial(reference.weight_standardize, formula=formula)

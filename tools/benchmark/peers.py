@@ -6,6 +6,7 @@ import importlib
 from collections.abc import Callable
 from importlib.util import find_spec
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,17 +26,19 @@ def by_reference(norm: BatchChannelNorm2d, x: Tensor) -> Tensor:
 
     Computes in the dtype of x and of the buffers, and is differentiated by autograd.
     """
-    affine = (norm.batch_weight, norm.batch_bias, norm.weight, norm.bias)
+    parameters = ('batch_weight', 'batch_bias', 'weight', 'bias')
+    affine: dict[str, Any] = {n: getattr(norm, n).to(x.dtype) for n in parameters}
+    rate: Any = norm.momentum
     y, mean, var = reference.batch_channel_norm(
         x,
         norm.num_groups,
         norm.bn.running_mean,
         norm.bn.running_var,
-        *[p.to(x.dtype) for p in affine],
-        norm.training,
-        norm.mode,
-        norm.momentum,
-        norm.eps,
+        **affine,
+        training=norm.training,
+        mode=norm.mode,
+        momentum=rate,
+        eps=norm.eps,
     )
     with torch.no_grad():
         norm.bn.running_mean.copy_(mean)
@@ -121,7 +124,7 @@ def mmcv_conv() -> type[nn.Conv2d]:
 
 def mmcv_standardize() -> Callable[[Tensor], Tensor]:
     """The function of mmcv's ConvWS with its last step, the convolution, left out."""
-    module = importlib.import_module('mmcv.cnn.bricks.conv_ws')
+    module: Any = importlib.import_module('mmcv.cnn.bricks.conv_ws')
     weight_only = SimpleNamespace(conv2d=lambda _, weight, *__: weight)
 
     def standardize(weight: Tensor) -> Tensor:
@@ -156,7 +159,7 @@ class Bottleneck(nn.Module):
             conv(width, outputs, 1),
             norm(outputs),
         )
-        self.shortcut = nn.Identity()
+        self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or inputs != outputs:
             self.shortcut = nn.Sequential(conv(inputs, outputs, 1, stride=stride), norm(outputs))
 
@@ -217,7 +220,7 @@ def batch_channel_norm(channels: int) -> nn.Module:
 
 def backbones(width: int = 64) -> dict[str, Callable[[], nn.Module]]:
     """Makers of the ResNet-50s that are compared; ratios are to ``conv + GN``."""
-    pairs = {
+    pairs: dict[str, tuple[Callable | None, Callable]] = {
         'conv + BN': (nn.Conv2d, nn.BatchNorm2d),
         'conv + GN': (nn.Conv2d, group_norm),
         'mmcv ConvWS + GN': (None if mmcv_missing() else mmcv_conv(), group_norm),
@@ -227,7 +230,9 @@ def backbones(width: int = 64) -> dict[str, Callable[[], nn.Module]]:
         'WS + BCN': (WSConv2d, batch_channel_norm),
     }
     return {
-        name: functools.partial(ResNet50, *pair, width) for name, pair in pairs.items() if pair[0]
+        name: functools.partial(ResNet50, conv, norm, width)
+        for name, (conv, norm) in pairs.items()
+        if conv is not None
     }
 
 

@@ -5,11 +5,13 @@ there is nothing to return.
 """
 
 import copy
+import functools
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -105,7 +107,7 @@ def norm(settings: Settings) -> list[dict]:
     bandwidth = timing.copy_bandwidth(device, settings.repeats)
     show_progress(f'copy bandwidth {bandwidth / 1e9:.1f} GB/s')
     kinds = [(d, layout) for d in settings.dtypes for layout in settings.layouts]
-    rows = []
+    rows: list[dict] = []
     for dtype, layout in kinds:
         for shape in shapes:
             title = f'norm {len(rows) + 1}/{len(kinds) * len(shapes)}'
@@ -125,7 +127,7 @@ def _time_norms(settings, shape, dtype, layout, bandwidth) -> dict:
     x = (x + 1).requires_grad_()
     modules = peers.norms(shape[1], device, dtype)
     cases = {name: _norm_case(module, x, cotangent) for name, module in modules.items()}
-    times = timing.round_robin(cases, device, settings.repeats)
+    times: Any = timing.round_robin(cases, device, settings.repeats)
     timing.add_ratios(times, 'GN')
     size = x.numel() * x.element_size()
     for name, module in modules.items():
@@ -150,7 +152,7 @@ def _then_relu(module: nn.Module, x: Tensor) -> Callable[[], Tensor]:
     return lambda: torch.relu_(module(x))
 
 
-def _clear_gradients(tensors: list[Tensor]) -> None:
+def _clear_gradients(tensors: Sequence[Tensor]) -> None:
     for tensor in tensors:
         tensor.grad = None
 
@@ -164,7 +166,7 @@ def ws(settings: Settings) -> list[dict]:
 
     Weights are float32; in half precision the result is cast as autocast would do it.
     """
-    rows = []
+    rows: list[dict] = []
     for dtype in settings.dtypes:
         show_progress(f'ws {len(rows) + 1}/{len(settings.dtypes)}: {name_of(dtype)}')
         cases = _ws_cases(settings.device, dtype, QUICK_WIDTH if settings.quick else WIDTH)
@@ -179,21 +181,27 @@ def _ws_cases(device: torch.device, dtype: torch.dtype, width: int) -> dict[str,
     model = peers.ResNet50(WSConv2d, peers.group_norm, width).to(device)
     convs = [m for m in model.modules() if isinstance(m, WSConv2d)]
     cases = {'WS': standardizing(convs, dtype)}
-    by_hand = {'one-call WS': peers.one_call_standardize}
+    by_hand: dict[str, Callable] = {'one-call WS': peers.one_call_standardize}
     if not peers.mmcv_missing():
         by_hand['mmcv ConvWS'] = peers.mmcv_standardize()
     weights = [conv.weight for conv in convs]
     cotangents = [torch.randn_like(w, dtype=dtype) for w in weights]
     for name, standardize in by_hand.items():
         cases[name] = Case(
-            lambda standardize=standardize: [standardize(w).to(dtype) for w in weights],
+            functools.partial(_all_by_hand, standardize, weights, dtype),
             lambda outputs: torch.autograd.backward(outputs, cotangents),
             lambda: as_after_a_step(weights),
         )
     return cases
 
 
-def standardizing(convs: list[nn.Module], dtype: torch.dtype) -> Case:
+def _all_by_hand(
+    standardize: Callable, weights: Sequence[Tensor], dtype: torch.dtype
+) -> list[Tensor]:
+    return [standardize(w).to(dtype) for w in weights]
+
+
+def standardizing(convs: Sequence[WeightStandardized], dtype: torch.dtype) -> Case:
     """All work that our WS layers do in one training step, without the convolutions."""
     weights = [conv.weight for conv in convs]
     cotangents = [torch.randn_like(w, dtype=dtype) for w in weights]
@@ -209,7 +217,7 @@ def standardizing(convs: list[nn.Module], dtype: torch.dtype) -> Case:
     )
 
 
-def as_after_a_step(parameters: list[Tensor]) -> None:
+def as_after_a_step(parameters: Sequence[Tensor]) -> None:
     """Leaves parameters as an optimizer's step does: no gradients, and edited.
 
     Without the edit our layers would reuse the standardized weights of the step before.
@@ -229,7 +237,7 @@ def backbone(settings: Settings) -> list[dict]:
     device = settings.device
     sizes = [(800, 1333)] if device.type == 'cuda' else [(160, 192), (256, 320)]
     sizes = [(64, 64)] if settings.quick else sizes
-    rows = []
+    rows: list[dict] = []
     for layout in settings.layouts:
         models = {}
         makers = peers.backbones(QUICK_WIDTH if settings.quick else WIDTH)
@@ -238,7 +246,7 @@ def backbone(settings: Settings) -> list[dict]:
             models[name] = make().to(device)
             # mmcv's ConvWS raises with weights in channels_last; its activations can be.
             if not name.startswith('mmcv'):
-                models[name].to(memory_format=LAYOUTS[layout])
+                models[name].to(memory_format=LAYOUTS[layout])  # type: ignore[call-overload]
         for dtype in settings.dtypes:
             for size in sizes:
                 total = len(settings.layouts) * len(settings.dtypes) * len(sizes)
@@ -254,7 +262,7 @@ def _time_backbones(settings, models, size, dtype, layout) -> dict:
     generator = torch.Generator().manual_seed(0)
     image = torch.randn(1, 3, *size, generator=generator)
     image = image.to(device, memory_format=LAYOUTS[layout])
-    row = {}
+    row: dict = {}
 
     steps = {n: _training_step(m.train(), image, dtype) for n, m in models.items()}
     # In the same rounds: what our WS takes of a step.
@@ -283,7 +291,7 @@ def _time_backbones(settings, models, size, dtype, layout) -> dict:
 def _training_step(model: nn.Module, image: Tensor, dtype: torch.dtype) -> Case:
     parameters = list(model.parameters())
     generator = torch.Generator(image.device).manual_seed(0)
-    cotangents = []
+    cotangents: list[Tensor] = []
 
     def forward() -> list[Tensor]:
         with peers.autocast(image.device, dtype):
@@ -327,12 +335,12 @@ def detector(settings: Settings) -> dict:
     except ImportError as error:
         raise Skipped(str(error).replace('\n', ';')) from None
     group_norm = dict(type='GN', num_groups=16, requires_grad=True)
-    variants = {
+    variants: dict[str, dict] = {
         'GN': dict(norm_cfg=group_norm, conv_cfg=None),
         'mmcv ConvWS + GN': dict(norm_cfg=group_norm, conv_cfg=dict(type='ConvWS')),
         'WS + BCN': {},  # the config as it is
     }
-    cases = {}
+    cases: dict[str, Case] = {}
     for name, layers in variants.items():
         show_progress(f'detector: builds {name}')
         cases[name] = _detector_step(layers, settings.device)

@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +26,8 @@ def _nothing(*_) -> None:
 class Case:
     """One thing to time. ``prepare`` is not timed; ``backward`` gets what ``forward`` returned."""
 
-    forward: Callable[[], object]
-    backward: Callable[[object], None] = _nothing
+    forward: Callable[[], Any]
+    backward: Callable[[Any], None] = _nothing
     prepare: Callable[[], None] = _nothing
 
 
@@ -49,8 +50,8 @@ class Clock:
         event.record()
         return event
 
-    def ms(self, start: torch.cuda.Event | float, end: torch.cuda.Event | float) -> float:
-        """Milliseconds from one mark to another."""
+    def ms(self, start: Any, end: Any) -> float:
+        """Milliseconds from one mark to another; both from `mark`."""
         if not self.cuda:
             return (end - start) * 1e3
         end.synchronize()
@@ -115,6 +116,7 @@ def round_robin(
         if repeats > 1:
             expected = _sample(case, clock, 1)['both']
             calls[name] = max(1, min(_MAX_CALLS, round(_SAMPLE_MS / expected)))
+    samples: dict[str, dict[str, list[float]]]
     samples = {name: {phase: [] for phase in PHASES} for name in cases}
     order, generator = list(cases), random.Random(0)
     with _no_garbage_collection():

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # also from a clon
 import torch
 from torch import distributed as dist
 from torch import nn
+from torch.multiprocessing.spawn import spawn
 
 COLLECTIVES = ('all_reduce', 'all_gather', 'all_gather_into_tensor', 'broadcast', 'reduce')
 
@@ -42,12 +43,13 @@ def run(rank: int, folder: str, size: int) -> None:
         setattr(dist, name, counted)
     x = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(rank))
     lines = []
-    for title, arguments in {
+    variants: dict[str, dict] = {
         "estimate mode, sync='step'": dict(sync='step'),
         "estimate mode, sync='forward'": dict(sync='forward'),
         "batch mode, sync='forward' (as SyncBN)": dict(mode='batch', sync='forward'),
         'estimate mode, sync=None': dict(sync=None),
-    }.items():
+    }
+    for title, arguments in variants.items():
         norm = dict(type='BCN', num_groups=32, **arguments)
         torch.manual_seed(0)
         model = nn.Sequential(
@@ -100,7 +102,7 @@ def main() -> None:
     parser.add_argument('--size', type=int, default=64, help='height and width of the images')
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(run, (folder, args.size), nprocs=2)
+        spawn(run, (folder, args.size), nprocs=2)
 
 
 if __name__ == '__main__':

@@ -136,6 +136,7 @@ def final_state(work: Path) -> dict:
     from wsbcn_mm.openmmlab.files import latest_complete
 
     path, _ = latest_complete(work)
+    assert path is not None, f'no complete checkpoint in {work}'
     content = read_checkpoint(path)
     tensors = dict(content['state_dict'])
     for i, state in content['optimizer']['state'].items():

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # also from a clon
 import torch
 from torch import distributed as dist
 from torch import nn
+from torch.multiprocessing.spawn import spawn
 
 from wsbcn_mm import BatchChannelNorm2d, WSConv2d, reference
 from wsbcn_mm.estimates import layers_of, skipped_updates, synchronize_estimates
@@ -43,8 +44,9 @@ def run(rank: int, ranks: int, steps: int, sync: str, folder: str) -> None:
         'gloo', init_method=f'file://{folder}/{sync}', rank=rank, world_size=ranks
     )
     torch.manual_seed(0)
+    norm = BatchChannelNorm2d(8, 2, sync=sync)
     model = nn.Sequential(
-        BatchChannelNorm2d(8, 2, sync=sync),
+        norm,
         WSConv2d(8, 16, 3),
         BatchChannelNorm2d(16, 4, sync=sync),
         nn.ReLU(),
@@ -60,13 +62,12 @@ def run(rank: int, ranks: int, steps: int, sync: str, folder: str) -> None:
         optimizer.zero_grad()
         g = torch.Generator().manual_seed(step)
         (y * torch.randn(y.shape[1:], generator=g)).sum().backward()
-        gradients = torch.cat([p.grad.flatten() for p in model.parameters()])
+        shared = [p.grad for p in model.parameters() if p.grad is not None]
+        gradients = torch.cat([part.flatten() for part in shared])
         dist.all_reduce(gradients)
         if gradients.isfinite().all():  # as loss scaling decides
-            for p, g in zip(
-                model.parameters(), gradients.split([p.numel() for p in model.parameters()])
-            ):
-                p.grad.copy_(g.view_as(p))
+            for part, g in zip(shared, gradients.split([g.numel() for g in shared])):
+                part.copy_(g.view_as(part))
             optimizer.step()
         else:
             skipped_steps += 1
@@ -94,8 +95,8 @@ def run(rank: int, ranks: int, steps: int, sync: str, folder: str) -> None:
         mean = torch.where(some, sums[0] / sums[2], mean)
         var = torch.where(some, sums[1] / sums[2], var)
         error = max(
-            ((model[0].bn.running_mean - mean).abs() / var.sqrt()).max().item(),
-            ((model[0].bn.running_var - var).abs() / var).max().item(),
+            ((norm.bn.running_mean - mean).abs() / var.sqrt()).max().item(),
+            ((norm.bn.running_var - var).abs() / var).max().item(),
         )
         worst = max(worst, error)
     seconds = time.perf_counter() - start
@@ -122,9 +123,7 @@ def main() -> None:
     args = parser.parse_args()
     for sync in ('step', 'forward'):
         with tempfile.TemporaryDirectory() as folder:
-            torch.multiprocessing.spawn(
-                run, (args.ranks, args.steps, sync, folder), nprocs=args.ranks
-            )
+            spawn(run, (args.ranks, args.steps, sync, folder), nprocs=args.ranks)
 
 
 if __name__ == '__main__':

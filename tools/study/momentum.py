@@ -89,7 +89,9 @@ def coco(root: Path, split: str, count: int) -> tuple[Tensor, Tensor]:
     images, labels = [], []
     for i in sorted(data.imgs)[:count]:
         info = data.imgs[i]
-        image = cv2.imread(str(root / 'images' / Path(info['file_name']).name))[..., ::-1]
+        bgr = cv2.imread(str(root / 'images' / Path(info['file_name']).name))
+        assert bgr is not None, info['file_name']
+        image = bgr[..., ::-1]
         label = np.zeros(image.shape[:2], np.uint8)
         for annotation in data.imgToAnns[i]:
             label |= data.annToMask(annotation)

@@ -59,7 +59,7 @@ def trace(task, run: dict, points: int) -> dict[str, list]:
         smoothness,
     )
 
-    found = {name: [] for name in MEASURES}
+    found: dict[str, list] = {name: [] for name in MEASURES}
     steps = run['epochs'] * (task.num_train // 8 * 8) // run['images_per_step']
     # The same training images for every row and every point.
     rng = np.random.default_rng(0)
@@ -73,7 +73,7 @@ def trace(task, run: dict, points: int) -> dict[str, list]:
             for image in fixed:
                 model(image)
         model.train()
-        values = singularities(seen.layers())
+        values: dict[str, float | None] = {**singularities(seen.layers())}
         values.update(estimate_gaps(gaps.layers()) if gaps.layers() else {})
         there = smoothness(model, loss, run['lr'] * run['images_per_step'])
         with WeightGradientObserver(model) as observer:

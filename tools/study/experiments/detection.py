@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import torch
 from mmengine.config import Config
@@ -31,10 +32,11 @@ class Recorder(Hook):
     priority = 'LOW'
 
     def __init__(self, steps: int) -> None:
-        self.steps, self.losses, self.diverged = steps, [], False
-        self.curve = {'step': [], 'loss': []}
-        self.watched = {'step': []}
-        self._observer = None
+        self.steps, self.diverged = steps, False
+        self.losses: list[float] = []
+        self.curve: dict[str, list[float]] = {'step': [], 'loss': []}
+        self.watched: dict[str, list[float]] = {'step': []}
+        self._observer: ActivationObserver | None = None
 
     def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
         """Watches every twelfth part of the training."""
@@ -195,7 +197,8 @@ def run(run: dict, report: Callable[[str], None] = lambda _: None) -> dict:
         **loop.circumstances(runner.model, started, cpu),
     )
     report(f'{record["metrics"]} in {record["cpu_seconds"]:.1f} s')
-    return loop.plain(record)
+    result: Any = loop.plain(record)
+    return result
 
 
 def evaluate(runner: Runner, images_per_step: int) -> dict[str, float]:

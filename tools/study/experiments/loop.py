@@ -6,6 +6,7 @@ import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -102,7 +103,8 @@ def run(
         **circumstances(model, started, cpu),
     )
     report(f'{record["metrics"]} in {record["cpu_seconds"]:.1f} s')
-    return plain(record)
+    result: Any = plain(record)
+    return result
 
 
 def norm_config(norm: dict, images_per_step: int) -> dict:
@@ -165,6 +167,7 @@ def average_statistics(model: nn.Module, forward: Callable[[], object], steps: i
     model.train()
     for _ in range(rounds):
         for layer in layers:
+            assert layer.num_batches_tracked is not None
             layer.num_batches_tracked.zero_()
         for _ in range(max(1, steps)):
             forward()

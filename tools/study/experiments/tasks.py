@@ -262,13 +262,13 @@ class CamVid(Segmentation):
     """
 
     def __init__(self, root: str, size=(160, 120), crop=96, width=32, head=48, num_train=None):
-        root = Path(root)
-        if not root.is_dir():
-            raise FileNotFoundError(f'CamVid in VOC layout is expected at {root}')
+        folder = Path(root)
+        if not folder.is_dir():
+            raise FileNotFoundError(f'CamVid in VOC layout is expected at {folder}')
         splits = dict(
-            train=_voc_files(root, 'train', 1),
-            val=_voc_files(root, 'val', 3),
-            test=_voc_files(root, 'test', 4),
+            train=_voc_files(folder, 'train', 1),
+            val=_voc_files(folder, 'val', 3),
+            test=_voc_files(folder, 'test', 4),
         )
         if num_train is not None:
             splits['train'] = splits['train'][:: len(splits['train']) // num_train][:num_train]

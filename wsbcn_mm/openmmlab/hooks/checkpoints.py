@@ -8,6 +8,7 @@ the registry it takes.
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 from mmengine.dist import is_main_process, master_only
 from mmengine.fileio import LocalBackend, register_backend
@@ -45,7 +46,8 @@ class _Deferring:
     """A backend whose removals wait, and then spare what was written anew under the same name."""
 
     def __init__(self, backend) -> None:
-        self._backend, self._waiting = backend, []
+        self._backend = backend
+        self._waiting: list[tuple[str, int | None]] = []
 
     def __getattr__(self, name: str):
         return getattr(self._backend, name)
@@ -79,6 +81,9 @@ class AtomicCheckpointHook(CheckpointHook):
     Remote folders (``s3://...``), whose stores write whole objects, and a ``backend_args`` of
     yours stay as they are.
     """
+
+    file_backend: Any
+    backend_args: dict[str, Any] | None
 
     def before_train(self, runner: Runner) -> None:
         """Prepares the folder."""

@@ -64,7 +64,7 @@ class DiagnosticsHook(Hook):
 
     def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
         """Stops watching and writes."""
-        if self._activations is None:
+        if self._activations is None or self._gradients is None:
             return
         self._gradients.__exit__(None, None, None)
         self._activations.__exit__(None, None, None)
@@ -80,8 +80,8 @@ class DiagnosticsHook(Hook):
             for name, layer in activations.items():
                 for measure in ('dead_channels', 'stat_spread', 'singularity_distance'):
                     values[f'{name}/{measure}'] = getattr(layer, measure)
-            for name, layer in gradients.items():
-                values[f'{name}/weight_gradient'] = layer.norm
+            for name, gradient in gradients.items():
+                values[f'{name}/weight_gradient'] = gradient.norm
         self._write(runner, values, runner.iter + 1)
 
     def before_val_epoch(self, runner) -> None:
@@ -90,6 +90,7 @@ class DiagnosticsHook(Hook):
 
     def after_val_epoch(self, runner, metrics=None) -> None:
         """Compares and writes."""
+        assert self._estimates is not None  # before_val_epoch ran
         self._estimates.__exit__(None, None, None)
         layers, self._estimates = self._estimates.layers(), None
         if not layers:

@@ -10,6 +10,7 @@ evaluated and saved.
 """
 
 import logging
+from typing import Any
 
 import torch
 from mmengine.dist import get_dist_info
@@ -20,6 +21,7 @@ from torch.utils.data import DataLoader
 
 from wsbcn_mm.checks import check_choice
 from wsbcn_mm.estimates import layers_of, rate_of_step, skipped_updates, synchronize_estimates
+from wsbcn_mm.layers import BatchChannelNorm
 from wsbcn_mm.openmmlab.compat import unwrapped
 
 SCHEDULES = ('constant', 'lr')
@@ -82,7 +84,8 @@ class EstimatesHook(Hook):
         compiled = bool(runner.cfg.get('compile'))
         batch = self._images_per_rank(runner.train_dataloader) if self.scale == 'images' else 1
         world = get_dist_info()[1]
-        self._layers = []
+        # layer, its rate, images per step, updates that its estimates have seen
+        self._layers: list[tuple[BatchChannelNorm, Any, int, int | None]] = []
         for layer in layers:
             if layer.mode == 'estimate' and layer.momentum != 'cumulative':
                 ranks = 1 if layer.sync is None else world
@@ -199,7 +202,7 @@ class PreciseStatsHook(Hook):
     ) -> None:
         self.num_images, self.interval, self.by_epoch = num_images, interval, by_epoch
         self.passes, self.batch_size, self.dataset = passes, batch_size, dataset
-        self._batches = None
+        self._batches: Any = None
 
     def before_train(self, runner) -> None:
         """Finds the model to measure, and the images."""

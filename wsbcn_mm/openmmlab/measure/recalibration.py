@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -56,11 +57,11 @@ def loader(dataset: dict, num_images: int, batch_size: int = 1, num_workers: int
     Returns:
         A loader that repeats the same batches in the same order.
     """
-    dataset = DATASETS.build(dataset)
+    built: Any = DATASETS.build(dataset)
     rank, world = get_dist_info()
-    order = np.random.default_rng(0).permutation(len(dataset))[:num_images]
+    order = np.random.default_rng(0).permutation(len(built))[:num_images]
     return DataLoader(
-        Subset(dataset, order[rank::world].tolist()),
+        Subset(built, order[rank::world].tolist()),
         batch_size,
         num_workers=num_workers,
         collate_fn=pseudo_collate,
@@ -87,20 +88,20 @@ def recalibrate_model(
         keep_function: See there.
         backbone: Run and treat the backbone alone, whatever the heads are.
     """
-    model = unwrapped(model)
+    host: Any = unwrapped(model)
     bar = ProgressBar(passes * len(batches)) if progress and get_dist_info()[0] == 0 else None
 
     def forward(batch: dict) -> None:
         if backbone:
-            model.backbone(model.data_preprocessor(batch, False)['inputs'])
+            host.backbone(host.data_preprocessor(batch, False)['inputs'])
         else:
-            model.test_step(batch)
+            host.test_step(batch)
         if bar is not None:
             bar.update()
 
     try:
         return recalibrate(
-            model.backbone if backbone else model,
+            host.backbone if backbone else host,
             batches,
             forward,
             passes,
