@@ -95,6 +95,7 @@ def check_fan_in(fan_in: int) -> None:
 
 
 def check_floating(value: Tensor, name: str) -> None:
+    """Raises TypeError unless ``value`` is a tensor of floating-point numbers."""
     if not isinstance(value, Tensor) or not value.is_floating_point():
-        found = value.dtype if isinstance(value, Tensor) else type(value).__name__
-        raise TypeError(f'{name} must be a floating-point tensor\n  got {found}')
+        actual = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f'{name} must be a floating-point tensor\n  got {actual}')

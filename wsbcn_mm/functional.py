@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from wsbcn_mm.backends import autograd
+from wsbcn_mm.backends.carriers import Affine, Running
 from wsbcn_mm.checks import (
     FORMULAS,
     MODES,
@@ -139,10 +140,10 @@ def batch_channel_norm(
         if value is None and name.startswith('batch'):
             continue
         if not isinstance(value, Tensor) or value.shape != (num_channels,):
-            found = tuple(value.shape) if isinstance(value, Tensor) else repr(value)
+            actual = tuple(value.shape) if isinstance(value, Tensor) else repr(value)
             raise ValueError(
                 f'{name} must have shape ({num_channels},), one value per channel of the input\n'
-                f'  got {found} for an input of shape {tuple(input.shape)}'
+                f'  got {actual} for an input of shape {tuple(input.shape)}'
             )
     for name, value in (('weight', weight), ('bias', bias)):
         if value is not None and value.shape not in ((num_groups,), (num_channels,)):
@@ -153,20 +154,11 @@ def batch_channel_norm(
     check_choice(mode, MODES, 'mode')
     momentum = checked_rate(momentum)
     check_eps(eps)
-    return autograd.batch_channel_norm(
-        input,
-        num_groups,
-        running_mean,
-        running_var,
-        batch_weight,
-        batch_bias,
-        weight,
-        bias,
-        training,
-        mode,
-        momentum,
-        eps,
-    )
+    # From here on the momentum is called rate, and there is none where nothing is updated.
+    rate = momentum if training else None
+    running = Running(running_mean, running_var)
+    affine = Affine(batch_weight, batch_bias, weight, bias)
+    return autograd.batch_channel_norm(input, num_groups, running, affine, rate, eps, mode)
 
 
 __all__ = ['FORMULAS', 'MODES', 'batch_channel_norm', 'weight_standardize']

@@ -4,12 +4,14 @@ import os
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 from wsbcn_mm import BatchChannelNorm2d, WSConv2d, backends, batch_channel_norm
 from wsbcn_mm.backends import cpu, eager
+from wsbcn_mm.backends.carriers import Affine, Running
 
 needs_cpu_kernels = pytest.mark.skipif(cpu.unavailable() is not None, reason=f'{cpu.unavailable()}')
 LAYOUTS = {'rows': torch.contiguous_format, 'channels_last': torch.channels_last}
@@ -36,6 +38,36 @@ def test_use_backend_is_undone_also_after_an_error():
         assert backends.select(torch.zeros(1)) == 'eager'
         raise KeyError
     assert backends.select(torch.zeros(1)) == before
+
+
+@needs_cpu_kernels
+@pytest.mark.parametrize('first_to_end', [0, 1])
+def test_blocks_that_overlap_leave_nothing_behind(first_to_end):
+    """As two threads or tasks open them: the one entered last decides, in all threads."""
+    before = backends.forced()
+    blocks = [backends.use_backend(name) for name in ('eager', 'cpu')]
+    for block in blocks:
+        block.__enter__()
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(backends.forced).result() == backends.forced() == 'cpu'
+    blocks[first_to_end].__exit__(None, None, None)
+    assert backends.forced() == ('eager' if first_to_end else 'cpu')
+    blocks[1 - first_to_end].__exit__(None, None, None)
+    assert backends.forced() == before
+
+
+def test_many_threads_open_and_close_blocks():
+    before = backends.forced()
+
+    def use(name):
+        for _ in range(50):
+            with backends.use_backend(name), backends.use_backend('eager'):
+                assert backends.forced() is not None
+
+    names = [name for name in ('eager', 'cpu') if backends.BACKENDS[name].unavailable() is None]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(use, 4 * names))
+    assert backends.forced() == before
 
 
 def test_an_unknown_backend_is_an_error():
@@ -108,38 +140,33 @@ def test_a_build_for_another_torch_is_a_reason(monkeypatch):
 
 
 def bcn_arguments(layout='rows', dtype=torch.float32, shape=(2, 12, 7, 9)):
+    """x, num_groups, running, affine, rate, eps."""
     x = (torch.randn(shape) * 3 + 5).to(dtype).to(memory_format=LAYOUTS[layout])
     c = shape[1]
-    return (
-        x,
-        4,
-        torch.randn(c),
-        torch.rand(c) + 0.5,
-        torch.randn(c),
-        torch.randn(c),
-        torch.randn(4),
-        torch.randn(4),
-        True,
-        0.1,
-        None,
-        1e-5,
-    )
+    running = Running(torch.randn(c), torch.rand(c) + 0.5, torch.zeros(2, c, dtype=torch.int64))
+    affine = Affine(torch.randn(c), torch.randn(c), torch.randn(4), torch.randn(4))
+    return x, 4, running, affine, 0.1, 1e-5
 
 
 def every_operator(kernels, layout, dtype=torch.float32, shape=(2, 12, 7, 9)):
     """Calls each operator once; its results, and the buffers, by name."""
-    args = bcn_arguments(layout, dtype, shape)
-    x, groups, mean, var, bw, bb, w, b, *_, eps = args
-    frozen = kernels.evaluate(x, groups, mean, var, bw, bb, w, b, eps)
+    args = x, groups, running, affine, rate, eps = bcn_arguments(layout, dtype, shape)
+    by_batch = Running(*(buffer.clone() for buffer in running))
+    frozen = kernels.evaluate(x, groups, running, affine, eps)
     m, q = kernels.row_moments(x)
-    y, m2, q2, used_mean, used_var, gm, gs = kernels.normalize_with_estimates(*args)
-    y3, gm3, gs3 = kernels.normalize(x, m, q, used_mean, used_var, groups, bw, bb, w, b, eps)
+    y, statistics = kernels.normalize_with_estimates(*args)
+    batch = y, statistics
+    if x.numel() > x.size(1):  # a single value has no variance
+        batch = kernels.normalize_with_batch(x, groups, by_batch, affine, rate, eps)
+    again = kernels.normalize(x, groups, *statistics[:4], affine, eps)
     grad = torch.randn(x.shape).to(dtype).to(memory_format=LAYOUTS[layout])
     backward = [
-        kernels.normalize_backward(
-            grad, x, m, q, used_mean, used_var, gm, gs, bw, bb, w, groups, affine, eps, through
+        kernels.normalize_backward(grad, x, groups, statistics, outer, eps, through)
+        for outer, through in (
+            (affine, False),
+            (affine._replace(bias=torch.randn(shape[1])), True),
+            (affine._replace(weight=None, bias=None), False),
         )
-        for affine, through in ((4, False), (12, True), (0, False))
     ]
     weight = torch.randn(6, 4, 3, 3).to(dtype)
     standardized = []
@@ -149,22 +176,8 @@ def every_operator(kernels, layout, dtype=torch.float32, shape=(2, 12, 7, 9)):
         dw = kernels.standardize_backward(g, weight, w_mean, sigma, 1e-3, formula)
         standardized += [w_hat, w_mean, sigma, dw]
     return [
-        frozen,
-        m,
-        q,
-        y,
-        m2,
-        q2,
-        used_mean,
-        used_var,
-        gm,
-        gs,
-        y3,
-        gm3,
-        gs3,
-        mean,
-        var,
-        *(t for result in backward for t in result),
+        *(frozen, m, q, y, *statistics, batch[0], *batch[1], *again, *running, *by_batch),
+        *(t for grad_x, gradients in backward for t in (grad_x, *gradients)),
         *standardized,
     ]
 
@@ -212,16 +225,19 @@ def test_cpu_results_are_bit_equal_whatever_the_threads_and_memory(layout, dtype
 @pytest.mark.parametrize('layout', LAYOUTS)
 def test_opcheck(layout):
     """Schemas, shapes for torch.compile, and what is declared to be changed in place."""
-    x, groups, mean, var, bw, bb, w, b, *_, eps = args = bcn_arguments(layout)
+    x, groups, running, affine, rate, eps = bcn_arguments(layout)
+    args = (x, groups, *running, *affine, rate, None, eps)
     m, q = cpu.kernels().row_moments(x)
     gm = torch.randn(2, groups)
-    backward = (x, x, m, q, mean, var, gm, gm, bw, bb, w, groups, 4, eps, True)
+    backward = (x, x, groups, m, q, *running[:2], gm, gm, *affine, eps, True)
+    given = (m, q, *running[:2])
     weight, stats = torch.randn(6, 4, 3, 3), torch.rand(6) + 0.5
     for name, arguments in {
         'row_moments': (x,),
         'normalize_with_estimates': args,
-        'evaluate': (x, groups, mean, var, bw, bb, w, b, eps),
-        'normalize': (x, m, q, mean, var, groups, bw, None, w, None, eps),
+        'normalize_with_batch': args,
+        'evaluate': (x, groups, *running, *affine, eps),
+        'normalize': (x, groups, *given, *affine._replace(batch_bias=None, bias=None), eps),
         'normalize_backward': backward,
         'standardize': (weight, 1e-5, 'paper', torch.bfloat16),
         'standardize_backward': (weight, weight, stats, stats, 1e-5, 'std_eps'),

@@ -16,7 +16,9 @@ import pytest
 import torch
 
 from wsbcn_mm import reference
+from wsbcn_mm.backends import dispatched
 from wsbcn_mm.backends import triton as backend
+from wsbcn_mm.backends.carriers import Affine, Running
 from wsbcn_mm.backends.ops import accumulation_dtype
 
 if find_spec('triton') is None:
@@ -116,23 +118,20 @@ def double(value):
     return None if value is None else value.detach().double()
 
 
-def run(x, groups, buffers, parameters, grad, mode, momentum=0.3, rate=None, eps=1e-3):
+def run(x, groups, buffers, parameters, grad, mode, rate=0.3, eps=1e-3):
     """Every operator of Batch-Channel Normalization: all results by name, and the buffers."""
-    running_mean, running_var = (b.clone() for b in buffers)
-    affine = [parameters[name] for name in PARAMETERS]
+    running, affine = Running(*(b.clone() for b in buffers)), Affine(**parameters)
     if mode == 'batch':
-        m, q = launch.row_moments(x)
-        mean = m.mean(0)
-        var = (q + (m - mean).square()).mean(0)
-        y, *group = launch.normalize(x, m, q, mean, var, groups, *affine, eps)
+        y, statistics = launch.normalize_with_batch(x, groups, running, affine, rate, eps)
     else:
-        y, m, q, mean, var, *group = launch.normalize_with_estimates(
-            x, groups, running_mean, running_var, *affine, mode == 'estimate', momentum, rate, eps
-        )
-    outer = next((p.numel() for p in affine[2:] if p is not None), 0)
-    gradients = launch.normalize_backward(
-        grad, x, m, q, mean, var, *group, *affine[:3], groups, outer, eps, mode == 'batch'
+        used_rate = rate if mode == 'estimate' else None
+        y, statistics = launch.normalize_with_estimates(x, groups, running, affine, used_rate, eps)
+    grad_x, gradients = launch.normalize_backward(
+        grad, x, groups, statistics, affine, eps, mode == 'batch'
     )
+    m, q, mean, var, *group = statistics
+    running_mean, running_var, _ = running
+    gradients = [grad_x, *gradients]
     names = ('group_mean', 'inv_group_std', 'grad_x', *(f'grad_{name}' for name in PARAMETERS))
     return dict(
         y=y,
@@ -146,15 +145,18 @@ def run(x, groups, buffers, parameters, grad, mode, momentum=0.3, rate=None, eps
     )
 
 
-def spec(x, groups, buffers, parameters, grad, mode, momentum=0.3, rate=None, eps=1e-3):
+def spec(x, groups, buffers, parameters, grad, mode, rate=0.3, eps=1e-3):
     """The same in float64, from the specification."""
     x, grad = double(x).requires_grad_(), double(grad)
     parameters = {k: double(v) for k, v in parameters.items()}
     wanted = {'x': x} | {k: v.requires_grad_() for k, v in parameters.items() if v is not None}
     running = mean, var = [double(b) for b in buffers]
     if mode == 'estimate':
-        running = mean, var = reference.update_estimates(x, mean, var, momentum)
+        running = mean, var = reference.update_estimates(x, mean, var, rate)
     elif mode == 'batch':
+        _, *running = reference.batch_channel_norm(
+            x, groups, mean, var, training=True, mode='batch', momentum=rate
+        )
         mean, var = reference.batch_statistics(x)
     y = reference.normalize(x, mean, var, groups, **parameters, eps=eps)
     found = torch.autograd.grad(y, list(wanted.values()), grad)
@@ -244,8 +246,8 @@ def test_every_parameter_may_be_given_alone(given):
 
 def test_weight_and_bias_may_differ_in_size_going_forward():
     x, buffers = make_input((2, 8, 15)), make_buffers(8)
-    affine = [(make_parameters(8, 4) | dict(bias=rand(8)))[name] for name in PARAMETERS]
-    y, *_ = launch.normalize_with_estimates(x, 4, *buffers, *affine, False, 0.0, None, 1e-5)
+    affine = Affine(**(make_parameters(8, 4) | dict(bias=rand(8))))
+    y = launch.evaluate(x, 4, Running(*buffers), affine, 1e-5)
     assert_close(y, reference.normalize(x, *buffers, 4, *affine), x.dtype, 'y')
 
 
@@ -257,10 +259,10 @@ def test_parameters_and_buffers_may_be_strided():
     assert not any(t.is_contiguous() for t in (*parameters.values(), *buffers))
     check(x, 3, buffers, parameters, grad, 'estimate')
 
-    affine = [parameters[name] for name in PARAMETERS]
     expected = spec(x, 3, buffers, parameters, grad, 'estimate')
     beside = [pair[:, 1].clone() for pair in pairs]
-    launch.normalize_with_estimates(x, 3, *buffers, *affine, True, 0.3, None, 1e-3)
+    affine = Affine(**parameters)
+    launch.normalize_with_estimates(x, 3, Running(*buffers), affine, 0.3, 1e-3)
     assert_close(buffers[0], expected['running_mean'], x.dtype, 'running_mean')
     assert_close(buffers[1], expected['running_var'], x.dtype, 'running_var')
     assert all(torch.equal(pair[:, 1], before) for pair, before in zip(pairs, beside))
@@ -281,19 +283,19 @@ def test_update_in_every_dtype_of_the_buffers(dtype):
 def test_rate_may_be_a_tensor_of_any_dtype():
     x, grad, buffers = make_input((2, 6, 9)), rand(2, 6, 9), make_buffers(6)
     args = x, 3, buffers, make_parameters(6, 3), grad, 'estimate'
-    expected = run(*args, momentum=0.25)
+    expected = run(*args, rate=0.25)
     for dtype in DTYPES:
         rate = torch.tensor(0.25, dtype=dtype, device=DEVICE)
-        actual = run(*args, momentum=0.9, rate=rate)
+        actual = run(*args, rate=rate)
         assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
 def test_momentum_0_keeps_and_momentum_1_replaces_the_buffers(cut):
     x, grad, (mean, var) = make_input((2, 6, 9)), rand(2, 6, 9), make_buffers(6)
     args = x, 3, (mean, var), make_parameters(6, 3), grad, 'estimate'
-    kept = run(*args, momentum=0.0)
+    kept = run(*args, rate=0.0)
     assert torch.equal(kept['running_mean'], mean) and torch.equal(kept['running_var'], var)
-    new = run(*args, momentum=1.0)
+    new = run(*args, rate=1.0)
     assert_close(new['running_mean'], x.mean((0, 2)), x.dtype, 'running_mean')
     second = (x - mean[:, None]).square().mean((0, 2))
     assert_close(new['running_var'], second, x.dtype, 'running_var')
@@ -303,11 +305,10 @@ def test_momentum_0_keeps_and_momentum_1_replaces_the_buffers(cut):
 def test_without_update_the_buffers_are_left_alone(dtype):
     x, grad = make_input((5, 6, 9), dtype=dtype), rand(5, 6, 9, dtype=dtype)
     args = x, 3, make_buffers(6), make_parameters(6, 3), grad, 'evaluate'
-    for settings in (dict(momentum=0.5), dict(rate=torch.tensor(0.5, device=DEVICE))):
-        found = run(*args, **settings)
-        for name, before in zip(('mean', 'var'), args[2]):
-            assert torch.equal(found[f'running_{name}'], before)
-            assert torch.equal(found[name], before.to(accumulation_dtype(dtype)))
+    actual = run(*args)
+    for name, before in zip(('mean', 'var'), args[2]):
+        assert torch.equal(actual[f'running_{name}'], before)
+        assert torch.equal(actual[name], before.to(accumulation_dtype(dtype)))
 
 
 # ----------------------------------------------------------------------------------------------
@@ -459,18 +460,22 @@ def test_results_are_the_same_bit_for_bit_in_every_run(mode, cut):
 
 
 def test_other_layouts_are_refused():
-    x, last = rand(2, 6, 4, 5), make_input((2, 6, 4, 5), 'channels_last')
+    x = rand(2, 6, 4, 5)
     with pytest.raises(ValueError, match=r'contiguous or channels_last tensor\n  got shape'):
         launch.row_moments(x.transpose(2, 3))
-    with pytest.raises(AssertionError, match='memory format of weight'):
-        launch.standardize_backward(last, x, rand(2), rand(2), 1e-5, 'paper')
-    _, m, q, mean, var, *group = launch.normalize_with_estimates(
-        x, 3, *make_buffers(6), None, None, None, None, False, 0.0, None, 1e-5
+
+
+def test_gradients_come_in_any_layout():
+    x, grad = make_input((2, 6, 4, 5)), make_input((2, 6, 4, 5))
+    last = in_layout(grad, 'channels_last')
+    args = x, 3, make_buffers(6), make_parameters(6, 3)
+    expected, actual = (run(*args, g, 'estimate') for g in (grad, last))
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+    mean, sigma = rand(2), rand(2).exp()
+    expected, actual = (
+        launch.standardize_backward(g, x, mean, sigma, 1e-5, 'paper') for g in (grad, last)
     )
-    with pytest.raises(AssertionError, match='memory format of x'):
-        launch.normalize_backward(
-            last, x, m, q, mean, var, *group, None, None, None, 3, 0, 1e-5, False
-        )
+    assert torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize('contiguous', [True, False])
@@ -512,7 +517,7 @@ def test_the_interpreter_is_called_directly(monkeypatch):
     monkeypatch.setattr(backend, 'INTERPRETED', True)
     assert backend.kernels() is launch
     monkeypatch.setattr(backend, 'INTERPRETED', False)
-    assert backend.kernels() is torch.ops.wsbcn_mm
+    assert backend.kernels() is dispatched
 
 
 def test_operators_are_registered_for_cuda():
@@ -528,34 +533,33 @@ def test_operators_pass_their_arguments_on():
     for name in backend.OPERATORS:
         schema = str(getattr(torch.ops.wsbcn_mm, name).default._schema)
         library.define(schema.removeprefix('wsbcn_mm::'))
-        library.impl(name, backend._launcher(name), DEVICE.upper())
+        library.impl(name, backend.launcher(name), DEVICE.upper())
     ops = torch.ops.wsbcn_mm_test
 
     x, grad, (running_mean, running_var) = make_input((2, 6, 9)), rand(2, 6, 9), make_buffers(6)
     parameters, rate = make_parameters(6, 3), torch.tensor(0.4, device=DEVICE)
     affine = [parameters[name] for name in PARAMETERS]
-    expected = run(
-        x, 3, (running_mean, running_var), parameters, grad, 'estimate', momentum=0.3, rate=rate
-    )
-    for found, name in zip(ops.row_moments(x), 'mq'):
-        assert torch.equal(found, expected[name])
-    y, m, q, mean, var, *group = ops.normalize_with_estimates(
-        x, 3, running_mean, running_var, *affine, True, 0.3, rate, 1e-3
-    )
+    expected = run(x, 3, (running_mean, running_var), parameters, grad, 'estimate', rate)
+    running = (running_mean, running_var, None)
+    for result, name in zip(ops.row_moments(x), 'mq'):
+        assert torch.equal(result, expected[name])
+    y, *statistics = ops.normalize_with_estimates(x, 3, *running, *affine, None, rate, 1e-3)
     assert torch.equal(y, expected['y'])
     assert torch.equal(running_mean, expected['running_mean'])
     assert torch.equal(running_var, expected['running_var'])
-    assert torch.equal(ops.normalize(x, m, q, mean, var, 3, *affine, 1e-3)[0], y)
-    gradients = ops.normalize_backward(
-        grad, x, m, q, mean, var, *group, *affine[:3], 3, 3, 1e-3, False
-    )
-    for name, found in zip(('x', *PARAMETERS), gradients):
-        assert torch.equal(found, expected[f'grad_{name}']), name
+    assert torch.equal(ops.evaluate(x, 3, *running, *affine, 1e-3), y)
+    assert torch.equal(ops.normalize(x, 3, *statistics[:4], *affine, 1e-3)[0], y)
+    gradients = ops.normalize_backward(grad, x, 3, *statistics, *affine, 1e-3, False)
+    for name, result in zip(('x', *PARAMETERS), gradients):
+        assert torch.equal(result, expected[f'grad_{name}']), name
+    in_batch = run(x, 3, (running_mean, running_var), parameters, grad, 'batch', 0.3)
+    batch = ops.normalize_with_batch(x, 3, *running, *affine, 0.3, None, 1e-3)
+    assert torch.equal(batch[0], in_batch['y'])
 
     w_hat, mean, sigma = ops.standardize(x, 1e-5, 'var_eps', torch.float16)
     assert torch.equal(w_hat, launch.standardize(x, 1e-5, 'var_eps', torch.float16)[0])
-    found = ops.standardize_backward(grad, x, mean, sigma, 1e-5, 'var_eps')
-    assert torch.equal(found, launch.standardize_backward(grad, x, mean, sigma, 1e-5, 'var_eps'))
+    gradient = ops.standardize_backward(grad, x, mean, sigma, 1e-5, 'var_eps')
+    assert torch.equal(gradient, launch.standardize_backward(grad, x, mean, sigma, 1e-5, 'var_eps'))
 
 
 # ----------------------------------------------------------------------------------------------
@@ -566,6 +570,7 @@ import types
 import torch, triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
+from wsbcn_mm.backends.carriers import Affine, Running
 from wsbcn_mm.backends.triton import launch
 
 class Machine:
@@ -604,31 +609,31 @@ launch.kernels = types.SimpleNamespace(
     **{name: Compiler(kernel) for name, kernel in kernels.items() if name[0] != '_'}
 )
 
-def bcn(x, groups, outer, update, through_statistics):
+def bcn(x, groups, outer, rate, through_statistics):
     w = torch.empty(x.size(1))
     a = torch.empty(outer) if outer else None
     launch.row_moments(x)
-    _, *statistics = launch.normalize_with_estimates(
-        x, groups, w, w, w, w, a, a, update, 0.1, None, 1e-5
+    _, statistics = launch.normalize_with_estimates(
+        x, groups, Running(w, w), Affine(w, w, a, a), rate, 1e-5
     )
-    launch.normalize(x, *statistics[:4], groups, None, None, a, a, 1e-5)
+    launch.normalize(x, groups, *statistics[:4], Affine(None, None, a, a), 1e-5)
     launch.normalize_backward(
-        x, x, *statistics, w, None, a, groups, outer, 1e-5, through_statistics
+        x, x, groups, statistics, Affine(w, None, a, a), 1e-5, through_statistics
     )
 
 for dtype, formula in zip(
     (torch.float32, torch.bfloat16, torch.float64), ('paper', 'std_eps', 'var_eps')
 ):
-    bcn(torch.empty(2, 64, 200, 304, dtype=dtype), 32, 32, True, False)
+    bcn(torch.empty(2, 64, 200, 304, dtype=dtype), 32, 32, 0.1, False)
     before = len(compiled)
-    bcn(torch.empty(2, 64, 192, 328, dtype=dtype), 32, 32, True, False)
+    bcn(torch.empty(2, 64, 192, 328, dtype=dtype), 32, 32, 0.1, False)
     assert len(compiled) == before, 'another size of image compiled something anew'
     weight = torch.empty(8, 3, 3, 3, dtype=dtype)
     w_hat, mean, sigma = launch.standardize(weight, 1e-5, formula, torch.bfloat16)
     launch.standardize_backward(w_hat, weight, mean, sigma, 1e-5, formula)
 channels_last = torch.empty(2, 6, 25, 27).to(memory_format=torch.channels_last)
-bcn(channels_last, 2, 6, False, True)
-bcn(torch.empty(2, 64), 1, 0, True, True)
+bcn(channels_last, 2, 6, None, True)
+bcn(torch.empty(2, 64), 1, 0, 0.1, True)
 print(len({name for name, _ in compiled}), len(compiled))
 """
 
@@ -689,16 +694,15 @@ def test_more_than_2_to_the_31_elements(layout):
 def check_last_group(x, groups):
     """Of the last sample: all of x would not fit in float64."""
     buffers, width = make_buffers(x.size(1), torch.float32), x.size(1) // groups
-    y, *statistics = launch.normalize_with_estimates(
-        x, groups, *buffers, None, None, None, None, False, 0.0, None, 1e-5
+    affine = Affine(None, None, None, None)
+    y, statistics = launch.normalize_with_estimates(
+        x, groups, Running(*buffers), affine, None, 1e-5
     )
     grad = y
-    dx, *_ = launch.normalize_backward(
-        grad, x, *statistics, None, None, None, groups, 0, 1e-5, False
-    )
+    dx, _ = launch.normalize_backward(grad, x, groups, statistics, affine, 1e-5, False)
     part = double(x[-1:, -width:]).requires_grad_()
     expected = reference.normalize(part, *(double(b[-width:]) for b in buffers), 1)
     (gradient,) = torch.autograd.grad(expected, part, double(grad[-1:, -width:]))
-    assert_close(statistics[0][-1, -width:], part.detach().mean((0, 2, 3)), torch.float32, 'm')
+    assert_close(statistics.m[-1, -width:], part.detach().mean((0, 2, 3)), torch.float32, 'm')
     assert_close(y[-1:, -width:], expected.detach(), x.dtype, 'y')
     assert_close(dx[-1:, -width:], gradient, x.dtype, 'grad_x')

@@ -16,18 +16,33 @@ what there is.
 
 import contextlib
 import os
+import threading
 import warnings
 from collections.abc import Iterator
-from types import ModuleType
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from wsbcn_mm.backends import cpu, eager, ops, triton  # noqa: F401  ops: defines the operators
+from wsbcn_mm.backends import cpu, eager, triton
+from wsbcn_mm.backends.ops import Kernels
 
-BACKENDS: dict[str, ModuleType] = {'cpu': cpu, 'triton': triton, 'eager': eager}
-"""By name, in the order of preference. Each module has ``unavailable()``, ``supports(x)`` (both a
-reason or None) and ``kernels()``: the operators of `ops` as attributes."""
+
+class Backend(Protocol):
+    """The functions of a backend's module."""
+
+    def unavailable(self) -> str | None:
+        """Why it cannot be used here, or None."""
+
+    def supports(self, x: Tensor) -> str | None:
+        """Why it cannot take ``x``, or None."""
+
+    def kernels(self) -> Kernels:
+        """Its operators."""
+
+
+BACKENDS: dict[str, Backend] = {'cpu': cpu, 'triton': triton, 'eager': eager}
+"""By name, in the order of preference."""
 
 DEVICES = {'cpu': 'cpu', 'cuda': 'triton'}
 """The backend that a device should have; others have `eager`."""
@@ -42,9 +57,13 @@ def _checked(name: str, source: str) -> str:
     return name
 
 
-_forced: str | None = None
+_environment: str | None = None
 if os.environ.get('WSBCN_BACKEND'):
-    _forced = _checked(os.environ['WSBCN_BACKEND'], 'WSBCN_BACKEND')
+    _environment = _checked(os.environ['WSBCN_BACKEND'], 'WSBCN_BACKEND')
+_forced = _environment  # what holds now
+
+_open_blocks: list[list[str]] = []  # of use_backend; one after the other has begun
+_changing_blocks = threading.Lock()
 
 _warned: set[str] = set()
 
@@ -52,6 +71,11 @@ _warned: set[str] = set()
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Runs everything inside with one backend, in all threads of the process.
+
+    For all threads, because a network may run in several (DataParallel, autograd on a GPU). Of
+    blocks that are open at the same time, nested or in several threads or tasks, the one entered
+    last decides; when it ends, the one entered last of those still open. In whatever order they
+    end, nothing is left of them.
 
     Args:
         name: ``'cpu'``, ``'triton'`` or ``'eager'``.
@@ -65,12 +89,26 @@ def use_backend(name: str) -> Iterator[None]:
         >>> with use_backend('eager'):
         ...     y = norm(x)
     """
-    global _forced
-    before, _forced = _forced, _checked(name, 'use_backend')
+    block = [_checked(name, 'use_backend')]  # a list: equal names are different blocks
+    _change_blocks(entered=block)
     try:
         yield
     finally:
-        _forced = before
+        _change_blocks(left=block)
+
+
+def _change_blocks(entered: list[str] | None = None, left: list[str] | None = None) -> None:
+    global _forced
+    with _changing_blocks:
+        _open_blocks[:] = [block for block in _open_blocks if block is not left]
+        if entered is not None:
+            _open_blocks.append(entered)
+        _forced = _open_blocks[-1][0] if _open_blocks else _environment
+
+
+def kernels(name: str) -> Kernels:
+    """The operators of a backend."""
+    return BACKENDS[name].kernels()
 
 
 def forced() -> str | None:

@@ -11,74 +11,68 @@ differentiable as often as wanted: the saved moments depend on x, which it would
 closed form.
 """
 
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
 from wsbcn_mm import backends, reference
 from wsbcn_mm.backends import ops
+from wsbcn_mm.backends.carriers import (
+    Affine,
+    AffineGradients,
+    Rate,
+    Running,
+    Statistics,
+    flat_rate,
+)
+from wsbcn_mm.backends.layouts import dense
 from wsbcn_mm.backends.ops import accumulation_dtype
 
 
 def batch_channel_norm(
     x: Tensor,
     num_groups: int,
-    running_mean: Tensor,
-    running_var: Tensor,
-    batch_weight: Tensor | None,
-    batch_bias: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    training: bool,
-    mode: str,
-    momentum: float | Tensor,
+    running: Running,
+    affine: Affine,
+    rate: Rate,
     eps: float,
-    counts: Tensor | None = None,
+    mode: str,
 ) -> Tensor:
     """See `wsbcn_mm.functional.batch_channel_norm`; the arguments were checked there.
 
-    ``counts``: see `wsbcn_mm.backends.ops`.
+    Args:
+        x: (N, C, *).
+        num_groups: G.
+        running: Updated in place, unless rate is None.
+        affine: Scales and shifts.
+        rate: The weight of this input in the running statistics; None: evaluation.
+        eps: Added to both variances.
+        mode: Whose statistics training uses, ``'estimate'`` or ``'batch'``.
     """
     # A single value per channel has no variance: where BatchNorm raises (image pooling at one
     # image), batch mode uses the running statistics. An empty x says nothing about the channels.
-    from_batch = training and mode == 'batch' and x.numel() // x.size(1) > 1
-    update = training and mode == 'estimate'
-    momentum, rate = (0.0, momentum) if isinstance(momentum, Tensor) else (float(momentum), None)
-    x = _dense(x)
+    from_batch = rate is not None and mode == 'batch' and x.numel() // x.size(1) > 1
+    if mode == 'batch' and not from_batch:
+        rate = None
+    x = dense(x)
     backend = backends.select(x)
-    parameters = (batch_weight, batch_bias, weight, bias)
-    if has_nodes(backend) and not from_batch and x.numel() > 0:
-        return torch.ops.wsbcn_mm.batch_channel_norm.default(
-            x,
-            *parameters,
-            running_mean,
-            running_var,
-            num_groups,
-            update,
-            momentum,
-            rate,
-            eps,
-            counts,
+    y: Tensor
+    if has_nodes(backend) and x.numel() > 0:
+        y = torch.ops.wsbcn_mm.batch_channel_norm.default(
+            x, num_groups, *running, *affine, *flat_rate(rate), eps, from_batch
         )
-    arguments = (
-        x,
-        *parameters,
-        running_mean,
-        running_var,
-        backend,
-        num_groups,
-        from_batch,
-        update,
-        momentum,
-        rate,
-        counts,
-        eps,
-    )
-    if torch.is_grad_enabled():
-        return _Normalize.apply(*arguments)
-    if not training and x.numel() > 0:
-        kernels = backends.BACKENDS[backend].kernels()
-        return kernels.evaluate(x, num_groups, running_mean, running_var, *parameters, eps)
-    return _normalize(*arguments)[0]  # without the cost of a node
+    elif torch.is_grad_enabled():
+        call = _Call(num_groups, running, rate, eps, from_batch, backend)
+        y = _Normalize.apply(x, *affine, call)  # type: ignore[no-untyped-call]
+    elif rate is None and x.numel() > 0:
+        y = backends.kernels(backend).evaluate(x, num_groups, running, affine, eps)
+    else:
+        call = _Call(num_groups, running, rate, eps, from_batch, backend)
+        y, _ = _normalize(x, affine, call)  # without the cost of a node
+    return y
 
 
 def row_moments(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,8 +81,7 @@ def row_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     Without gradient and without a copy of x.
     """
     with torch.no_grad():
-        kernels = backends.BACKENDS[backends.select(x)].kernels()
-        return kernels.row_moments(_dense(x.detach()))
+        return backends.kernels(backends.select(x)).row_moments(dense(x.detach()))
 
 
 def channel_means(x: Tensor) -> Tensor:
@@ -100,11 +93,29 @@ def weight_standardize(weight: Tensor, eps: float, formula: str, dtype: torch.dt
     """See `wsbcn_mm.functional.weight_standardize`; the arguments were checked there."""
     if weight.numel() == 0:
         return weight.to(dtype, copy=True)
-    weight = _dense(weight)
+    weight = dense(weight)
     backend = backends.select(weight)
+    w_hat: Tensor
     if has_nodes(backend):
-        return torch.ops.wsbcn_mm.weight_standardize.default(weight, eps, formula, dtype)
-    return _Standardize.apply(weight, backend, eps, formula, dtype)
+        w_hat = torch.ops.wsbcn_mm.weight_standardize.default(weight, eps, formula, dtype)
+    else:
+        arguments = weight, eps, formula, dtype, backend
+        w_hat = _Standardize.apply(*arguments)  # type: ignore[no-untyped-call]
+    return w_hat
+
+
+def gradient_of(parameter: Tensor | None, gradient: Tensor) -> Tensor | None:
+    """A kernel's gradient for its parameter: in its dtype; summed where it is per group."""
+    if parameter is None:
+        return None
+    if gradient.numel() != parameter.numel():
+        gradient = gradient.view(parameter.numel(), -1).sum(1)
+    return gradient if gradient.dtype is parameter.dtype else gradient.to(parameter.dtype)
+
+
+def gradients_of(affine: Affine, gradients: AffineGradients) -> list[Tensor | None]:
+    """`gradient_of` each parameter."""
+    return [gradient_of(parameter, gradient) for parameter, gradient in zip(affine, gradients)]
 
 
 def has_nodes(backend: str) -> bool:
@@ -112,136 +123,113 @@ def has_nodes(backend: str) -> bool:
     return backend == 'cpu' and not torch.compiler.is_compiling()
 
 
-def _normalize(
-    x,
-    batch_weight,
-    batch_bias,
-    weight,
-    bias,
-    running_mean,
-    running_var,
-    backend,
-    num_groups,
-    from_batch,
-    update,
-    momentum,
-    rate,
-    counts,
-    eps,
-):
-    """The result, followed by the statistics that the backward pass needs."""
+class _Call(NamedTuple):
+    """What a call computes with, beside the tensors that it is differentiated by."""
+
+    num_groups: int
+    running: Running
+    rate: Rate
+    eps: float
+    from_batch: bool
+    backend: str
+
+
+def _normalize(x: Tensor, affine: Affine, call: _Call) -> tuple[Tensor, Statistics | None]:
+    """The result, and the statistics that the backward pass needs; none of an empty x."""
+    num_groups, running, rate, eps, from_batch, backend = call
     if x.numel() == 0:
-        return (torch.empty_like(x),)
-    kernels = backends.BACKENDS[backend].kernels()
-    affine = (batch_weight, batch_bias, weight, bias)
-    if from_batch:
-        m, q = kernels.row_moments(x)
-        mean, var = _update_from_batch(
-            m,
-            q,
-            x.numel() // x.size(1),
-            running_mean,
-            running_var,
-            momentum if rate is None else rate,
-            counts,
-        )
-        y, *group = kernels.normalize(x, m, q, mean, var, num_groups, *affine, eps)
-        return y, m, q, mean, var, *group
-    results = kernels.normalize_with_estimates(
-        x, num_groups, running_mean, running_var, *affine, update, momentum, rate, eps, counts
-    )
-    if update and not torch.compiler.is_compiling():
+        return torch.empty_like(x), None
+    kernels = backends.kernels(backend)
+    normalize = kernels.normalize_with_batch if from_batch else kernels.normalize_with_estimates
+    y, statistics = normalize(x, num_groups, running, affine, rate, eps)
+    if rate is not None and not torch.compiler.is_compiling():
         # A kernel writes through pointers: torch must know that the buffers have changed.
-        torch.autograd.graph.increment_version((running_mean, running_var))
-    return results
+        torch.autograd.graph.increment_version(running[:2])
+    return y, statistics
 
 
 class _Normalize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, *arguments):
-        y, *statistics = _normalize(*arguments)
-        ctx.save_for_backward(*arguments[:5], *statistics)
-        ctx.backend, ctx.num_groups, ctx.from_batch = arguments[7:10]
-        ctx.eps = arguments[-1]
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        batch_weight: Tensor | None,
+        batch_bias: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        call: _Call,
+    ) -> Tensor:
+        affine = Affine(batch_weight, batch_bias, weight, bias)
+        y, statistics = _normalize(x, affine, call)
+        ctx.save_for_backward(x, *affine, *(statistics or ()))
+        ctx.num_groups, ctx.eps, ctx.from_batch = call.num_groups, call.eps, call.from_batch
+        ctx.backend = call.backend
         return y
 
     @staticmethod
-    def backward(ctx, grad):
-        x, batch_weight, batch_bias, weight, bias, *statistics = ctx.saved_tensors
-        inputs = (x, batch_weight, batch_bias, weight, bias)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, *saved = ctx.saved_tensors
+        affine = Affine(*saved[:4])
+        gradients: list[Tensor | None]
         if grad.numel() == 0:
             # Zeros, not None: DistributedDataParallel waits for every parameter's gradient.
-            gradients = [None if i is None else torch.zeros_like(i) for i in inputs]
-        elif torch.is_grad_enabled():
-            mean, var = (None, None) if ctx.from_batch else statistics[2:4]
-            found = iter(_normalize_twice(grad, *inputs, mean, var, ctx.num_groups, ctx.eps))
-            gradients = [next(found) if need else None for need in ctx.needs_input_grad[:5]]
-        else:
-            affine_size = max([0] + [p.numel() for p in (weight, bias) if p is not None])
-            kernels = backends.BACKENDS[ctx.backend].kernels()
-            gradients = kernels.normalize_backward(
-                _dense_as(grad, x),
-                x,
-                *statistics,
-                batch_weight,
-                batch_bias,
-                weight,
-                ctx.num_groups,
-                affine_size,
-                ctx.eps,
-                ctx.from_batch,
-            )
-            gradients = [None if i is None else _like(g, i) for i, g in zip(inputs, gradients)]
-        return *gradients, *[None] * 10
+            gradients = [None if i is None else torch.zeros_like(i) for i in (x, *affine)]
+            return *gradients, None
+        statistics = Statistics(*saved[4:])
+        if torch.is_grad_enabled():
+            mean, var = (None, None) if ctx.from_batch else (statistics.mean, statistics.var)
+            wanted = iter(normalize_twice(grad, x, ctx.num_groups, mean, var, affine, ctx.eps))
+            gradients = [next(wanted) if need else None for need in ctx.needs_input_grad[:5]]
+            return *gradients, None
+        grad_x, of_affine = backends.kernels(ctx.backend).normalize_backward(
+            grad, x, ctx.num_groups, statistics, affine, ctx.eps, ctx.from_batch
+        )
+        return grad_x, *gradients_of(affine, of_affine), None
 
 
-def _like(gradient: Tensor, parameter: Tensor) -> Tensor:
-    """In the dtype of its parameter; per channel where the parameter is per group: summed."""
-    if gradient.numel() != parameter.numel():
-        gradient = gradient.view(parameter.numel(), -1).sum(1)
-    return gradient if gradient.dtype is parameter.dtype else gradient.to(parameter.dtype)
-
-
-def _update_from_batch(m, q, count, running_mean, running_var, momentum, counts):
-    """The statistics of the batch from those of its rows; updates the buffers as BatchNorm does."""
-    mean = m.mean(0)
-    var = (q + (m - mean).square()).mean(0)
-    unbiased = var * (count / (count - 1))
-    ops.move_towards(mean, unbiased, running_mean, running_var, momentum, counts, len(m))
-    return mean, var
-
-
-def _normalize_twice(grad, x, batch_weight, batch_bias, weight, bias, mean, var, num_groups, eps):
+def normalize_twice(
+    grad: Tensor,
+    x: Tensor,
+    num_groups: int,
+    mean: Tensor | None,
+    var: Tensor | None,
+    affine: Affine,
+    eps: float,
+) -> list[Tensor]:
     """Differentiable gradients of those inputs that require one; mean None: the batch's own."""
     dtype = accumulation_dtype(x.dtype)
     # Aliases: x may itself depend on the parameters (a shared layer), and a gradient with respect
     # to the tensors themselves would then count the way through x a second time.
-    inputs = (x, batch_weight, batch_bias, weight, bias)
-    inputs = [None if i is None else i.view_as(i) for i in inputs]
-    x, *parameters = (None if i is None else i.to(dtype) for i in inputs)
-    if mean is None:
-        mean, var = reference.batch_statistics(x)
-    y = reference.normalize(x, mean, var, num_groups, *parameters, eps)
-    wanted = [i for i in inputs if i is not None and i.requires_grad]
+    x = x.view_as(x)
+    affine = Affine(*(None if p is None else p.view_as(p) for p in affine))
+    wide = x.to(dtype)
+    if mean is None or var is None:
+        mean, var = reference.batch_statistics(wide)
+    wide_affine = Affine(*(None if p is None else p.to(dtype) for p in affine))
+    y = reference.normalize(wide, mean, var, num_groups, *wide_affine, eps)
+    wanted = [i for i in (x, *affine) if i is not None and i.requires_grad]
     return list(torch.autograd.grad(y, wanted, grad.to(dtype), create_graph=True))
 
 
-def _standardize_twice(grad, weight, eps, formula):
+def standardize_twice(grad: Tensor, weight: Tensor, eps: float, formula: str) -> Tensor:
+    """The differentiable gradient of a weight."""
     alias = weight.view_as(weight)
     dtype = accumulation_dtype(weight.dtype)
     w_hat = reference.weight_standardize(alias.to(dtype), eps, formula)
     return torch.autograd.grad(w_hat, alias, grad.to(dtype), create_graph=True)[0]
 
 
-ops.implement_twice(_normalize_twice, _standardize_twice)
+ops.implement(normalize_twice, 'CompositeImplicitAutograd')
+ops.implement(standardize_twice, 'CompositeImplicitAutograd')
 
 
 def filter_statistics(weight: Tensor, eps: float, formula: str) -> tuple[Tensor, Tensor]:
     """Mean and sigma (see `ops`) of each row of a weight (O, *), without gradient."""
     with torch.no_grad():
-        weight = _dense(weight.detach())
-        kernels = backends.BACKENDS[backends.select(weight)].kernels()
-        return kernels.standardize(weight, eps, formula, weight.dtype)[1:]
+        weight = dense(weight.detach())
+        kernels = backends.kernels(backends.select(weight))
+        _, mean, sigma = kernels.standardize(weight, eps, formula, weight.dtype)
+        return mean, sigma
 
 
 def check_version(weight: Tensor, version: int) -> None:
@@ -254,19 +242,28 @@ def check_version(weight: Tensor, version: int) -> None:
         )
 
 
-def standardize_backward(grad, weight, mean, sigma, eps, formula, backend):
+def standardize_backward(
+    grad: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    sigma: Tensor,
+    eps: float,
+    formula: str,
+    backend: str,
+) -> Tensor:
     """The gradient of a weight, differentiable where gradients are recorded."""
     if torch.is_grad_enabled():
-        return _standardize_twice(grad, weight, eps, formula)
-    kernels = backends.BACKENDS[backend].kernels()
-    return kernels.standardize_backward(_dense_as(grad, weight), weight, mean, sigma, eps, formula)
+        return standardize_twice(grad, weight, eps, formula)
+    kernels = backends.kernels(backend)
+    return kernels.standardize_backward(grad, weight, mean, sigma, eps, formula)
 
 
 class _Standardize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, weight, backend, eps, formula, dtype):
-        kernels = backends.BACKENDS[backend].kernels()
-        w_hat, mean, sigma = kernels.standardize(weight, eps, formula, dtype)
+    def forward(
+        ctx: Any, weight: Tensor, eps: float, formula: str, dtype: torch.dtype, backend: str
+    ) -> Tensor:
+        w_hat, mean, sigma = backends.kernels(backend).standardize(weight, eps, formula, dtype)
         # Not save_for_backward, which allows a single backward pass and counts for activation
         # checkpointing: several uses of a layer may share the node. Torch's check for edits is then
         # ours to make; compiled code checks for itself.
@@ -276,30 +273,11 @@ class _Standardize(torch.autograd.Function):
         return w_hat
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, mean, sigma = ctx.saved
         if ctx.version is not None:
             check_version(weight, ctx.version)
-        found = standardize_backward(grad, weight, mean, sigma, ctx.eps, ctx.formula, ctx.backend)
-        return found, None, None, None, None
-
-
-def _memory_format(x: Tensor) -> torch.memory_format:
-    """The layout the kernels read x in: its own where it is dense, else the nearest."""
-    if x.is_contiguous():
-        return torch.contiguous_format
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    last = formats.get(x.dim())
-    if last is not None and x.stride(1) == 1:
-        return last
-    return torch.contiguous_format
-
-
-def _dense(x: Tensor) -> Tensor:
-    if x.is_contiguous():
-        return x
-    return x.contiguous(memory_format=_memory_format(x))
-
-
-def _dense_as(grad: Tensor, x: Tensor) -> Tensor:
-    return grad.contiguous(memory_format=_memory_format(x))
+        gradient = standardize_backward(
+            grad, weight, mean, sigma, ctx.eps, ctx.formula, ctx.backend
+        )
+        return gradient, None, None, None, None

@@ -4,13 +4,27 @@ Nothing here is differentiated by autograd: `autograd` does that with the operat
 Half precision is computed in float32, float64 in float64; results have the dtype of the input.
 """
 
-from types import SimpleNamespace
+import sys
+from types import ModuleType
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from wsbcn_mm import reference
-from wsbcn_mm.backends.ops import accumulation_dtype
+from wsbcn_mm.backends import dispatched
+from wsbcn_mm.backends.carriers import (
+    Affine,
+    AffineGradients,
+    Rate,
+    Running,
+    Statistics,
+    outer_size,
+)
+from wsbcn_mm.backends.ops import Kernels, accumulation_dtype
+from wsbcn_mm.backends.running import update_from_batch
+
+_THIS: ModuleType = sys.modules[__name__]
 
 
 def unavailable() -> str | None:
@@ -23,9 +37,9 @@ def supports(x: Tensor) -> str | None:
     return None
 
 
-def kernels() -> SimpleNamespace:
+def kernels() -> Kernels:
     """The operators of `wsbcn_mm.backends.ops`."""
-    return _KERNELS
+    return cast(Kernels, _THIS)
 
 
 def row_moments(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -38,53 +52,53 @@ def row_moments(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def normalize_with_estimates(
-    x,
-    num_groups,
-    running_mean,
-    running_var,
-    batch_weight,
-    batch_bias,
-    weight,
-    bias,
-    update,
-    momentum,
-    rate,
-    eps,
-    counts=None,
-):
+    x: Tensor, num_groups: int, running: Running, affine: Affine, rate: Rate, eps: float
+) -> tuple[Tensor, Statistics]:
+    """See `wsbcn_mm.backends.ops`, as for everything here."""
     m, q = row_moments(x)
-    if update:
-        mean, var = torch.ops.wsbcn_mm.update_estimates(
-            m, q, running_mean, running_var, momentum, rate, counts
-        )
+    if rate is None:
+        mean, var = running.mean.to(m.dtype, copy=True), running.var.to(m.dtype, copy=True)
     else:
-        mean, var = running_mean.to(m.dtype, copy=True), running_var.to(m.dtype, copy=True)
-    y, *group_statistics = normalize(
-        x, m, q, mean, var, num_groups, batch_weight, batch_bias, weight, bias, eps
-    )
-    return y, m, q, mean, var, *group_statistics
+        mean, var = dispatched.update_estimates(m, q, running, rate)
+    y, group_mean, inv_group_std = normalize(x, num_groups, m, q, mean, var, affine, eps)
+    return y, Statistics(m, q, mean, var, group_mean, inv_group_std)
 
 
-def evaluate(x, num_groups, running_mean, running_var, batch_weight, batch_bias, weight, bias, eps):
-    affine = (batch_weight, batch_bias, weight, bias)
-    return normalize_with_estimates(
-        x, num_groups, running_mean, running_var, *affine, False, 0.0, None, eps
-    )[0]
+def normalize_with_batch(
+    x: Tensor, num_groups: int, running: Running, affine: Affine, rate: Rate, eps: float
+) -> tuple[Tensor, Statistics]:
+    m, q = row_moments(x)
+    mean, var = update_from_batch(m, q, x.numel() // x.size(1), running, rate)
+    y, group_mean, inv_group_std = normalize(x, num_groups, m, q, mean, var, affine, eps)
+    return y, Statistics(m, q, mean, var, group_mean, inv_group_std)
 
 
-def normalize(x, m, q, mean, var, num_groups, batch_weight, batch_bias, weight, bias, eps):
+def evaluate(x: Tensor, num_groups: int, running: Running, affine: Affine, eps: float) -> Tensor:
+    return normalize_with_estimates(x, num_groups, running, affine, None, eps)[0]
+
+
+def normalize(
+    x: Tensor,
+    num_groups: int,
+    m: Tensor,
+    q: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    affine: Affine,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
     inv_std = (var + eps).rsqrt()
-    gain, t = _channel_stage(m, mean, inv_std, batch_weight, batch_bias)
+    gain, t = _channel_stage(m, mean, inv_std, affine)
     group_mean = _over_group(t, num_groups)
     centred = t - _to_channels(group_mean, t)
     group_var = _over_group(gain.square() * q + centred.square(), num_groups)
     inv_group_std = (group_var + eps).rsqrt()
     scale = _to_channels(inv_group_std, t)
-    if weight is not None:
-        scale = scale * reference.expand_groups(weight.to(t.dtype), t.size(1))
+    if affine.weight is not None:
+        scale = scale * reference.expand_groups(affine.weight.to(t.dtype), t.size(1))
     shift = scale * centred
-    if bias is not None:
-        shift = shift + reference.expand_groups(bias.to(t.dtype), t.size(1))
+    if affine.bias is not None:
+        shift = shift + reference.expand_groups(affine.bias.to(t.dtype), t.size(1))
     rows = _rows(x)
     y = (rows - _per_row(m, rows)).mul_(_per_row(scale * gain, rows))
     y = y.add_(_per_row(shift, rows)).to(x.dtype)
@@ -94,28 +108,21 @@ def normalize(x, m, q, mean, var, num_groups, batch_weight, batch_bias, weight, 
 
 
 def normalize_backward(
-    grad,
-    x,
-    m,
-    q,
-    mean,
-    var,
-    group_mean,
-    inv_group_std,
-    batch_weight,
-    batch_bias,
-    weight,
-    num_groups,
-    affine_size,
-    eps,
-    through_statistics,
-):
+    grad: Tensor,
+    x: Tensor,
+    num_groups: int,
+    statistics: Statistics,
+    affine: Affine,
+    eps: float,
+    through_statistics: bool,
+) -> tuple[Tensor, AffineGradients]:
+    m, q, mean, var, group_mean, inv_group_std = statistics
     length = x[0, 0].numel()
     rows, g = _rows(x), _rows(grad).to(m.dtype)
     dims = list(range(2, rows.dim()))
     inv_std = (var + eps).rsqrt()
     s = _to_channels(inv_group_std, m)
-    gain, t = _channel_stage(m, mean, inv_std, batch_weight, batch_bias)
+    gain, t = _channel_stage(m, mean, inv_std, affine)
     t = t - _to_channels(group_mean, m)  # row mean of x1, centred in its group
 
     centred = rows - _per_row(m, rows)
@@ -125,10 +132,10 @@ def normalize_backward(
 
     # Outer affine and group stage: dx1 = s (h - mean(h) - z mean(h z)), h = weight * grad, the
     # means over a group. Its row sums alone and against (x - m) give the rest.
-    if weight is None:
+    if affine.weight is None:
         outer = torch.ones_like(m[:1])
     else:
-        outer = reference.expand_groups(weight.to(m.dtype), m.size(1))
+        outer = reference.expand_groups(affine.weight.to(m.dtype), m.size(1))
     mean_h = _to_channels(_over_group(outer * sum_g, num_groups), m) / length
     mean_hz = _to_channels(_over_group(outer * sum_gz, num_groups), m) / length
     sum_dx1 = s * (outer * sum_g - length * (mean_h + s * mean_hz * t))
@@ -148,13 +155,20 @@ def normalize_backward(
     grad_x = centred.mul_(_per_row(slope, rows)).add_(_per_row(r, rows))
     grad_x = grad_x.add_(g * _per_row(p, rows)).to(x.dtype).view_as(x)
 
+    size = outer_size(affine)
+
     def outer_sum(values: Tensor) -> Tensor:
-        return values.sum(0).view(affine_size, -1).sum(1) if affine_size else m.new_empty(0)
+        return values.sum(0).view(size, -1).sum(1) if size else m.new_empty(0)
 
-    return grad_x, grad_batch_weight, grad_batch_bias, outer_sum(sum_gz), outer_sum(sum_g)
+    gradients = AffineGradients(
+        grad_batch_weight, grad_batch_bias, outer_sum(sum_gz), outer_sum(sum_g)
+    )
+    return grad_x, gradients
 
 
-def standardize(weight, eps, formula, dtype):
+def standardize(
+    weight: Tensor, eps: float, formula: str, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
     w = weight.flatten(1).to(accumulation_dtype(weight.dtype))
     mean = w.mean(1)
     w = w - mean[:, None]
@@ -165,7 +179,14 @@ def standardize(weight, eps, formula, dtype):
     return torch.empty_like(weight, dtype=dtype).copy_(w.view(weight.shape)), mean, sigma
 
 
-def standardize_all(weights, eps, formula, out, mean, sigma):
+def standardize_all(
+    weights: list[Tensor],
+    eps: float,
+    formula: str,
+    out: list[Tensor],
+    mean: Tensor,
+    sigma: Tensor,
+) -> None:
     first = 0
     for weight, result in zip(weights, out):
         rows = slice(first, first := first + len(weight))
@@ -173,13 +194,24 @@ def standardize_all(weights, eps, formula, out, mean, sigma):
         result.copy_(w_hat)
 
 
-def standardize_all_backward(grads, weights, offsets, mean, sigma, eps, formula, out):
+def standardize_all_backward(
+    grads: list[Tensor],
+    weights: list[Tensor],
+    offsets: list[int],
+    mean: Tensor,
+    sigma: Tensor,
+    eps: float,
+    formula: str,
+    out: list[Tensor],
+) -> None:
     for grad, weight, first, result in zip(grads, weights, offsets, out):
         rows = slice(first, first + len(weight))
         result.copy_(standardize_backward(grad, weight, mean[rows], sigma[rows], eps, formula))
 
 
-def standardize_backward(grad, weight, mean, sigma, eps, formula):
+def standardize_backward(
+    grad: Tensor, weight: Tensor, mean: Tensor, sigma: Tensor, eps: float, formula: str
+) -> Tensor:
     w = weight.flatten(1).to(mean.dtype) - mean[:, None]
     g = grad.flatten(1).to(mean.dtype)
     denominator = _denominator(sigma, eps, formula)
@@ -192,28 +224,19 @@ def standardize_backward(grad, weight, mean, sigma, eps, formula):
     return torch.empty_like(weight).copy_(g.view(weight.shape))
 
 
-_KERNELS = SimpleNamespace(
-    row_moments=row_moments,
-    normalize_with_estimates=normalize_with_estimates,
-    evaluate=evaluate,
-    normalize=normalize,
-    normalize_backward=normalize_backward,
-    standardize=standardize,
-    standardize_backward=standardize_backward,
-    standardize_all=standardize_all,
-    standardize_all_backward=standardize_all_backward,
-)
-
-
 def _denominator(sigma: Tensor, eps: float, formula: str) -> Tensor:
     return sigma + eps if formula == 'std_eps' else sigma
 
 
-def _channel_stage(m, mean, inv_std, batch_weight, batch_bias):
+def _channel_stage(
+    m: Tensor, mean: Tensor, inv_std: Tensor, affine: Affine
+) -> tuple[Tensor, Tensor]:
     """Stage 1, x1 = gain (x - mean) + batch_bias: its gain (C,) and the row means of x1 (N, C)."""
-    gain = inv_std if batch_weight is None else batch_weight.to(inv_std.dtype) * inv_std
+    gain = inv_std
+    if affine.batch_weight is not None:
+        gain = affine.batch_weight.to(inv_std.dtype) * inv_std
     t = gain * (m - mean)
-    return gain, t if batch_bias is None else t + batch_bias.to(t.dtype)
+    return gain, t if affine.batch_bias is None else t + affine.batch_bias.to(t.dtype)
 
 
 def _over_group(values: Tensor, num_groups: int) -> Tensor:

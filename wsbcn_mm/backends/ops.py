@@ -4,6 +4,16 @@ An operator is one call into a kernel library; C++ (`cpu/`) and Triton (`triton/
 `autograd` strings them together and differentiates. They are registered with torch under
 ``torch.ops.wsbcn_mm``, with shapes for ``torch.compile``, and know nothing of autograd.
 
+**One order of arguments**, from the layer to the kernel and back through autograd::
+
+    x, num_groups, running, affine, rate, eps
+
+running, affine and rate are carriers (`wsbcn_mm.backends.carriers`). A function takes only what it
+needs, in this order; ``grad`` comes before x, what a function alone knows comes last; with given
+statistics, they stand in the place of running. A schema lists the fields of a carrier in its place.
+What users know as ``momentum`` is called rate from `wsbcn_mm.functional` and the layers on, and is
+None where nothing is updated.
+
 Names: x is (N, C, *), contiguous or channels_last; a row is one (sample, channel) of it. G groups.
 ``m``, ``q`` (N, C): mean and biased variance of each row. ``mean``, ``var`` (C,): the statistics
 of stage 1. ``group_mean``, ``inv_group_std`` (N, G): those of stage 2. All of these have the
@@ -17,59 +27,73 @@ in any floating dtype. With ``gain[c] = batch_weight[c] / sqrt(var[c] + eps)``, 
     y             = weight inv_group_std (gain (x - m) + t - group_mean) + bias
 """
 
-from collections.abc import Callable
+import inspect
+import typing
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from wsbcn_mm.backends.carriers import (
+    FLAT,
+    Affine,
+    AffineGradients,
+    Rate,
+    Running,
+    Statistics,
+    outer_size,
+)
 
 NAMESPACE = 'wsbcn_mm'
 
 _library = torch.library.Library(NAMESPACE, 'DEF')
 
+_RUNNING = 'Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!)? counts'
+_AFFINE = 'Tensor? batch_weight, Tensor? batch_bias, Tensor? weight, Tensor? bias'
+_RATE = 'float? rate, Tensor? rate_tensor'
+_STATISTICS = 'Tensor m, Tensor q, Tensor mean, Tensor var, Tensor group_mean, Tensor inv_group_std'
+
 _library.define('row_moments(Tensor x) -> (Tensor m, Tensor q)')
-# Estimate mode and evaluation, in one call. With `update` the running statistics are updated first,
-# in place, at the rate `momentum`, or `rate` (0-d, any dtype, on the device of x or the CPU) where
-# that is given:
+# Estimate mode and evaluation, in one call. With a rate r the running statistics are updated first,
+# in place:
 #   running_mean <- (1 - r) running_mean + r mean(x)
 #   running_var  <- (1 - r) running_var + r mean((x - old running_mean)^2)
-# A channel in which one of them would not be finite, in the dtype of the buffers, keeps both.
-# `counts` (2, C), contiguous int64, says so without anybody having to wait for it: the samples that
-# entered a channel's statistics, and the updates that it left out, are added to its rows.
-# `mean` and `var` are copies of what was then used.
+# A channel in which one of them would not be finite, in the dtype of the buffers, keeps both;
+# `counts` say so without anybody having to wait for it. `mean` and `var` are copies of what was
+# then used.
 _library.define(
-    'normalize_with_estimates(Tensor x, int num_groups, Tensor(a!) running_mean, '
-    'Tensor(b!) running_var, Tensor? batch_weight, Tensor? batch_bias, Tensor? weight, '
-    'Tensor? bias, bool update, float momentum, Tensor? rate, float eps, '
-    'Tensor(c!)? counts=None) -> '
-    '(Tensor y, Tensor m, Tensor q, Tensor mean, Tensor var, Tensor group_mean, '
-    'Tensor inv_group_std)'
+    f'normalize_with_estimates(Tensor x, int num_groups, {_RUNNING}, {_AFFINE}, {_RATE}, '
+    f'float eps) -> (Tensor y, {_STATISTICS})'
+)
+# Batch mode: the statistics of x itself, with two values per channel at least; the running ones
+# move towards them at the rate, as BatchNorm's do, with the unbiased variance.
+_library.define(
+    f'normalize_with_batch(Tensor x, int num_groups, {_RUNNING}, {_AFFINE}, {_RATE}, '
+    f'float eps) -> (Tensor y, {_STATISTICS})'
 )
 # Evaluation when nothing is differentiated: the same without an update, y alone.
 _library.define(
-    'evaluate(Tensor x, int num_groups, Tensor running_mean, Tensor running_var, '
-    'Tensor? batch_weight, Tensor? batch_bias, Tensor? weight, Tensor? bias, float eps) -> Tensor'
+    'evaluate(Tensor x, int num_groups, Tensor running_mean, Tensor running_var, Tensor? counts, '
+    f'{_AFFINE}, float eps) -> Tensor'
 )
 # The update alone, from the moments, for backends without a kernel of their own; returns copies. An
 # operator, because a compiler may compute again for the backward pass what it can see into, and
 # would do so with running statistics that have changed by then.
 _library.define(
-    'update_estimates(Tensor m, Tensor q, Tensor(a!) running_mean, Tensor(b!) running_var, '
-    'float momentum, Tensor? rate, Tensor(c!)? counts=None) -> (Tensor mean, Tensor var)'
+    f'update_estimates(Tensor m, Tensor q, {_RUNNING}, {_RATE}) -> (Tensor mean, Tensor var)'
 )
-# Batch mode: the second half, after the moments were combined over samples (and ranks).
+# The second half of batch mode, after the moments were combined over samples (and ranks).
 _library.define(
-    'normalize(Tensor x, Tensor m, Tensor q, Tensor mean, Tensor var, int num_groups, '
-    'Tensor? batch_weight, Tensor? batch_bias, Tensor? weight, Tensor? bias, float eps) -> '
-    '(Tensor y, Tensor group_mean, Tensor inv_group_std)'
+    'normalize(Tensor x, int num_groups, Tensor m, Tensor q, Tensor mean, Tensor var, '
+    f'{_AFFINE}, float eps) -> (Tensor y, Tensor group_mean, Tensor inv_group_std)'
 )
-# grad has the dtype and layout of x. Gradients of x (likewise), batch_weight and batch_bias (C,),
-# weight and bias (`affine_size`,): G, C, or 0 for none. With `through_statistics` mean and var are
-# those of x itself (batch mode) and the gradient flows through them too.
+# grad has the shape of x, in any layout and floating dtype. Gradients of x, like x, and of the
+# parameters (`AffineGradients`). With `through_statistics` mean and var are those of x itself
+# (batch mode) and the gradient flows through them too.
 _library.define(
-    'normalize_backward(Tensor grad, Tensor x, Tensor m, Tensor q, Tensor mean, Tensor var, '
-    'Tensor group_mean, Tensor inv_group_std, Tensor? batch_weight, Tensor? batch_bias, '
-    'Tensor? weight, int num_groups, int affine_size, float eps, bool through_statistics) -> '
-    '(Tensor, Tensor, Tensor, Tensor, Tensor)'
+    f'normalize_backward(Tensor grad, Tensor x, int num_groups, {_STATISTICS}, {_AFFINE}, '
+    'float eps, bool through_statistics) -> (Tensor, Tensor, Tensor, Tensor, Tensor)'
 )
 # weight (O, *), contiguous or channels_last: rows standardized into `dtype`, in the same layout.
 # `mean`, `sigma` (O,): the row's mean and, by formula, 'paper' sqrt(var_biased + eps), 'var_eps'
@@ -78,7 +102,7 @@ _library.define(
     'standardize(Tensor weight, float eps, str formula, ScalarType dtype) -> '
     '(Tensor w_hat, Tensor mean, Tensor sigma)'
 )
-# grad has the layout of weight, in any floating dtype.
+# grad has the shape of weight, in any layout and floating dtype.
 # dw = (g - mean(g)) / d - k (w - mean) sum((w - mean) g), d the denominator and, by formula,
 # k = 1 / (n d^3), 1 / ((n - 1) d^3), 1 / ((n - 1) std d^2), the last one 0 where std is 0.
 _library.define(
@@ -99,12 +123,11 @@ _library.define(
 )
 
 # The two operations as a whole, differentiable, for a backend that brings nodes of autograd's graph
-# of its own (the CPU's, in C++): estimate mode and evaluation of a dense x that is not empty, and a
-# dense weight. The others are differentiated by `autograd`.
+# of its own (the CPU's, in C++): of a dense x that is not empty, and of a dense weight. The others
+# are differentiated by `autograd`.
 _library.define(
-    'batch_channel_norm(Tensor x, Tensor? batch_weight, Tensor? batch_bias, Tensor? weight, '
-    'Tensor? bias, Tensor(a!) running_mean, Tensor(b!) running_var, int num_groups, bool update, '
-    'float momentum, Tensor? rate, float eps, Tensor(c!)? counts=None) -> Tensor'
+    f'batch_channel_norm(Tensor x, int num_groups, {_RUNNING}, {_AFFINE}, {_RATE}, float eps, '
+    'bool from_batch) -> Tensor'
 )
 _library.define(
     'weight_standardize(Tensor weight, float eps, str formula, ScalarType dtype) -> Tensor'
@@ -119,18 +142,145 @@ _library.define('backward_calls() -> int')
 # Frees the memory that a backend keeps for its next results.
 _library.define('release_memory() -> ()')
 # What such nodes call to be differentiated again: differentiable gradients of those inputs that
-# require one, in order.
+# require one, in order; without mean and var, those of x are differentiated too.
 _library.define(
-    'normalize_twice(Tensor grad, Tensor x, Tensor? batch_weight, Tensor? batch_bias, '
-    'Tensor? weight, Tensor? bias, Tensor mean, Tensor var, int num_groups, float eps) -> Tensor[]'
+    'normalize_twice(Tensor grad, Tensor x, int num_groups, Tensor? mean, Tensor? var, '
+    f'{_AFFINE}, float eps) -> Tensor[]'
 )
 _library.define('standardize_twice(Tensor grad, Tensor weight, float eps, str formula) -> Tensor')
 
 
-def implement_twice(normalize_twice: Callable, standardize_twice: Callable) -> None:
-    """Supplies `normalize_twice` and `standardize_twice` in operations that autograd knows."""
-    _library.impl('normalize_twice', normalize_twice, 'CompositeImplicitAutograd')
-    _library.impl('standardize_twice', standardize_twice, 'CompositeImplicitAutograd')
+def implement(function: Callable[..., Any], key: str) -> None:
+    """Makes a function that takes carriers the implementation of the operator of its name.
+
+    Args:
+        function: In Python.
+        key: The dispatch key: a device, or a composite one for all of them.
+    """
+    _library.impl(function.__name__, flattened(function), key)
+
+
+class Kernels(Protocol):
+    """The operators as a backend offers them: a module with these functions, see above."""
+
+    def row_moments(self, x: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    def normalize_with_estimates(
+        self, x: Tensor, num_groups: int, running: Running, affine: Affine, rate: Rate, eps: float
+    ) -> tuple[Tensor, Statistics]: ...
+
+    def normalize_with_batch(
+        self, x: Tensor, num_groups: int, running: Running, affine: Affine, rate: Rate, eps: float
+    ) -> tuple[Tensor, Statistics]: ...
+
+    def evaluate(
+        self, x: Tensor, num_groups: int, running: Running, affine: Affine, eps: float
+    ) -> Tensor: ...
+
+    def normalize(
+        self,
+        x: Tensor,
+        num_groups: int,
+        m: Tensor,
+        q: Tensor,
+        mean: Tensor,
+        var: Tensor,
+        affine: Affine,
+        eps: float,
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+    def normalize_backward(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        num_groups: int,
+        statistics: Statistics,
+        affine: Affine,
+        eps: float,
+        through_statistics: bool,
+    ) -> tuple[Tensor, AffineGradients]: ...
+
+    def standardize(
+        self, weight: Tensor, eps: float, formula: str, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+    def standardize_backward(
+        self, grad: Tensor, weight: Tensor, mean: Tensor, sigma: Tensor, eps: float, formula: str
+    ) -> Tensor: ...
+
+    def standardize_all(
+        self,
+        weights: list[Tensor],
+        eps: float,
+        formula: str,
+        out: list[Tensor],
+        mean: Tensor,
+        sigma: Tensor,
+    ) -> None: ...
+
+    def standardize_all_backward(
+        self,
+        grads: list[Tensor],
+        weights: list[Tensor],
+        offsets: list[int],
+        mean: Tensor,
+        sigma: Tensor,
+        eps: float,
+        formula: str,
+        out: list[Tensor],
+    ) -> None: ...
+
+
+OPERATORS = tuple(name for name in vars(Kernels) if not name.startswith('_'))
+"""What a backend implements."""
+
+
+def flattened(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that takes carriers as the implementation of its operator, which is flat."""
+    readers: list[Callable[[tuple[Any, ...]], Any]] = []
+    first = 0
+    for kind in _kinds(function):
+        readers.append(_reader(kind, first))
+        first += len(FLAT.get(kind, ('',)))
+
+    def flat(*values: Any) -> Any:
+        results = function(*[read(values) for read in readers])
+        return tuple(_leaves(results)) if isinstance(results, tuple) else results
+
+    return flat
+
+
+def flat_names(function: Callable[..., Any]) -> list[str]:
+    """The names of the arguments that the operator of a function with carriers has."""
+    names = zip(_names(function), _kinds(function))
+    return [flat for name, kind in names for flat in FLAT.get(kind, (name,))]
+
+
+def _names(function: Callable[..., Any]) -> list[str]:
+    return [name for name in inspect.signature(function).parameters if name != 'self']
+
+
+def _kinds(function: Callable[..., Any]) -> list[Any]:
+    hints = typing.get_type_hints(function)
+    return [hints[name] for name in _names(function)]
+
+
+def _reader(kind: Any, first: int) -> Callable[[tuple[Any, ...]], Any]:
+    """Finds an argument among the flat ones, the first of which is its own."""
+    if kind == Rate:
+        return lambda values: values[first] if values[first + 1] is None else values[first + 1]
+    if kind in FLAT:
+        last = first + len(FLAT[kind])
+        return lambda values: kind(*values[first:last])
+    return lambda values: values[first]
+
+
+def _leaves(results: tuple[Any, ...]) -> Iterator[Any]:
+    for result in results:
+        if isinstance(result, tuple):
+            yield from result
+        else:
+            yield result
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -150,130 +300,88 @@ def _groups(x: Tensor, num_groups: int) -> Tensor:
     return x.new_empty((x.shape[0], num_groups), dtype=accumulation_dtype(x.dtype))
 
 
-@torch.library.register_fake(f'{NAMESPACE}::row_moments', lib=_library)
-def _(x):
+def _fake(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What an operator returns, by shape and dtype, for torch.compile."""
+    name = function.__name__.strip('_')
+    torch.library.register_fake(f'{NAMESPACE}::{name}', function, lib=_library)
+    return function
+
+
+@_fake
+def _row_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return _rows(x), _rows(x)
 
 
-@torch.library.register_fake(f'{NAMESPACE}::normalize_with_estimates', lib=_library)
-def _(x, num_groups, *_):
+@_fake
+def _normalize_with_estimates(x: Tensor, num_groups: int, *_: Any) -> tuple[Tensor, ...]:
     groups = (_groups(x, num_groups), _groups(x, num_groups))
     return torch.empty_like(x), _rows(x), _rows(x), _channels(x), _channels(x), *groups
 
 
-@torch.library.register_fake(f'{NAMESPACE}::evaluate', lib=_library)
-def _(x, *_):
+torch.library.register_fake(
+    f'{NAMESPACE}::normalize_with_batch', _normalize_with_estimates, lib=_library
+)
+
+
+@_fake
+def _evaluate(x: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(x)
 
 
-@torch.library.register_fake(f'{NAMESPACE}::update_estimates', lib=_library)
-def _(m, *_):
+@_fake
+def _update_estimates(m: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return m.new_empty(m.shape[1]), m.new_empty(m.shape[1])
 
 
-def _update_estimates(m, q, running_mean, running_var, momentum, rate, counts=None):
-    old_mean = running_mean.to(m.dtype)
-    second_moment = (q + (m - old_mean).square()).mean(0)  # around the old mean
-    rate = momentum if rate is None else rate
-    return move_towards(m.mean(0), second_moment, running_mean, running_var, rate, counts, len(m))
-
-
-def move_towards(
-    mean: Tensor,
-    var: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    rate: float | Tensor,
-    counts: Tensor | None = None,
-    samples: int = 0,
-) -> tuple[Tensor, Tensor]:
-    """Moves the buffers by ``rate`` towards ``mean`` and ``var``, in place.
-
-    Args:
-        mean: (C,), in the accumulation dtype.
-        var: Likewise.
-        running_mean: (C,), any floating dtype.
-        running_var: Likewise.
-        rate: 0 keeps the buffers, 1 replaces them; may be a 0-d tensor.
-        counts: See above; None: nobody asks.
-        samples: What is added to its first row.
-
-    Returns:
-        What the buffers now stand for, in the dtype of ``mean``.
-    """
-    old_mean, old_var = running_mean.to(mean.dtype), running_var.to(mean.dtype)
-    rate = rate.to(mean.dtype) if isinstance(rate, Tensor) else rate
-    mean, var = old_mean.lerp(mean, rate), old_var.lerp(var, rate)
-    finite = mean.to(running_mean.dtype).isfinite() & var.to(running_var.dtype).isfinite()
-    mean, var = mean.where(finite, old_mean), var.where(finite, old_var)
-    running_mean.copy_(mean)
-    running_var.copy_(var)
-    if counts is not None:
-        counts.add_(torch.stack([finite * samples, ~finite]))
-    return mean, var
-
-
-_library.impl('update_estimates', _update_estimates, 'CompositeExplicitAutograd')
-
-
-@torch.library.register_fake(f'{NAMESPACE}::normalize', lib=_library)
-def _(x, m, q, mean, var, num_groups, *_):
+@_fake
+def _normalize(x: Tensor, num_groups: int, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(x), _groups(x, num_groups), _groups(x, num_groups)
 
 
-@torch.library.register_fake(f'{NAMESPACE}::normalize_backward', lib=_library)
-def _(
-    grad,
-    x,
-    m,
-    q,
-    mean,
-    var,
-    group_mean,
-    inv_group_std,
-    batch_weight,
-    batch_bias,
-    weight,
-    num_groups,
-    affine_size,
-    eps,
-    through_statistics,
-):
-    outer = (m.new_empty(affine_size), m.new_empty(affine_size))
-    return torch.empty_like(x), _channels(x), _channels(x), *outer
+def _normalize_backward(
+    grad: Tensor,
+    x: Tensor,
+    num_groups: int,
+    statistics: Statistics,
+    affine: Affine,
+    eps: float,
+    through_statistics: bool,
+) -> tuple[Tensor, AffineGradients]:
+    outer = [statistics.m.new_empty(outer_size(affine)) for _ in range(2)]
+    return torch.empty_like(x), AffineGradients(_channels(x), _channels(x), *outer)
 
 
-@torch.library.register_fake(f'{NAMESPACE}::standardize', lib=_library)
-def _(weight, eps, formula, dtype):
-    per_row = (weight.shape[0],)
-    statistics = accumulation_dtype(weight.dtype)
-    return (
-        torch.empty_like(weight, dtype=dtype),
-        weight.new_empty(per_row, dtype=statistics),
-        weight.new_empty(per_row, dtype=statistics),
-    )
+torch.library.register_fake(
+    f'{NAMESPACE}::normalize_backward', flattened(_normalize_backward), lib=_library
+)
 
 
-@torch.library.register_fake(f'{NAMESPACE}::standardize_backward', lib=_library)
-def _(grad, weight, mean, sigma, eps, formula):
+@_fake
+def _standardize(
+    weight: Tensor, eps: float, formula: str, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    mean = weight.new_empty(weight.shape[0], dtype=accumulation_dtype(weight.dtype))
+    return torch.empty_like(weight, dtype=dtype), mean, torch.empty_like(mean)
+
+
+@_fake
+def _standardize_backward(grad: Tensor, weight: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(weight)
 
 
-@torch.library.register_fake(f'{NAMESPACE}::batch_channel_norm', lib=_library)
-def _(x, *_):
+@_fake
+def _batch_channel_norm(x: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(x)
 
 
-@torch.library.register_fake(f'{NAMESPACE}::weight_standardize', lib=_library)
-def _(weight, eps, formula, dtype):
+@_fake
+def _weight_standardize(weight: Tensor, eps: float, formula: str, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(weight, dtype=dtype)
 
 
-@torch.library.register_fake(f'{NAMESPACE}::standardize_all', lib=_library)
-def _(*_):
-    pass
+@_fake
+def _standardize_all(*_: Any) -> None: ...
 
 
-@torch.library.register_fake(f'{NAMESPACE}::standardize_all_backward', lib=_library)
-def _(*_):
-    pass
+@_fake
+def _standardize_all_backward(*_: Any) -> None: ...

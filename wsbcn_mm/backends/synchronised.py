@@ -5,24 +5,34 @@ A rank sends sums over its samples before the result is computed. `ranks` is wha
 part in every call, with an empty input too; which one a sum comes from makes no difference.
 """
 
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from wsbcn_mm import backends
 from wsbcn_mm.backends import ops
-from wsbcn_mm.backends.autograd import _dense, _dense_as, _like, row_moments
+from wsbcn_mm.backends.autograd import gradients_of, row_moments
+from wsbcn_mm.backends.carriers import Affine, Running, Statistics
+from wsbcn_mm.backends.layouts import dense
+from wsbcn_mm.backends.running import move_towards
+
+
+class Ranks(Protocol):
+    """What a rank talks to the others through."""
+
+    def sum(self, tensors: list[Tensor]) -> list[Tensor]:
+        """The sums of all ranks."""
+
+    def gather(self, values: Tensor) -> Tensor:
+        """(ranks, len(values)): the values of all ranks."""
 
 
 @torch.no_grad()
-def update_estimates(
-    x: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    rate: float | Tensor,
-    counts: Tensor,
-    ranks,
-) -> None:
+def update_estimates(x: Tensor, running: Running, rate: float | Tensor, ranks: Ranks) -> None:
     """Estimate mode: updates the estimates with the samples of all ranks, in place.
 
     The same as `wsbcn_mm.reference.update_estimates` of all inputs in one batch, whatever their
@@ -30,14 +40,12 @@ def update_estimates(
 
     Args:
         x: (N, C, *), N >= 0.
-        running_mean: (C,), the same on every rank; likewise ``running_var``.
-        running_var: See ``running_mean``.
+        running: The same on every rank, counts included: the samples of all ranks are counted.
         rate: The weight of the new observation, a number or a 0-d tensor.
-        counts: (2, C), see `wsbcn_mm.backends.ops`; the samples of all ranks are counted.
         ranks: Sums over the ranks.
     """
-    dtype = ops.accumulation_dtype(x.dtype)
-    old_mean = running_mean.to(dtype)
+    assert running.counts is not None
+    old_mean = running.mean.to(ops.accumulation_dtype(x.dtype))
     offset, square = torch.zeros_like(old_mean), torch.zeros_like(old_mean)
     if x.numel():
         m, q = row_moments(x)
@@ -47,24 +55,20 @@ def update_estimates(
     offset, square, samples = ranks.sum([offset, square, size])
     # No sample anywhere: 0 / 0, which the estimates do not take in.
     mean, var = old_mean + offset / samples, square / samples
-    before = counts[1].clone()
-    ops.move_towards(mean, var, running_mean, running_var, rate, counts, samples.long())
-    counts[1] = torch.where(samples > 0, counts[1], before)  # nothing was left out either
+    before = running.counts[1].clone()
+    move_towards(mean, var, running, rate, samples.long())
+    # Then nothing was left out either.
+    running.counts[1] = torch.where(samples > 0, running.counts[1], before)
 
 
 def batch_norm_over_ranks(
     x: Tensor,
     num_groups: int,
-    running_mean: Tensor,
-    running_var: Tensor,
-    batch_weight: Tensor | None,
-    batch_bias: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
+    running: Running,
+    affine: Affine,
     rate: float | Tensor,
     eps: float,
-    counts: Tensor,
-    ranks,
+    ranks: Ranks,
 ) -> Tensor:
     """Batch mode with the statistics of all ranks, gradients included: SyncBN, then stage 2.
 
@@ -75,34 +79,30 @@ def batch_norm_over_ranks(
     Args:
         x: (N, C, *), N >= 0.
         num_groups: G.
-        running_mean: (C,), updated in place; likewise ``running_var``, with the unbiased variance.
-        running_var: See ``running_mean``.
-        batch_weight: As in `wsbcn_mm.functional.batch_channel_norm`, like the following three.
-        batch_bias: See there.
-        weight: See there.
-        bias: See there.
+        running: Updated in place, with the unbiased variance.
+        affine: As in `wsbcn_mm.functional.batch_channel_norm`.
         rate: The weight of the new observation.
         eps: Added to both variances.
-        counts: (2, C), see `wsbcn_mm.backends.ops`.
         ranks: Talks to the other ranks.
     """
-    return _BatchOverRanks.apply(
-        _dense(x),
-        batch_weight,
-        batch_bias,
-        weight,
-        bias,
-        running_mean,
-        running_var,
-        num_groups,
-        rate,
-        eps,
-        counts,
-        ranks,
+    call = _Call(num_groups, running, rate, eps, ranks)
+    y: Tensor = _BatchOverRanks.apply(  # type: ignore[no-untyped-call]
+        dense(x), *affine, call
     )
+    return y
 
 
-def _joined(values: Tensor, ranks) -> tuple[Tensor, Tensor, Tensor]:
+class _Call(NamedTuple):
+    """What a call computes with, beside the tensors that it is differentiated by."""
+
+    num_groups: int
+    running: Running
+    rate: float | Tensor
+    eps: float
+    ranks: Ranks
+
+
+def _joined(values: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor, Tensor]:
     """Number of values, mean and biased variance per channel over all ranks (Chan et al.)."""
     parts = ranks.gather(values)  # (ranks, 2 C + 1): values, means, variances
     count, (means, variances) = parts[:, :1], parts[:, 1:].chunk(2, 1)
@@ -115,21 +115,17 @@ def _joined(values: Tensor, ranks) -> tuple[Tensor, Tensor, Tensor]:
 class _BatchOverRanks(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx,
-        x,
-        batch_weight,
-        batch_bias,
-        weight,
-        bias,
-        running_mean,
-        running_var,
-        num_groups,
-        rate,
-        eps,
-        counts,
-        ranks,
-    ):
-        kernels = backends.BACKENDS[backends.select(x)].kernels()
+        ctx: Any,
+        x: Tensor,
+        batch_weight: Tensor | None,
+        batch_bias: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        call: _Call,
+    ) -> Tensor:
+        num_groups, running, rate, eps, ranks = call
+        affine = Affine(batch_weight, batch_bias, weight, bias)
+        kernels = backends.kernels(backends.select(x))
         ctx.kernels, ctx.num_groups, ctx.eps, ctx.ranks = kernels, num_groups, eps, ranks
         m = q = x.new_zeros((0, x.size(1)), dtype=ops.accumulation_dtype(x.dtype))
         own_mean = own_var = m.new_zeros(x.size(1))
@@ -139,58 +135,40 @@ class _BatchOverRanks(torch.autograd.Function):
             own_var = (q + (m - own_mean).square()).mean(0)
         values = m.new_tensor([x.numel() // x.size(1)])
         total, mean, var = _joined(torch.cat([values, own_mean, own_var]), ranks)
-        ops.move_towards(
-            mean, var * (total / (total - 1)), running_mean, running_var, rate, counts, len(m)
-        )
+        move_towards(mean, var * (total / (total - 1)), running, rate, len(m))
         # A single value has no variance, not even over all ranks.
-        some = total > 1
-        mean = torch.where(some, mean, running_mean.to(mean.dtype))
-        var = torch.where(some, var, running_var.to(var.dtype))
+        has_variance = total > 1
+        mean = torch.where(has_variance, mean, running.mean.to(mean.dtype))
+        var = torch.where(has_variance, var, running.var.to(var.dtype))
         if not x.numel():
-            ctx.save_for_backward(x, batch_weight, batch_bias, weight, bias, mean)
+            ctx.save_for_backward(x, *affine, mean)
             return torch.empty_like(x)
-        y, *group = kernels.normalize(
-            x, m, q, mean, var, num_groups, batch_weight, batch_bias, weight, bias, eps
-        )
-        ctx.save_for_backward(
-            x, batch_weight, batch_bias, weight, bias, mean, var, total, m, q, *group
-        )
+        y, *group = kernels.normalize(x, num_groups, m, q, mean, var, affine, eps)
+        ctx.save_for_backward(x, *affine, total, m, q, mean, var, *group)
         return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
-        x, batch_weight, batch_bias, weight, bias, mean, *saved = ctx.saved_tensors
-        inputs = (x, batch_weight, batch_bias, weight, bias)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, *saved = ctx.saved_tensors
+        affine = Affine(*saved[:4])
         if not x.numel():
+            mean = saved[4]
             ctx.ranks.sum([torch.zeros_like(mean), torch.zeros_like(mean)])
-            return *(None if i is None else torch.zeros_like(i) for i in inputs), *[None] * 7
-        var, total, m, q, *group = saved
-        affine_size = max([0] + [p.numel() for p in (weight, bias) if p is not None])
-        gradients = ctx.kernels.normalize_backward(
-            _dense_as(grad, x),
-            x,
-            m,
-            q,
-            mean,
-            var,
-            *group,
-            batch_weight,
-            batch_bias,
-            weight,
-            ctx.num_groups,
-            affine_size,
-            ctx.eps,
-            False,
+            return *(None if i is None else torch.zeros_like(i) for i in (x, *affine)), None
+        total, statistics = saved[4], Statistics(*saved[5:])
+        mean, var = statistics.mean, statistics.var
+        grad_x, of_affine = ctx.kernels.normalize_backward(
+            grad, x, ctx.num_groups, statistics, affine, ctx.eps, False
         )
         # BatchNorm's own two terms: through the mean and the variance, of all ranks.
-        sum_weight, sum_bias = ctx.ranks.sum(list(gradients[1:3]))
-        inv_std = (var + ctx.eps).rsqrt()
-        gain = inv_std if batch_weight is None else inv_std * batch_weight.to(inv_std.dtype)
+        sum_weight, sum_bias = ctx.ranks.sum([of_affine.batch_weight, of_affine.batch_bias])
+        gain = inv_std = (var + ctx.eps).rsqrt()
+        if affine.batch_weight is not None:
+            gain = inv_std * affine.batch_weight.to(inv_std.dtype)
         gain = torch.where(total > 1, gain / total, 0)
         shape = (1, -1, *[1] * (x.dim() - 2))
         slope, shift = (-gain * inv_std * sum_weight).view(shape), (-gain * sum_bias).view(shape)
         centred = x.to(mean.dtype) - mean.view(shape)
-        grad_x = (gradients[0] + centred.mul_(slope).add_(shift)).to(x.dtype)
-        gradients = (grad_x, *gradients[1:])
-        return *(None if i is None else _like(g, i) for i, g in zip(inputs, gradients)), *[None] * 7
+        grad_x = (grad_x + centred.mul_(slope).add_(shift)).to(x.dtype)
+        return grad_x, *gradients_of(affine, of_affine), None

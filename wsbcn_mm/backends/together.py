@@ -15,9 +15,8 @@ from torch import Tensor
 
 from wsbcn_mm import backends
 from wsbcn_mm.backends import autograd, cpu
+from wsbcn_mm.backends.layouts import CHANNELS_LAST
 from wsbcn_mm.backends.ops import accumulation_dtype
-
-CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 _backward_calls = 0  # of the nodes written in Python
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from wsbcn_mm import distributed
 from wsbcn_mm.backends import autograd, synchronised
+from wsbcn_mm.backends.carriers import Affine, Rate, Running
 from wsbcn_mm.checks import (
     MODES,
     auto_groups,
@@ -170,24 +171,24 @@ class BatchChannelNorm(_Base):
         # norm_eval and frozen stages call eval() on BatchNorm instances only: the child obeys.
         training = self.training and bn.training
         if not training:
-            return self._normalize(input, bn.running_mean, bn.running_var, False, 0.0)
+            return self._normalize(input, Running(bn.running_mean, bn.running_var), None)
         if self.sync == 'forward' or self.mode == 'batch':
             ranks = self._ranks()
             if ranks is not None:
                 # Also with an empty input: the other ranks wait for this one's share.
                 return self._forward_over_ranks(input, ranks)
         # What updates: batch mode does not from a single value per channel.
-        updates = input.numel() // self.num_channels > (self.mode == 'batch')
+        updates = input.numel() // self.num_channels > (1 if self.mode == 'batch' else 0)
         if updates and recomputation.is_repeated():
             return self._forward_repeated(input)
-        momentum, running_mean, running_var = self._rate(updates), bn.running_mean, bn.running_var
-        output = self._normalize(input, running_mean, running_var, True, momentum, self.counts)
+        rate, running = self._rate(updates), Running(bn.running_mean, bn.running_var, self.counts)
+        output = self._normalize(input, running, rate)
         if updates and recomputation.may_be_repeated():
-            self._history.remember(input, running_mean, running_var)
+            self._history.remember(input, running.mean, running.var)
         return output
 
     def _rate(self, updates: bool) -> float | Tensor:
-        """Counts an update; the weight of its observation."""
+        """Counts an update; the weight of its observation: what users set as momentum."""
         bn = self.bn
         momentum = bn.momentum
         # A 0-d tensor is what a schedule sets in compiled code, where every new number would be
@@ -208,31 +209,14 @@ class BatchChannelNorm(_Base):
         group = self.bn.process_group if converted else None
         return distributed.Ranks(group) if distributed.world_size(group) > 1 else None
 
-    def _normalize(
-        self,
-        input: Tensor,
-        mean: Tensor,
-        var: Tensor,
-        training: bool,
-        momentum: float | Tensor,
-        counts: Tensor | None = None,
-    ) -> Tensor:
+    def _affine(self) -> Affine:
+        return Affine(self.batch_weight, self.batch_bias, self.weight, self.bias)
+
+    def _normalize(self, input: Tensor, running: Running, rate: Rate) -> Tensor:
         # Not through `functional`: its checks were made when the layer was, and take as long as a
         # small map.
         return autograd.batch_channel_norm(
-            input,
-            self.num_groups,
-            mean,
-            var,
-            self.batch_weight,
-            self.batch_bias,
-            self.weight,
-            self.bias,
-            training,
-            self.mode,
-            momentum,
-            self.eps,
-            counts,
+            input, self.num_groups, running, self._affine(), rate, self.eps, self.mode
         )
 
     def _forward_repeated(self, input: Tensor) -> Tensor:
@@ -241,40 +225,27 @@ class BatchChannelNorm(_Base):
         if used is None:  # a first run, inside somebody's backward pass
             used = self.bn.running_mean, self.bn.running_var
         # Batch mode: rate 0 keeps the copies, the statistics of the batch are computed again.
-        mean, var = (value.clone() for value in used)
-        return self._normalize(input, mean, var, self.mode == 'batch', 0.0)
+        running = Running(*(value.clone() for value in used))
+        return self._normalize(input, running, 0.0 if self.mode == 'batch' else None)
 
     def _forward_over_ranks(self, input: Tensor, ranks: distributed.Ranks) -> Tensor:
         """As in one process with the samples of all ranks."""
         bn, repeated = self.bn, recomputation.is_repeated()
+        running = Running(bn.running_mean, bn.running_var, self.counts)
         if self.mode == 'batch':
-            mean, var, counts = bn.running_mean, bn.running_var, self.counts
             rate = 0.0 if repeated else self._rate(True)
             if repeated:  # the statistics of the batch are computed again, the buffers stay
-                mean, var, counts = mean.clone(), var.clone(), counts.clone()
+                running = Running(*(value.clone() for value in running))
             return synchronised.batch_norm_over_ranks(
-                input,
-                self.num_groups,
-                mean,
-                var,
-                self.batch_weight,
-                self.batch_bias,
-                self.weight,
-                self.bias,
-                rate,
-                self.eps,
-                counts,
-                ranks,
+                input, self.num_groups, running, self._affine(), rate, self.eps, ranks
             )
         if repeated:
             return self._forward_repeated(input)
-        synchronised.update_estimates(
-            input, bn.running_mean, bn.running_var, self._rate(True), self.counts, ranks
-        )
+        synchronised.update_estimates(input, running, self._rate(True), ranks)
         if input.numel() and recomputation.may_be_repeated():
-            self._history.remember(input, bn.running_mean, bn.running_var)
+            self._history.remember(input, running.mean, running.var)
         # With the new estimates as constants: what evaluation does.
-        return self._normalize(input, bn.running_mean, bn.running_var, False, 0.0)
+        return self._normalize(input, running, None)
 
     def _fits(self, input: Tensor, mean: Tensor | None) -> bool:
         if not isinstance(input, Tensor) or not input.is_floating_point() or mean is None:

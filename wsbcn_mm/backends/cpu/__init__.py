@@ -6,9 +6,13 @@ not happen or the result does not fit the installed torch.
 
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
+
+from wsbcn_mm.backends import dispatched
+from wsbcn_mm.backends.ops import Kernels
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -19,11 +23,11 @@ def _load() -> str | None:
     how = 'pip install --no-build-isolation . (in the folder of wsbcn_mm) compiles them'
     folder = Path(__file__).parent
     paths = [folder / f'_kernels{suffix}' for suffix in EXTENSION_SUFFIXES]
-    found = [path for path in paths if path.exists()]
-    if not found:
+    compiled = [path for path in paths if path.exists()]
+    if not compiled:
         return f'the CPU kernels are not compiled for this Python; {how}'
     try:
-        torch.ops.load_library(str(found[0]))
+        torch.ops.load_library(str(compiled[0]))
     except OSError as error:
         return f'the CPU kernels were compiled for another torch ({error}); {how}'
     return None
@@ -46,6 +50,6 @@ def supports(x: Tensor) -> str | None:
     return None
 
 
-def kernels():
+def kernels() -> Kernels:
     """The operators of `wsbcn_mm.backends.ops`."""
-    return torch.ops.wsbcn_mm
+    return cast(Kernels, dispatched)

@@ -17,6 +17,8 @@
 #include <tuple>
 #include <vector>
 
+#include "carriers.h"
+#include "checks.h"
 #include "groups.h"
 #include "rows.h"
 
@@ -25,9 +27,6 @@
 
 namespace wsbcn {
 namespace {
-
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 // Elements below which a second thread costs more than it saves.
 constexpr int64_t kGrain = 16384;
@@ -51,25 +50,16 @@ struct Shape {
   int64_t chunks() const { return (length + chunk() - 1) / chunk(); }
 };
 
-at::ScalarType accumulation(const Tensor& x) {
-  return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
-
 // The smallest number that becomes infinite in the dtype of a buffer.
 double overflow(const Tensor& buffer) {
   switch (buffer.scalar_type()) {
-    case at::kHalf: return 65520;
-    case at::kBFloat16: return std::ldexp(511., 119);
-    default: return std::numeric_limits<double>::infinity();  // an A has become infinite by itself
+    case at::kHalf:
+      return 65520;
+    case at::kBFloat16:
+      return std::ldexp(511., 119);
+    default:
+      return std::numeric_limits<double>::infinity();  // an A has become infinite by itself
   }
-}
-
-void check_layout(const Tensor& x) {
-  TORCH_CHECK(x.dim() >= 2 && x.numel() > 0, "x must be (N, C, *) and not empty");
-  TORCH_CHECK(
-      x.is_contiguous() || x.is_contiguous(at::MemoryFormat::ChannelsLast) ||
-          x.is_contiguous(at::MemoryFormat::ChannelsLast3d),
-      "x must be contiguous or channels_last");
 }
 
 // Memory for the time of a call, not initialised.
@@ -88,7 +78,7 @@ struct Values {
   const A* data = nullptr;
 
   explicit Values(const OptionalTensor& source) {
-    if (!source.has_value() || !source->defined()) return;
+    if (!is_there(source)) return;
     kept = source->contiguous().to(c10::CppTypeToScalarType<A>::value);
     data = kept.const_data_ptr<A>();
   }
@@ -101,17 +91,15 @@ struct Parameters {
   int64_t per_group;
   bool per_channel;
 
-  Parameters(const OptionalTensor& batch_weight_, const OptionalTensor& batch_bias_,
-             const OptionalTensor& weight_, const OptionalTensor& bias_, int64_t channels,
-             int64_t groups)
-      : batch_weight(batch_weight_),
-        batch_bias(batch_bias_),
-        weight(expanded(weight_, bias_, channels)),
-        bias(expanded(bias_, weight_, channels)),
+  Parameters(const Affine& affine, int64_t channels, int64_t groups)
+      : batch_weight(affine.batch_weight),
+        batch_bias(affine.batch_bias),
+        weight(expanded(affine.weight, affine.outer_size(), channels)),
+        bias(expanded(affine.bias, affine.outer_size(), channels)),
         per_group(channels / groups),
-        per_channel(count(weight_) == channels || count(bias_) == channels) {}
+        per_channel(affine.outer_size() == channels) {}
 
-  Affine<A> at(int64_t g) const {
+  GroupAffine<A> at(int64_t g) const {
     const int64_t c = g * per_group, outer = per_channel ? c : g;
     return {from(batch_weight, c), from(batch_bias, c), from(weight, outer), from(bias, outer),
             per_channel};
@@ -121,14 +109,10 @@ struct Parameters {
   static const A* from(const Values<A>& values, int64_t i) {
     return values.data ? values.data + i : nullptr;
   }
-  static int64_t count(const OptionalTensor& values) {
-    return values.has_value() && values->defined() ? values->numel() : 0;
-  }
   // One of scale and shift per channel, the other per group: both per channel.
-  static OptionalTensor expanded(
-      const OptionalTensor& values, const OptionalTensor& other, int64_t channels) {
-    if (count(values) == 0 || count(values) >= count(other)) return values;
-    return values->repeat_interleave(channels / count(values));
+  static OptionalTensor expanded(const OptionalTensor& values, int64_t size, int64_t channels) {
+    if (!is_there(values) || values->numel() == size) return values;
+    return values->repeat_interleave(channels / values->numel());
   }
 };
 
@@ -155,8 +139,7 @@ void over_chunks(const Shape& s, const Step& step) {
   const int64_t chunks = s.chunks(), chunk = s.chunk();
   parallel(s.samples * chunks, chunk * s.channels, [&](int64_t i) {
     const int64_t n = i / chunks, first = (i % chunks) * chunk;
-    step(n, (n * s.length + first) * s.channels, std::min(chunk, s.length - first),
-         i * s.channels);
+    step(n, (n * s.length + first) * s.channels, std::min(chunk, s.length - first), i * s.channels);
   });
 }
 
@@ -219,6 +202,20 @@ struct Moments {
   }
 };
 
+// What stage 1 normalises with: statistics that are given, the running ones after an update with x,
+// or those of x.
+enum class Source { given, estimates, batch };
+
+// The running statistics as dense A, and what happens to them. Estimates are used as they are then:
+// mean and var are the same memory.
+template <typename A>
+struct Update {
+  A *mean = nullptr, *var = nullptr;
+  int64_t* counts = nullptr;  // (2, C): samples taken in, updates left out
+  double rate = 0;
+  double limit = 0;  // the smallest number that the buffers cannot hold
+};
+
 // What the forward passes have in common: x, the tensors that the contract names, the coefficients.
 template <typename T>
 struct Forward {
@@ -229,11 +226,9 @@ struct Forward {
   A *m, *q, *mean, *var, *group_mean, *inv_group_std;
   const Parameters<A>& parameters;
   double eps;
-  bool update;
-  double rate;
-  double limit = 0;           // the smallest number that the buffers cannot hold
-  int64_t* counts = nullptr;  // (2, C): samples taken in, updates left out
-  Scratch<A> old{update ? 2 * s.channels : 0};
+  Source source = Source::given;
+  Update<A> running{};
+  Scratch<A> old{source == Source::given ? 0 : 2 * s.channels};
   Scratch<double> inv_std{s.channels}, gain{s.channels};
   // Space for either stage: threads may be in different ones.
   Scratch<double> of_channels{2 * s.channels}, of_rows{s.samples * s.channels};
@@ -242,33 +237,52 @@ struct Forward {
   // Statistics of the channels of a group, updated before they are used.
   void channel_stage(int64_t g) {
     const int64_t c = g * s.per_group;
-    if (update) {
-      std::copy_n(mean + c, s.per_group, old + c);
-      std::copy_n(var + c, s.per_group, old + s.channels + c);
-      update_channels(m + c, q + c, s.samples, s.channels, rate, s.per_group, mean + c, var + c,
-                      of_channels + 2 * c);
-      keep_finite(c, c + s.per_group);
-    }
+    if (source != Source::given) update(c);
     channel_gains(var + c, parameters.at(g).batch_weight, eps, s.per_group, inv_std + c, gain + c);
   }
 
-  // Channels in which an estimate would not be finite keep theirs.
+  // Of the channels from `first` on.
+  void update(int64_t first) {
+    const GroupMoments<A> moments{m + first, q + first, s.samples, s.channels, s.per_group};
+    std::copy_n(running.mean + first, s.per_group, old + first);
+    std::copy_n(running.var + first, s.per_group, old + s.channels + first);
+    double* sums = of_channels + 2 * first;
+    if (source == Source::estimates) {
+      update_channels(moments, running.rate, running.mean + first, running.var + first, sums);
+    } else {
+      batch_channels(moments, mean + first, var + first, sums);
+      const double count = static_cast<double>(s.length) * s.samples, r = running.rate;
+      for (int64_t c = first; c < first + s.per_group; ++c) {
+        const double unbiased = static_cast<double>(var[c]) * count / (count - 1);
+        running.mean[c] = static_cast<A>(old[c] + r * (mean[c] - static_cast<double>(old[c])));
+        running.var[c] = static_cast<A>(old[s.channels + c] +
+                                        r * (unbiased - static_cast<double>(old[s.channels + c])));
+      }
+    }
+    keep_finite(first, first + s.per_group);
+  }
+
+  // Channels in which a running statistic would not be finite keep theirs.
   void keep_finite(int64_t first, int64_t last) const {
     for (int64_t c = first; c < last; ++c) {
-      const bool finite = std::abs(mean[c]) < limit && std::abs(var[c]) < limit;  // not of a NaN
+      const bool finite = std::abs(running.mean[c]) < running.limit &&
+                          std::abs(running.var[c]) < running.limit;  // not of a NaN
       if (!finite) {
-        mean[c] = old[c];
-        var[c] = old[s.channels + c];
+        running.mean[c] = old[c];
+        running.var[c] = old[s.channels + c];
       }
-      if (counts != nullptr) counts[finite ? c : s.channels + c] += finite ? s.samples : 1;
+      if (running.counts != nullptr) {
+        running.counts[finite ? c : s.channels + c] += finite ? s.samples : 1;
+      }
     }
   }
 
   // Statistics of a group of a sample, and the coefficients of its rows.
   void group_stage(int64_t n, int64_t g) {
-    const int64_t c = g * s.per_group, row = n * s.channels + c, group = n * s.groups + g;
-    group_coefficients(m + row, q + row, mean + c, gain + c, parameters.at(g), eps, s.per_group,
-                       {scale + row, shift + row, group_mean + group, inv_group_std + group},
+    const int64_t c = g * s.per_group, row = n * s.channels + c, i = n * s.groups + g;
+    const Group<A> group{m + row,  q + row,          mean + c,   inv_std + c,
+                         gain + c, parameters.at(g), s.per_group};
+    group_coefficients(group, eps, {scale + row, shift + row, group_mean + i, inv_group_std + i},
                        of_rows + row);
   }
 
@@ -279,7 +293,8 @@ struct Forward {
 
   void run(bool moments_are_there) {
     const Moments<T> moments{s, x, m, q};
-    if (s.rows && update && s.samples > 1 && s.per_group * s.length >= kColumnChunk / 2) {
+    const bool over_samples = source != Source::given && s.samples > 1;
+    if (s.rows && over_samples && s.per_group * s.length >= kColumnChunk / 2) {
       // Large groups stay in the cache over all samples.
       parallel(s.groups, s.samples * s.per_group * s.length, [&](int64_t g) {
         for (int64_t n = 0; n < s.samples; ++n) moments.of_group(n, g);
@@ -292,7 +307,7 @@ struct Forward {
       return;
     }
     // Statistics over samples come first; of a single sample they are the group's own business.
-    const bool first_pass = !moments_are_there && (!s.rows || (update && s.samples > 1));
+    const bool first_pass = !moments_are_there && (!s.rows || over_samples);
     if (first_pass) moments.of_all();
     const bool with_group = s.samples == 1 && !first_pass;
     if (!with_group)
@@ -317,10 +332,13 @@ struct Forward {
   }
 };
 
-std::tuple<Tensor, Tensor> row_moments_op(const Tensor& x) {
-  check_layout(x);
-  const auto options = x.options().dtype(accumulation(x));
-  Tensor m = at::empty({x.size(0), x.size(1)}, options), q = at::empty_like(m);
+Tensor like_statistics(const Tensor& x, at::IntArrayRef shape) {
+  return at::empty(shape, x.options().dtype(accumulation_dtype(x)));
+}
+
+std::tuple<Tensor, Tensor> row_moments(const Tensor& x) {
+  check_input(x, 1);
+  Tensor m = like_statistics(x, {x.size(0), x.size(1)}), q = at::empty_like(m);
   WSBCN_DISPATCH(x.scalar_type(), [&] {
     using A = Accumulate<scalar_t>;
     const Shape shape(x, 1);
@@ -330,85 +348,152 @@ std::tuple<Tensor, Tensor> row_moments_op(const Tensor& x) {
   return {m, q};
 }
 
-// What `forward` writes. The large tensor first: memory that lies at the end of the heap when it is
-// freed is given back to the system, and costs a page fault per page when it is asked for again.
+// The result and its statistics, not yet computed. The large tensor first: memory that lies at the
+// end of the heap when it is freed is given back to the system, and costs a page fault per page
+// when it is asked for again.
 struct Results {
-  Tensor y, group_mean, inv_group_std;
+  Tensor y;
+  Statistics statistics;
 
   Results(const Tensor& x, int64_t num_groups)
       : y(at::empty_like(x)),
-        group_mean(at::empty({x.size(0), num_groups}, x.options().dtype(accumulation(x)))),
-        inv_group_std(at::empty_like(group_mean)) {}
+        statistics{{}, {}, {}, {}, like_statistics(x, {x.size(0), num_groups}), {}} {
+    statistics.inv_group_std = at::empty_like(statistics.group_mean);
+  }
 };
 
-void forward(
-    Results& results, const Tensor& x, const Tensor& m, const Tensor& q, bool moments_are_there,
-    const Tensor& mean, const Tensor& var, int64_t num_groups, const OptionalTensor& batch_weight,
-    const OptionalTensor& batch_bias, const OptionalTensor& weight, const OptionalTensor& bias,
-    bool update, double rate, double eps, double limit = 0, int64_t* counts = nullptr) {
+using Flat = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// Both operators that see x, statistics and buffers in one call.
+Flat normalize_with(Source source, const Tensor& x, int64_t num_groups, const Running& running,
+                    const Affine& affine, const Rate& rate, double eps) {
+  check_input(x, num_groups);
+  check_running(running, x);
+  check_affine(affine, x, num_groups);
+  Results results(x, num_groups);
+  auto& [m, q, mean, var, group_mean, inv_group_std] = results.statistics;
+  m = like_statistics(x, {x.size(0), x.size(1)});
+  q = at::empty_like(m);
+  mean = like_statistics(x, {x.size(1)}).copy_(running.mean);
+  var = like_statistics(x, {x.size(1)}).copy_(running.var);
+  const Tensor new_mean = source == Source::batch ? mean.clone() : mean;
+  const Tensor new_var = source == Source::batch ? var.clone() : var;
   WSBCN_DISPATCH(x.scalar_type(), [&] {
     using A = Accumulate<scalar_t>;
-    const Parameters<A> parameters(batch_weight, batch_bias, weight, bias, x.size(1), num_groups);
-    Forward<scalar_t> f{
-        Shape(x, num_groups), x.const_data_ptr<scalar_t>(), results.y.data_ptr<scalar_t>(),
-        m.data_ptr<A>(), q.data_ptr<A>(), mean.data_ptr<A>(), var.data_ptr<A>(),
-        results.group_mean.data_ptr<A>(), results.inv_group_std.data_ptr<A>(), parameters, eps,
-        update, rate, limit, counts};
-    f.run(moments_are_there);
+    const Parameters<A> parameters(affine, x.size(1), num_groups);
+    const Update<A> update{new_mean.data_ptr<A>(), new_var.data_ptr<A>(),
+                           is_there(running.counts) ? running.counts->data_ptr<int64_t>() : nullptr,
+                           rate.value(), std::min(overflow(running.mean), overflow(running.var))};
+    Forward<scalar_t> f{Shape(x, num_groups),
+                        x.const_data_ptr<scalar_t>(),
+                        results.y.data_ptr<scalar_t>(),
+                        m.data_ptr<A>(),
+                        q.data_ptr<A>(),
+                        mean.data_ptr<A>(),
+                        var.data_ptr<A>(),
+                        group_mean.data_ptr<A>(),
+                        inv_group_std.data_ptr<A>(),
+                        parameters,
+                        eps,
+                        source,
+                        update};
+    f.run(false);
   });
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> normalize_with_estimates(
-    const Tensor& x, int64_t num_groups, Tensor& running_mean, Tensor& running_var,
-    const OptionalTensor& batch_weight, const OptionalTensor& batch_bias,
-    const OptionalTensor& weight, const OptionalTensor& bias, bool update, double momentum,
-    const OptionalTensor& rate, double eps, const OptionalTensor& counts) {
-  check_layout(x);
-  Results results(x, num_groups);
-  const auto options = x.options().dtype(accumulation(x));
-  Tensor m = at::empty({x.size(0), x.size(1)}, options), q = at::empty_like(m);
-  Tensor mean = at::empty({x.size(1)}, options).copy_(running_mean);
-  Tensor var = at::empty({x.size(1)}, options).copy_(running_var);
-  const double r = rate.has_value() ? rate->item<double>() : momentum;
-  forward(results, x, m, q, false, mean, var, num_groups, batch_weight, batch_bias, weight, bias,
-          update, r, eps, std::min(overflow(running_mean), overflow(running_var)),
-          counts.has_value() ? counts->data_ptr<int64_t>() : nullptr);
-  if (update) {
-    running_mean.copy_(mean);
-    running_var.copy_(var);
+  if (source != Source::given) {
+    running.mean.copy_(new_mean);
+    running.var.copy_(new_var);
   }
-  return {results.y, m, q, mean, var, results.group_mean, results.inv_group_std};
+  return {results.y, m, q, mean, var, group_mean, inv_group_std};
 }
 
-std::tuple<Tensor, Tensor, Tensor> normalize(
-    const Tensor& x, const Tensor& m, const Tensor& q, const Tensor& mean, const Tensor& var,
-    int64_t num_groups, const OptionalTensor& batch_weight, const OptionalTensor& batch_bias,
-    const OptionalTensor& weight, const OptionalTensor& bias, double eps) {
-  check_layout(x);
+Flat normalize_with_estimates(const Tensor& x, int64_t num_groups, Tensor& running_mean,
+                              Tensor& running_var, const OptionalTensor& counts,
+                              const OptionalTensor& batch_weight, const OptionalTensor& batch_bias,
+                              const OptionalTensor& weight, const OptionalTensor& bias,
+                              std::optional<double> rate, const OptionalTensor& rate_tensor,
+                              double eps) {
+  const Rate r{rate, rate_tensor};
+  return normalize_with(r.is_given() ? Source::estimates : Source::given, x, num_groups,
+                        {running_mean, running_var, counts},
+                        {batch_weight, batch_bias, weight, bias}, r, eps);
+}
+
+Flat normalize_with_batch(const Tensor& x, int64_t num_groups, Tensor& running_mean,
+                          Tensor& running_var, const OptionalTensor& counts,
+                          const OptionalTensor& batch_weight, const OptionalTensor& batch_bias,
+                          const OptionalTensor& weight, const OptionalTensor& bias,
+                          std::optional<double> rate, const OptionalTensor& rate_tensor,
+                          double eps) {
+  TORCH_CHECK_VALUE(x.dim() >= 2 && x.numel() > x.size(1),
+                    "a batch needs two values per channel\n  got shape ", x.sizes());
+  return normalize_with(Source::batch, x, num_groups, {running_mean, running_var, counts},
+                        {batch_weight, batch_bias, weight, bias}, {rate, rate_tensor}, eps);
+}
+
+std::tuple<Tensor, Tensor, Tensor> normalize(const Tensor& x, int64_t num_groups, const Tensor& m,
+                                             const Tensor& q, const Tensor& mean, const Tensor& var,
+                                             const OptionalTensor& batch_weight,
+                                             const OptionalTensor& batch_bias,
+                                             const OptionalTensor& weight,
+                                             const OptionalTensor& bias, double eps) {
+  const Affine affine{batch_weight, batch_bias, weight, bias};
+  check_input(x, num_groups);
+  check_affine(affine, x, num_groups);
   Results results(x, num_groups);
-  forward(results, x, m.contiguous(), q.contiguous(), true, mean.contiguous(), var.contiguous(),
-          num_groups, batch_weight, batch_bias, weight, bias, false, 0, eps);
-  return {results.y, results.group_mean, results.inv_group_std};
+  Statistics& statistics = results.statistics;
+  statistics.m = m.contiguous();
+  statistics.q = q.contiguous();
+  statistics.mean = mean.contiguous();
+  statistics.var = var.contiguous();
+  check_statistics(statistics, x, num_groups);
+  WSBCN_DISPATCH(x.scalar_type(), [&] {
+    using A = Accumulate<scalar_t>;
+    const Parameters<A> parameters(affine, x.size(1), num_groups);
+    Forward<scalar_t> f{Shape(x, num_groups),
+                        x.const_data_ptr<scalar_t>(),
+                        results.y.data_ptr<scalar_t>(),
+                        statistics.m.data_ptr<A>(),
+                        statistics.q.data_ptr<A>(),
+                        statistics.mean.data_ptr<A>(),
+                        statistics.var.data_ptr<A>(),
+                        statistics.group_mean.data_ptr<A>(),
+                        statistics.inv_group_std.data_ptr<A>(),
+                        parameters,
+                        eps};
+    f.run(true);
+  });
+  return {results.y, statistics.group_mean, statistics.inv_group_std};
 }
 
 // The result alone: nothing is copied and no statistics are kept.
-Tensor evaluate(
-    const Tensor& x, int64_t num_groups, const Tensor& running_mean, const Tensor& running_var,
-    const OptionalTensor& batch_weight, const OptionalTensor& batch_bias,
-    const OptionalTensor& weight, const OptionalTensor& bias, double eps) {
-  check_layout(x);
+Tensor evaluate(const Tensor& x, int64_t num_groups, const Tensor& running_mean,
+                const Tensor& running_var, const OptionalTensor& counts,
+                const OptionalTensor& batch_weight, const OptionalTensor& batch_bias,
+                const OptionalTensor& weight, const OptionalTensor& bias, double eps) {
+  const Affine affine{batch_weight, batch_bias, weight, bias};
+  check_input(x, num_groups);
+  check_running({running_mean, running_var, std::nullopt}, x);  // counts are not touched
+  check_affine(affine, x, num_groups);
   Tensor y = at::empty_like(x);
   WSBCN_DISPATCH(x.scalar_type(), [&] {
     using A = Accumulate<scalar_t>;
-    const Parameters<A> parameters(batch_weight, batch_bias, weight, bias, x.size(1), num_groups);
+    const Parameters<A> parameters(affine, x.size(1), num_groups);
     const Shape s(x, num_groups);
     const Scratch<A> m(s.samples * s.channels), q(s.samples * s.channels);
     const Scratch<A> group_mean(s.samples * s.groups), inv_group_std(s.samples * s.groups);
     const Values<A> mean(running_mean), var(running_var);
     // Without an update they are only read.
-    Forward<scalar_t> f{
-        s, x.const_data_ptr<scalar_t>(), y.data_ptr<scalar_t>(), m, q, const_cast<A*>(mean.data),
-        const_cast<A*>(var.data), group_mean, inv_group_std, parameters, eps, false, 0};
+    Forward<scalar_t> f{s,
+                        x.const_data_ptr<scalar_t>(),
+                        y.data_ptr<scalar_t>(),
+                        m,
+                        q,
+                        const_cast<A*>(mean.data),
+                        const_cast<A*>(var.data),
+                        group_mean,
+                        inv_group_std,
+                        parameters,
+                        eps};
     f.run(false);
   });
   return y;
@@ -425,9 +510,9 @@ struct Backward {
   double eps;
   bool through_statistics;
   A *d_batch_weight, *d_batch_bias, *d_weight, *d_bias;
-  int64_t affine_size;
+  int64_t outer_size;
   Scratch<double> inv_std{s.channels}, gain{s.channels};
-  Scratch<double> sums{4 * s.channels};                                        // per parameter
+  Scratch<double> sums{4 * s.channels};  // per parameter
   Scratch<double> sum_g{s.samples * s.channels}, sum_gx{s.samples * s.channels};
   Scratch<double> mean_h{s.samples * s.groups}, mean_hz{s.samples * s.groups};
   // dx = p g + slope (x - m) + r
@@ -438,12 +523,20 @@ struct Backward {
     rows_dots(grad + start, x + start, s.per_group, s.length, m + row, sum_g + row, sum_gx + row);
   }
 
+  Group<A> group_of(int64_t n, int64_t g) const {
+    const int64_t c = g * s.per_group, row = n * s.channels + c;
+    return {m + row, q + row, mean + c, inv_std + c, gain + c, parameters.at(g), s.per_group};
+  }
+
+  GroupSums<A> sums_of(int64_t n, int64_t g) const {
+    const int64_t row = n * s.channels + g * s.per_group, i = n * s.groups + g;
+    return {group_mean[i], inv_group_std[i], sum_g + row, sum_gx + row,
+            s.length,      mean_h + i,       mean_hz + i};
+  }
+
   void group_stage(int64_t n, int64_t g) {
-    const int64_t c = g * s.per_group, row = n * s.channels + c, group = n * s.groups + g;
-    gradient_coefficients(
-        m + row, mean + c, gain + c, parameters.at(g), group_mean[group], inv_group_std[group],
-        sum_g + row, sum_gx + row, s.length, s.per_group, p + row, slope + row, r + row,
-        mean_h + group, mean_hz + group);
+    const int64_t row = n * s.channels + g * s.per_group;
+    gradient_coefficients(group_of(n, g), sums_of(n, g), {p + row, slope + row, r + row});
   }
 
   // Gradients of the parameters of a group.
@@ -453,24 +546,20 @@ struct Backward {
     double *d_bb = d_bw + s.per_group, *d_w = d_bb + s.per_group, *d_b = d_w + s.per_group;
     std::fill_n(d_bw, 4 * s.per_group, 0.0);
     for (int64_t n = 0; n < s.samples; ++n) {
-      const int64_t row = n * s.channels + c0, group = n * s.groups + g;
-      add_parameter_gradients(
-          m + row, q + row, mean + c0, gain + c0, inv_std + c0, parameters.at(g),
-          group_mean[group], inv_group_std[group], sum_g + row, sum_gx + row, mean_h[group],
-          mean_hz[group], s.length, s.per_group, d_bw, d_bb, d_w, d_b);
+      add_parameter_gradients(group_of(n, g), sums_of(n, g), {d_bw, d_bb, d_w, d_b});
     }
     double group_weight = 0, group_bias = 0;
     for (int64_t i = 0, c = c0; i < s.per_group; ++i, ++c) {
       d_batch_weight[c] = static_cast<A>(d_bw[i]);
       d_batch_bias[c] = static_cast<A>(d_bb[i]);
-      if (affine_size == s.channels) {
+      if (outer_size == s.channels) {
         d_weight[c] = static_cast<A>(d_w[i]);
         d_bias[c] = static_cast<A>(d_b[i]);
       }
       group_weight += d_w[i];
       group_bias += d_b[i];
     }
-    if (affine_size == s.groups && affine_size != s.channels) {
+    if (outer_size == s.groups && outer_size != s.channels) {
       d_weight[g] = static_cast<A>(group_weight);
       d_bias[g] = static_cast<A>(group_bias);
     }
@@ -482,8 +571,8 @@ struct Backward {
       for (int64_t n = 0; n < s.samples; ++n) {
         const int64_t row = n * s.channels + c;
         slope[row] -= static_cast<A>(towards_var);
-        r[row] -= static_cast<A>(
-            gain[c] * d_bb[i] / count + towards_var * (static_cast<double>(m[row]) - mean[c]));
+        r[row] -= static_cast<A>(gain[c] * d_bb[i] / count +
+                                 towards_var * (static_cast<double>(m[row]) - mean[c]));
       }
     }
   }
@@ -558,42 +647,54 @@ struct Backward {
 };
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> normalize_backward(
-    const Tensor& grad, const Tensor& x, const Tensor& m, const Tensor& q, const Tensor& mean,
-    const Tensor& var, const Tensor& group_mean, const Tensor& inv_group_std,
+    const Tensor& grad, const Tensor& x, int64_t num_groups, const Tensor& m, const Tensor& q,
+    const Tensor& mean, const Tensor& var, const Tensor& group_mean, const Tensor& inv_group_std,
     const OptionalTensor& batch_weight, const OptionalTensor& batch_bias,
-    const OptionalTensor& weight, int64_t num_groups, int64_t affine_size, double eps,
-    bool through_statistics) {
-  check_layout(x);
-  // Strides of axes of size 1 say nothing: ask for the layout, not for equal strides.
-  const auto layout = x.is_contiguous() ? at::MemoryFormat::Contiguous
-      : x.dim() == 4                    ? at::MemoryFormat::ChannelsLast
-                                        : at::MemoryFormat::ChannelsLast3d;
-  TORCH_CHECK(grad.is_contiguous(layout) && grad.scalar_type() == x.scalar_type(),
-              "grad must have the layout and dtype of x");
+    const OptionalTensor& weight, const OptionalTensor& bias, double eps, bool through_statistics) {
+  const Affine affine{batch_weight, batch_bias, weight, bias};
+  const Statistics s{m.contiguous(),   q.contiguous(),          mean.contiguous(),
+                     var.contiguous(), group_mean.contiguous(), inv_group_std.contiguous()};
+  check_input(x, num_groups);
+  check_affine(affine, x, num_groups);
+  check_statistics(s, x, num_groups);
+  check_gradient(grad, x);
+  // Whatever layout comes: compiled code brings others than it was traced with.
+  const Tensor g = grad.to(x.scalar_type()).contiguous(layout_of(x));
   Tensor dx = at::empty_like(x);
-  Tensor d_batch_weight = at::empty({x.size(1)}, m.options());
+  Tensor d_batch_weight = at::empty({x.size(1)}, s.m.options());
   Tensor d_batch_bias = at::empty_like(d_batch_weight);
-  Tensor d_weight = at::empty({affine_size}, m.options()), d_bias = at::empty_like(d_weight);
+  Tensor d_weight = at::empty({affine.outer_size()}, s.m.options());
+  Tensor d_bias = at::empty_like(d_weight);
   WSBCN_DISPATCH(x.scalar_type(), [&] {
     using A = Accumulate<scalar_t>;
-    const int64_t channels = x.size(1);
-    const Parameters<A> parameters(
-        batch_weight, batch_bias, weight, std::nullopt, channels, num_groups);
-    Backward<scalar_t> b{
-        Shape(x, num_groups), grad.const_data_ptr<scalar_t>(), x.const_data_ptr<scalar_t>(),
-        dx.data_ptr<scalar_t>(), m.const_data_ptr<A>(), q.const_data_ptr<A>(),
-        mean.const_data_ptr<A>(), var.const_data_ptr<A>(), group_mean.const_data_ptr<A>(),
-        inv_group_std.const_data_ptr<A>(), parameters, eps, through_statistics,
-        d_batch_weight.data_ptr<A>(), d_batch_bias.data_ptr<A>(), d_weight.data_ptr<A>(),
-        d_bias.data_ptr<A>(), affine_size};
+    const Parameters<A> parameters(affine, x.size(1), num_groups);
+    Backward<scalar_t> b{Shape(x, num_groups),
+                         g.const_data_ptr<scalar_t>(),
+                         x.const_data_ptr<scalar_t>(),
+                         dx.data_ptr<scalar_t>(),
+                         s.m.const_data_ptr<A>(),
+                         s.q.const_data_ptr<A>(),
+                         s.mean.const_data_ptr<A>(),
+                         s.var.const_data_ptr<A>(),
+                         s.group_mean.const_data_ptr<A>(),
+                         s.inv_group_std.const_data_ptr<A>(),
+                         parameters,
+                         eps,
+                         through_statistics,
+                         d_batch_weight.data_ptr<A>(),
+                         d_batch_bias.data_ptr<A>(),
+                         d_weight.data_ptr<A>(),
+                         d_bias.data_ptr<A>(),
+                         affine.outer_size()};
     b.run();
   });
   return {dx, d_batch_weight, d_batch_bias, d_weight, d_bias};
 }
 
 TORCH_LIBRARY_IMPL(wsbcn_mm, CPU, library) {
-  library.impl("row_moments", row_moments_op);
+  library.impl("row_moments", row_moments);
   library.impl("normalize_with_estimates", normalize_with_estimates);
+  library.impl("normalize_with_batch", normalize_with_batch);
   library.impl("evaluate", evaluate);
   library.impl("normalize", normalize);
   library.impl("normalize_backward", normalize_backward);

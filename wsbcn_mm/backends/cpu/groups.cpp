@@ -8,12 +8,13 @@
 namespace wsbcn {
 
 template <typename A>
-WSBCN_INLINE void updated_channels(
-    const A* m, const A* q, int64_t samples, int64_t stride, double rate, int64_t count, A* mean,
-    A* var, double* sums) {
+WSBCN_INLINE
+void updated_channels(const GroupMoments<A>& moments, double rate, A* mean, A* var, double* sums) {
+  const int64_t samples = moments.samples, count = moments.count;
+  const A *m = moments.m, *q = moments.q;
   double *centre = sums, *square = sums + count;
   std::fill_n(sums, 2 * count, 0.0);
-  for (int64_t n = 0; n < samples; ++n, m += stride, q += stride) {
+  for (int64_t n = 0; n < samples; ++n, m += moments.stride, q += moments.stride) {
 #pragma omp simd
     for (int64_t c = 0; c < count; ++c) {
       const double delta = static_cast<double>(m[c]) - mean[c];  // around the old mean
@@ -30,9 +31,35 @@ WSBCN_INLINE void updated_channels(
 }
 
 template <typename A>
-WSBCN_INLINE void gains_of_channels(
-    const A* var, const A* batch_weight, double eps, int64_t count, double* inv_std,
-    double* gain) {
+WSBCN_INLINE
+void batch_of_channels(const GroupMoments<A>& moments, A* mean, A* var, double* sums) {
+  const int64_t samples = moments.samples, count = moments.count, stride = moments.stride;
+  double *centre = sums, *square = sums + count;
+  std::fill_n(sums, 2 * count, 0.0);
+  for (int64_t n = 0; n < samples; ++n) {
+#pragma omp simd
+    for (int64_t c = 0; c < count; ++c) centre[c] += moments.m[n * stride + c];
+  }
+#pragma omp simd
+  for (int64_t c = 0; c < count; ++c) {
+    centre[c] /= samples;
+    mean[c] = static_cast<A>(centre[c]);
+  }
+  for (int64_t n = 0; n < samples; ++n) {
+#pragma omp simd
+    for (int64_t c = 0; c < count; ++c) {
+      const double delta = moments.m[n * stride + c] - centre[c];
+      square[c] += moments.q[n * stride + c] + delta * delta;
+    }
+  }
+#pragma omp simd
+  for (int64_t c = 0; c < count; ++c) var[c] = static_cast<A>(square[c] / samples);
+}
+
+template <typename A>
+WSBCN_INLINE
+void gains_of_channels(const A* var, const A* batch_weight, double eps, int64_t count,
+                       double* inv_std, double* gain) {
 #pragma omp simd
   for (int64_t c = 0; c < count; ++c) {
     inv_std[c] = 1 / std::sqrt(static_cast<double>(var[c]) + eps);
@@ -45,16 +72,17 @@ WSBCN_INLINE void gains_of_channels(
 
 // Row mean of x1 less `group_mean`.
 template <typename A>
-WSBCN_INLINE double centred(
-    int64_t c, const A* m, const A* mean, const double* gain, const A* batch_bias,
-    double group_mean) {
+WSBCN_INLINE
+double centred(int64_t c, const A* m, const A* mean, const double* gain, const A* batch_bias,
+               double group_mean) {
   const double t = gain[c] * (static_cast<double>(m[c]) - mean[c]);
   return (batch_bias ? t + batch_bias[c] : t) - group_mean;
 }
 
 // Calls body(c, weight) for every channel with the outer scale there.
 template <typename A, typename Body>
-WSBCN_INLINE void with_weight(const Affine<A>& affine, int64_t count, const Body& body) {
+WSBCN_INLINE
+void with_weight(const GroupAffine<A>& affine, int64_t count, const Body& body) {
   if (affine.weight && affine.per_channel) {
 #pragma omp simd
     for (int64_t c = 0; c < count; ++c) body(c, static_cast<double>(affine.weight[c]));
@@ -66,9 +94,13 @@ WSBCN_INLINE void with_weight(const Affine<A>& affine, int64_t count, const Body
 }
 
 template <typename A>
-WSBCN_INLINE void coefficients_of_group(
-    const A* m, const A* q, const A* mean, const double* gain, const Affine<A>& affine, double eps,
-    int64_t count, const Coefficients<A>& result, double* t) {
+WSBCN_INLINE
+void coefficients_of_group(const Group<A>& group, double eps, const Coefficients<A>& result,
+                           double* t) {
+  const A *m = group.m, *q = group.q, *mean = group.mean;
+  const double* gain = group.gain;
+  const GroupAffine<A> affine = group.affine;
+  const int64_t count = group.count;
   double sum = 0, square = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t c = 0; c < count; ++c) {
@@ -100,10 +132,14 @@ WSBCN_INLINE void coefficients_of_group(
 
 // dx1 = inverse (h - mean(h) - z mean(h z)) with h = weight grad, the means over a group.
 template <typename A>
-WSBCN_INLINE void gradient_of_group(
-    const A* m, const A* mean, const double* gain, const Affine<A>& affine, double group_mean,
-    double inverse, const double* sum_g, const double* sum_gx, int64_t length, int64_t count, A* p,
-    A* slope, A* r, double* mean_h, double* mean_hz) {
+WSBCN_INLINE
+void gradient_of_group(const Group<A>& group, const GroupSums<A>& sums,
+                       const GradientCoefficients<A>& result) {
+  const A *m = group.m, *mean = group.mean;
+  const double *gain = group.gain, *sum_g = sums.g, *sum_gx = sums.gx;
+  const GroupAffine<A> affine = group.affine;
+  const int64_t count = group.count;
+  const double group_mean = sums.group_mean, inverse = sums.inv_group_std;
   double h = 0, hz = 0;
   const A* batch_bias = affine.batch_bias;
   const double group_weight = affine.weight && !affine.per_channel ? *affine.weight : 1;
@@ -112,7 +148,7 @@ WSBCN_INLINE void gradient_of_group(
     for (int64_t c = 0; c < count; ++c) {
       h += affine.weight[c] * sum_g[c];
       hz += affine.weight[c] *
-          (gain[c] * sum_gx[c] + centred(c, m, mean, gain, batch_bias, group_mean) * sum_g[c]);
+            (gain[c] * sum_gx[c] + centred(c, m, mean, gain, batch_bias, group_mean) * sum_g[c]);
     }
   } else {
 #pragma omp simd reduction(+ : h, hz)
@@ -121,71 +157,69 @@ WSBCN_INLINE void gradient_of_group(
       hz += gain[c] * sum_gx[c] + centred(c, m, mean, gain, batch_bias, group_mean) * sum_g[c];
     }
   }
-  const double values = static_cast<double>(length) * count;
-  *mean_h = h *= group_weight / values;
-  *mean_hz = hz *= group_weight * inverse / values;
+  const double values = static_cast<double>(sums.length) * count;
+  *sums.mean_h = h *= group_weight / values;
+  *sums.mean_hz = hz *= group_weight * inverse / values;
   const double towards_z = inverse * hz;
   with_weight(affine, count, [&](int64_t c, double weight) WSBCN_INLINED {
-    p[c] = static_cast<A>(gain[c] * inverse * weight);
-    slope[c] = static_cast<A>(-gain[c] * gain[c] * inverse * towards_z);
-    r[c] = static_cast<A>(
-        -gain[c] * inverse *
-        (h + towards_z * centred(c, m, mean, gain, batch_bias, group_mean)));
+    result.p[c] = static_cast<A>(gain[c] * inverse * weight);
+    result.slope[c] = static_cast<A>(-gain[c] * gain[c] * inverse * towards_z);
+    result.r[c] = static_cast<A>(
+        -gain[c] * inverse * (h + towards_z * centred(c, m, mean, gain, batch_bias, group_mean)));
   });
 }
 
 // The row sums of dx1 give the gradients of stage 1.
 template <typename A>
-WSBCN_INLINE void parameters_of_group(
-    const A* m, const A* q, const A* mean, const double* gain, const double* inv_std,
-    const Affine<A>& affine, double group_mean, double inverse, const double* sum_g,
-    const double* sum_gx, double mean_h, double mean_hz, int64_t length, int64_t count,
-    double* d_batch_weight, double* d_batch_bias, double* d_weight, double* d_bias) {
-  const double towards_z = inverse * mean_hz, values = static_cast<double>(length);
-  const A* batch_bias = affine.batch_bias;
-  with_weight(affine, count, [&](int64_t c, double weight) WSBCN_INLINED {
+WSBCN_INLINE
+void parameters_of_group(const Group<A>& group, const GroupSums<A>& sums,
+                         const ParameterSums& result) {
+  const A *m = group.m, *q = group.q, *mean = group.mean;
+  const double *gain = group.gain, *inv_std = group.inv_std, *sum_g = sums.g, *sum_gx = sums.gx;
+  const double group_mean = sums.group_mean, inverse = sums.inv_group_std;
+  const double mean_h = *sums.mean_h, towards_z = inverse * *sums.mean_hz;
+  const double values = static_cast<double>(sums.length);
+  const A* batch_bias = group.affine.batch_bias;
+  with_weight(group.affine, group.count, [&](int64_t c, double weight) WSBCN_INLINED {
     const double t = centred(c, m, mean, gain, batch_bias, group_mean);
     const double dx1 = inverse * (weight * sum_g[c] - values * (mean_h + towards_z * t));
     const double dx1_x = inverse * (weight * sum_gx[c] - towards_z * gain[c] * values * q[c]);
-    d_bias[c] += sum_g[c];
-    d_weight[c] += inverse * (gain[c] * sum_gx[c] + t * sum_g[c]);
-    d_batch_bias[c] += dx1;
-    d_batch_weight[c] += (dx1_x + (static_cast<double>(m[c]) - mean[c]) * dx1) * inv_std[c];
+    result.bias[c] += sum_g[c];
+    result.weight[c] += inverse * (gain[c] * sum_gx[c] + t * sum_g[c]);
+    result.batch_bias[c] += dx1;
+    result.batch_weight[c] += (dx1_x + (static_cast<double>(m[c]) - mean[c]) * dx1) * inv_std[c];
   });
 }
 
-#define WSBCN_DEFINE(A)                                                                           \
-  WSBCN_CLONES void update_channels(                                                              \
-      const A* m, const A* q, int64_t samples, int64_t stride, double rate, int64_t count,        \
-      A* mean, A* var, double* sums) {                                                            \
-    updated_channels(m, q, samples, stride, rate, count, mean, var, sums);                        \
-  }                                                                                               \
-  WSBCN_CLONES void channel_gains(                                                                \
-      const A* var, const A* batch_weight, double eps, int64_t count, double* inv_std,            \
-      double* gain) {                                                                             \
-    gains_of_channels(var, batch_weight, eps, count, inv_std, gain);                              \
-  }                                                                                               \
-  WSBCN_CLONES void group_coefficients(                                                           \
-      const A* m, const A* q, const A* mean, const double* gain, const Affine<A>& affine,         \
-      double eps, int64_t count, const Coefficients<A>& result, double* t) {                      \
-    coefficients_of_group(m, q, mean, gain, affine, eps, count, result, t);                       \
-  }                                                                                               \
-  WSBCN_CLONES void gradient_coefficients(                                                        \
-      const A* m, const A* mean, const double* gain, const Affine<A>& affine, A group_mean,       \
-      A inv_group_std, const double* sum_g, const double* sum_gx, int64_t length, int64_t count,  \
-      A* p, A* slope, A* r, double* mean_h, double* mean_hz) {                                    \
-    gradient_of_group<A>(                                                                         \
-        m, mean, gain, affine, group_mean, inv_group_std, sum_g, sum_gx, length, count, p, slope, \
-        r, mean_h, mean_hz);                                                                      \
-  }                                                                                               \
-  WSBCN_CLONES void add_parameter_gradients(                                                      \
-      const A* m, const A* q, const A* mean, const double* gain, const double* inv_std,           \
-      const Affine<A>& affine, A group_mean, A inv_group_std, const double* sum_g,                \
-      const double* sum_gx, double mean_h, double mean_hz, int64_t length, int64_t count,         \
-      double* d_batch_weight, double* d_batch_bias, double* d_weight, double* d_bias) {           \
-    parameters_of_group<A>(                                                                       \
-        m, q, mean, gain, inv_std, affine, group_mean, inv_group_std, sum_g, sum_gx, mean_h,      \
-        mean_hz, length, count, d_batch_weight, d_batch_bias, d_weight, d_bias);                  \
+#define WSBCN_DEFINE(A)                                                                     \
+  WSBCN_CLONES                                                                              \
+  void update_channels(const GroupMoments<A>& moments, double rate, A* mean, A* var,        \
+                       double* sums) {                                                      \
+    updated_channels(moments, rate, mean, var, sums);                                       \
+  }                                                                                         \
+  WSBCN_CLONES                                                                              \
+  void batch_channels(const GroupMoments<A>& moments, A* mean, A* var, double* sums) {      \
+    batch_of_channels(moments, mean, var, sums);                                            \
+  }                                                                                         \
+  WSBCN_CLONES                                                                              \
+  void channel_gains(const A* var, const A* batch_weight, double eps, int64_t count,        \
+                     double* inv_std, double* gain) {                                       \
+    gains_of_channels(var, batch_weight, eps, count, inv_std, gain);                        \
+  }                                                                                         \
+  WSBCN_CLONES                                                                              \
+  void group_coefficients(const Group<A>& group, double eps, const Coefficients<A>& result, \
+                          double* t) {                                                      \
+    coefficients_of_group(group, eps, result, t);                                           \
+  }                                                                                         \
+  WSBCN_CLONES                                                                              \
+  void gradient_coefficients(const Group<A>& group, const GroupSums<A>& sums,               \
+                             const GradientCoefficients<A>& result) {                       \
+    gradient_of_group(group, sums, result);                                                 \
+  }                                                                                         \
+  WSBCN_CLONES                                                                              \
+  void add_parameter_gradients(const Group<A>& group, const GroupSums<A>& sums,             \
+                               const ParameterSums& result) {                               \
+    parameters_of_group(group, sums, result);                                               \
   }
 
 WSBCN_DEFINE(float)

@@ -81,7 +81,9 @@ at::Tensor result_like(const at::Tensor& like, at::ScalarType dtype) {
       options);
 }
 
-void release_memory() { pool().release(); }
+void release_memory() {
+  pool().release();
+}
 
 TORCH_LIBRARY_IMPL(wsbcn_mm, CompositeExplicitAutograd, library) {
   library.impl("release_memory", release_memory);

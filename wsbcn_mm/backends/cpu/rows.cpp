@@ -35,7 +35,8 @@ template <typename A>
 using Lanes = typename LanesOf<A>::Values;
 
 template <typename A, typename T>
-WSBCN_INLINE Lanes<A> load(const T* x) {
+WSBCN_INLINE
+Lanes<A> load(const T* x) {
   Lanes<A> lanes;
   if constexpr (std::is_same_v<A, T>) {
     __builtin_memcpy(&lanes, x, sizeof(lanes));
@@ -46,7 +47,8 @@ WSBCN_INLINE Lanes<A> load(const T* x) {
 }
 
 template <typename A, typename T>
-WSBCN_INLINE void store(Lanes<A> lanes, T* y) {
+WSBCN_INLINE
+void store(Lanes<A> lanes, T* y) {
   if constexpr (std::is_same_v<A, T>) {
     __builtin_memcpy(y, &lanes, sizeof(lanes));
   } else {
@@ -55,13 +57,14 @@ WSBCN_INLINE void store(Lanes<A> lanes, T* y) {
 }
 
 template <typename A>
-WSBCN_INLINE A sum_of(Lanes<A> v) {
+WSBCN_INLINE
+A sum_of(Lanes<A> v) {
 #if defined(__has_builtin)
 #if __has_builtin(__builtin_shufflevector)
   const auto by_8 = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
-      __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+                    __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
   const auto by_4 = __builtin_shufflevector(by_8, by_8, 0, 1, 2, 3) +
-      __builtin_shufflevector(by_8, by_8, 4, 5, 6, 7);
+                    __builtin_shufflevector(by_8, by_8, 4, 5, 6, 7);
   return (by_4[0] + by_4[2]) + (by_4[1] + by_4[3]);
 #endif
 #endif
@@ -72,17 +75,20 @@ WSBCN_INLINE A sum_of(Lanes<A> v) {
 
 // The four registers of a sum as one number.
 template <typename A>
-WSBCN_INLINE double joined(const Lanes<A>* registers) {
+WSBCN_INLINE
+double joined(const Lanes<A>* registers) {
   const auto wide = [&](int64_t k) WSBCN_INLINED {
     return __builtin_convertvector(registers[k], Lanes<double>);
   };
   return sum_of<double>((wide(0) + wide(1)) + (wide(2) + wide(3)));
 }
 
-// Calls take(i, keep) for kLanes values from i on, until each i in [first, count) was kept once: the
-// last turn takes the last values before `count`, and keeps those not seen. For count >= kLanes.
+// Calls take(i, keep) for kLanes values from i on, until each i in [first, count) was kept once:
+// the last turn takes the last values before `count`, and keeps those not seen. For count >=
+// kLanes.
 template <typename A, typename Take>
-WSBCN_INLINE void in_turns(int64_t first, int64_t count, const Take& take) {
+WSBCN_INLINE
+void in_turns(int64_t first, int64_t count, const Take& take) {
   typename LanesOf<A>::Mask lane;
   for (int64_t j = 0; j < kLanes; ++j) lane[j] = j;
   int64_t i = first;
@@ -92,7 +98,8 @@ WSBCN_INLINE void in_turns(int64_t first, int64_t count, const Take& take) {
 
 // The same for a chunk [first, end) of a long row, with the register k that shall be used.
 template <typename A, typename Take>
-WSBCN_INLINE void in_registers(int64_t first, int64_t end, const Take& take) {
+WSBCN_INLINE
+void in_registers(int64_t first, int64_t end, const Take& take) {
   typename LanesOf<A>::Mask lane;
   for (int64_t j = 0; j < kLanes; ++j) lane[j] = j;
   int64_t i = first;
@@ -106,8 +113,9 @@ WSBCN_INLINE void in_registers(int64_t first, int64_t end, const Take& take) {
 }
 
 template <typename T, typename A>
-WSBCN_INLINE void moments_of_short_row(
-    const T* x, int64_t length, double inverse, double* mean, double* variance) {
+WSBCN_INLINE
+void moments_of_short_row(const T* x, int64_t length, double inverse, double* mean,
+                          double* variance) {
   if (length < kLanes) {
     double sum = 0, square = 0;
     for (int64_t i = 0; i < length; ++i) sum += static_cast<A>(x[i]);
@@ -120,9 +128,8 @@ WSBCN_INLINE void moments_of_short_row(
   }
   const Lanes<A> zero = {};
   Lanes<A> sum = {}, rest = {}, square = {};
-  in_turns<A>(0, length, [&](int64_t i, auto keep) WSBCN_INLINED {
-    sum += keep ? load<A>(x + i) : zero;
-  });
+  in_turns<A>(0, length,
+              [&](int64_t i, auto keep) WSBCN_INLINED { sum += keep ? load<A>(x + i) : zero; });
   // Rounded: what is left over corrects both moments.
   const A centre = static_cast<A>(sum_of<A>(sum) * inverse);
   in_turns<A>(0, length, [&](int64_t i, auto keep) WSBCN_INLINED {
@@ -136,8 +143,8 @@ WSBCN_INLINE void moments_of_short_row(
 }
 
 template <typename T, typename A>
-WSBCN_INLINE void moments_of_long_row(
-    const T* x, int64_t length, double* mean, double* variance) {
+WSBCN_INLINE
+void moments_of_long_row(const T* x, int64_t length, double* mean, double* variance) {
   const Lanes<A> zero = {};
   double total_mean = 0, total_squares = 0;
   for (int64_t start = 0; start < length; start += kChunk) {
@@ -167,8 +174,8 @@ WSBCN_INLINE void moments_of_long_row(
 }
 
 template <typename T, typename A>
-WSBCN_INLINE void moments_of_rows(
-    const T* x, int64_t rows, int64_t length, double* mean, double* variance) {
+WSBCN_INLINE
+void moments_of_rows(const T* x, int64_t rows, int64_t length, double* mean, double* variance) {
   const double inverse = 1.0 / length;
   for (int64_t k = 0; k < rows; ++k) {
     if (length < kShortRow) {
@@ -180,8 +187,9 @@ WSBCN_INLINE void moments_of_rows(
 }
 
 template <typename T, typename U, typename A>
-WSBCN_INLINE void affine_of_rows(
-    const T* x, U* y, int64_t rows, int64_t length, const A* m, const A* scale, const A* shift) {
+WSBCN_INLINE
+void affine_of_rows(const T* x, U* y, int64_t rows, int64_t length, const A* m, const A* scale,
+                    const A* shift) {
   for (int64_t k = 0; k < rows; ++k, x += length, y += length) {
     const A centre = m[k], slope = scale[k], offset = shift[k];
     if (length >= kLanes && length < kShortRow) {
@@ -198,9 +206,9 @@ WSBCN_INLINE void affine_of_rows(
 }
 
 template <typename T, typename A>
-WSBCN_INLINE void dots_of_rows(
-    const T* g, const T* x, int64_t rows, int64_t length, const A* m, double* sum_g,
-    double* sum_gx) {
+WSBCN_INLINE
+void dots_of_rows(const T* g, const T* x, int64_t rows, int64_t length, const A* m, double* sum_g,
+                  double* sum_gx) {
   for (int64_t k = 0; k < rows; ++k, x += length, g += length) {
     const A centre = m[k];
     double total_g = 0, total_gx = 0;
@@ -223,13 +231,12 @@ WSBCN_INLINE void dots_of_rows(
       const Lanes<A> zero = {};
       for (int64_t start = 0; start < length; start += kChunk) {
         Lanes<A> part_g[kRegisters] = {}, part_gx[kRegisters] = {};
-        in_registers<A>(
-            start, std::min(start + kChunk, length),
-            [&](int64_t j, int64_t i, auto keep) WSBCN_INLINED {
-              const Lanes<A> gi = keep ? load<A>(g + i) : zero;
-              part_g[j] += gi;
-              part_gx[j] += gi * (load<A>(x + i) - centre);
-            });
+        in_registers<A>(start, std::min(start + kChunk, length),
+                        [&](int64_t j, int64_t i, auto keep) WSBCN_INLINED {
+                          const Lanes<A> gi = keep ? load<A>(g + i) : zero;
+                          part_g[j] += gi;
+                          part_gx[j] += gi * (load<A>(x + i) - centre);
+                        });
         total_g += joined<A>(part_g);
         total_gx += joined<A>(part_gx);
       }
@@ -240,9 +247,9 @@ WSBCN_INLINE void dots_of_rows(
 }
 
 template <typename T, typename A>
-WSBCN_INLINE void gradient_of_rows(
-    const T* g, const T* x, T* dx, int64_t rows, int64_t length, const A* m, const A* p,
-    const A* q, const A* r) {
+WSBCN_INLINE
+void gradient_of_rows(const T* g, const T* x, T* dx, int64_t rows, int64_t length, const A* m,
+                      const A* p, const A* q, const A* r) {
   for (int64_t k = 0; k < rows; ++k, x += length, g += length, dx += length) {
     const A centre = m[k], of_g = p[k], of_x = q[k], offset = r[k];
     if (length >= kLanes && length < kShortRow) {
@@ -257,15 +264,15 @@ WSBCN_INLINE void gradient_of_rows(
     }
 #pragma omp simd
     for (int64_t i = 0; i < length; ++i) {
-      dx[i] = static_cast<T>(
-          of_g * static_cast<A>(g[i]) + of_x * (static_cast<A>(x[i]) - centre) + offset);
+      dx[i] = static_cast<T>(of_g * static_cast<A>(g[i]) + of_x * (static_cast<A>(x[i]) - centre) +
+                             offset);
     }
   }
 }
 
 template <typename T, typename A>
-WSBCN_INLINE void moments_of_columns(
-    const T* x, int64_t length, int64_t channels, A* mean, A* squares) {
+WSBCN_INLINE
+void moments_of_columns(const T* x, int64_t length, int64_t channels, A* mean, A* squares) {
   std::fill_n(mean, channels, A(0));
   std::fill_n(squares, channels, A(0));
   for (int64_t i = 0; i < length; ++i) {
@@ -287,9 +294,9 @@ WSBCN_INLINE void moments_of_columns(
 }
 
 template <typename T, typename A>
-WSBCN_INLINE void affine_of_columns(
-    const T* x, T* y, int64_t length, int64_t channels, const A* m, const A* scale,
-    const A* shift) {
+WSBCN_INLINE
+void affine_of_columns(const T* x, T* y, int64_t length, int64_t channels, const A* m,
+                       const A* scale, const A* shift) {
   for (int64_t i = 0; i < length; ++i) {
     const T* row = x + i * channels;
     T* out = y + i * channels;
@@ -301,8 +308,9 @@ WSBCN_INLINE void affine_of_columns(
 }
 
 template <typename T, typename A>
-WSBCN_INLINE void dots_of_columns(
-    const T* g, const T* x, int64_t length, int64_t channels, const A* m, A* sum_g, A* sum_gx) {
+WSBCN_INLINE
+void dots_of_columns(const T* g, const T* x, int64_t length, int64_t channels, const A* m, A* sum_g,
+                     A* sum_gx) {
   std::fill_n(sum_g, channels, A(0));
   std::fill_n(sum_gx, channels, A(0));
   for (int64_t i = 0; i < length; ++i) {
@@ -318,60 +326,60 @@ WSBCN_INLINE void dots_of_columns(
 }
 
 template <typename T, typename A>
-WSBCN_INLINE void gradient_of_columns(
-    const T* g, const T* x, T* dx, int64_t length, int64_t channels, const A* m, const A* p,
-    const A* q, const A* r) {
+WSBCN_INLINE
+void gradient_of_columns(const T* g, const T* x, T* dx, int64_t length, int64_t channels,
+                         const A* m, const A* p, const A* q, const A* r) {
   for (int64_t i = 0; i < length; ++i) {
     const T* row = x + i * channels;
     const T* grad = g + i * channels;
     T* out = dx + i * channels;
 #pragma omp simd
     for (int64_t c = 0; c < channels; ++c) {
-      out[c] = static_cast<T>(
-          p[c] * static_cast<A>(grad[c]) + q[c] * (static_cast<A>(row[c]) - m[c]) + r[c]);
+      out[c] = static_cast<T>(p[c] * static_cast<A>(grad[c]) +
+                              q[c] * (static_cast<A>(row[c]) - m[c]) + r[c]);
     }
   }
 }
 
 // Not templates themselves: a clone needs a function of its own.
-#define WSBCN_DEFINE(T, A)                                                                        \
-  WSBCN_CLONES void rows_moments(                                                                 \
-      const T* x, int64_t rows, int64_t length, double* mean, double* variance) {                 \
-    moments_of_rows<T, A>(x, rows, length, mean, variance);                                       \
-  }                                                                                               \
-  WSBCN_CLONES void rows_affine(                                                                  \
-      const T* x, T* y, int64_t rows, int64_t length, const A* m, const A* scale,                 \
-      const A* shift) {                                                                           \
-    affine_of_rows(x, y, rows, length, m, scale, shift);                                          \
-  }                                                                                               \
-  WSBCN_CLONES void rows_dots(                                                                    \
-      const T* g, const T* x, int64_t rows, int64_t length, const A* m, double* sum_g,            \
-      double* sum_gx) {                                                                           \
-    dots_of_rows<T, A>(g, x, rows, length, m, sum_g, sum_gx);                                     \
-  }                                                                                               \
-  WSBCN_CLONES void rows_gradient(                                                                \
-      const T* g, const T* x, T* dx, int64_t rows, int64_t length, const A* m, const A* p,        \
-      const A* q, const A* r) {                                                                   \
-    gradient_of_rows<T, A>(g, x, dx, rows, length, m, p, q, r);                                   \
-  }                                                                                               \
-  WSBCN_CLONES void column_moments(                                                               \
-      const T* x, int64_t length, int64_t channels, A* mean, A* squares) {                        \
-    moments_of_columns<T, A>(x, length, channels, mean, squares);                                 \
-  }                                                                                               \
-  WSBCN_CLONES void column_affine(                                                                \
-      const T* x, T* y, int64_t length, int64_t channels, const A* m, const A* scale,             \
-      const A* shift) {                                                                           \
-    affine_of_columns<T, A>(x, y, length, channels, m, scale, shift);                             \
-  }                                                                                               \
-  WSBCN_CLONES void column_dots(                                                                  \
-      const T* g, const T* x, int64_t length, int64_t channels, const A* m, A* sum_g,             \
-      A* sum_gx) {                                                                                \
-    dots_of_columns<T, A>(g, x, length, channels, m, sum_g, sum_gx);                              \
-  }                                                                                               \
-  WSBCN_CLONES void column_gradient(                                                              \
-      const T* g, const T* x, T* dx, int64_t length, int64_t channels, const A* m, const A* p,    \
-      const A* q, const A* r) {                                                                   \
-    gradient_of_columns<T, A>(g, x, dx, length, channels, m, p, q, r);                            \
+#define WSBCN_DEFINE(T, A)                                                                         \
+  WSBCN_CLONES                                                                                     \
+  void rows_moments(const T* x, int64_t rows, int64_t length, double* mean, double* variance) {    \
+    moments_of_rows<T, A>(x, rows, length, mean, variance);                                        \
+  }                                                                                                \
+  WSBCN_CLONES                                                                                     \
+  void rows_affine(const T* x, T* y, int64_t rows, int64_t length, const A* m, const A* scale,     \
+                   const A* shift) {                                                               \
+    affine_of_rows(x, y, rows, length, m, scale, shift);                                           \
+  }                                                                                                \
+  WSBCN_CLONES                                                                                     \
+  void rows_dots(const T* g, const T* x, int64_t rows, int64_t length, const A* m, double* sum_g,  \
+                 double* sum_gx) {                                                                 \
+    dots_of_rows<T, A>(g, x, rows, length, m, sum_g, sum_gx);                                      \
+  }                                                                                                \
+  WSBCN_CLONES                                                                                     \
+  void rows_gradient(const T* g, const T* x, T* dx, int64_t rows, int64_t length, const A* m,      \
+                     const A* p, const A* q, const A* r) {                                         \
+    gradient_of_rows<T, A>(g, x, dx, rows, length, m, p, q, r);                                    \
+  }                                                                                                \
+  WSBCN_CLONES                                                                                     \
+  void column_moments(const T* x, int64_t length, int64_t channels, A* mean, A* squares) {         \
+    moments_of_columns<T, A>(x, length, channels, mean, squares);                                  \
+  }                                                                                                \
+  WSBCN_CLONES                                                                                     \
+  void column_affine(const T* x, T* y, int64_t length, int64_t channels, const A* m,               \
+                     const A* scale, const A* shift) {                                             \
+    affine_of_columns<T, A>(x, y, length, channels, m, scale, shift);                              \
+  }                                                                                                \
+  WSBCN_CLONES                                                                                     \
+  void column_dots(const T* g, const T* x, int64_t length, int64_t channels, const A* m, A* sum_g, \
+                   A* sum_gx) {                                                                    \
+    dots_of_columns<T, A>(g, x, length, channels, m, sum_g, sum_gx);                               \
+  }                                                                                                \
+  WSBCN_CLONES                                                                                     \
+  void column_gradient(const T* g, const T* x, T* dx, int64_t length, int64_t channels,            \
+                       const A* m, const A* p, const A* q, const A* r) {                           \
+    gradient_of_columns<T, A>(g, x, dx, length, channels, m, p, q, r);                             \
   }
 
 WSBCN_DEFINE(double, double)
@@ -379,15 +387,15 @@ WSBCN_DEFINE(float, float)
 WSBCN_DEFINE(c10::BFloat16, float)
 WSBCN_DEFINE(c10::Half, float)
 
-WSBCN_CLONES void rows_affine(
-    const float* x, c10::BFloat16* y, int64_t rows, int64_t length, const float* m,
-    const float* scale, const float* shift) {
+WSBCN_CLONES
+void rows_affine(const float* x, c10::BFloat16* y, int64_t rows, int64_t length, const float* m,
+                 const float* scale, const float* shift) {
   affine_of_rows(x, y, rows, length, m, scale, shift);
 }
 
-WSBCN_CLONES void rows_affine(
-    const float* x, c10::Half* y, int64_t rows, int64_t length, const float* m, const float* scale,
-    const float* shift) {
+WSBCN_CLONES
+void rows_affine(const float* x, c10::Half* y, int64_t rows, int64_t length, const float* m,
+                 const float* scale, const float* shift) {
   affine_of_rows(x, y, rows, length, m, scale, shift);
 }
 

@@ -20,31 +20,26 @@ template <typename T>
 using Accumulate = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 // Every function below exists for these dtypes. WSBCN_ROWS(T, A) declares them for one.
-#define WSBCN_ROWS(T, A)                                                                          \
-  /* Mean and mean squared deviation from it, in one pass over memory. */                         \
-  void rows_moments(const T* x, int64_t rows, int64_t length, double* mean, double* variance);    \
-  /* y = (x - m) scale + shift */                                                                 \
-  void rows_affine(                                                                               \
-      const T* x, T* y, int64_t rows, int64_t length, const A* m, const A* scale,                 \
-      const A* shift);                                                                            \
-  /* sum(g) and sum(g (x - m)) */                                                                 \
-  void rows_dots(                                                                                 \
-      const T* g, const T* x, int64_t rows, int64_t length, const A* m, double* sum_g,            \
-      double* sum_gx);                                                                            \
-  /* dx = p g + q (x - m) + r; dx may be g */                                                     \
-  void rows_gradient(                                                                             \
-      const T* g, const T* x, T* dx, int64_t rows, int64_t length, const A* m, const A* p,        \
-      const A* q, const A* r);                                                                    \
-  /* The same for columns: mean and sum of squared deviations, ... */                             \
-  void column_moments(const T* x, int64_t length, int64_t channels, A* mean, A* squares);         \
-  void column_affine(                                                                             \
-      const T* x, T* y, int64_t length, int64_t channels, const A* m, const A* scale,             \
-      const A* shift);                                                                            \
-  void column_dots(                                                                               \
-      const T* g, const T* x, int64_t length, int64_t channels, const A* m, A* sum_g, A* sum_gx); \
-  void column_gradient(                                                                           \
-      const T* g, const T* x, T* dx, int64_t length, int64_t channels, const A* m, const A* p,    \
-      const A* q, const A* r);
+#define WSBCN_ROWS(T, A)                                                                           \
+  /* Mean and mean squared deviation from it, in one pass over memory. */                          \
+  void rows_moments(const T* x, int64_t rows, int64_t length, double* mean, double* variance);     \
+  /* y = (x - m) scale + shift */                                                                  \
+  void rows_affine(const T* x, T* y, int64_t rows, int64_t length, const A* m, const A* scale,     \
+                   const A* shift);                                                                \
+  /* sum(g) and sum(g (x - m)) */                                                                  \
+  void rows_dots(const T* g, const T* x, int64_t rows, int64_t length, const A* m, double* sum_g,  \
+                 double* sum_gx);                                                                  \
+  /* dx = p g + q (x - m) + r; dx may be g */                                                      \
+  void rows_gradient(const T* g, const T* x, T* dx, int64_t rows, int64_t length, const A* m,      \
+                     const A* p, const A* q, const A* r);                                          \
+  /* The same for columns: mean and sum of squared deviations, ... */                              \
+  void column_moments(const T* x, int64_t length, int64_t channels, A* mean, A* squares);          \
+  void column_affine(const T* x, T* y, int64_t length, int64_t channels, const A* m,               \
+                     const A* scale, const A* shift);                                              \
+  void column_dots(const T* g, const T* x, int64_t length, int64_t channels, const A* m, A* sum_g, \
+                   A* sum_gx);                                                                     \
+  void column_gradient(const T* g, const T* x, T* dx, int64_t length, int64_t channels,            \
+                       const A* m, const A* p, const A* q, const A* r);
 
 WSBCN_ROWS(double, double)
 WSBCN_ROWS(float, float)
@@ -53,11 +48,9 @@ WSBCN_ROWS(c10::Half, float)
 #undef WSBCN_ROWS
 
 // A weight is standardized straight into the dtype of autocast.
-void rows_affine(
-    const float* x, c10::BFloat16* y, int64_t rows, int64_t length, const float* m,
-    const float* scale, const float* shift);
-void rows_affine(
-    const float* x, c10::Half* y, int64_t rows, int64_t length, const float* m, const float* scale,
-    const float* shift);
+void rows_affine(const float* x, c10::BFloat16* y, int64_t rows, int64_t length, const float* m,
+                 const float* scale, const float* shift);
+void rows_affine(const float* x, c10::Half* y, int64_t rows, int64_t length, const float* m,
+                 const float* scale, const float* shift);
 
 }  // namespace wsbcn

@@ -1,5 +1,5 @@
-// Weight Standardization with its gradients, as a node of torch's graph: of one weight, or of many at
-// once. The second derivative goes back to backends/autograd.py (`standardize_twice`).
+// Weight Standardization with its gradients, as a node of torch's graph: of one weight, or of many
+// at once. The second derivative goes back to backends/autograd.py (`standardize_twice`).
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
@@ -24,23 +24,22 @@ c10::TypedOperatorHandle<Signature> find(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
 
-void standardize_all(
-    TensorList weights, double eps, std::string_view formula, TensorList out, const Tensor& mean,
-    const Tensor& sigma) {
+void standardize_all(TensorList weights, double eps, std::string_view formula, TensorList out,
+                     const Tensor& mean, const Tensor& sigma) {
   static const auto op = find<decltype(standardize_all)>("wsbcn_mm::standardize_all");
   op.call(weights, eps, formula, out, mean, sigma);
 }
 
-void standardize_all_backward(
-    TensorList grads, TensorList weights, at::IntArrayRef offsets, const Tensor& mean,
-    const Tensor& sigma, double eps, std::string_view formula, TensorList out) {
+void standardize_all_backward(TensorList grads, TensorList weights, at::IntArrayRef offsets,
+                              const Tensor& mean, const Tensor& sigma, double eps,
+                              std::string_view formula, TensorList out) {
   static const auto op =
       find<decltype(standardize_all_backward)>("wsbcn_mm::standardize_all_backward");
   op.call(grads, weights, offsets, mean, sigma, eps, formula, out);
 }
 
-Tensor standardize_twice(
-    const Tensor& grad, const Tensor& weight, double eps, std::string_view formula) {
+Tensor standardize_twice(const Tensor& grad, const Tensor& weight, double eps,
+                         std::string_view formula) {
   static const auto op = find<decltype(standardize_twice)>("wsbcn_mm::standardize_twice");
   return op.call(grad, weight, eps, formula);
 }
@@ -50,8 +49,8 @@ struct Standardized {
   Tensor mean, sigma;
 };
 
-Standardized standardize(
-    TensorList weights, double eps, std::string_view formula, at::ScalarType dtype) {
+Standardized standardize(TensorList weights, double eps, std::string_view formula,
+                         at::ScalarType dtype) {
   TORCH_CHECK(!weights.empty(), "there must be a weight");
   Standardized result;
   int64_t rows = 0;
@@ -73,18 +72,19 @@ int64_t version_of(const Tensor& weight) {
 // Whether the gradient may be overwritten: nobody else has it, and it lies as the weight does.
 bool is_ours(const Tensor& grad, const Tensor& weight) {
   return grad.use_count() == 1 && grad.storage().use_count() == 1 &&
-      grad.scalar_type() == weight.scalar_type() && grad.strides() == weight.strides() &&
-      grad.is_non_overlapping_and_dense() && !grad.is_inference();
+         grad.scalar_type() == weight.scalar_type() && grad.strides() == weight.strides() &&
+         grad.is_non_overlapping_and_dense() && !grad.is_inference();
 }
 
 std::atomic<int64_t> backward_calls_so_far{0};
 
-int64_t backward_calls() { return backward_calls_so_far; }
+int64_t backward_calls() {
+  return backward_calls_so_far;
+}
 
 struct Standardize : torch::autograd::Function<Standardize> {
-  static variable_list forward(
-      AutogradContext* ctx, TensorList weights, double eps, std::string formula,
-      at::ScalarType dtype) {
+  static variable_list forward(AutogradContext* ctx, TensorList weights, double eps,
+                               std::string formula, at::ScalarType dtype) {
     at::AutoDispatchBelowADInplaceOrView below;
     Standardized result = standardize(weights, eps, formula, dtype);
     ctx->set_materialize_grads(false);
@@ -139,7 +139,7 @@ struct Standardize : torch::autograd::Function<Standardize> {
       } else {
         out.push_back(result_like(weight, weight.scalar_type()));
         const bool fits = grads[k].scalar_type() == weight.scalar_type() &&
-            grads[k].strides() == weight.strides();
+                          grads[k].strides() == weight.strides();
         if (!fits) grads[k] = out.back().copy_(grads[k]);
       }
       used_grads.push_back(std::move(grads[k]));
@@ -152,8 +152,8 @@ struct Standardize : torch::autograd::Function<Standardize> {
 };
 
 // weights dense, not empty, of one dtype and device.
-variable_list apply(
-    TensorList weights, double eps, std::string_view formula, at::ScalarType dtype) {
+variable_list apply(TensorList weights, double eps, std::string_view formula,
+                    at::ScalarType dtype) {
   bool differentiable = false;
   for (const Tensor& weight : weights) differentiable |= weight.requires_grad();
   if (differentiable && at::GradMode::is_enabled()) {
@@ -163,15 +163,15 @@ variable_list apply(
   return standardize(weights, eps, formula, dtype).w_hats;
 }
 
-Tensor weight_standardize(
-    const Tensor& weight, double eps, std::string_view formula, at::ScalarType dtype) {
+Tensor weight_standardize(const Tensor& weight, double eps, std::string_view formula,
+                          at::ScalarType dtype) {
   return apply(weight, eps, formula, dtype).front();
 }
 
 // The results belong to the graph one by one, as they are used (`join`): what is never used must
 // look to hooks and to DistributedDataParallel as a weight that nobody read.
-variable_list weight_standardize_all(
-    TensorList weights, double eps, std::string_view formula, at::ScalarType dtype) {
+variable_list weight_standardize_all(TensorList weights, double eps, std::string_view formula,
+                                     at::ScalarType dtype) {
   variable_list w_hats = apply(weights, eps, formula, dtype);
   // Not set_next_edge(), which refuses to change a node that has been used; that a node lies deeper
   // in the graph than its present edges say does no harm.
@@ -190,10 +190,10 @@ void join(const Tensor& w_hat, const Tensor& weight) {
 }
 
 // Above autograd and, for inference tensors, without it.
-#define WSBCN_IMPLEMENT(key)                                               \
-  TORCH_LIBRARY_IMPL(wsbcn_mm, key, library) {                             \
-    library.impl("weight_standardize", weight_standardize);               \
-    library.impl("weight_standardize_all", weight_standardize_all);       \
+#define WSBCN_IMPLEMENT(key)                                        \
+  TORCH_LIBRARY_IMPL(wsbcn_mm, key, library) {                      \
+    library.impl("weight_standardize", weight_standardize);         \
+    library.impl("weight_standardize_all", weight_standardize_all); \
   }
 WSBCN_IMPLEMENT(AutogradCPU)
 WSBCN_IMPLEMENT(AutogradCUDA)

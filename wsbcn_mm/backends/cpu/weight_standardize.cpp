@@ -38,45 +38,41 @@ at::ScalarType statistics_of(const Tensor& weight) {
 // Rows must be dense, in whatever order; the standardization does not see the order.
 bool rows_are_dense(const Tensor& w) {
   return w.is_contiguous() || w.is_contiguous(at::MemoryFormat::ChannelsLast) ||
-      w.is_contiguous(at::MemoryFormat::ChannelsLast3d);
+         w.is_contiguous(at::MemoryFormat::ChannelsLast3d);
 }
 
 void check_weights(TensorList weights) {
   TORCH_CHECK(!weights.empty(), "there must be a weight");
   for (const Tensor& weight : weights) {
-    TORCH_CHECK(
-        weight.is_cpu() && weight.dim() > 0 && weight.numel() > 0 && rows_are_dense(weight),
-        "weights must be dense, not empty and on the CPU");
-    TORCH_CHECK(
-        weight.scalar_type() == weights[0].scalar_type(), "weights must have one dtype, got ",
-        weight.scalar_type(), " and ", weights[0].scalar_type());
+    TORCH_CHECK(weight.is_cpu() && weight.dim() > 0 && weight.numel() > 0 && rows_are_dense(weight),
+                "weights must be dense, not empty and on the CPU");
+    TORCH_CHECK(weight.scalar_type() == weights[0].scalar_type(),
+                "weights must have one dtype, got ", weight.scalar_type(), " and ",
+                weights[0].scalar_type());
   }
 }
 
 // What belongs to `weights` must lie as they do: the kernels go through both side by side.
 void check_like(TensorList weights, TensorList others, const char* name) {
-  TORCH_CHECK(
-      others.size() == weights.size(), name, ": expected ", weights.size(), " tensors, got ",
-      others.size());
+  TORCH_CHECK(others.size() == weights.size(), name, ": expected ", weights.size(),
+              " tensors, got ", others.size());
   for (size_t k = 0; k < weights.size(); ++k) {
-    TORCH_CHECK(
-        others[k].is_cpu() && others[k].sizes() == weights[k].sizes() &&
-            others[k].strides() == weights[k].strides() &&
-            others[k].scalar_type() == others[0].scalar_type(),
-        name, " must be on the CPU, of one dtype, with sizes and strides of its weight, ",
-        weights[k].sizes(), ", got ", others[k].sizes());
+    TORCH_CHECK(others[k].is_cpu() && others[k].sizes() == weights[k].sizes() &&
+                    others[k].strides() == weights[k].strides() &&
+                    others[k].scalar_type() == others[0].scalar_type(),
+                name, " must be on the CPU, of one dtype, with sizes and strides of its weight, ",
+                weights[k].sizes(), ", got ", others[k].sizes());
   }
 }
 
 void check_statistics(const Tensor& weight, int64_t rows, const Tensor& values, const char* name) {
-  TORCH_CHECK(
-      values.is_cpu() && values.is_contiguous() && values.numel() >= rows &&
-          values.scalar_type() == statistics_of(weight),
-      name, " must hold ", rows, " values of ", statistics_of(weight), " on the CPU");
+  TORCH_CHECK(values.is_cpu() && values.is_contiguous() && values.numel() >= rows &&
+                  values.scalar_type() == statistics_of(weight),
+              name, " must hold ", rows, " values of ", statistics_of(weight), " on the CPU");
 }
 
-// Calls row(k, i, n) for each row i of each weight k, n its length. Threads share the values evenly;
-// a row belongs to the thread in whose share it begins.
+// Calls row(k, i, n) for each row i of each weight k, n its length. Threads share the values
+// evenly; a row belongs to the thread in whose share it begins.
 template <typename Row>
 void over_rows(TensorList weights, const Row& row) {
   std::vector<int64_t> starts{0};
@@ -100,9 +96,8 @@ std::vector<int64_t> offsets_of(TensorList weights) {
 
 // T: of the weights, U: of the results.
 template <typename T, typename U>
-void standardize_rows(
-    TensorList weights, TensorList out, const Tensor& mean, const Tensor& sigma, double eps,
-    Formula kind) {
+void standardize_rows(TensorList weights, TensorList out, const Tensor& mean, const Tensor& sigma,
+                      double eps, Formula kind) {
   using A = Accumulate<T>;
   std::vector<const T*> from;
   std::vector<U*> to;
@@ -127,9 +122,8 @@ void standardize_rows(
   });
 }
 
-void standardize_all(
-    TensorList weights, double eps, std::string_view formula, TensorList out, const Tensor& mean,
-    const Tensor& sigma) {
+void standardize_all(TensorList weights, double eps, std::string_view formula, TensorList out,
+                     const Tensor& mean, const Tensor& sigma) {
   check_weights(weights);
   check_like(weights, out, "out");
   const int64_t rows = offsets_of(weights).back();
@@ -154,16 +148,15 @@ void standardize_all(
 }
 
 // `out` may be `grads`: a row is summed before it is written, value by value.
-void standardize_all_backward(
-    TensorList grads, TensorList weights, at::IntArrayRef offsets, const Tensor& mean,
-    const Tensor& sigma, double eps, std::string_view formula, TensorList out) {
+void standardize_all_backward(TensorList grads, TensorList weights, at::IntArrayRef offsets,
+                              const Tensor& mean, const Tensor& sigma, double eps,
+                              std::string_view formula, TensorList out) {
   check_weights(weights);
   check_like(weights, grads, "grads");
   check_like(weights, out, "out");
-  TORCH_CHECK(
-      grads[0].scalar_type() == weights[0].scalar_type() &&
-          out[0].scalar_type() == weights[0].scalar_type(),
-      "grads and out must have the dtype of the weights");
+  TORCH_CHECK(grads[0].scalar_type() == weights[0].scalar_type() &&
+                  out[0].scalar_type() == weights[0].scalar_type(),
+              "grads and out must have the dtype of the weights");
   TORCH_CHECK(offsets.size() == weights.size(), "expected an offset for each weight");
   for (size_t k = 0; k < weights.size(); ++k) {
     TORCH_CHECK(offsets[k] >= 0, "offsets must not be negative");
@@ -173,32 +166,32 @@ void standardize_all_backward(
   const Formula kind = parse(formula);
   AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kHalf, at::kBFloat16, weights[0].scalar_type(), "standardize_all_backward", [&] {
-    using A = Accumulate<scalar_t>;
-    std::vector<const scalar_t*> of, from;
-    std::vector<scalar_t*> to;
-    for (size_t k = 0; k < weights.size(); ++k) {
-      to.push_back(out[k].mutable_data_ptr<scalar_t>());
-      of.push_back(grads[k].const_data_ptr<scalar_t>());
-      from.push_back(weights[k].const_data_ptr<scalar_t>());
-    }
-    const A *means = mean.const_data_ptr<A>(), *sigmas = sigma.const_data_ptr<A>();
-    over_rows(weights, [&](size_t k, int64_t i, int64_t n) {
-      const scalar_t *g = of[k] + i * n, *w = from[k] + i * n;
-      const int64_t at = offsets[k] + i;
-      double sum_g, sum_gw;
-      rows_dots(g, w, 1, n, &means[at], &sum_g, &sum_gw);
-      const double s = sigmas[at], d = kind == Formula::std_eps ? s + eps : s;
-      const double freedom = kind == Formula::paper ? n : n - 1;
-      const double scale = s > 0 ? 1 / (freedom * s * d * d) : 0;
-      const A of_g = static_cast<A>(1 / d), of_w = static_cast<A>(-scale * sum_gw);
-      const A offset = static_cast<A>(-sum_g / (n * d));
-      rows_gradient(g, w, to[k] + i * n, 1, n, &means[at], &of_g, &of_w, &offset);
-    });
-  });
+        using A = Accumulate<scalar_t>;
+        std::vector<const scalar_t*> of, from;
+        std::vector<scalar_t*> to;
+        for (size_t k = 0; k < weights.size(); ++k) {
+          to.push_back(out[k].mutable_data_ptr<scalar_t>());
+          of.push_back(grads[k].const_data_ptr<scalar_t>());
+          from.push_back(weights[k].const_data_ptr<scalar_t>());
+        }
+        const A *means = mean.const_data_ptr<A>(), *sigmas = sigma.const_data_ptr<A>();
+        over_rows(weights, [&](size_t k, int64_t i, int64_t n) {
+          const scalar_t *g = of[k] + i * n, *w = from[k] + i * n;
+          const int64_t at = offsets[k] + i;
+          double sum_g, sum_gw;
+          rows_dots(g, w, 1, n, &means[at], &sum_g, &sum_gw);
+          const double s = sigmas[at], d = kind == Formula::std_eps ? s + eps : s;
+          const double freedom = kind == Formula::paper ? n : n - 1;
+          const double scale = s > 0 ? 1 / (freedom * s * d * d) : 0;
+          const A of_g = static_cast<A>(1 / d), of_w = static_cast<A>(-scale * sum_gw);
+          const A offset = static_cast<A>(-sum_g / (n * d));
+          rows_gradient(g, w, to[k] + i * n, 1, n, &means[at], &of_g, &of_w, &offset);
+        });
+      });
 }
 
-std::tuple<Tensor, Tensor, Tensor> standardize(
-    const Tensor& weight, double eps, std::string_view formula, at::ScalarType dtype) {
+std::tuple<Tensor, Tensor, Tensor> standardize(const Tensor& weight, double eps,
+                                               std::string_view formula, at::ScalarType dtype) {
   check_weights(weight);
   Tensor w_hat = at::empty_like(weight, weight.options().dtype(dtype));
   Tensor mean = at::empty({weight.size(0)}, weight.options().dtype(statistics_of(weight)));
@@ -207,9 +200,8 @@ std::tuple<Tensor, Tensor, Tensor> standardize(
   return {w_hat, mean, sigma};
 }
 
-Tensor standardize_backward(
-    const Tensor& grad, const Tensor& weight, const Tensor& mean, const Tensor& sigma, double eps,
-    std::string_view formula) {
+Tensor standardize_backward(const Tensor& grad, const Tensor& weight, const Tensor& mean,
+                            const Tensor& sigma, double eps, std::string_view formula) {
   Tensor dw = at::empty_like(weight);
   const bool fits =
       grad.scalar_type() == weight.scalar_type() && grad.strides() == weight.strides();

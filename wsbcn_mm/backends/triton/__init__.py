@@ -5,25 +5,20 @@ Importing this package imports neither Triton nor anything of CUDA; the first ca
 tensors: for tests, not for speed.
 """
 
+import functools
 import importlib
 import os
+from collections.abc import Callable
 from importlib.util import find_spec
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from wsbcn_mm.backends.ops import NAMESPACE
+from wsbcn_mm.backends import dispatched
+from wsbcn_mm.backends.ops import NAMESPACE, OPERATORS, Kernels, flattened
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-OPERATORS = (
-    'row_moments',
-    'normalize_with_estimates',
-    'evaluate',
-    'normalize',
-    'normalize_backward',
-    'standardize',
-    'standardize_backward',
-)
 INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
 
 _library: torch.library.Library | None = None
@@ -53,9 +48,9 @@ def supports(x: Tensor) -> str | None:
     return None
 
 
-def kernels():
+def kernels() -> Kernels:
     """The operators of `wsbcn_mm.backends.ops`."""
-    return _launch() if INTERPRETED else torch.ops.wsbcn_mm
+    return _launch() if INTERPRETED else cast(Kernels, dispatched)
 
 
 def register() -> None:
@@ -64,19 +59,27 @@ def register() -> None:
     if _library is None:
         _library = torch.library.Library(NAMESPACE, 'IMPL')
         for name in OPERATORS:
-            _library.impl(name, _launcher(name), 'CUDA')
+            _library.impl(name, launcher(name), 'CUDA')
 
 
-def _launch():
-    return importlib.import_module(f'{__name__}.launch')  # imports Triton
+def _launch() -> Kernels:
+    return cast(Kernels, importlib.import_module(f'{__name__}.launch'))  # imports Triton
 
 
-def _launcher(name: str):
-    def launcher(x: Tensor, *args):
-        with torch.cuda.device_of(x):  # Triton launches on the current device
-            return getattr(_launch(), name)(x, *args)
+def launcher(name: str) -> Callable[..., Any]:
+    """The implementation of an operator, with the flat arguments of its schema."""
 
-    return launcher
+    def launch(first: Tensor | list[Tensor], *args: Any) -> Any:
+        tensor = first if isinstance(first, Tensor) else first[0]
+        with torch.cuda.device_of(tensor):  # Triton launches on the current device
+            return _flat(name)(first, *args)
+
+    return launch
+
+
+@functools.cache
+def _flat(name: str) -> Callable[..., Any]:
+    return flattened(getattr(_launch(), name))
 
 
 # Now, for at the first use torch.compile may be tracing.

@@ -13,7 +13,16 @@ import torch
 import triton
 from torch import Tensor
 
+from wsbcn_mm.backends.carriers import (
+    Affine,
+    AffineGradients,
+    Rate,
+    Running,
+    Statistics,
+    outer_size,
+)
 from wsbcn_mm.backends.ops import accumulation_dtype
+from wsbcn_mm.backends.running import update_from_batch
 from wsbcn_mm.backends.triton import _kernels as kernels
 
 TILE = 2048
@@ -48,129 +57,63 @@ def row_moments(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def normalize_with_estimates(
-    x: Tensor,
-    num_groups: int,
-    running_mean: Tensor,
-    running_var: Tensor,
-    batch_weight: Tensor | None,
-    batch_bias: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    update: bool,
-    momentum: float,
-    rate: Tensor | None,
-    eps: float,
-    counts: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor, num_groups: int, running: Running, affine: Affine, rate: Rate, eps: float
+) -> tuple[Tensor, Statistics]:
     """See `wsbcn_mm.backends.ops`."""
-    if rate is not None and rate.device != x.device:
-        momentum, rate = rate.item(), None  # on the host, where reading it waits for nothing
+    if isinstance(rate, Tensor) and rate.device != x.device:
+        rate = float(rate.item())  # on the host, where reading it waits for nothing
     cut, chunks, m, q = _moments(x)
     mean, var = _empty(x, m.shape[1:]), _empty(x, m.shape[1:])
-    y, *group_statistics = _normalize(
-        x,
-        cut,
-        chunks,
-        m,
-        q,
-        (running_mean, running_var, rate, counts),
-        mean,
-        var,
-        num_groups,
-        batch_weight,
-        batch_bias,
-        weight,
-        bias,
-        update,
-        momentum,
-        eps,
+    y, *group = _normalize(
+        x, num_groups, (cut, chunks), (m, q, mean, var), running, affine, rate, eps
     )
-    return y, m, q, mean, var, *group_statistics
+    return y, Statistics(m, q, mean, var, *group)
 
 
-def evaluate(
-    x: Tensor,
-    num_groups: int,
-    running_mean: Tensor,
-    running_var: Tensor,
-    batch_weight: Tensor | None,
-    batch_bias: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-) -> Tensor:
+def normalize_with_batch(
+    x: Tensor, num_groups: int, running: Running, affine: Affine, rate: Rate, eps: float
+) -> tuple[Tensor, Statistics]:
     """See `wsbcn_mm.backends.ops`."""
-    return normalize_with_estimates(
-        x,
-        num_groups,
-        running_mean,
-        running_var,
-        batch_weight,
-        batch_bias,
-        weight,
-        bias,
-        False,
-        0.0,
-        None,
-        eps,
-    )[0]
+    m, q = row_moments(x)
+    mean, var = update_from_batch(m, q, x.numel() // x.size(1), running, rate)
+    y, *group = normalize(x, num_groups, m, q, mean, var, affine, eps)
+    return y, Statistics(m, q, mean, var, *group)
+
+
+def evaluate(x: Tensor, num_groups: int, running: Running, affine: Affine, eps: float) -> Tensor:
+    """See `wsbcn_mm.backends.ops`."""
+    return normalize_with_estimates(x, num_groups, running, affine, None, eps)[0]
 
 
 def normalize(
     x: Tensor,
+    num_groups: int,
     m: Tensor,
     q: Tensor,
     mean: Tensor,
     var: Tensor,
-    num_groups: int,
-    batch_weight: Tensor | None,
-    batch_bias: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
+    affine: Affine,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `wsbcn_mm.backends.ops`."""
-    m, q, mean, var = _dense(m, q, mean, var)
-    return _normalize(
-        x,
-        _cut(x, REDUCING),
-        (None, None),
-        m,
-        q,
-        (None, None, None, None),
-        mean,
-        var,
-        num_groups,
-        batch_weight,
-        batch_bias,
-        weight,
-        bias,
-        False,
-        0.0,
-        eps,
-    )
+    statistics = _dense(m, q, mean, var)
+    work = _cut(x, REDUCING), (None, None)
+    return _normalize(x, num_groups, work, statistics, None, affine, None, eps)
 
 
 def normalize_backward(
     grad: Tensor,
     x: Tensor,
-    m: Tensor,
-    q: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    group_mean: Tensor,
-    inv_group_std: Tensor,
-    batch_weight: Tensor | None,
-    batch_bias: Tensor | None,
-    weight: Tensor | None,
     num_groups: int,
-    affine_size: int,
+    statistics: Statistics,
+    affine: Affine,
     eps: float,
     through_statistics: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, AffineGradients]:
     """See `wsbcn_mm.backends.ops`."""
-    assert grad.is_contiguous(memory_format=_format(x)), 'grad must have the memory format of x'
-    m, q, *statistics = _dense(m, q, mean, var, group_mean, inv_group_std)
+    grad = grad.contiguous(memory_format=_format(x))
+    m, q, *of_channels_and_groups = _dense(*statistics)
+    batch_weight, batch_bias, weight, _ = affine
     samples, channels = m.shape
 
     cut = _cut(x, REDUCING)
@@ -181,7 +124,8 @@ def normalize_backward(
     )
 
     inner = _empty(x, (channels,)), _empty(x, (channels,))
-    outer = _empty(x, (affine_size,)), _empty(x, (affine_size,))
+    size = outer_size(affine)
+    outer = _empty(x, (size,)), _empty(x, (size,))
     group_means = _empty(x, (samples, num_groups)), _empty(x, (samples, num_groups))
     coefficients = _empty(x, m.shape), _empty(x, m.shape), _empty(x, m.shape)
     kernels.backward_algebra[(num_groups,)](
@@ -189,11 +133,11 @@ def normalize_backward(
         *sums,
         m,
         q,
-        *statistics,
+        *of_channels_and_groups,
         *_dense(batch_weight, batch_bias, weight),
         *group_means,
         *inner,
-        *(outer if affine_size else (None, None)),
+        *(outer if size else (None, None)),
         *coefficients,
         samples,
         channels,
@@ -202,7 +146,7 @@ def normalize_backward(
         cut.splits,
         _repeat(weight, channels),
         _bits(eps),
-        PER_CHANNEL=affine_size == channels,
+        PER_CHANNEL=size == channels,
         THROUGH_STATISTICS=through_statistics,
         **_algebra_blocks(samples, channels // num_groups, cut),
     )
@@ -212,7 +156,7 @@ def normalize_backward(
     kernels.backward_apply[cut.grid](
         grad, x, dx, m, *coefficients, channels, cut.length, cut.tiles, **cut.layout
     )
-    return dx, *inner, *outer
+    return dx, AffineGradients(*inner, *outer)
 
 
 def standardize(
@@ -232,14 +176,45 @@ def standardize_backward(
     grad: Tensor, weight: Tensor, mean: Tensor, sigma: Tensor, eps: float, formula: str
 ) -> Tensor:
     """See `wsbcn_mm.backends.ops`."""
-    same = grad.is_contiguous(memory_format=_format(weight))
-    assert same, 'grad must have the memory format of weight'
+    grad = grad.contiguous(memory_format=_format(weight))
     rows, length, blocks = _one_program_per_row(weight)
     dw = torch.empty_like(weight)
     kernels.standardize_backward[(rows,)](
         grad, weight, dw, *_dense(mean, sigma), length, _bits(eps), FORMULA=formula, **blocks
     )
     return dw
+
+
+def standardize_all(
+    weights: list[Tensor],
+    eps: float,
+    formula: str,
+    out: list[Tensor],
+    mean: Tensor,
+    sigma: Tensor,
+) -> None:
+    """See `wsbcn_mm.backends.ops`."""
+    first = 0
+    for weight, result in zip(weights, out):
+        rows = slice(first, first := first + len(weight))
+        w_hat, mean[rows], sigma[rows] = standardize(weight, eps, formula, result.dtype)
+        result.copy_(w_hat)
+
+
+def standardize_all_backward(
+    grads: list[Tensor],
+    weights: list[Tensor],
+    offsets: list[int],
+    mean: Tensor,
+    sigma: Tensor,
+    eps: float,
+    formula: str,
+    out: list[Tensor],
+) -> None:
+    """See `wsbcn_mm.backends.ops`."""
+    for grad, weight, first, result in zip(grads, weights, offsets, out):
+        rows = slice(first, first + len(weight))
+        result.copy_(standardize_backward(grad, weight, mean[rows], sigma[rows], eps, formula))
 
 
 def _moments(x: Tensor) -> tuple['_Cut', tuple, Tensor, Tensor]:
@@ -252,42 +227,41 @@ def _moments(x: Tensor) -> tuple['_Cut', tuple, Tensor, Tensor]:
 
 
 def _normalize(
-    x,
-    cut,
-    chunks,
-    m,
-    q,
-    estimates,
-    mean,
-    var,
-    num_groups,
-    batch_weight,
-    batch_bias,
-    weight,
-    bias,
-    update,
-    momentum,
-    eps,
-):
-    """The algebra and the last pass. `chunks` are merged into m and q, and `estimates`, which are
-    the running statistics and the rate, into mean and var; None: those are given.
+    x: Tensor,
+    num_groups: int,
+    work: tuple['_Cut', tuple],
+    statistics: tuple[Tensor, Tensor, Tensor, Tensor],
+    running: Running | None,
+    affine: Affine,
+    rate: Rate,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The algebra and the last pass.
+
+    ``work``: how x was cut, and the chunks that are merged into m and q; (None, None): those are
+    given. ``statistics``: m, q, mean, var; the last two are written, unless running is None.
     """
+    (cut, chunks), (m, q, mean, var) = work, statistics
+    running_mean, running_var, counts = (None, None, None) if running is None else running
+    momentum, rate_tensor = (0.0, rate) if isinstance(rate, Tensor) else (rate or 0.0, None)
     samples, channels = m.shape
     group_mean = _empty(x, (samples, num_groups))
     inv_group_std = _empty(x, (samples, num_groups))
     scale, shift = _empty(x, m.shape), _empty(x, m.shape)
     blocks = _algebra_blocks(samples, channels // num_groups, cut)
     # An update needs all samples of a group in one program; otherwise there may be many.
-    shares = 1 if update else triton.cdiv(samples, blocks['BLOCK_N'])
-    running_mean, running_var, *_ = estimates
+    shares = 1 if rate is not None else triton.cdiv(samples, blocks['BLOCK_N'])
     kernels.forward_algebra[(num_groups, shares)](
         *chunks,
         m,
         q,
-        *estimates,
+        running_mean,
+        running_var,
+        rate_tensor,
+        counts,
         mean,
         var,
-        *_dense(batch_weight, batch_bias, weight, bias),
+        *_dense(*affine),
         group_mean,
         inv_group_std,
         scale,
@@ -300,11 +274,11 @@ def _normalize(
         cut.splits,
         _stride(running_mean),
         _stride(running_var),
-        _repeat(weight, channels),
-        _repeat(bias, channels),
+        _repeat(affine.weight, channels),
+        _repeat(affine.bias, channels),
         _bits(momentum),
         _bits(eps),
-        UPDATE=update,
+        UPDATE=rate is not None,
         BLOCK_L=cut.layout['BLOCK_L'],
         **blocks,
     )
