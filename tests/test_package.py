@@ -271,7 +271,6 @@ NOT_YET = {
     'tests/layers/test_norm.py',
     'tests/openmmlab/deploy/test_deploy.py',
     'tests/openmmlab/test_traps.py',
-    'tests/test_folding.py',
     'wsbcn_mm/backends/triton/_kernels.py',
     'wsbcn_mm/backends/triton/launch.py',
     'wsbcn_mm/openmmlab/conversion/convert.py',

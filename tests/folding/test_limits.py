@@ -1,0 +1,160 @@
+"""What must not be folded stays, and is said."""
+
+import pytest
+import torch
+from torch import nn
+
+from tests.folding.cases import Block, check_fold, trained
+from wsbcn_mm import (
+    BatchChannelNorm1d,
+    BatchChannelNorm2d,
+    WSConv2d,
+    fold,
+    folding,
+)
+
+
+class Wrong(nn.Module):
+    """A convolution and a norm between which something happens."""
+
+    def __init__(self, between):
+        super().__init__()
+        self.conv, self.norm = WSConv2d(4, 8, 3), BatchChannelNorm2d(8, 2)
+        self.between = between
+
+    def forward(self, x):
+        return self.between(self, x)
+
+
+def also_used_later(m, x):
+    y = m.conv(x)
+    return m.norm(y) + y
+
+
+def also_used_before(m, x):
+    y = m.conv(x)
+    z = y.mean((2, 3), keepdim=True)
+    return m.norm(y) * z
+
+
+def also_returned(m, x):
+    y = m.conv(x)
+    return m.norm(y), y
+
+
+def changed_in_place(m, x):
+    return m.norm(m.conv(x).relu_())
+
+
+def sometimes_without(m, x):
+    return m.norm(m.conv(x)) + m.conv(x)
+
+
+def sometimes_with_another_input(m, x):
+    return m.norm(m.conv(x)) + m.norm(x.repeat(1, 2, 1, 1)[..., 2:, 2:])
+
+
+def through_a_view(m, x):
+    return m.norm(m.conv(x).flip(3))
+
+
+def weight_used_elsewhere(m, x):
+    return m.norm(m.conv(x)) + m.conv.weight.mean()
+
+
+@pytest.mark.parametrize(
+    'between, reason',
+    [
+        (also_used_later, 'the output of conv also goes to aten.add'),
+        (also_used_before, 'the output of conv also goes to aten.mean'),
+        (also_returned, 'the output of conv also goes to the result of the run'),
+        (changed_in_place, 'not the output of a convolution'),
+        (sometimes_without, 'the output of conv also goes to aten.add'),
+        (sometimes_with_another_input, 'not the output of a convolution'),
+        (through_a_view, 'not the output of a convolution'),
+        (weight_used_elsewhere, 'something else reads its parameters'),
+    ],
+)
+def test_pairs_that_are_none(between, reason):
+    model, x = trained(Wrong(between)).eval(), torch.randn(2, 4, 9, 9).double()
+    steps = folding.plan(model)
+    assert reason in steps.left['norm']
+    folded = steps.apply(model)
+    assert type(folded.norm) is BatchChannelNorm2d
+    with torch.no_grad():
+        for got, expected in zip(folded(x), model(x)):
+            torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_normalization_in_front_of_a_convolution_is_not_folded():
+    """Zero padding comes after the norm: the map would not hold at the border."""
+    model = nn.Sequential(
+        BatchChannelNorm2d(4, 2),
+        nn.ReLU(),
+        WSConv2d(4, 8, 3, padding=1),
+        BatchChannelNorm2d(8, 2),
+        nn.ReLU(),
+        WSConv2d(8, 4, 3, padding=1),
+    )
+    folded = check_fold(model, torch.randn(2, 4, 9, 9).double(), ['0'])
+    assert type(folded[0]) is BatchChannelNorm2d
+    assert type(folded[3]) is nn.GroupNorm
+
+
+def test_a_linear_layer_in_front_is_not_a_convolution():
+    model = nn.Sequential(nn.Linear(4, 8), BatchChannelNorm1d(8, 2))
+    check_fold(model, torch.randn(2, 4).double(), ['1'], inputs=torch.randn(2, 4).double())
+
+
+def test_layers_with_hooks_are_left():
+    model = nn.Sequential(WSConv2d(4, 8, 3), BatchChannelNorm2d(8, 2))
+    model[0].register_forward_hook(lambda module, args, output: output * 2)
+    check_fold(model, torch.randn(2, 4, 9, 9).double(), ['1', '0'])
+
+
+def test_layers_that_an_attribute_refers_to_are_left():
+    model = nn.Sequential(WSConv2d(4, 8, 3), BatchChannelNorm2d(8, 2))
+    model.favourites = [model[0]]
+    left = folding.plan(model).left
+    assert "attribute 'favourites' of a Sequential" in left['0']
+    assert 'cannot be replaced' in left['1']
+
+
+class ComputesItsWeight(nn.Conv2d):
+    def forward(self, x):
+        return self._conv_forward(x, self.weight - self.weight.mean(), self.bias)
+
+
+class SameConv(nn.Conv2d):
+    """A subclass that is the same convolution, as mmcv's wrapper `Conv`."""
+
+
+def test_convolutions_of_others_are_tried():
+    x = torch.randn(2, 4, 9, 9).double()
+    norm = BatchChannelNorm2d(8, 2)
+    folded = check_fold(nn.Sequential(SameConv(4, 8, 3), norm), x)
+    assert [type(m) for m in folded] == [SameConv, nn.GroupNorm]
+    check_fold(nn.Sequential(ComputesItsWeight(4, 8, 3), norm), x, ['1'])
+
+
+@pytest.mark.parametrize('kind', [WSConv2d, nn.Conv2d])
+def test_parametrized_convolutions(kind):
+    class Double(nn.Module):
+        def forward(self, w):
+            return 2 * w
+
+    conv = kind(4, 8, 3)
+    nn.utils.parametrize.register_parametrization(conv, 'weight', Double())
+    model = nn.Sequential(conv, BatchChannelNorm2d(8, 2))
+    folded = check_fold(model, torch.randn(2, 4, 9, 9).double(), [] if kind is WSConv2d else ['1'])
+    if kind is WSConv2d:
+        assert type(folded[0]) is nn.Conv2d
+
+
+def test_errors():
+    with pytest.raises(TypeError, match='model must be a torch.nn.Module'):
+        fold('model')
+    with pytest.raises(ValueError, match='inputs or run, not both'):
+        fold(Block(), torch.zeros(1), lambda m: m)
+    with pytest.raises(RuntimeError, match='channels'):  # what the model itself says
+        fold(Block(), torch.zeros(1, 3, 8, 8))
