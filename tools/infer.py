@@ -54,6 +54,7 @@ def infer(args: argparse.Namespace) -> list[str]:
     from mmengine.utils import ProgressBar
 
     from wsbcn_mm import folding
+    from wsbcn_mm.layers.standardization import weights_do_not_change
     from wsbcn_mm.openmmlab import config
     from wsbcn_mm.openmmlab.compat import DataError
     from wsbcn_mm.openmmlab.deploy import inference, predict
@@ -76,21 +77,22 @@ def infer(args: argparse.Namespace) -> list[str]:
     failed, complete = [], False
     progress = ProgressBar(len(images), file=sys.stderr)
     try:
-        for path, name in images:
-            progress.update()
-            try:
-                image, sample = predictor(path)
-            except DataError:
-                failed.append(str(path))
-                continue
-            if coco is not None:
-                coco.add(name.as_posix(), sample, image.shape[:2])
-            else:
-                mask = args.output / 'masks' / name.with_suffix('.png')
-                predict.write_mask(mask, sample, predictor.meta.get('palette'))
-            if not args.no_pictures:
-                picture = args.output / 'pictures' / name.with_suffix('.jpg')
-                predictor.draw(image, sample, picture, args.score_threshold)
+        with weights_do_not_change(predictor.model):
+            for path, name in images:
+                progress.update()
+                try:
+                    image, sample = predictor(path)
+                except DataError:
+                    failed.append(str(path))
+                    continue
+                if coco is not None:
+                    coco.add(name.as_posix(), sample, image.shape[:2])
+                else:
+                    mask = args.output / 'masks' / name.with_suffix('.png')
+                    predict.write_mask(mask, sample, predictor.meta.get('palette'))
+                if not args.no_pictures:
+                    picture = args.output / 'pictures' / name.with_suffix('.jpg')
+                    predictor.draw(image, sample, picture, args.score_threshold)
         complete = True
     finally:
         print(file=sys.stderr)  # the bar has no end of line

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from wsbcn_mm import distributed
 from wsbcn_mm.backends.autograd import row_moments
 from wsbcn_mm.layers import BatchChannelNorm
+from wsbcn_mm.layers.standardization import weights_do_not_change
 
 
 @dataclass
@@ -102,12 +103,13 @@ def recalibrate(
     model.eval()
     drift, done = None, 0
     try:
-        while done < passes and (drift is None or drift > tolerance):
-            old = [_statistics(account.layer) for account in accounts.values()]
-            _run(accounts.values(), batches, model if forward is None else forward)
-            _combine(accounts)
-            drift = _drift(accounts.values(), old) if done else None
-            done += 1
+        with weights_do_not_change(model):
+            while done < passes and (drift is None or drift > tolerance):
+                old = [_statistics(account.layer) for account in accounts.values()]
+                _run(accounts.values(), batches, model if forward is None else forward)
+                _combine(accounts)
+                drift = _drift(accounts.values(), old) if done else None
+                done += 1
         if keep_function:
             for account in accounts.values():
                 account.layer.bn.num_batches_tracked.clamp_(min=account.total)

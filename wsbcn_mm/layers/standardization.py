@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
@@ -82,16 +83,26 @@ def standardize_once_per_forward(model: nn.Module) -> Callable[[], None]:
         >>> model(torch.zeros(1, 3, 8, 8)).shape
         torch.Size([1, 8, 4, 4])
     """
+    if model in _attached:
+        return _attached[model]
     handles = [
         model.register_forward_pre_hook(_before_forward, prepend=True),
         model.register_forward_hook(_after_forward, always_call=True),
     ]
+    attached = weakref.ref(model)
 
     def undo() -> None:
         for handle in handles:
             handle.remove()
+        model = attached()
+        if model is not None:
+            _attached.pop(model, None)
 
+    _attached[model] = undo
     return undo
+
+
+_attached: weakref.WeakKeyDictionary[nn.Module, Callable[[], None]] = weakref.WeakKeyDictionary()
 
 
 @contextlib.contextmanager

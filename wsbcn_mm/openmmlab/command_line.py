@@ -81,8 +81,10 @@ def read_run(args: argparse.Namespace) -> Config:
 
 
 def build_runner(cfg: Config) -> Runner:
-    """The runner that a config asks for."""
-    return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    """The runner that a config asks for, with `StandardizationHook`."""
+    runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    runner.register_hook(dict(type='StandardizationHook'))
+    return runner
 
 
 def prepare_distributed(cfg: Config, launcher: str) -> None:

@@ -17,6 +17,7 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
 
+from wsbcn_mm.layers.standardization import standardize_once_per_forward
 from wsbcn_mm.openmmlab import checkpoints
 from wsbcn_mm.openmmlab.config import scope_of
 
@@ -48,6 +49,7 @@ def load_model(cfg: Config, checkpoint: str | dict) -> nn.Module:
     if isinstance(checkpoint, str):
         source, checkpoint = checkpoint, checkpoints.read_checkpoint(checkpoint)
     model = build_model(cfg)
+    standardize_once_per_forward(model)
     state = checkpoints.state_dict_of(checkpoint, source)
     checkpoints.load(model, state, checkpoint, source=source)
     model.dataset_meta = checkpoints.meta_of(checkpoint).get('dataset_meta')

@@ -1,3 +1,9 @@
-"""Hooks of mmengine: estimates, checkpoints, data, diagnostics. Registered on import."""
+"""Hooks of mmengine, registered when they are imported."""
 
-from wsbcn_mm.openmmlab.hooks import checkpoints, data, diagnostics, estimates  # noqa: F401
+from wsbcn_mm.openmmlab.hooks import (  # noqa: F401
+    checkpoints,
+    data,
+    diagnostics,
+    estimates,
+    standardization,
+)

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 from wsbcn_mm.checks import check_choice
 from wsbcn_mm.estimates import layers_of, rate_of_step, skipped_updates, synchronize_estimates
 from wsbcn_mm.layers import BatchChannelNorm
+from wsbcn_mm.layers.standardization import standardize_once_per_forward
 from wsbcn_mm.openmmlab.compat import unwrapped
 
 SCHEDULES = ('constant', 'lr')
@@ -75,6 +76,10 @@ class EstimatesHook(Hook):
         self.schedule, self.warmup, self.scale = schedule, warmup, scale
         self.interval = interval
         self._told: set[str] = set()
+
+    def before_run(self, runner) -> None:
+        """Makes every forward pass standardize each weight once; see `StandardizationHook`."""
+        standardize_once_per_forward(unwrapped(runner.model))
 
     def before_train(self, runner) -> None:
         """Remembers the rates of the config, and how many steps each layer has seen."""

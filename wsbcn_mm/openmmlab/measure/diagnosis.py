@@ -22,6 +22,7 @@ from wsbcn_mm.diagnostics import (
     smoothness,
 )
 from wsbcn_mm.layers import BatchChannelNorm
+from wsbcn_mm.layers.standardization import standardize_once_per_forward, weights_do_not_change
 from wsbcn_mm.openmmlab import checkpoints
 from wsbcn_mm.structure import CONVS, NORMS
 
@@ -60,7 +61,8 @@ def diagnose(
     model = runner.model.eval()
     loader = Runner.build_dataloader(cfg.val_dataloader, seed=0)
     shown = 0
-    with torch.no_grad(), ActivationObserver(model) as seen, EstimateObserver(model) as estimates:
+    seen, estimates = ActivationObserver(model), EstimateObserver(model)
+    with torch.no_grad(), weights_do_not_change(model), seen, estimates:
         for batch in loader:
             model.val_step(batch)
             shown += len(batch['inputs'])
@@ -75,6 +77,7 @@ def diagnose(
         step_size = cfg.optim_wrapper.optimizer.lr
     loader = Runner.build_dataloader(cfg.train_dataloader, seed=0)
     model.train()
+    standardize_once_per_forward(model)
     steps, observer = [], WeightGradientObserver(model)
     for i, batch in enumerate(itertools.islice(loader, train_batches)):
         data = model.data_preprocessor(batch, True)
