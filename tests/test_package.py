@@ -270,7 +270,6 @@ NOT_YET = {
     'tests/backends/test_triton.py',
     'tests/layers/test_norm.py',
     'tests/openmmlab/deploy/test_deploy.py',
-    'tests/openmmlab/test_traps.py',
     'wsbcn_mm/backends/triton/_kernels.py',
     'wsbcn_mm/backends/triton/launch.py',
     'wsbcn_mm/openmmlab/conversion/convert.py',
