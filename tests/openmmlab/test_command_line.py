@@ -63,6 +63,13 @@ def test_keep_predictions_of_detection_adds_an_evaluator(evaluators):
     assert cfg.test_evaluator[1].out_file_path == 'out.pkl'
 
 
+def test_keep_predictions_of_a_config_in_pure_python():
+    """It has no default scope, and mmengine finds a name of mmdet by mmdet's name only."""
+    cfg = Config(dict(default_scope=None, model=dict(type='mmdet.models.RetinaNet')))
+    command_line.keep_predictions(cfg, 'out.pkl')
+    assert cfg.test_evaluator == [dict(type='mmdet.DumpDetResults', out_file_path='out.pkl')]
+
+
 def test_keep_predictions_of_segmentation_names_a_folder():
     cfg = Config(dict(default_scope='mmseg', test_evaluator=dict(type='IoUMetric')))
     command_line.keep_predictions(cfg, 'masks')

@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> None:
     command_line.prepare_distributed(cfg, args.launcher)
     if args.launcher != 'none' and not is_distributed():
         init_dist(args.launcher)
-    init_default_scope(cfg.get('default_scope') or 'mmengine')
+    init_default_scope(cfg.get('default_scope') or config.scope_of(cfg))
     dataset = recalibration.training_images_as_tested(cfg)
 
     for part in (cfg.model, cfg.model.get('backbone') or {}):  # all weights come from the file

@@ -209,12 +209,15 @@ def keep_predictions(cfg: Config, out: str) -> None:
     Raises:
         ValueError: not a .pkl file where one is expected.
     """
-    if cfg.get('default_scope') == 'mmseg':
+    scope = config.scope_of(cfg)
+    if scope == 'mmseg':
         cfg.test_evaluator['output_dir'] = out
         cfg.test_evaluator['keep_results'] = True
         return
     if not out.endswith(('.pkl', '.pickle')):
         raise ValueError(f'--out must name a .pkl file for detection\n  got {out}')
-    evaluators = cfg.test_evaluator
-    dump = dict(type='DumpDetResults', out_file_path=out)
+    evaluators = cfg.get('test_evaluator') or []
+    # Without a default scope (in pure Python) a name must say where it is registered.
+    dump = dict(type='DumpDetResults' if cfg.get('default_scope') else 'mmdet.DumpDetResults')
+    dump['out_file_path'] = out
     cfg.test_evaluator = [*(evaluators if isinstance(evaluators, list) else [evaluators]), dump]

@@ -215,6 +215,20 @@ def test_labels_are_named_in_the_order_of_the_annotation_file(tmp_path):
     assert [entry['category_id'] for entry in written] == [3, 9]
 
 
+@pytest.mark.usefixtures('mmdet')
+def test_what_cannot_be_written_is_one_sentence(tmp_path):
+    """A panoptic model predicts no boxes."""
+    cv2.imwrite(str(tmp_path / 'a.png'), pixels(*SHAPE, 3))
+    dataset = detection(tmp_path, 'a.png', {})
+    model = nn.Identity()
+    found = DetDataSample(pred_panoptic_seg=PixelData(sem_seg=torch.zeros(1, *SHAPE)))
+    model.test_step = lambda batch: [found]
+    cfg = Config(dict(default_scope='mmdet', test_dataloader=dict(dataset=dataset)))
+    predictor = predict.Predictor(cfg, model)
+    with pytest.raises(ValueError, match=r'predicts pred_panoptic_seg.*\n.*outfile_prefix'):
+        predictor(tmp_path / 'a.png')
+
+
 @pytest.mark.parametrize('reduced', [False, True])
 def test_masks_hold_what_test_py_writes(reduced, tmp_path):
     sample = SegDataSample(metainfo=dict(img_path='a.jpg', reduce_zero_label=reduced))
