@@ -71,7 +71,7 @@ def infer(args: argparse.Namespace) -> list[str]:
     predictor = predict.Predictor(cfg, model.to(args.device))
     args.output.mkdir(parents=True, exist_ok=True)
     coco = None
-    if inference.scope_of(cfg) == 'mmdet':
+    if config.scope_of(cfg) == 'mmdet':
         file = args.output / 'predictions.json'
         coco = predict.CocoWriter(file, predictor.meta['classes'], args.annotations)
     failed, complete = [], False

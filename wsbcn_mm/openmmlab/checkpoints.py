@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -102,7 +103,7 @@ def check_checkpoint(source: str | Path) -> None:
         read_checkpoint(source, checksums=False)
 
 
-def _load_file(path: Path, map_location: object, checksums: bool) -> object:
+def _load_file(path: Path, map_location: Any, checksums: bool) -> object:
     reason = damage(path) if checksums else None
     if reason is not None:
         raise _damaged(path, reason)
@@ -152,16 +153,16 @@ def guard_loaders() -> None:
     if getattr(original, 'refuses_code', False):
         return
 
-    def load_from_local(filename: str, map_location: object = None) -> object:
+    def load_from_local(filename: str, map_location: Any = None) -> object:
         return _load_file(find_checkpoint(filename), map_location, checksums=True)
 
     def load_checkpoint(
-        filename: str | os.PathLike, map_location: object = None, logger: str = 'current'
+        filename: str | os.PathLike, map_location: Any = None, logger: str = 'current'
     ) -> object:
         with code_refused(filename):
             return original(str(filename), map_location, logger)
 
-    load_checkpoint.refuses_code = True
+    load_checkpoint.refuses_code = True  # type: ignore[attr-defined]
     CheckpointLoader.register_scheme(prefixes='', loader=load_from_local, force=True)
     CheckpointLoader.load_checkpoint = staticmethod(load_checkpoint)
 
@@ -175,7 +176,7 @@ def code_refused(source: object) -> Iterator[None]:
     """
     original = torch.load
 
-    def load(*args: object, **kwargs: object) -> object:
+    def load(*args: Any, **kwargs: Any) -> Any:
         kwargs.pop('weights_only', None)  # torch's own default: to check
         try:
             return original(*args, **kwargs)
@@ -200,7 +201,7 @@ def allow_checkpoint_globals() -> None:
         [HistoryBuffer, multiarray._reconstruct, multiarray.scalar, np.ndarray, np.dtype, *dtypes]
     )
 
-    def history_buffer_method(owner: type, name: str) -> Callable:
+    def history_buffer_method(owner: Any, name: str) -> Callable[..., Any]:
         # A pickled HistoryBuffer names its methods through getattr. The real getattr on the list
         # would let a checkpoint reach anything; this stands in for it and knows that one class.
         if owner is HistoryBuffer and name in HistoryBuffer._statistics_methods:

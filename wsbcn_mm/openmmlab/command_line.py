@@ -151,13 +151,14 @@ def resume_from(cfg: Config, checkpoint: str) -> list[str]:
         ValueError: the file is not complete.
         FileNotFoundError: there is no such file.
     """
-    passed_over = []
+    passed_over: list[str] = []
     if checkpoint == 'auto':
         found, passed_over = latest_complete(cfg.work_dir)
-        checkpoint = None if found is None else str(found)
+        cfg.load_from = None if found is None else str(found)
     else:
         check_checkpoint(checkpoint)
-    cfg.resume, cfg.load_from = checkpoint is not None, checkpoint
+        cfg.load_from = checkpoint
+    cfg.resume = cfg.load_from is not None
     return passed_over
 
 

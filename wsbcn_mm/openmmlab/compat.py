@@ -22,8 +22,7 @@ import re
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-
-from torch import nn
+from typing import Any
 
 from wsbcn_mm.layers import WeightStandardized
 from wsbcn_mm.openmmlab import checkpoints
@@ -57,7 +56,7 @@ def find_packages_by_import_name() -> None:
         return
     MODULE2PACKAGE['wsbcn_mm'] = 'wsbcn_mm'
     config.is_installed = lambda package: find_spec(_import_name(package)) is not None
-    config.get_installed_path = _package_folder
+    config.get_installed_path = package_folder
     original = config.Config._get_cfg_path
 
     def _get_cfg_path(cfg_path: str, filename: str):
@@ -66,7 +65,7 @@ def find_packages_by_import_name() -> None:
             return original(cfg_path, filename)
         # mmengine reads every metafile of the package first, a fifth of a second for each base, and
         # then takes this file all the same.
-        configs = Path(_package_folder(MODULE2PACKAGE[scope])) / '.mim' / 'configs'
+        configs = Path(package_folder(MODULE2PACKAGE[scope])) / '.mim' / 'configs'
         if not (configs / name).is_file():
             raise FileNotFoundError(
                 f'{filename} inherits from {cfg_path!r}: {scope} has no such config'
@@ -97,7 +96,8 @@ def _import_name(distribution: str) -> str:
     return {value: key for key, value in MODULE2PACKAGE.items()}.get(distribution, distribution)
 
 
-def _package_folder(distribution: str) -> str:
+def package_folder(distribution: str) -> str:
+    """Where a package lies, by its import name or its distribution's."""
     name = _import_name(distribution)
     spec = find_spec(name)
     if spec is None or not spec.submodule_search_locations:
@@ -132,7 +132,7 @@ def name_the_file_of_a_failed_transform() -> None:
                 '  restore the file, or take the image out of the dataset'
             ) from error
 
-    call.names_the_file = True
+    call.names_the_file = True  # type: ignore[attr-defined]
     Compose.__call__ = call
 
 
@@ -147,11 +147,11 @@ def fuse_standardized_weights() -> None:
     def _fuse_conv_bn(conv, bn):
         return original(conv.to_plain() if isinstance(conv, WeightStandardized) else conv, bn)
 
-    _fuse_conv_bn.handles_standardized_weights = True
-    module._fuse_conv_bn = _fuse_conv_bn
+    _fuse_conv_bn.handles_standardized_weights = True  # type: ignore[attr-defined]
+    module._fuse_conv_bn = _fuse_conv_bn  # type: ignore[attr-defined]
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: Any) -> Any:
     """The model inside of mmengine's wrappers: several processes, test-time augmentation."""
     from mmengine.model import BaseTTAModel, is_model_wrapper
 

@@ -3,8 +3,8 @@
 import ast
 from collections.abc import Iterator
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from mmengine import registry as registries
 from mmengine.config import Config
@@ -29,9 +29,9 @@ def load_config(path: str, options: dict | None = None) -> Config:
         ImportError: the config's scope needs a package that is missing or too old.
         ValueError: it is not a model's config.
     """
-    path, _ = find_config(path)
+    file, _ = find_config(path)
     compat.require('mmengine', 'mmcv')
-    cfg = read_config(path)
+    cfg = read_config(file)
     if options:
         cfg.merge_from_dict(options)
     package = PACKAGE_OF_SCOPE.get(cfg.get('default_scope'))
@@ -86,9 +86,9 @@ def read_text(text: str) -> Config:
     return Config(content)
 
 
-def _value(node: ast.expr) -> object:
+def _value(node: ast.expr | None) -> Any:
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == 'dict':
-        found = {}
+        found: dict[str, Any] = {}
         for part in node.args:
             found |= _value(part)
         for keyword in node.keywords:
@@ -110,8 +110,9 @@ def _value(node: ast.expr) -> object:
     raise _not_data(node)
 
 
-def _not_data(node: ast.AST) -> ValueError:
-    return ValueError(f'the config is more than data: {ast.unparse(node)[:80]}')
+def _not_data(node: ast.AST | None) -> ValueError:
+    text = '**' if node is None else ast.unparse(node)
+    return ValueError(f'the config is more than data: {text[:80]}')
 
 
 def foreign_config(text: str) -> Config:
@@ -233,7 +234,7 @@ def find_config(source: str) -> tuple[Path, str | None]:
 
 def package_configs(package: str) -> Path:
     """The folder of the configs that an installed package ships."""
-    return Path(find_spec(package).submodule_search_locations[0]) / '.mim' / 'configs'
+    return Path(compat.package_folder(package)) / '.mim' / 'configs'
 
 
 # ---- datasets ----------------------------------------------------------------------------------

@@ -112,7 +112,7 @@ def latest_complete(folder: str | Path) -> tuple[Path | None, list[str]]:
         later = [path for path in found if _number(path) > _number(named) and _newer(path, named)]
         rest = [path for path in found if path not in later and not path.samefile(named)]
         found = [*later, named, *rest]
-    passed_over = []
+    passed_over: list[str] = []
     for path in found:
         reason = damage(path)
         if reason is None:

@@ -79,7 +79,9 @@ class Reader:
             raise ValueError(f'the test pipeline must begin with LoadImageFromFile\n  got {found}')
         steps[0].pop('backend_args', None)  # these images are local files
         self._load, self._prepare = Compose(steps[:1]), Compose(steps[1:])
-        self._info = dict(img_id=0, seg_map_path=None, label_map=None, seg_fields=[], instances=[])
+        self._info: dict[str, Any] = dict(
+            img_id=0, seg_map_path=None, label_map=None, seg_fields=[], instances=[]
+        )
         self._info['reduce_zero_label'] = reduces_zero_label(cfg, self.dataset)
 
     def __call__(self, path: str | Path) -> tuple[np.ndarray, dict[str, Any]]:
@@ -113,9 +115,10 @@ def reduces_zero_label(cfg: Config, dataset: dict[str, Any]) -> bool:
         return bool(dataset['reduce_zero_label'])
     kind = dataset_class(cfg, dataset)
     for base in kind.__mro__ if kind is not None else ():
-        parameters = inspect.signature(base.__init__).parameters if '__init__' in vars(base) else {}
-        if 'reduce_zero_label' in parameters:
-            return bool(parameters['reduce_zero_label'].default)
+        if '__init__' in vars(base):
+            argument = inspect.signature(vars(base)['__init__']).parameters.get('reduce_zero_label')
+            if argument is not None:
+                return bool(argument.default)
     return False
 
 

@@ -90,7 +90,7 @@ class EstimatesHook(Hook):
         batch = self._images_per_rank(runner.train_dataloader) if self.scale == 'images' else 1
         world = get_dist_info()[1]
         # layer, its rate, images per step, updates that its estimates have seen
-        self._layers: list[tuple[BatchChannelNorm, Any, int, int | None]] = []
+        self._layers: list[tuple[BatchChannelNorm, Any, float, int | None]] = []
         for layer in layers:
             if layer.mode == 'estimate' and layer.momentum != 'cumulative':
                 ranks = 1 if layer.sync is None else world
