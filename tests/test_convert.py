@@ -1,6 +1,7 @@
 """wsbcn_mm.convert: layers are replaced, weights stay, and the report says what and why."""
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -178,6 +179,41 @@ def test_mode_dtype_gradients_and_hooks_stay():
     )
     model(torch.randn(1, 3, 5, 5, dtype=torch.float64))
     assert calls == ['conv']
+
+
+HOOKS = {
+    'forward': lambda m, f: m.register_forward_hook(lambda *a: f()),
+    'forward, keywords': lambda m, f: m.register_forward_hook(lambda *a: f(), with_kwargs=True),
+    'forward, always': lambda m, f: m.register_forward_hook(lambda *a: f(), always_call=True),
+    'before forward': lambda m, f: m.register_forward_pre_hook(lambda *a: f()),
+    'before forward, keywords': lambda m, f: m.register_forward_pre_hook(
+        lambda m, args, kwargs: f(), with_kwargs=True
+    ),
+    'backward': lambda m, f: m.register_full_backward_hook(lambda *a: f()),
+    'before backward': lambda m, f: m.register_full_backward_pre_hook(lambda *a: f()),
+    'before saving': lambda m, f: m.register_state_dict_pre_hook(lambda *a: f()),
+    'before loading': lambda m, f: m.register_load_state_dict_pre_hook(lambda *a: f()),
+    'after loading': lambda m, f: m.register_load_state_dict_post_hook(lambda *a: f()),
+}
+
+
+@pytest.mark.parametrize('kind', HOOKS)
+@pytest.mark.parametrize('layer', [0, 1])
+def test_hooks_of_every_kind_stay_and_can_be_removed(layer, kind):
+    model, calls = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)), []
+    handle = HOOKS[kind](model[layer], lambda: calls.append(kind))
+    convert_model(model)
+    gc.collect()  # the old layers
+
+    def use():
+        model(torch.randn(1, 3, 5, 5)).sum().backward()
+        model.load_state_dict(model.state_dict())
+
+    use()
+    assert calls == [kind]
+    handle.remove()
+    use()
+    assert calls == [kind]
 
 
 def test_shared_layers_stay_shared():

@@ -180,7 +180,101 @@ def case_checkpointing(rank):
     return results
 
 
-CASES = (case_nets, case_norms, case_damaged, case_checkpointing, case_calls)
+def case_average(rank):
+    """Five steps of the average over all samples, with means of the ranks that lie far apart."""
+    results = {}
+    for sync in ('step', 'forward'):
+        norm = BatchChannelNorm1d(4, 2, momentum='cumulative', sync=sync).double()
+        for step in range(STEPS):
+            norm(far_apart(step)[rank : rank + 1])
+            synchronize_estimates(norm)
+        results[sync] = norm.bn.running_mean, norm.bn.running_var
+    return results
+
+
+def far_apart(step):
+    x = torch.randn(2, 4, 5, generator=torch.Generator().manual_seed(step)).double()
+    return x + 10 * step + torch.tensor([0.0, 20.0]).view(2, 1, 1)
+
+
+def case_data_parallel(rank):
+    """DistributedDataParallel; an overflow on rank 1 alone, in the second of three steps."""
+    results = {}
+    for broadcast in (True, False):
+        norm = norm_alone()
+        model = nn.parallel.DistributedDataParallel(norm, broadcast_buffers=broadcast)
+        for step in range(3):
+            x = share(rank, 'uneven')
+            if rank == 1 and step == 1:
+                x[0, 2, 0] = torch.inf
+            model(x)[:, 0].sum().backward()
+            synchronize_estimates(norm)
+        results[broadcast] = skipped_updates(norm), norm.bn.running_mean
+    return results
+
+
+def fully_sharded(net):
+    """FSDP2, every layer for itself."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh('cpu', (2,))
+    for child in net.children():
+        fully_shard(child, mesh=mesh)
+    return fully_shard(net, mesh=mesh)
+
+
+def data_parallel(**settings):
+    return lambda net: nn.parallel.DistributedDataParallel(net, **settings)
+
+
+WRAPPERS = {
+    'DDP': data_parallel(),
+    'DDP, buffers apart': data_parallel(broadcast_buffers=False),
+    'DDP, static graph': data_parallel(static_graph=True),
+    'DDP, unused': data_parallel(find_unused_parameters=True),
+    'DDP, buckets': data_parallel(gradient_as_bucket_view=True),
+    'ZeRO': data_parallel(),
+    'FSDP2': fully_sharded,
+}
+
+
+def case_wrappers(rank):
+    """The same training by what torch offers for several processes."""
+    results = {}
+    for name, wrap in WRAPPERS.items():
+        net = Net()
+        model = wrap(net)
+        if name == 'ZeRO':
+            optimizer = torch.distributed.optim.ZeroRedundancyOptimizer(
+                net.parameters(), torch.optim.SGD, lr=0.01
+            )
+        else:
+            optimizer = torch.optim.SGD(net.parameters(), 0.01)
+        for step in range(STEPS):
+            part = slice(rank, rank + 1)
+            optimizer.zero_grad()
+            loss = (model(images(step)[part]) * cotangent(step)[part]).sum()
+            (2 * loss).backward()  # they take the mean over the ranks, `train` the sum
+            optimizer.step()
+            synchronize_estimates(net)
+        results[name] = {
+            key: value.full_tensor() if hasattr(value, 'full_tensor') else value.detach().clone()
+            for key, value in net.state_dict().items()
+        }
+    return results
+
+
+CASES = (
+    case_wrappers,
+    case_nets,
+    case_norms,
+    case_damaged,
+    case_checkpointing,
+    case_average,
+    case_data_parallel,
+    case_calls,
+)
 
 
 def rank_main(rank, folder):
@@ -312,6 +406,30 @@ def test_an_overflow_on_one_rank_poisons_none(ranks):
                 assert_same(found[name][others], expected[i][others], 1e-14)
                 assert_same(found[name][2], kept[i][2], 1e-14)
             assert found['skipped'] == ({'': 1} if rank == 1 or sync == 'forward' else {})
+
+
+@pytest.mark.parametrize('sync', ['step', 'forward'])
+def test_an_average_over_ranks_is_that_of_all_samples(ranks, sync):
+    x = torch.cat([far_apart(step) for step in range(STEPS)])
+    expected = x.mean((0, 2)), x.var((0, 2), correction=0)
+    for rank in ranks:
+        assert_same(rank['case_average'][sync], expected, 1e-12)
+
+
+@pytest.mark.parametrize('broadcast', [True, False])
+def test_data_parallel_keeps_the_counts_of_each_rank(ranks, broadcast):
+    """Not a buffer: DDP would overwrite rank 1's with rank 0's."""
+    (first, mean), (second, other) = (rank['case_data_parallel'][broadcast] for rank in ranks)
+    assert first == {}
+    assert second == {'': 1}
+    assert_same(mean, other, 0)
+
+
+@pytest.mark.parametrize('name', WRAPPERS)
+def test_wrappers_train_as_a_loop_that_sums_gradients(ranks, name):
+    for rank in ranks:
+        expected = rank['case_nets']['step/torch.float64']['state']
+        assert_same(rank['case_wrappers'][name], expected, 1e-12)
 
 
 def test_collectives(ranks):

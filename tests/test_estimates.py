@@ -113,6 +113,7 @@ def test_cumulative_and_tensor_rates_are_safe_too(backend):
 TRITON = """
 import math, torch
 from wsbcn_mm import reference
+from wsbcn_mm.backends.carriers import Affine, Running
 from wsbcn_mm.backends.triton import launch
 torch.manual_seed(0)
 for samples, dtype in ((1, torch.float32), (3, torch.float16)):
@@ -122,8 +123,8 @@ for samples, dtype in ((1, torch.float32), (3, torch.float16)):
     expected = reference.update_estimates(x.double(), mean.double(), var.double(), 0.1)
     counts = torch.zeros(2, 8, dtype=torch.int64)
     old = mean.clone(), var.clone()
-    launch.normalize_with_estimates(
-        x, 2, mean, var, None, None, None, None, True, 0.1, None, 1e-5, counts)
+    running, affine = Running(mean, var, counts), Affine(None, None, None, None)
+    launch.normalize_with_estimates(x, 2, running, affine, 0.1, 1e-5)
     good = [c for c in range(8) if c not in (3, 5)]
     for new, before, wanted in zip((mean, var), old, expected):
         assert torch.equal(new[[3, 5]], before[[3, 5]])

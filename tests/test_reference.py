@@ -260,3 +260,13 @@ def test_bcn_rejects_an_unknown_mode():
         reference.batch_channel_norm(
             rand(1, 2, 3), 1, torch.zeros(2), torch.ones(2), training=True, mode='sync'
         )
+
+
+def test_an_average_is_the_variance_of_all_inputs_by_hand():
+    """[1, 3] and [5, 9]: the mean 4.5, the squares around it 12.25, 2.25, 0.25, 20.25."""
+    mean, var = torch.tensor([100.0]).double(), torch.tensor([7.0]).double()
+    for t, values in enumerate(([1.0, 3.0], [5.0, 9.0]), start=1):
+        x = torch.tensor(values).double().view(1, 1, 2)
+        mean, var = reference.update_estimates(x, mean, var, 1 / t, average=True)
+    assert_close(mean, [4.5])
+    assert_close(var, [8.75])

@@ -9,8 +9,15 @@ than those tested a warning.
 
 import re
 import warnings
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
 import torch
+import torch.utils.checkpoint
+from torch._subclasses.fake_tensor import FakeTensor
+
+P = ParamSpec('P')
+R = TypeVar('R')
 
 OLDEST = (2, 6)
 """Older ones are refused; setup.py says the same."""
@@ -55,6 +62,50 @@ def saved_tensors_may_be_hooked() -> bool:
     """
     top = getattr(torch._C._autograd, '_top_saved_tensors_default_hooks', None)
     return top is None or top(True) is not None  # True: also while tracing
+
+
+CheckpointFrame = torch.utils.checkpoint._CheckpointFrame
+"""What torch makes for one run of a part that is checkpointed without reentrance."""
+
+CHECKPOINT_FILE = torch.utils.checkpoint.__file__
+"""Where frames of torch's checkpointing on the interpreter's stack come from."""
+
+
+def recording_checkpoint() -> object | None:
+    """The innermost checkpointed part that records this thread's forward pass; None if none does.
+
+    Before torch 2.8 it cannot be asked: None.
+    """
+    top = getattr(torch._C._autograd, '_top_saved_tensors_default_hooks', None)
+    hooks = None if top is None else top(True)
+    for cell in () if hooks is None else getattr(hooks[0], '__closure__', None) or ():
+        if isinstance(cell.cell_contents, CheckpointFrame):
+            return cell.cell_contents
+    return None
+
+
+def is_fake(tensor: torch.Tensor) -> bool:
+    """Whether a tensor stands for one without having values: of exporting, of compiling."""
+    return isinstance(tensor, FakeTensor)
+
+
+def keep_address(*tensors: torch.Tensor) -> None:
+    """Says that tensors stay where they are, so that CUDA graphs of compiled code may change them.
+
+    Parameters and buffers of modules are taken for such without asking.
+    """
+    for tensor in tensors:
+        if tensor.is_cuda:
+            torch._dynamo.mark_static_address(tensor)
+
+
+def not_compiled(function: Callable[P, R]) -> Callable[P, R]:
+    """A function that torch.compile runs as it is, between two graphs.
+
+    `torch.compiler.disable` does the same and imports the compiler at once.
+    """
+    kept: Callable[P, R] = torch._disable_dynamo(function)  # type: ignore[attr-defined]
+    return kept
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:

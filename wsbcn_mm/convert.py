@@ -6,6 +6,7 @@ follows, because a standardized convolution without one multiplies activations b
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -172,6 +173,8 @@ def convert_model(
             run()
         except Exception as error:
             originals = {id(m): m for m in modules.values()}
+            for key in replacement:
+                _belong_to(originals[key])
             _replace(model, {id(new): originals[key] for key, new in replacement.items()})
             raise ValueError(
                 f'the model runs as it is, but not converted: {type(error).__name__}: {error}\n'
@@ -366,7 +369,21 @@ def _why_not_conv(follower, modules, replacement, standardize, tied, ran) -> str
 
 
 def _take_over(old: nn.Module, new: nn.Module) -> None:
-    """Mode and hooks of the old layer."""
+    """Mode and hooks of the old layer.
+
+    The very dictionaries that hold the hooks: a handle that somebody keeps still removes its own.
+    """
     new.train(old.training)
-    for name in ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks'):
-        getattr(new, name).update(getattr(old, name))
+    for name in vars(nn.Module()):
+        if 'hook' in name:
+            vars(new)[name] = vars(old)[name]
+    _belong_to(new)
+
+
+def _belong_to(layer: nn.Module) -> None:
+    """Hooks that want the module that they are called for get this one."""
+    for name, hooks in vars(layer).items():
+        if 'hook' in name and isinstance(hooks, dict):
+            for hook in hooks.values():
+                if getattr(hook, 'with_module', False):
+                    hook.module = weakref.ref(layer)

@@ -50,3 +50,18 @@ class Ranks:
         parts = [torch.empty_like(tensor) for _ in range(world_size(self._group))]
         dist.all_gather(parts, tensor.contiguous(), group=self._group)
         return torch.stack(parts)
+
+
+class Alone:
+    """This rank as the only one: what `Ranks` does, without talking to anybody."""
+
+    def sum(self, tensors: list[Tensor]) -> list[Tensor]:
+        """The tensors as they are."""
+        return tensors
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """(1, *shape)."""
+        return tensor[None]
+
+
+ALONE = Alone()

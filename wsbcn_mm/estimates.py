@@ -22,15 +22,18 @@ def synchronize_estimates(model: nn.Module, group: dist.ProcessGroup | None = No
     moment is taken around that common mean, so the mean of the ranks' updates **is** the update
     with one batch of all their samples. A rank without images, or with values that are not finite
     in some channel, has weight 0 there. Layers that are frozen or took nothing in stay as they are.
+    Where layers average (`BatchChannelNorm.averages`) each rank's variance is around its own mean,
+    and how far the ranks' means lie apart is added.
 
-    One all-reduce of 12 bytes per channel (fp32) for the whole model; nothing waits for the device.
+    One all-reduce of 12 bytes per channel (fp32) for the whole model, a second one of 4 for the
+    layers that average; nothing waits for the device.
 
     Args:
         model: The same on every rank.
         group: The ranks; None: all.
 
     Returns:
-        Bytes of the all-reduce; 0 where there is nothing to do, such as with one rank.
+        Bytes of the all-reduces; 0 where there is nothing to do, such as with one rank.
     """
     layers = [
         layer
@@ -43,7 +46,7 @@ def synchronize_estimates(model: nn.Module, group: dist.ProcessGroup | None = No
     if distributed.world_size(group) == 1:
         torch._foreach_zero_(taken_in)
         return 0
-    buffers = [b for layer in layers for b in (layer.bn.running_mean, layer.bn.running_var)]
+    buffers = [b for layer in layers for b in layer.running_statistics()]
     # Sums of half-precision buffers would lose digits.
     dtype = torch.promote_types(buffers[0].dtype, torch.float32)
     old = torch.cat(buffers).to(dtype)
@@ -51,11 +54,24 @@ def synchronize_estimates(model: nn.Module, group: dist.ProcessGroup | None = No
     weights = torch.cat(taken_in).to(dtype)
     twice = torch.cat([samples.repeat(2) for samples in taken_in]).to(dtype)
     sums, totals = distributed.sum_over_ranks([old * twice, weights], group)
-    totals = torch.cat([part.repeat(2) for part in totals.split(channels)])
-    new = torch.where(totals > 0, sums / totals, old)
-    torch._foreach_copy_(buffers, list(new.split([len(b) for b in buffers])))
+    twice = torch.cat([part.repeat(2) for part in totals.split(channels)])
+    new = torch.where(twice > 0, sums / twice, old).split([len(b) for b in buffers])
+    added = [
+        (mean, layer.running_statistics()[0].to(dtype), samples, total, var)
+        for layer, samples, total, mean, var in zip(
+            layers, taken_in, totals.split(channels), new[::2], new[1::2]
+        )
+        if layer.averages
+    ]
+    size = sums.numel() + weights.numel()
+    if added:
+        apart = [samples * (own - mean).square() for mean, own, samples, *_ in added]
+        for (*_, total, var), square in zip(added, distributed.sum_over_ranks(apart, group)):
+            var += square / total.clamp_min(1)
+            size += square.numel()
+    torch._foreach_copy_(buffers, list(new))
     torch._foreach_zero_(taken_in)
-    return (sums.numel() + weights.numel()) * sums.element_size()
+    return size * sums.element_size()
 
 
 def layers_of(model: nn.Module) -> dict[str, BatchChannelNorm]:

@@ -42,7 +42,11 @@ def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def update_estimates(
-    x: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float | Tensor
+    x: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    momentum: float | Tensor,
+    average: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The new estimates after one step of the estimate mode, without gradient.
 
@@ -51,12 +55,24 @@ def update_estimates(
         m = mean(x);  v = mean((x - running_mean)^2)
         running_mean <- (1 - r) running_mean + r m;  running_var <- (1 - r) running_var + r v
 
+    With ``average`` (ours; where the rate at step t is 1 / t) around the true one instead::
+
+        v = mean((x - m)^2) + (1 - r) (m - running_mean)^2
+
+    which makes ``running_var`` after t steps the variance of all t inputs together, each with the
+    same weight (Welford), whatever the estimates were before. The first formula would add
+    ``r^2 (m - running_mean)^2`` at each step: little at a small rate, everything at the first ones.
+
     A channel for which this gives a value that is not finite keeps its estimates (`keep_finite`).
     """
     x = x.detach()
     dims = [0, *range(2, x.dim())]
     mean = x.mean(dims)
-    var = (x - per_channel(running_mean, x)).square().mean(dims)
+    if average:
+        own = (x - per_channel(mean, x)).square().mean(dims)
+        var = own + (1 - momentum) * (mean - running_mean).square()
+    else:
+        var = (x - per_channel(running_mean, x)).square().mean(dims)
     new_mean = (1 - momentum) * running_mean + momentum * mean
     new_var = (1 - momentum) * running_var + momentum * var
     return keep_finite(new_mean, new_var, running_mean, running_var)
@@ -122,18 +138,20 @@ def batch_channel_norm(
     mode: str = 'estimate',
     momentum: float | Tensor = 0.01,
     eps: float = 1e-5,
+    average: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Batch-Channel Normalization: ``(y, new running_mean, new running_var)``.
 
     Training, ``'estimate'``: update the estimates, then normalise this same x with the new ones,
     as constants. Training, ``'batch'``: normalise with the statistics of x, which carry gradient;
     the running variance takes the unbiased variance, as in BatchNorm. Not training: normalise with
-    the running statistics. A value that is not finite never enters a running statistic.
+    the running statistics. ``average``: see `update_estimates`. A value that is not finite never
+    enters a running statistic.
     """
     if not training:
         mean, var = running_mean, running_var
     elif mode == 'estimate':
-        mean, var = update_estimates(x, running_mean, running_var, momentum)
+        mean, var = update_estimates(x, running_mean, running_var, momentum, average)
         running_mean, running_var = mean, var
     elif mode == 'batch':
         mean, var = batch_statistics(x)

@@ -235,6 +235,15 @@ def test_conv_forward_refuses_a_foreign_weight(conv_class):
             conv._conv_forward(x, weight, bias)
 
 
+def test_torchs_fusion_is_refused():
+    """It would fold the BatchNorm into the raw weight; into the plain convolution it is right."""
+    conv, bn, x = WSConv2d(4, 6, 3, **F64).eval(), nn.BatchNorm2d(6, **F64).eval(), rand(1, 4, 5, 5)
+    nn.init.normal_(bn.running_mean)
+    with pytest.raises(RuntimeError, match=r'(?s)fuse_conv_bn_eval cannot.*to_plain'):
+        nn.utils.fuse_conv_bn_eval(conv, bn)
+    assert_close(nn.utils.fuse_conv_bn_eval(conv.to_plain(), bn)(x), bn(conv(x)))
+
+
 def test_parametrized_conv_standardizes_the_parametrized_weight():
     class Double(nn.Module):
         def forward(self, weight):

@@ -53,7 +53,7 @@ def make_norm(norm_class=BatchChannelNorm2d, **settings):
     return norm
 
 
-def spec(norm, x, momentum):
+def spec(norm, x, momentum, average=False):
     """(y, running_mean, running_var) by the specification, from the state that the norm is in."""
     return reference.batch_channel_norm(
         x,
@@ -68,6 +68,7 @@ def spec(norm, x, momentum):
         norm.mode,
         momentum,
         norm.eps,
+        average,
     )
 
 
@@ -166,12 +167,15 @@ def test_cumulative_momentum_is_1_over_t(mode):
     assert norm.momentum == 'cumulative' and norm.bn.momentum is None
     inputs = [rand(2, 8, 3, 3) + t for t in range(4)]
     for t, x in enumerate(inputs, start=1):
-        expected, mean, var = spec(norm, x, 1 / t)
+        expected, mean, var = spec(norm, x, 1 / t, average=True)
         assert_close(norm(x), expected)
         assert_close(norm.bn.running_mean, mean)
         assert_close(norm.bn.running_var, var)
-    # ... which makes the mean the average over all steps, whatever it started from.
-    assert_close(norm.bn.running_mean, torch.stack(inputs).mean((0, 1, 3, 4)))
+    # ... which makes the mean the average over all steps, whatever it started from,
+    everything = torch.cat(inputs)
+    assert_close(norm.bn.running_mean, everything.mean((0, 2, 3)))
+    if mode == 'estimate':  # and the variance that of all of them together.
+        assert_close(norm.bn.running_var, everything.var((0, 2, 3), correction=0))
     norm.eval()
     assert_close(norm(inputs[0]), spec(norm, inputs[0], None)[0])
 

@@ -1,16 +1,17 @@
 """Activation checkpointing (trap 8): the same gradients, and one update of the statistics."""
 
-import copy
-import pickle
+import gc
 
 import pytest
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from wsbcn_mm import BatchChannelNorm2d, WSConv2d
+from wsbcn_mm.layers import recomputation
 
 MODES = ('estimate', 'batch')
+INPUT = torch.randn(2, 4, 5, 5, generator=torch.Generator().manual_seed(5)).double() * 2 + 1
 
 
 def make(mode, momentum=0.3):
@@ -20,6 +21,25 @@ def make(mode, momentum=0.3):
         BatchChannelNorm2d(4, 2, mode=mode, momentum=momentum),
         nn.ReLU(inplace=True),
     ).double()
+
+
+def plain(function, x):
+    return function(x)
+
+
+def wrapped(use_reentrant):
+    return lambda function, x: checkpoint(function, x, use_reentrant=use_reentrant)
+
+
+def left_by(net, x):
+    """What a run leaves behind; copies."""
+    norm = next(m for m in net.modules() if isinstance(m, BatchChannelNorm2d))
+    left = [x.grad, *(p.grad for p in net.parameters()), *net.buffers(), norm.counts]
+    return [value.clone() for value in left]
+
+
+def assert_same(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
 
 
 def train(net, use_reentrant, uses, steps=3, micro_steps=2):
@@ -88,23 +108,238 @@ def test_two_forward_passes_before_the_backward_passes(use_reentrant):
     torch.testing.assert_close(found, plain, rtol=1e-11, atol=1e-11)
 
 
-def test_nothing_is_remembered_without_checkpointing():
+@pytest.mark.parametrize('use_reentrant', [True, False])
+@pytest.mark.parametrize('latest_first', [True, False])
+def test_the_same_input_twice(use_reentrant, latest_first):
+    """R-Drop: nothing but the order tells the two uses apart; their statistics differ."""
+
+    def run(wrap):
+        net = make('estimate')
+        x = INPUT.clone().requires_grad_()
+        losses = [wrap(net, x).pow(3).sum() for _ in range(2)]
+        for loss in reversed(losses) if latest_first else losses:
+            loss.backward()
+        return left_by(net, x)
+
+    assert_same(run(wrapped(use_reentrant)), run(plain))
+
+
+@pytest.mark.parametrize('use_reentrant', [True, False])
+def test_many_uses_of_one_layer(use_reentrant):
+    def run(wrap):
+        net = make('estimate')
+        x = torch.randn(70, 1, 4, 3, 3, generator=torch.Generator().manual_seed(2)).double()
+        x.requires_grad_()
+        sum(wrap(net, part).pow(3).sum() for part in x.unbind()).backward()
+        return left_by(net, x)
+
+    assert_same(run(wrapped(use_reentrant)), run(plain))
+
+
+@pytest.mark.parametrize('outer', [True, False])
+@pytest.mark.parametrize('inner', [True, False])
+def test_checkpoints_in_checkpoints(outer, inner):
+    def run(out, into):
+        nets = make('estimate'), make('estimate')
+        x = INPUT.clone().requires_grad_()
+        y = out(lambda x: nets[0](into(nets[1], into(nets[1], nets[0](x)))), x)
+        out(nets[1], y).pow(3).sum().backward()
+        return [*left_by(nets[0], x), *left_by(nets[1], x)]
+
+    assert_same(run(wrapped(outer), wrapped(inner)), run(plain, plain))
+
+
+@pytest.mark.parametrize('use_reentrant', [True, False])
+def test_a_graph_that_is_used_twice(use_reentrant):
+    def run(wrap):
+        net = make('estimate')
+        x = INPUT.clone().requires_grad_()
+        y = wrap(lambda x: net(net(x)), x)
+        y[:, 0].sum().backward(retain_graph=True)
+        net(x.detach() + 1)  # the estimates move on in between
+        y.pow(3).sum().backward()
+        return left_by(net, x)
+
+    expected = run(plain)
+    for early in (True, False):
+        with set_checkpoint_early_stop(early):
+            assert_same(run(wrapped(use_reentrant)), expected)
+
+
+def test_a_part_of_a_checkpoint_is_repeated():
+    """As far as its gradients ask for; and gradients inside of the checkpointed function."""
+
+    def run(wrap):
+        net = make('estimate')
+        x = INPUT.clone().requires_grad_()
+
+        def function(x):
+            first = net(x)
+            (grad,) = torch.autograd.grad(first.pow(3).sum(), x, create_graph=True)
+            return first, net(first + grad)
+
+        first, second = wrap(function, x)
+        first.pow(2).sum().backward(retain_graph=True)
+        second.pow(2).sum().backward()
+        return left_by(net, x)
+
+    assert_same(run(wrapped(False)), run(plain))
+
+
+class Recomputed(torch.autograd.Function):
+    """What reversible networks and other people's checkpointing do."""
+
+    @staticmethod
+    def forward(ctx, net, x, *parameters):
+        ctx.net = net
+        ctx.save_for_backward(x)
+        return net(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad():
+            y = ctx.net(x)
+        return None, *torch.autograd.grad(y, (x, *ctx.net.parameters()), grad)
+
+
+@pytest.mark.parametrize('mode', MODES)
+def test_functions_that_run_layers_again_in_their_backward_method(mode):
+    def run(wrap):
+        net = make(mode)
+        x = INPUT.clone().requires_grad_()
+        (wrap(net, x).sum() + wrap(net, x + 1).pow(3).sum()).backward()
+        return left_by(net, x)
+
+    assert_same(run(lambda net, x: Recomputed.apply(net, x, *net.parameters())), run(plain))
+
+
+@pytest.mark.parametrize('kind', [None, True, False])
+@pytest.mark.parametrize('place', ['hook', 'method'])
+def test_a_first_run_inside_a_backward_pass_updates(place, kind):
+    """In a hook, or in somebody's backward method; itself checkpointed, or not."""
+    net, other, seen = make('estimate'), make('estimate'), []
+    wrap = plain if kind is None else wrapped(kind)
+
+    def first_run(grad):
+        with torch.enable_grad():
+            z = (grad.detach() + 2).requires_grad_()
+            wrap(other, z).pow(3).sum().backward()
+        seen.append((z.detach(), z.grad))
+        return grad
+
+    class Calls(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return first_run(grad)
+
+    x = INPUT.clone().requires_grad_()
+    y = wrapped(False)(net, x)
+    if place == 'hook':
+        y.register_hook(first_run)
+    else:
+        y = Calls.apply(y)
+    y.pow(2).sum().backward()
+    (z, grad), expected = seen[0], make('estimate')
+    z.requires_grad_()
+    expected(z).pow(3).sum().backward()
+    assert_same([grad, *other.buffers()], [z.grad, *expected.buffers()])
+    assert net[1].bn.num_batches_tracked == other[1].bn.num_batches_tracked == 1
+
+
+def test_what_cannot_be_known_is_said():
     net = make('estimate')
-    net(torch.randn(1, 4, 5, 5, dtype=torch.float64)).sum().backward()
-    assert len(net[1]._history._runs) == 0
+    x, uses = INPUT.clone().requires_grad_(), iter((1, 2))
+
+    def function(x):
+        for _ in range(next(uses)):
+            x = net(x)
+        return x
+
+    y = checkpoint(function, x, use_reentrant=True)
+    with pytest.raises(RuntimeError, match='more often in the repetition'):
+        y.sum().backward()
+    net.eval()
+    y = checkpoint(net, x, use_reentrant=False)
+    net.train()
+    with pytest.raises(RuntimeError, match='must be in the same mode'):
+        y.sum().backward()
 
 
-def test_what_is_remembered_is_bounded():
-    net = make('estimate')
-    with torch.no_grad():
-        for _ in range(100):
-            net(torch.randn(1, 4, 5, 5, dtype=torch.float64))
-    assert len(net[1]._history._runs) == 64
+@pytest.mark.parametrize('use_reentrant', [True, False])
+def test_nothing_is_remembered_longer_than_the_graph(use_reentrant):
+    gc.collect()
+    net, before = make('estimate'), len(recomputation.remembered())
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            net(INPUT)
+    assert len(recomputation.remembered()) == before
+    y = checkpoint(net, INPUT.clone().requires_grad_(), use_reentrant=use_reentrant)
+    assert len(recomputation.remembered()) == before + 1
+    y.sum().backward()
+    del y
+    gc.collect()
+    assert len(recomputation.remembered()) == before
 
 
-def test_copies_and_pickles_forget():
-    net = make('estimate')
-    with torch.no_grad():
-        net(torch.randn(1, 4, 5, 5, dtype=torch.float64))
-    for other in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
-        assert len(other[1]._history._runs) == 0
+def compiled(net):
+    return torch.compile(net, backend='aot_eager', fullgraph=True)
+
+
+def checkpointed(net):
+    return lambda x: checkpoint(net, x, use_reentrant=False)
+
+
+def recomputing(net):
+    """The compiler itself decides to compute again instead of saving."""
+    from torch._functorch import config
+
+    function = compiled(net)
+
+    def call(x):
+        with config.patch(activation_memory_budget=0.0):
+            return function(x)
+
+    return call
+
+
+@pytest.mark.parametrize(
+    'wrap',
+    [
+        lambda net: compiled(checkpointed(net)),
+        lambda net: checkpointed(compiled(net)),
+        recomputing,
+    ],
+    ids=['compile(checkpoint)', 'checkpoint(compile)', 'budget 0'],
+)
+@pytest.mark.parametrize('mode', MODES)
+def test_compiled_code_decides_when_it_runs(mode, wrap):
+    def run(net, function):
+        x = INPUT.clone().requires_grad_()
+        for i in range(2):
+            function(x + i).pow(3).sum().backward()
+        return left_by(net, x)
+
+    torch._dynamo.reset()
+    net, expected = make(mode), make(mode)
+    assert_same(run(net, wrap(net)), run(expected, expected))
+
+
+def test_compiled_code_that_repeats_a_layer_used_twice():
+    """Its order is the compiler's: inputs tell the uses apart, or it is said that they do not."""
+    torch._dynamo.reset()
+
+    def run(function, net):
+        x = INPUT.clone().requires_grad_()
+        function(x).pow(3).sum().backward()
+        return left_by(net, x)
+
+    net, expected = make('estimate'), make('estimate')
+    found = run(compiled(checkpointed(lambda x: net(net(x)))), net)
+    assert_same(found, run(lambda x: expected(expected(x)), expected))
+    with pytest.raises(RuntimeError, match='twice with the same input'):
+        run(compiled(checkpointed(lambda x: net(x) + net(x).square())), net)

@@ -84,11 +84,6 @@ def row_moments(x: Tensor) -> tuple[Tensor, Tensor]:
         return backends.kernels(backends.select(x)).row_moments(dense(x.detach()))
 
 
-def channel_means(x: Tensor) -> Tensor:
-    """The mean of every channel of x (N, C, *), without gradient and without a copy of x."""
-    return row_moments(x)[0].mean(0)
-
-
 def weight_standardize(weight: Tensor, eps: float, formula: str, dtype: torch.dtype) -> Tensor:
     """See `wsbcn_mm.functional.weight_standardize`; the arguments were checked there."""
     if weight.numel() == 0:

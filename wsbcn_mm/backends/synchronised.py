@@ -32,7 +32,9 @@ class Ranks(Protocol):
 
 
 @torch.no_grad()
-def update_estimates(x: Tensor, running: Running, rate: float | Tensor, ranks: Ranks) -> None:
+def update_estimates(
+    x: Tensor, running: Running, rate: float | Tensor, ranks: Ranks, average: bool = False
+) -> None:
     """Estimate mode: updates the estimates with the samples of all ranks, in place.
 
     The same as `wsbcn_mm.reference.update_estimates` of all inputs in one batch, whatever their
@@ -43,18 +45,24 @@ def update_estimates(x: Tensor, running: Running, rate: float | Tensor, ranks: R
         running: The same on every rank, counts included: the samples of all ranks are counted.
         rate: The weight of the new observation, a number or a 0-d tensor.
         ranks: Sums over the ranks.
+        average: See `wsbcn_mm.reference.update_estimates`.
     """
     assert running.counts is not None
-    old_mean = running.mean.to(ops.accumulation_dtype(x.dtype))
+    # The average takes a difference of squares.
+    dtype = torch.float64 if average else ops.accumulation_dtype(x.dtype)
+    old_mean = running.mean.to(dtype)
     offset, square = torch.zeros_like(old_mean), torch.zeros_like(old_mean)
     if x.numel():
         m, q = row_moments(x)
-        m = m - old_mean
+        m, q = m.to(dtype) - old_mean, q.to(dtype)
         offset, square = m.sum(0), (q + m.square()).sum(0)
     size = old_mean.new_tensor([x.size(0) if x.numel() else 0])
     offset, square, samples = ranks.sum([offset, square, size])
     # No sample anywhere: 0 / 0, which the estimates do not take in.
-    mean, var = old_mean + offset / samples, square / samples
+    offset, var = offset / samples, square / samples
+    if average:
+        var = (var - rate * offset.square()).clamp_min(0)
+    mean = old_mean + offset
     before = running.counts[1].clone()
     move_towards(mean, var, running, rate, samples.long())
     # Then nothing was left out either.

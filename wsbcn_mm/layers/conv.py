@@ -8,6 +8,7 @@ wrong. (Each point is a test in tests/openmmlab.)
 
 import inspect
 import math
+import sys
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import fusion
 from torch.utils.hooks import RemovableHandle
 
 from wsbcn_mm.backends import autograd
@@ -101,6 +103,16 @@ class WeightStandardized(_Base):
         rows = self.filters(self.weight.detach())
         _, sigma = autograd.filter_statistics(rows, self.eps, self.formula)
         return sigma + self.eps if self.formula == 'std_eps' else sigma
+
+    def __setattr__(self, name: str, value: object) -> None:
+        # torch.nn.utils.fuse_conv_bn_eval, which torch's quantization calls too: it would give a
+        # copy of this layer the raw weight times the scale of a BatchNorm.
+        if name == 'weight' and sys._getframe(1).f_code.co_filename == fusion.__file__:
+            raise RuntimeError(
+                f'fuse_conv_bn_eval cannot fold a BatchNorm into a {type(self).__name__}, which '
+                'standardizes the result\n  use wsbcn_mm.fold(model), or fold into .to_plain()'
+            )
+        super().__setattr__(name, value)
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolves with the standardized weight; shapes as in torch's convolution."""

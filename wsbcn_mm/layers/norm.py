@@ -2,7 +2,7 @@
 
 Why the classes are built as they are (each point is a test in tests/openmmlab):
 
-- They derive **directly** from nn.GroupNorm (a mixin supplies the rest), because OpenMMLab's
+- They name nn.GroupNorm as a **direct** base, beside the class with the code, because OpenMMLab's
   initialisation and weight-decay rules look at direct base classes.
 - `BatchChannelNorm2d` is an `nn.GroupNorm` holding its channel stage as child ``bn``, a BatchNorm
   (`wsbcn_mm.layers.channel_stage`), so that ``norm_eval``, SyncBN conversion, weight-decay rules
@@ -11,12 +11,13 @@ Why the classes are built as they are (each point is a test in tests/openmmlab):
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from wsbcn_mm import distributed
+from wsbcn_mm import compat, distributed
 from wsbcn_mm.backends import autograd, synchronised
 from wsbcn_mm.backends.carriers import Affine, Rate, Running
 from wsbcn_mm.checks import (
@@ -28,34 +29,24 @@ from wsbcn_mm.checks import (
     check_groups,
     checked_rate,
 )
-from wsbcn_mm.layers import channel_stage, recomputation
+from wsbcn_mm.layers import averages, channel_stage, compiled, recomputation
 
 AFFINES = ('group', 'channel', None)
 SYNCS = (None, 'step', 'forward')
 DEFAULT_MOMENTUM = {'estimate': 0.01, 'batch': 0.1}
 
-
-Self = TypeVar('Self', bound='BatchChannelNorm')
-
-# What the mixin stands in front of, for the type checker.
-if TYPE_CHECKING:
-    _Base = nn.GroupNorm
-else:
-    _Base = object
+Layer = TypeVar('Layer', bound='BatchChannelNorm')
 
 
-class BatchChannelNorm(_Base):
-    """What the Batch-Channel Normalization layers share; a mixin in front of nn.GroupNorm."""
+class BatchChannelNorm(nn.GroupNorm):
+    """What the Batch-Channel Normalization layers share."""
 
     _version = 1
     _abbr_ = 'bcn'  # attribute name in OpenMMLab's modules (`bcn1`); 'bn' would collide with BN's
-    _bn_class: type[nn.modules.batchnorm._BatchNorm]
+    bn: _BatchNorm
+    _bn_class: type[_BatchNorm]
     _stage_class: type[channel_stage.ChannelStage]
     _dims: tuple[int, ...]
-    affine: Any  # 'group', 'channel' or None; a bool in nn.GroupNorm
-    bn: Any  # a ChannelStage, or what a host converts BatchNorms to (SyncBatchNorm)
-    batch_weight: nn.Parameter
-    batch_bias: nn.Parameter
 
     def __init__(
         self,
@@ -69,8 +60,9 @@ class BatchChannelNorm(_Base):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        groups: Any = auto_groups(num_channels) if num_groups == 'auto' else num_groups
+        groups = auto_groups(num_channels) if num_groups == 'auto' else num_groups
         check_groups(num_channels, groups)
+        assert isinstance(groups, int)
         check_eps(eps)
         check_choice(affine, AFFINES, 'affine')
         check_choice(mode, MODES, 'mode')
@@ -85,14 +77,15 @@ class BatchChannelNorm(_Base):
         self.bn = self._stage_class(num_channels, eps, affine=False, **factory)
         self.bn.belongs_to(self)
         self._counts: Tensor | None = None
-        self._history = recomputation.StatisticsHistory()
-        self.affine = affine
+        self._average: averages.Average | None = None
+        self._place()
+        self.affine = affine  # type: ignore[assignment]  # nn.GroupNorm's is a bool
         self.mode = mode
         self.sync = sync
         self.momentum = DEFAULT_MOMENTUM[mode] if momentum is None else momentum
 
     @property
-    def momentum(self) -> float | str:
+    def momentum(self) -> float | Tensor | str:
         """Rate of the running statistics: a number in [0, 1] or ``'cumulative'``; settable.
 
         Kept in ``bn.momentum`` (None there means cumulative, as in torch), so that whatever sets
@@ -101,15 +94,15 @@ class BatchChannelNorm(_Base):
         return 'cumulative' if self.bn.momentum is None else self.bn.momentum
 
     @momentum.setter
-    def momentum(self, value: float | str) -> None:
-        if value == 'cumulative':
+    def momentum(self, value: float | Tensor | str) -> None:
+        if not isinstance(value, str):
+            self.bn.momentum = checked_rate(value)  # type: ignore[assignment]
+        elif value == 'cumulative':
             self.bn.momentum = None
-        elif isinstance(value, str):
+        else:
             raise ValueError(
                 f"momentum must be a number in [0, 1] or 'cumulative'\n  got {value!r}"
             )
-        else:
-            self.bn.momentum = checked_rate(value)
 
     @property
     def counts(self) -> Tensor:
@@ -120,21 +113,37 @@ class BatchChannelNorm(_Base):
         ``to_empty`` leaves what the memory held, a model made on the meta device and loaded with
         ``assign=True`` keeps them there). They follow the running statistics to their device.
         """
+        return self._place()
+
+    def running_statistics(self) -> tuple[Tensor, Tensor]:
+        """The buffers ``bn.running_mean`` and ``bn.running_var``, (C,) each."""
+        mean, var = self.bn.running_mean, self.bn.running_var
+        assert mean is not None and var is not None
+        return mean, var
+
+    def _place(self) -> Tensor:
+        """Makes or moves what goes with the running statistics without being a buffer."""
         statistics, counts = self.bn.running_mean, self._counts
-        if counts is None or counts.is_meta or type(counts) is not type(statistics):
+        assert statistics is not None
+        if counts is None or counts.is_meta or compat.is_fake(counts) != compat.is_fake(statistics):
             counts = torch.zeros(2, self.num_channels, dtype=torch.int64, device=statistics.device)
-            self._counts = counts
         elif counts.device != statistics.device:
-            counts = self._counts = counts.to(statistics.device)
+            counts = counts.to(statistics.device)
+        else:
+            return counts
+        self._counts = counts
+        # By which this layer is known to those who remember its runs; see `recomputation`.
+        self._identity = torch.empty(0, device=counts.device)
+        compat.keep_address(self._counts, self._identity)
         return counts
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: bool, **kwargs: bool) -> nn.Module:
         super()._apply(fn, *args, **kwargs)  # type: ignore[no-untyped-call]
         if self.bn.running_mean is not None:
-            self.counts  # noqa: B018  they move now, not within somebody's CUDA graph
+            self._place()  # now, not within somebody's CUDA graph
         return self
 
-    def apply(self: Self, fn: Callable[[nn.Module], None]) -> Self:
+    def apply(self: Layer, fn: Callable[[nn.Module], None]) -> Layer:
         """Calls ``fn`` with the child and the layer, as any module does.
 
         A host that zeroes every ``weight`` below a normalisation, for residual branches that start
@@ -166,47 +175,110 @@ class BatchChannelNorm(_Base):
         """Normalises ``input``; see the class for shapes and what each mode does."""
         # Every line here is paid once per layer and step: what is looked up twice is kept.
         bn = self.bn
-        if not self._fits(input, bn.running_mean):
+        mean, var = bn.running_mean, bn.running_var
+        if not self._fits(input, mean):
             self._refuse(input)
+        assert mean is not None and var is not None
         # norm_eval and frozen stages call eval() on BatchNorm instances only: the child obeys.
-        training = self.training and bn.training
-        if not training:
-            return self._normalize(input, Running(bn.running_mean, bn.running_var), None)
+        if not (self.training and bn.training):
+            return self._normalize(input, Running(mean, var), None)
+        running = Running(mean, var, self.counts)
         if self.sync == 'forward' or self.mode == 'batch':
             ranks = self._ranks()
             if ranks is not None:
                 # Also with an empty input: the other ranks wait for this one's share.
-                return self._forward_over_ranks(input, ranks)
-        # What updates: batch mode does not from a single value per channel.
-        updates = input.numel() // self.num_channels > (1 if self.mode == 'batch' else 0)
-        if updates and recomputation.is_repeated():
-            return self._forward_repeated(input)
-        rate, running = self._rate(updates), Running(bn.running_mean, bn.running_var, self.counts)
-        output = self._normalize(input, running, rate)
-        if updates and recomputation.may_be_repeated():
-            self._history.remember(input, running.mean, running.var)
+                return self._forward_over_ranks(input, running, ranks)
+        # Batch mode does not update from a single value per channel.
+        if input.numel() // self.num_channels <= (1 if self.mode == 'batch' else 0):
+            return self._normalize(input, running, 0.0)
+        if torch.compiler.is_compiling():
+            return self._forward_compiled(input, running)
+        run = recomputation.of(self._identity)
+        if run is None:
+            return self._forward_once(input, running)
+        use = run.recall()
+        if use is not None:
+            return self._forward_again(input, running, use)
+        output = self._forward_once(input, running)
+        run.remember(self._use(running))
         return output
 
-    def _rate(self, updates: bool) -> float | Tensor:
-        """Counts an update; the weight of its observation: what users set as momentum."""
-        bn = self.bn
-        momentum = bn.momentum
-        # A 0-d tensor is what a schedule sets in compiled code, where every new number would be
-        # compiled anew. What a child became (SyncBatchNorm) takes anything.
-        if momentum is not None and not isinstance(bn, channel_stage.ChannelStage):
+    def _forward_once(self, input: Tensor, running: Running) -> Tensor:
+        """Updates the running statistics, and normalises."""
+        rate = self._rate()
+        if not self.averages:
+            self._average = None
+            return self._normalize(input, running, rate)
+        self._update_average(input, running, rate, distributed.ALONE)
+        # With the new estimates as constants: what evaluation does.
+        return self._normalize(input, running, None)
+
+    def _forward_again(self, input: Tensor, running: Running, use: recomputation.Use) -> Tensor:
+        """The same result as in the run that checkpointing repeats; the estimates stay."""
+        if use.mean is not None and use.var is not None:
+            return self._normalize(input, Running(use.mean, use.var), None)
+        # Rate 0 keeps the copies, the statistics of the batch are computed again.
+        return self._normalize(input, _copy_of(running), 0.0)
+
+    def _forward_compiled(self, input: Tensor, running: Running) -> Tensor:
+        """What to update is decided when the compiled code runs; see `compiled.observe`."""
+        from_batch, tracked = self.mode == 'batch', self.bn.num_batches_tracked
+        assert tracked is not None
+        mean, var = compiled.observe(
+            input,
+            running,
+            tracked,
+            self._momentum(),
+            from_batch,
+            self._identity,
+        )
+        use = recomputation.Use() if from_batch else recomputation.Use(mean, var)
+        return self._forward_again(input, running, use)
+
+    def _use(self, running: Running) -> recomputation.Use:
+        """What a repetition of this run must see."""
+        if self.mode == 'batch':
+            return recomputation.Use()
+        return recomputation.Use(running.mean.clone(), running.var.clone())
+
+    def _momentum(self) -> float | Tensor | None:
+        momentum: float | Tensor | None = self.bn.momentum
+        # What a child became (SyncBatchNorm) takes anything. A 0-d tensor is what a schedule sets
+        # in compiled code, where every new number would be compiled anew.
+        if momentum is not None and not isinstance(self.bn, channel_stage.ChannelStage):
             momentum = checked_rate(momentum)
-        if updates:
-            bn.num_batches_tracked.add_(1)
-            if momentum is None:
-                return bn.num_batches_tracked.to(torch.float64).reciprocal()
-        return 0.0 if momentum is None else momentum
+        return momentum
+
+    def _rate(self) -> float | Tensor:
+        """Counts an update; the weight of its observation: what users set as momentum."""
+        momentum, tracked = self._momentum(), self.bn.num_batches_tracked
+        assert tracked is not None
+        tracked.add_(1)
+        return tracked.to(torch.float64).reciprocal() if momentum is None else momentum
+
+    @property
+    def averages(self) -> bool:
+        """Whether the estimates of this layer are averages of inputs with the same weight.
+
+        They are with ``momentum='cumulative'``, and with 1, which hosts set to average themselves.
+        """
+        momentum = self.bn.momentum
+        alone = momentum is None or (isinstance(momentum, float) and momentum == 1)
+        return alone and self.mode == 'estimate'
+
+    def _update_average(
+        self, input: Tensor, running: Running, rate: float | Tensor, ranks: synchronised.Ranks
+    ) -> None:
+        synchronised.update_estimates(input, running, rate, ranks, average=True)
+        if self.bn.momentum is not None:
+            self._average = averages.add_share(running, self._average)
 
     def _ranks(self) -> distributed.Ranks | None:
         """Those whose samples the statistics are of, where there are others than this one."""
         converted = self.mode == 'batch' and isinstance(self.bn, nn.SyncBatchNorm)
         if not converted and self.sync != 'forward':
             return None
-        group = self.bn.process_group if converted else None
+        group: Any = self.bn.process_group if converted else None
         return distributed.Ranks(group) if distributed.world_size(group) > 1 else None
 
     def _affine(self) -> Affine:
@@ -219,33 +291,34 @@ class BatchChannelNorm(_Base):
             input, self.num_groups, running, self._affine(), rate, self.eps, self.mode
         )
 
-    def _forward_repeated(self, input: Tensor) -> Tensor:
-        """The same result as in the run that checkpointing repeats; the estimates stay."""
-        used = self._history.recall(input)
-        if used is None:  # a first run, inside somebody's backward pass
-            used = self.bn.running_mean, self.bn.running_var
-        # Batch mode: rate 0 keeps the copies, the statistics of the batch are computed again.
-        running = Running(*(value.clone() for value in used))
-        return self._normalize(input, running, 0.0 if self.mode == 'batch' else None)
-
-    def _forward_over_ranks(self, input: Tensor, ranks: distributed.Ranks) -> Tensor:
+    @compat.not_compiled
+    def _forward_over_ranks(
+        self, input: Tensor, running: Running, ranks: distributed.Ranks
+    ) -> Tensor:
         """As in one process with the samples of all ranks."""
-        bn, repeated = self.bn, recomputation.is_repeated()
-        running = Running(bn.running_mean, bn.running_var, self.counts)
+        run = recomputation.of(self._identity)
+        use = None if run is None else run.recall()
         if self.mode == 'batch':
-            rate = 0.0 if repeated else self._rate(True)
-            if repeated:  # the statistics of the batch are computed again, the buffers stay
-                running = Running(*(value.clone() for value in running))
-            return synchronised.batch_norm_over_ranks(
+            rate = self._rate() if use is None else 0.0
+            if use is not None:  # the statistics of the batch are computed again, the buffers stay
+                running = _copy_of(running)
+            output = synchronised.batch_norm_over_ranks(
                 input, self.num_groups, running, self._affine(), rate, self.eps, ranks
             )
-        if repeated:
-            return self._forward_repeated(input)
-        synchronised.update_estimates(input, running, self._rate(True), ranks)
-        if input.numel() and recomputation.may_be_repeated():
-            self._history.remember(input, running.mean, running.var)
-        # With the new estimates as constants: what evaluation does.
-        return self._normalize(input, running, None)
+        elif use is not None:
+            output = self._forward_again(input, running, use)
+        else:
+            rate = self._rate()
+            if self.averages:
+                self._update_average(input, running, rate, ranks)
+            else:
+                self._average = None
+                synchronised.update_estimates(input, running, rate, ranks)
+            # With the new estimates as constants: what evaluation does.
+            output = self._normalize(input, running, None)
+        if run is not None and use is None:
+            run.remember(self._use(running))
+        return output
 
     def _fits(self, input: Tensor, mean: Tensor | None) -> bool:
         if not isinstance(input, Tensor) or not input.is_floating_point() or mean is None:
@@ -286,6 +359,11 @@ class BatchChannelNorm(_Base):
         )
 
 
+def _copy_of(running: Running) -> Running:
+    counts = None if running.counts is None else running.counts.clone()
+    return Running(running.mean.clone(), running.var.clone(), counts)
+
+
 _NORM_DOC = """Batch-Channel Normalization over {shape} inputs (arXiv 1911.09738, equations 13-15).
 
     Stage 1, per channel: ``x1 = batch_weight (x - mu) / sqrt(var + eps) + batch_bias``; stage 2,
@@ -306,7 +384,10 @@ _NORM_DOC = """Batch-Channel Normalization over {shape} inputs (arXiv 1911.09738
         eps: Added to both variances, >= 0.
         momentum: Rate r of the running statistics in [0, 1] (the weight of the new observation);
             None: 0.01 in estimate mode, 0.1 in batch mode; ``'cumulative'``: 1/t at step t, the
-            average over all steps.
+            average over all steps. Any real number, or a 0-d tensor. Where estimates are averages
+            (``'cumulative'``, and 1, which hosts set to average by themselves) the second moment
+            is taken around the true mean: in estimate mode ``bn.running_var`` is the variance of
+            all inputs together; see `wsbcn_mm.reference.update_estimates`, `averages`.
         affine: Shape of the outer scale and shift ``weight``, ``bias``: ``'group'`` (G,) as in the
             paper, ``'channel'`` (C,) as in GroupNorm, None without. ``batch_weight`` and
             ``batch_bias`` (C,) are always there.

@@ -46,10 +46,12 @@ class EstimatesHook(Hook):
     Args:
         schedule: ``'constant'``, or ``'lr'``: the rate follows the learning rate (of the first
             parameter group, by its initial value).
-        warmup: Average over all steps until the rate is reached; see `rate_of_step`. It made no
-            difference where we measured it (docs/reliability.md), and is off. A layer counts
-            its steps in the checkpoint (``num_batches_tracked``): resuming goes on, and statistics
-            that were loaded with their counter stay.
+        warmup: Average over all steps until the rate is reached; see `rate_of_step`. Until then the
+            layers have ``momentum='cumulative'``, with the variance around the true mean, so that
+            nothing is left of where the estimates began. It made no difference where we measured
+            it (docs/reliability.md), and is off. A layer counts its steps in the checkpoint
+            (``num_batches_tracked``): resuming goes on, and statistics that were loaded with their
+            counter stay.
         scale: What the rate in the config is the weight of. ``'images'``: of a single image; a step
             with several, of all ranks where they share their estimates, has a larger rate, so that
             as many images are remembered. ``'ranks'``: of a step of one rank. None: of the whole
@@ -96,9 +98,9 @@ class EstimatesHook(Hook):
                 ranks = 1 if layer.sync is None else world
                 images = {'ranks': ranks, 'images': batch * ranks, None: 1}[self.scale]
                 seen = int(layer.bn.num_batches_tracked) if self.warmup else None
-                self._layers.append((layer, layer.momentum, images, seen))
-                if compiled:  # a number that changes would be compiled anew each time
-                    layer.bn.momentum = torch.tensor(layer.momentum, dtype=torch.float64)
+                # A number that changes would be compiled anew each time.
+                tensor = torch.tensor(layer.momentum, dtype=torch.float64) if compiled else None
+                self._layers.append((layer, layer.momentum, images, seen, tensor))
         if not layers:
             print_log(
                 'EstimatesHook: the model has no BatchChannelNorm layer',
@@ -127,16 +129,14 @@ class EstimatesHook(Hook):
         if self.schedule == 'lr':
             group = runner.optim_wrapper.param_groups[0]
             ratio = group['lr'] / group.get('initial_lr', group['lr'])
-        for layer, rate, images, seen in self._layers:
-            seen = None if seen is None else seen + done
-            rate = rate_of_step(rate, images, seen, ratio)
-            if isinstance(layer.bn.momentum, torch.Tensor):
-                layer.bn.momentum.fill_(rate)
-            else:
-                layer.bn.momentum = rate
-        if self._layers:
-            rate = float(self._layers[0][0].bn.momentum)
-            runner.message_hub.update_scalar('train/bcn_rate', rate)
+        for layer, rate, images, seen, tensor in self._layers:
+            goal = rate_of_step(rate, images, None, ratio)
+            now = goal if seen is None else rate_of_step(rate, images, seen + done, ratio)
+            if tensor is not None:
+                tensor.fill_(now)
+            layer.bn.momentum = None if now > goal else now if tensor is None else tensor
+            if layer is self._layers[0][0]:
+                runner.message_hub.update_scalar('train/bcn_rate', now)
 
     def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
         """Synchronises; looks at what was left out now and then."""

@@ -1,0 +1,98 @@
+"""BCN layers under what torch does to modules; see docs/guarantees.md."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrize, prune
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from wsbcn_mm import BatchChannelNorm2d
+
+X = torch.randn(2, 8, 5, 5, generator=torch.Generator().manual_seed(1)).double() + 1
+
+
+def norm(**settings):
+    torch.manual_seed(0)
+    layer = BatchChannelNorm2d(8, 4, momentum=0.3, **settings).double()
+    nn.init.normal_(layer.batch_weight)
+    return layer
+
+
+def same(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_averaged_models_have_averaged_statistics():
+    for settings in (dict(), dict(multi_avg_fn=get_ema_multi_avg_fn(0.5))):
+        model, seen = norm(), []
+        average = AveragedModel(model, use_buffers=True, **settings)
+        for i in range(3):
+            model(X + i)
+            average.update_parameters(model)
+            seen.append(model.bn.running_mean.clone())
+        expected = seen[0]
+        for i, mean in enumerate(seen[1:], start=1):
+            expected = expected.lerp(mean, 0.5 if settings else 1 / (i + 1))
+        same(average.module.bn.running_mean, expected)
+        assert average.module.bn.weight is average.module.batch_weight
+
+
+def test_pruned_and_parametrized_scales():
+    class Double(nn.Module):
+        def forward(self, value):
+            return 2 * value
+
+    for change in (
+        lambda layer: prune.l1_unstructured(layer, 'batch_weight', 0.5),
+        lambda layer: parametrize.register_parametrization(layer, 'batch_weight', Double()),
+    ):
+        layer, plain = norm(), norm()
+        change(layer)
+        plain.batch_weight.data.copy_(layer.batch_weight.detach())
+        same(layer(X), plain(X))
+        assert layer.bn.weight is not plain.bn.weight
+        same(layer.bn.weight.detach(), plain.bn.weight.detach())
+
+
+def test_functional_call_updates_the_buffers_it_was_given():
+    layer, expected = norm(), norm()
+    before = copy.deepcopy(layer.state_dict())
+    buffers = {name: value.clone() for name, value in layer.named_buffers()}
+    y = torch.func.functional_call(layer, {**dict(layer.named_parameters()), **buffers}, (X,))
+    same(y, expected(X))
+    same(buffers['bn.running_mean'], expected.bn.running_mean)
+    same(layer.state_dict(), before)
+
+
+def test_training_in_inference_mode_updates():
+    layer, expected = norm(), norm()
+    with torch.inference_mode():
+        y = layer(X)
+    same(y.clone(), expected(X))
+    same(layer.bn.running_var, expected.bn.running_var)
+    layer(X).sum().backward()
+
+
+@pytest.mark.parametrize('training', [True, False])
+def test_traced_and_exported(training):
+    layer = norm().train(training)
+    expected = copy.deepcopy(layer)
+    exported = torch.export.export(copy.deepcopy(layer), (X,)).module()
+    traced = torch.jit.trace(copy.deepcopy(layer), X, check_trace=False)
+    y = expected(X)
+    same(exported(X), y)
+    same(dict(exported.named_buffers())['bn.running_mean'], expected.bn.running_mean)
+    if not training:  # tracing runs the layer once before
+        same(traced(X), y)
+
+
+def test_an_accumulated_step_and_two_losses():
+    layer, expected = norm(), norm()
+    for x in (X, X + 1):
+        layer(x).pow(3).sum().backward()
+    losses = [expected(x).pow(3).sum() for x in (X, X + 1)]
+    for loss in reversed(losses):
+        loss.backward()
+    same([p.grad for p in layer.parameters()], [p.grad for p in expected.parameters()])
