@@ -131,7 +131,7 @@ def test_a_run_sees_what_else_reads_an_output():
     model, x = Skip(), torch.randn(1, 4, 5, 5)
     assert pairs(model)['conv'] == (['norm'], True)
     (follower,) = followers(model, lambda: model(x))
-    assert follower.norms == ['norm'] and follower.bare == ['add']
+    assert follower.norms == ['norm'] and follower.unnormalised == ['add']
 
 
 def test_a_run_leaves_nothing_behind():

@@ -53,7 +53,6 @@ def infer(args: argparse.Namespace) -> list[str]:
     """Returns the files that could not be read."""
     from mmengine.utils import ProgressBar
 
-    from wsbcn_mm import folding
     from wsbcn_mm.layers.standardization import weights_do_not_change
     from wsbcn_mm.openmmlab import config
     from wsbcn_mm.openmmlab.compat import DataError
@@ -61,13 +60,13 @@ def infer(args: argparse.Namespace) -> list[str]:
 
     images = predict.find_images(args.source, args.output)
     cfg = config.load_config(args.config, args.cfg_options)
-    model = inference.load_model(cfg, args.checkpoint)
-    if not args.no_fold:
+    if args.no_fold:
+        model = inference.load_model(cfg, args.checkpoint)
+    else:
         image = inference.random_image(512, 512)  # some models take no smaller one
-        steps = folding.plan(model, run=inference.run_on(cfg, image))
-        print(steps)
-        meta, model = model.dataset_meta, steps.apply(model)
-        model.dataset_meta = meta
+        planned = inference.load_planned(cfg, args.checkpoint, image)
+        print(planned.plan)
+        model = planned.folded()
     predictor = predict.Predictor(cfg, model.to(args.device))
     args.output.mkdir(parents=True, exist_ok=True)
     coco = None

@@ -6,7 +6,7 @@ shows.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from torch import nn
@@ -90,10 +90,11 @@ def audit_model(
     return _by_part(hits, part_of)
 
 
-# A hit is (level, code, module name, why, fix); hits of one code and part become one finding.
+# (level, code, module name, why, fix); hits of one code and part become one finding.
+_Hit = tuple[str, str, str, str, str]
 
 
-def _norms(model: nn.Module, images: int, processes: int):
+def _norms(model: nn.Module, images: int, processes: int) -> Iterator[_Hit]:
     layers = [m for m in model.modules() if isinstance(m, BatchChannelNorm)]
     parts = {id(child) for layer in layers for child in layer.children()}
     for name, module in model.named_modules():
@@ -103,7 +104,7 @@ def _norms(model: nn.Module, images: int, processes: int):
             yield from _batch_norm(name, module, images, processes)
 
 
-def _batch_channel_norm(name: str, module: BatchChannelNorm, images: int):
+def _batch_channel_norm(name: str, module: BatchChannelNorm, images: int) -> Iterator[_Hit]:
     fix = 'call train() on the whole layer, without an override that puts its `bn` into eval'
     if module.training and not module.bn.training:
         why = 'the estimates are frozen while the layer trains: they no longer fit the weights'
@@ -123,7 +124,7 @@ def _batch_channel_norm(name: str, module: BatchChannelNorm, images: int):
             yield level, 'batch-statistics', name, why, "mode='estimate', the default"
 
 
-def _batch_norm(name: str, module: nn.Module, images: int, processes: int):
+def _batch_norm(name: str, module: nn.Module, images: int, processes: int) -> Iterator[_Hit]:
     fix = 'wsbcn_mm.convert.convert_model(model)'
     if not module.training:
         why = 'BatchNorm is frozen: it normalises with the statistics of another data set'
@@ -144,11 +145,11 @@ def _batch_norm(name: str, module: nn.Module, images: int, processes: int):
         yield 'error', 'batch-statistics', name, why, fix
 
 
-def _convs(model: nn.Module, run: Callable[[], object] | None):
+def _convs(model: nn.Module, run: Callable[[], object] | None) -> Iterator[_Hit]:
     modules = dict(model.named_modules(remove_duplicate=False))
     for follower in followers(model, run):
         name, standardized = follower.names[0], isinstance(follower.conv, WeightStandardized)
-        if standardized and follower.bare:
+        if standardized and follower.unnormalised:
             fan_in = follower.conv.weight[0].numel()
             why = (
                 'a WS convolution without a norm behind it: its output is about '
@@ -156,17 +157,18 @@ def _convs(model: nn.Module, run: Callable[[], object] | None):
             )
             yield 'error', 'ws-without-norm', name, why, 'a plain convolution, or a norm behind it'
         elif (
-            standardizable(follower.conv)
+            not standardized
             and follower.normalised
-            and (type(follower.conv).__name__ != 'ConvWS2d')
             and any(isinstance(modules[n], nn.GroupNorm) for n in follower.norms)
+            and type(follower.conv).__name__ != 'ConvWS2d'
+            and standardizable(follower.conv)
         ):
             why = 'a norm of single samples behind a plain convolution: WS is what makes up for it'
             yield 'note', 'norm-without-ws', name, why, 'wsbcn_mm.convert.convert_model(model)'
 
 
-def _by_part(hits: list[tuple], part_of: Callable[[str], str]) -> list[Finding]:
-    groups: dict[tuple, list[str]] = {}
+def _by_part(hits: list[_Hit], part_of: Callable[[str], str]) -> list[Finding]:
+    groups: dict[tuple[str, str, str], list[tuple[str, str, str]]] = {}
     for level, code, name, why, fix in hits:
         # The text of the first stands for all: numbers in it may differ.
         groups.setdefault((level, code, part_of(name)), []).append((name, why, fix))

@@ -247,10 +247,11 @@ def _add(result: Conversion, new: str, kind: str, channels: int, like: Tensor) -
 def _divisor(state: dict[str, Tensor], path: str) -> Tensor | None:
     """What WS divides the filters of the convolution in front of a norm by; None: none found."""
     holder, _, name = path.rpartition('.')
-    if name.isdigit():
+    number = _NORM.fullmatch(name)
+    if number is None:  # in a Sequential
         conv = f'{holder}.{int(name) - 1}.weight'
     else:
-        conv = f'{holder}.conv{_NORM.fullmatch(name)[1]}.weight'.removeprefix('.')
+        conv = f'{holder}.conv{number[1]}.weight'.removeprefix('.')
     weight = state.get(conv)
     if weight is None or weight.dim() != 4:
         return None

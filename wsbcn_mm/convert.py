@@ -15,8 +15,10 @@ from torch import nn
 
 from wsbcn_mm import layers
 from wsbcn_mm.checks import FORMULAS, MODES, auto_groups, check_choice
+from wsbcn_mm.layers.subclasses import standardized_copy
 from wsbcn_mm.structure import (
     Follower,
+    computes_with_its_weight,
     followers,
     is_norm,
     num_channels,
@@ -92,7 +94,9 @@ def convert_model(
       and shift are kept: those of a BatchNorm become ``batch_weight``, ``batch_bias``; those of a
       GroupNorm become the outer ``weight``, ``bias`` with ``affine='channel'``, so that nothing of
       it is lost.
-    - Its convolution becomes the WS convolution of its kind, with its weight and bias.
+    - Its convolution becomes the WS convolution of its kind, with its weight and bias. One of a
+      class of its own (that pads in another way) keeps its ``forward``, as long as it computes with
+      its own ``weight``.
     - Parameters stay the same objects (an optimizer that holds them, or layers that share them,
       still do). Running statistics are kept where the convolution stays as it is, and start anew
       where it is standardized: they describe the outputs of the raw weight.
@@ -323,6 +327,11 @@ def _convert_conv(
     reason = _why_not_conv(follower, modules, replacement, standardize, tied, ran)
     if reason is not None:
         return Left(name, kind, reason)
+    own = 'std_eps' if kind == 'ConvWS2d' else formula
+    if torch_class(conv) is None:  # a class of its own keeps its way to convolve
+        copied = standardized_copy(conv, own)
+        replacement[id(conv)] = copied
+        return Changed(name, kind, type(copied).__name__)
     target = STANDARDIZED[torch_class(conv)]
     arguments = dict(
         stride=conv.stride,
@@ -335,7 +344,6 @@ def _convert_conv(
     )
     if conv.transposed:
         arguments['output_padding'] = conv.output_padding
-    own = 'std_eps' if kind == 'ConvWS2d' else formula
     new = target(conv.in_channels, conv.out_channels, conv.kernel_size, formula=own, **arguments)
     new.weight, new.bias = conv.weight, conv.bias
     _take_over(conv, new)
@@ -349,8 +357,8 @@ def _why_not_conv(follower, modules, replacement, standardize, tied, ran) -> str
         return 'is standardized already'
     if not follower.norms:
         return 'no normalisation follows' + ('' if ran else ', by the structure alone')
-    if follower.bare:
-        return f'not only a normalisation follows: also {", ".join(follower.bare)}'
+    if follower.unnormalised:
+        return f'not only a normalisation follows: also {", ".join(follower.unnormalised)}'
     left = [n for n in follower.norms if id(modules[n]) not in replacement]
     left = [n for n in left if not isinstance(modules[n], layers.BatchChannelNorm)]
     if left:
@@ -363,8 +371,8 @@ def _why_not_conv(follower, modules, replacement, standardize, tied, ran) -> str
         hasattr(hook, 'compute_weight') for hook in conv._forward_pre_hooks.values()
     ):
         return 'its weight is computed by another parametrization'
-    if torch_class(conv) is None:
-        return f"{type(conv).__name__} is not torch's own convolution, or has no WS version"
+    if torch_class(conv) is None and not computes_with_its_weight(conv):
+        return f'{type(conv).__name__} computes with something else than its weight'
     return None if standardizable(conv) else 'a fan-in of 1 has no variance'
 
 

@@ -8,17 +8,25 @@ what looks on; folding uses it, too.
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # in typing from Python 3.11 on
 
 CONVS = (_ConvNd,)
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
@@ -34,13 +42,14 @@ def num_channels(norm: nn.Module) -> int | None:
     if isinstance(norm, nn.LayerNorm):
         return None
     for name in ('num_channels', 'num_features'):
-        if hasattr(norm, name):
-            return getattr(norm, name)
+        width = getattr(norm, name, None)
+        if isinstance(width, int):
+            return width
     weight = getattr(norm, 'weight', None)
-    return None if weight is None else weight.numel()
+    return weight.numel() if isinstance(weight, Tensor) else None
 
 
-# Convolutions that have a WS version.
+# Convolutions that have a WS version of the same name.
 TORCH_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)
 # Subclasses that convolve as torch's own class does, by name: they need not be installed. mmcv's
 # wrappers accept empty inputs, which torch does by itself today. ConvWS standardizes.
@@ -56,10 +65,54 @@ def torch_class(conv: nn.Module) -> type | None:
     return kind if kind in TORCH_CONVS else None
 
 
-def standardizable(conv: nn.Module) -> bool:
-    """Whether there is a WS version of this convolution: of torch's own kinds, a fan-in above 1."""
+def standardizable(conv: _ConvNd) -> bool:
+    """Whether there is a WS form of this convolution.
+
+    It has a fan-in above 1 and is of torch's own kinds, or of a class that computes with its own
+    weight.
+    """
     fan_in = conv.in_channels // conv.groups * math.prod(conv.kernel_size)
-    return torch_class(conv) is not None and fan_in > 1
+    return fan_in > 1 and (torch_class(conv) is not None or computes_with_its_weight(conv))
+
+
+@torch.no_grad()
+def computes_with_its_weight(conv: _ConvNd) -> bool:
+    """Whether a layer of a convolution class convolves with ``weight`` as it is, and adds ``bias``.
+
+    Then scaling filters and adding a bias does that to its output; a layer that computes its weight
+    (by standardizing, by mixing several) does something else. Found out by trying, on a copy.
+    """
+    if hasattr(conv, 'parametrizations'):
+        return False
+    if type(conv).__module__ == nn.Conv2d.__module__:
+        return True
+    trial = copy.deepcopy(conv)
+    trial = trial.to_empty(device='cpu') if conv.weight.is_meta else trial.cpu()
+    trial.double()
+    generator = torch.Generator().manual_seed(0)
+    size = [
+        d * (k - 1) + 1 + 2 * s for k, d, s in zip(conv.kernel_size, conv.dilation, conv.stride)
+    ]
+    x = torch.randn(2, conv.in_channels, *size, generator=generator, dtype=torch.float64)
+    weight = torch.randn(conv.weight.shape, generator=generator, dtype=torch.float64)
+    scale = torch.linspace(0.5, 2, conv.out_channels, dtype=torch.float64)
+    if conv.transposed:  # (C_in, C_out / groups, *k), both by group
+        by_group = scale.view(conv.groups, 1, -1, *[1] * len(size))
+        scaled = (weight.unflatten(0, (conv.groups, -1)) * by_group).flatten(0, 1)
+    else:
+        scaled = weight * scale.view(-1, *[1] * (weight.dim() - 1))
+    outputs = []
+    for values, bias in ((weight, torch.zeros_like(scale)), (scaled, scale)):
+        trial.weight, trial.bias = nn.Parameter(values), nn.Parameter(bias)
+        try:
+            outputs.append(trial(x))
+        except Exception:  # noqa: BLE001  it wants other arguments: not a convolution as torch's
+            return False
+    plain, changed = outputs
+    if not isinstance(plain, Tensor) or plain.dim() != x.dim() or plain.shape[1] != len(scale):
+        return False
+    per_channel = scale.view(-1, *[1] * len(size))
+    return torch.allclose(changed, plain * per_channel + per_channel, 1e-9, 1e-9)
 
 
 @dataclass
@@ -70,18 +123,18 @@ class Follower:
         conv: The convolution.
         names: Every name under which the model holds it.
         norms: Names of the normalisations that read its output.
-        bare: Places where something else reads its output, or nothing is known to follow.
+        unnormalised: What else reads its output, or its own name where nothing is known to follow.
     """
 
-    conv: nn.Module
+    conv: _ConvNd
     names: list[str] = field(default_factory=list)
     norms: list[str] = field(default_factory=list)
-    bare: list[str] = field(default_factory=list)
+    unnormalised: list[str] = field(default_factory=list)
 
     @property
     def normalised(self) -> bool:
         """Whether a normalisation follows wherever the convolution is used."""
-        return bool(self.norms) and not self.bare
+        return bool(self.norms) and not self.unnormalised
 
 
 def followers(model: nn.Module, run: Callable[[], object] | None = None) -> list[Follower]:
@@ -95,18 +148,21 @@ def followers(model: nn.Module, run: Callable[[], object] | None = None) -> list
     Returns:
         One entry per convolution object, in the order of the model.
     """
-    found: dict[int, Follower] = {}
+    by_conv: dict[int, Follower] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, CONVS):
-            found.setdefault(id(module), Follower(module)).names.append(name)
-    behind = dict(_pairs_of(model))
-    for follower in found.values():
+            by_conv.setdefault(id(module), Follower(module)).names.append(name)
+    norm_behind = dict(_pairs_of(model))
+    for follower in by_conv.values():
         for name in follower.names:
-            (follower.norms if name in behind else follower.bare).append(behind.get(name, name))
+            if name in norm_behind:
+                follower.norms.append(norm_behind[name])
+            else:
+                follower.unnormalised.append(name)
     if run is not None:
-        for key, (norms, bare) in trace(model, run).items():
-            found[key].norms, found[key].bare = norms, bare
-    return list(found.values())
+        for key, (norms, others) in trace(model, run).items():
+            by_conv[key].norms, by_conv[key].unnormalised = norms, others
+    return list(by_conv.values())
 
 
 # ---- by structure ------------------------------------------------------------------------------
@@ -149,7 +205,7 @@ def _flat(sequential: nn.Sequential, prefix: str = '') -> Iterator[tuple[str, nn
             yield prefix + name, child
 
 
-def _behind(name: str, conv: nn.Module, later: list[tuple[str, nn.Module]]) -> str | None:
+def _behind(name: str, conv: _ConvNd, later: list[tuple[str, nn.Module]]) -> str | None:
     """The normalisation among the children registered after a convolution that is its own."""
     names = _norm_names(name)
     for other, child in later:  # conv1, conv2, bn1, bn2
@@ -182,7 +238,7 @@ def _norm_names(name: str) -> set[str]:
     return {re.sub('conv', norm, name) for norm in ('norm', 'bn', 'bcn', 'gn')} - {name}
 
 
-def _fits(conv: nn.Module, norm: nn.Module) -> bool:
+def _fits(conv: _ConvNd, norm: nn.Module) -> bool:
     return is_norm(norm) and num_channels(norm) in (None, conv.out_channels)
 
 
@@ -233,7 +289,7 @@ class Call:
     conv: _ConvNd
     holder: nn.Module | None
     version: int
-    readers: list
+    readers: list[nn.Module | str]
 
 
 class Watch(TorchDispatchMode):
@@ -250,7 +306,7 @@ class Watch(TorchDispatchMode):
     """
 
     def __init__(self, root: nn.Module) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         norms = [m for m in root.modules() if is_norm(m)]
         inner = {part for norm in norms for part in norm.children()}  # BCN holds a BatchNorm
         self.layers = [m for m in norms if m not in inner]
@@ -265,48 +321,65 @@ class Watch(TorchDispatchMode):
         self.active: list[nn.Module] = []
         self.holders = holders_of(root)
         self.running: list[nn.Module] = []  # of the modules that hold a shared convolution
+        self.hooks: list[RemovableHandle] = []
 
-    def __enter__(self):
-        self.hooks = []
-        for holder in {h for some in self.holders.values() if len(some) > 1 for h in some}:
+    def __enter__(self) -> Self:
+        sharing = [holders for holders in self.holders.values() if len(holders) > 1]
+        for holder in {holder for holders in sharing for holder in holders}:
             self.hooks.append(holder.register_forward_pre_hook(lambda m, _: self.running.append(m)))
             self.hooks.append(holder.register_forward_hook(lambda m, *_: self.running.remove(m)))
         for layer in self.layers:
             self.hooks.append(layer.register_forward_pre_hook(self._enter_layer, with_kwargs=True))
             self.hooks.append(layer.register_forward_hook(self._leave_layer))
-        return super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
 
-    def __exit__(self, *error):
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         for hook in self.hooks:
             hook.remove()
-        return super().__exit__(*error)
+        self.hooks.clear()
+        super().__exit__(kind, error, traceback)  # type: ignore[no-untyped-call]
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         for value in tree_leaves((args, kwargs)):
             if isinstance(value, Tensor):
                 self._see(value, func)
         return func(*args, **(kwargs or {}))
 
-    def _see(self, tensor: Tensor, func: Callable) -> None:
+    def _see(self, tensor: Tensor, func: Callable[..., Any]) -> None:
         owner = self.owners.get(id(tensor))
         if owner is not None and owner not in self.active:
             self.leaks.add(owner)
-        call = self.outputs.get(tensor)
+        call = self._call_of(tensor)
         # What a norm does with its input is the norm's reading of it, noted when it was entered.
         if call is not None and not (self.active and self.active[-1] in call.readers):
             call.readers.append(str(func))
 
-    def _enter_layer(self, layer: nn.Module, args: tuple, kwargs: dict) -> None:
+    def _call_of(self, tensor: Tensor) -> Call | None:
+        return self.outputs.get(tensor, None)
+
+    def _enter_layer(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not isinstance(layer, CONVS):
             x = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
-            call = None if x is None else self.outputs.get(x)
+            call = None if x is None else self._call_of(x)
             if call is not None:
                 call.readers.append(layer)
-            unchanged = call is not None and call.version == x._version
+            unchanged = x is not None and call is not None and call.version == x._version
             self.inputs.append((layer, call if unchanged else None))
         self.active.append(layer)
 
-    def _leave_layer(self, layer: nn.Module, args: tuple, output: object) -> None:
+    def _leave_layer(self, layer: nn.Module, args: tuple[Any, ...], output: object) -> None:
         self.active.remove(layer)
         if isinstance(layer, CONVS) and isinstance(output, Tensor):
             holders = self.holders.get(layer, [])
@@ -319,8 +392,8 @@ class Watch(TorchDispatchMode):
 
 def holders_of(root: nn.Module) -> dict[nn.Module, list[nn.Module]]:
     """The modules that have a convolution as a child, by convolution."""
-    found = defaultdict(list)
+    holders: dict[nn.Module, list[nn.Module]] = defaultdict(list)
     for module in root.modules():
         for child in {c for c in module.children() if isinstance(c, CONVS)}:
-            found[child].append(module)
-    return found
+            holders[child].append(module)
+    return holders

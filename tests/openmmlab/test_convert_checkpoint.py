@@ -20,8 +20,8 @@ from tests import published_layouts as layouts
 from tests.openmmlab import matrix
 from wsbcn_mm import BatchChannelNorm2d, WSConv2d, reference
 from wsbcn_mm.checkpoint_layouts import convert_state
-from wsbcn_mm.openmmlab import checkpoints as loading
 from wsbcn_mm.openmmlab.checkpoints import compare
+from wsbcn_mm.openmmlab.hooks import checkpoints as loading
 from wsbcn_mm.openmmlab.measure.recalibration import write_statistics
 from wsbcn_mm.recalibration import recalibrate
 
@@ -227,15 +227,18 @@ def stem(norm, **extra):
     return {'conv1.weight': torch.zeros(64, 3, 7, 7), **norm('bn1', 64), **extra}
 
 
-def test_the_tool_prints_every_key_and_records_the_formula(convert, tmp_path):
+def test_the_tool_says_what_became_of_the_tensors_and_records_the_formula(convert, tmp_path):
     source, out = tmp_path / 'rn50.pth.tar', tmp_path / 'new' / 'a.pth'
     state = layouts.module(stem(layouts.authors_bcn, **{'fc.weight': torch.zeros(2, 2)}))
     torch.save(dict(state_dict=state, epoch=90), source)
     code, said = convert(source, '-o', out, '--from', 'authors-bcn')
     assert code is None
-    assert 'conv1.weight -> conv1.weight' in said
-    assert 'bn1.pbn.running_var -> bcn1.bn.running_var' in said
-    assert 'dropped: fc.weight' in said
+    assert '1 tensors under their names\n  conv1.weight\n' in said
+    assert '1 tensors dropped\n  fc.weight: the classifier' in said
+    assert '7 tensors renamed, such as\n  bn1.weight -> bcn1.weight\n' in said
+    assert 'pbn' not in said  # one stands for all
+    code, every = convert(source, '-o', out, '--from', 'authors-bcn', '--verbose')
+    assert 'bn1.pbn.running_var -> bcn1.bn.running_var' in every
     assert "conv_cfg=dict(type='WSConv2d', formula='var_eps')" in said
     written = torch.load(out, weights_only=True)
     assert written['meta']['formula'] == 'var_eps'
@@ -243,7 +246,8 @@ def test_the_tool_prints_every_key_and_records_the_formula(convert, tmp_path):
     assert [file.name for file in out.parent.iterdir()] == ['a.pth']  # no temporary file
 
     torch.save(stem(layouts.affine), source)
-    code, said = convert(source, '-o', out, '--from', 'authors-gn-ws', '--to', 'bcn-ws')
+    arguments = (source, '-o', out, '--from', 'authors-gn-ws', '--to', 'bcn-ws', '-v')
+    code, said = convert(*arguments)
     assert code is None
     assert '(new) -> bcn1.bn.running_var = 1' in said
     assert "affine='channel'" in said and 'recalibrate.py' in said and '--keep-function' in said
@@ -305,7 +309,7 @@ def test_the_tool_takes_a_part_of_a_model(convert, tmp_path):
     arguments = [tmp_path / 'a.pth', '-o', tmp_path / 'b.pth', '--from', 'openmmlab-gn-ws']
     assert 'NOT CONVERTED: encoder.conv1.weight' in convert(*arguments)[1]
     code, said = convert(*arguments, '--prefix', 'encoder.')
-    assert code is None and 'conv1.weight -> conv1.weight' in said
+    assert code is None and '1 tensors under their names' in said
     assert "no name that starts with 'decoder.'" in convert(*arguments, '--prefix', 'decoder.')[0]
     torch.save(state, tmp_path / 'a.pth')
     assert "all names start with 'encoder.': give --prefix" in convert(*arguments)[0]
@@ -340,7 +344,7 @@ def test_init_cfg_says_how_much_of_the_model_it_fills(said, tmp_path, monkeypatc
     model.init_weights()
     assert torch.equal(model.layer4[0].norm3.batch_bias, expected['layer4.0.bcn3.batch_bias'])
     ((text, _),) = said
-    assert 'fills every conv and norm tensor of ResNet' in text
+    assert 'ResNet: fills all ' in text
 
     # The same with a prefix, as a classifier's or detector's file has it.
     said.clear()
@@ -348,7 +352,7 @@ def test_init_cfg_says_how_much_of_the_model_it_fills(said, tmp_path, monkeypatc
     model = backbone(file, monkeypatch, prefix='backbone.')
     model.init_weights()
     assert torch.equal(model.conv1.weight, expected['conv1.weight'])
-    assert 'fills every' in said[0][0]
+    assert 'fills all' in said[0][0]
 
     # Another norm: the share, and the first names.
     said.clear()
@@ -370,7 +374,7 @@ def test_init_cfg_says_how_much_of_the_model_it_fills(said, tmp_path, monkeypatc
 
 
 def test_a_missing_or_damaged_start_is_told_before_training(tmp_path, monkeypatch):
-    from wsbcn_mm.openmmlab.config import check_pretrained
+    from wsbcn_mm.openmmlab.preflight import check_pretrained
 
     monkeypatch.chdir(tmp_path)
     name = 'mask-rcnn_r50_fpn_ws-bcn_4xb2-2x_coco'

@@ -8,11 +8,14 @@ pytest.importorskip('mmseg', reason='converts configs of mmseg')
 
 import json
 
-import sweep
 import sweep_upstream as tool
+from mmengine.config import Config
 from sweep import examine, upstream_configs
+from sweep_report import BEGIN, END, got_through, report, write_report
+from trial import NOT_REACHED, OK, Trial, try_network
 
 from wsbcn_mm import BatchChannelNorm2d
+from wsbcn_mm.openmmlab.conversion.convert import convert_config
 
 # One of every way in which norms and convolutions come into a model.
 CONVERTED = {
@@ -55,7 +58,7 @@ OTHERS = {
 
 @pytest.mark.parametrize('source', CONVERTED)
 def test_upstream_configs_are_converted(source):
-    record = examine(source, forward=False)
+    record = examine(source, run=False)
     assert record['outcome'] == 'converted', record['reason']
     assert record['clean'], record['findings']
     assert record['layers']['bn'] == 0 and record['layers']['bcn'] > 0
@@ -63,7 +66,7 @@ def test_upstream_configs_are_converted(source):
 
 @pytest.mark.parametrize('source, outcome', OTHERS.items())
 def test_upstream_configs_that_are_something_else(source, outcome):
-    record = examine(source, forward=False)
+    record = examine(source, run=False)
     assert record['outcome'] == outcome and record['reason']
 
 
@@ -75,10 +78,9 @@ def test_upstream_configs_that_are_something_else(source, outcome):
         'mmseg::encnet/encnet_r50-d8_4xb2-40k_cityscapes-512x1024.py',
     ],
 )
-def test_a_run_confirms_what_the_structure_says(source, tmp_path):
-    record = examine(source, forward=True, written=tmp_path / 'x.py')
-    assert (record['forward'], record['size'], record['bare']) == ('whole', 64, [])
-    assert record['read_back']
+def test_a_step_confirms_what_the_structure_says(source):
+    done = try_network(convert_config(source).cfg, 1)
+    assert got_through(done.as_dict()) and (done.size, done.without_norm) == (64, []), done
 
 
 def test_the_sample_is_of_configs_that_are_shipped():
@@ -90,7 +92,7 @@ def test_the_sample_is_of_configs_that_are_shipped():
 
 def test_the_sweep_goes_on_where_it_was_killed(tmp_path):
     file = tmp_path / 'sweep.jsonl'
-    done = dict(config='mmdet::a/b.py', outcome='converted', reason='', model='x', clean=True)
+    done = dict(config='mmdet::a/b.py', outcome='converted', reason='', network='x', clean=True)
     file.write_text(json.dumps(done) + '\n{"config": "mmdet::a/c.py", "outc')
     records = tool.read(file)
     assert list(records) == ['mmdet::a/b.py']
@@ -101,51 +103,76 @@ def test_the_sweep_goes_on_where_it_was_killed(tmp_path):
 
 
 def test_the_table_counts():
-    base = dict(reason='', left=[], clean=True, findings=[], layers={}, read_back=True, size=64)
+    base = dict(reason='', left=[], clean=True, findings=[], layers={}, read_back=True)
+    whole = Trial(OK, OK, OK, OK, 64).as_dict()
     why = 'RuntimeError: too small'
     records = {
-        'mmdet::a/1.py': dict(base, outcome='converted', model='x', forward='whole', bare=[]),
+        'mmdet::a/1.py': dict(
+            base, outcome='converted', network='x', original=whole, converted=whole
+        ),
         'mmdet::a/2.py': dict(base, outcome='failed', reason='ValueError: a | b'),
         'mmdet::a/3.py': dict(
             base,
             outcome='all but DCN',
             reason='DCN',
-            model='y',
-            bare=[],
-            forward='',
-            why=why,
-            original='whole',
+            network='y',
+            original=whole,
+            converted=Trial(OK, OK, why, size=64).as_dict(),
         ),
         'mmseg::b/1.py': dict(base, outcome='nothing to convert', reason='no norm'),
     }
-    text = tool.report(records, 4)
+    text = report(records, 4)
     assert '| mmdet | 3 | 1 | 1 | 0 | 0 | 0 | 1 | 3 | 66.7 % |' in text
     assert '| mmseg | 1 | 0 | 0 | 1 | 0 | 0 | 0 | 0 |  |' in text
     assert 'ValueError: a \\| b' in text
-    assert '2: 1 whole at 64x64, 1 did not run' in text
-    assert f'| nothing at all | whole | {why} | 1 |' in text  # a defect of ours, for all to see
+    assert '| as shipped | 2 | 2 | 2 | 2 |' in text and '| converted | 2 | 2 | 1 | 1 |' in text
+    assert 'less far converted than as shipped: 1.' in text
+    assert f'| not trained: {why} | gets through | 1 |' in text  # a defect of ours, for all to see
 
 
 def test_the_tables_leave_what_is_written_by_hand(tmp_path):
     file = tmp_path / 'a.md'
-    file.write_text(f'by hand\n{tool.BEGIN}\nold\n{tool.END}\nmore\n')
-    tool.write_report(file, 'new')
-    assert file.read_text() == f'by hand\n{tool.BEGIN}\n\nnew\n{tool.END}\nmore\n'
+    file.write_text(f'by hand\n{BEGIN}\nold\n{END}\nmore\n')
+    write_report(file, 'new')
+    assert file.read_text() == f'by hand\n{BEGIN}\n\nnew\n{END}\nmore\n'
     file.write_text('by hand')
     with pytest.raises(SystemExit, match='to write between'):
-        tool.write_report(file, 'new')
+        write_report(file, 'new')
     assert file.read_text() == 'by hand'
 
 
-def test_a_run_that_fails_says_what_the_original_does(monkeypatch):
-    """The original runs and the converted network does not: that is ours to see."""
-    source = 'mmseg::fcn/fcn_r18-d8_4xb2-80k_cityscapes-512x1024.py'
-    monkeypatch.setattr(sweep, 'SIZES', (32,))
+def test_a_network_that_trains_as_shipped_and_not_converted(monkeypatch):
+    """What fails, and at which stage, is ours to see."""
+    model = dict(
+        type='EncoderDecoder',
+        data_preprocessor=dict(type='SegDataPreProcessor', size=(512, 512)),
+        backbone=dict(type='ResNet', depth=18, base_channels=8),
+        decode_head=dict(
+            type='FCNHead',
+            in_channels=64,
+            in_index=3,
+            channels=8,
+            num_classes=2,
+            norm_cfg=dict(type='BCN', num_groups=2),
+            loss_decode=dict(type='CrossEntropyLoss'),
+        ),
+        train_cfg=dict(),
+        test_cfg=dict(mode='whole'),
+    )
+    cfg = Config(dict(default_scope='mmseg', model=model))
+    done = try_network(cfg, 1)
+    assert got_through(done.as_dict()) and done.size == 64, done
+    forward, seen = BatchChannelNorm2d.forward, []
 
     def broken(self, x):
-        raise RuntimeError('broken')
+        seen.append(self.training)
+        if not self.training:
+            raise RuntimeError('broken')
+        return forward(self, x)
 
     monkeypatch.setattr(BatchChannelNorm2d, 'forward', broken)
-    record = examine(source)
-    assert (record['forward'], record['original']) == ('', 'whole')
-    assert record['why'] == 'RuntimeError: broken'
+    done = try_network(cfg, 1)
+    assert (done.trained, done.evaluated) == (OK, 'RuntimeError: broken') and True in seen
+    cfg.model.backbone.init_cfg = dict(type='NoSuchInit')
+    done = try_network(cfg, 1)
+    assert done.initialised.startswith('KeyError') and done.trained == NOT_REACHED

@@ -107,8 +107,7 @@ def build(config: str, variant: str, shape: tuple[int, int]) -> tuple[nn.Module,
 
     from wsbcn_mm import fold
     from wsbcn_mm.openmmlab.config import load_config
-    from wsbcn_mm.openmmlab.deploy import inference
-    from wsbcn_mm.openmmlab.deploy import settings as plain
+    from wsbcn_mm.openmmlab.deploy import inference, settings
 
     MMLogger.get_current_instance().setLevel('WARNING')  # it writes to stdout
     cfg = load_config(config)
@@ -116,7 +115,7 @@ def build(config: str, variant: str, shape: tuple[int, int]) -> tuple[nn.Module,
     if names is not None:
         replace_layers(cfg.model, *names)
     torch.manual_seed(0)
-    plain.drop_pretrained(cfg.model)
+    settings.drop_pretrained(cfg.model)
     model: Any = inference.build_model(cfg)
     model.init_weights()  # as a training begins: torch's own start is ill-conditioned
     network: nn.Module = Network(model).requires_grad_(False)
@@ -153,17 +152,17 @@ def caller(
                 return network(image)
 
         return run
-    from wsbcn_mm.openmmlab.deploy import onnx as export
-    from wsbcn_mm.openmmlab.deploy.inference import Part
+    from wsbcn_mm.openmmlab.deploy import onnx
+    from wsbcn_mm.openmmlab.deploy.parts import Part
 
     with torch.no_grad():
         names = [f'output_{i}' for i in range(len(network(image)))]
     part = Part('image', network, image, names)
     if not file.exists():
-        export.export_part(part, file)
-        export.check_graph(file)
-        export.check_results(part, file)
-    session, array = export.onnxruntime_session(file), image.numpy()
+        onnx.export_part(part, file)
+        onnx.check_graph(file)
+        onnx.check_results(part, file)
+    session, array = onnx.onnxruntime_session(file), image.numpy()
     return lambda: session.run(None, {'image': array})
 
 

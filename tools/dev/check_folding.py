@@ -9,30 +9,18 @@ in the file already are passed over. The exit status is 1 if a folded model is o
 """
 
 import argparse
-import hashlib
 import json
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mmengine.config import Config
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # also from a clone not installed
 
 BOUNDS = {'fold_float64': 1e-10, 'fold_float32': 1e-5, 'stock_float32': 1e-5}
-# Keys of a model's config that say nothing about the network in evaluation; losses are others.
-TRAINING = {
-    'init_cfg',
-    'pretrained',
-    'train_cfg',
-    'frozen_stages',
-    'norm_eval',
-    'with_cp',
-    'requires_grad',
-    'momentum',
-    'mode',
-    'sync',
-    'zero_init_residual',
-    'batch_augments',
-}
 
 
 def parse_args() -> argparse.Namespace:
@@ -45,36 +33,17 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def load(name: str):
+def load(name: str) -> 'Config':
     """The config, converted where it is one of upstream."""
     from wsbcn_mm.openmmlab import config
-    from wsbcn_mm.openmmlab.conversion import convert as convert_config
+    from wsbcn_mm.openmmlab.conversion.convert import convert_config
 
     if '::' in name:
-        return convert_config.convert_config(name).cfg
+        return convert_config(name).cfg
     return config.load_config(name)
 
 
-def network_of(cfg) -> str:
-    """A name for the network of a config: the same for configs that differ in training alone."""
-
-    def without_training(value: object) -> object:
-        if isinstance(value, dict):
-            return {
-                key: without_training(item)
-                for key, item in value.items()
-                if key not in TRAINING and not str(key).startswith('loss')
-            }
-        if isinstance(value, (list, tuple)):
-            return [without_training(item) for item in value]
-        return value
-
-    network = dict(scope=cfg.get('default_scope'), model=without_training(cfg.model))
-    text = json.dumps(network, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def randomise(model) -> None:
+def randomise(model: Any) -> None:
     """Weights as they were initialised; statistics and affines far from their initial values."""
     import torch
     from torch import nn
@@ -83,6 +52,7 @@ def randomise(model) -> None:
 
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            assert module.running_mean is not None and module.running_var is not None
             module.running_mean.normal_()
             module.running_var.uniform_(0.2, 5)
         if isinstance(module, BatchChannelNorm):
@@ -90,48 +60,44 @@ def randomise(model) -> None:
                 torch.nn.init.normal_(parameter, 1, 0.3)
 
 
-def check(cfg, shape: tuple[int, int]) -> dict:
+def check(cfg: 'Config', shape: tuple[int, int]) -> dict[str, Any]:
     """The errors of one config."""
     import torch
 
-    from wsbcn_mm import folding
     from wsbcn_mm.openmmlab.deploy import inference, stock
-    from wsbcn_mm.openmmlab.deploy import settings as plain
+    from wsbcn_mm.openmmlab.deploy.parts import relative_error, tensor_parts
+    from wsbcn_mm.openmmlab.deploy.settings import CannotBePlain
 
     torch.manual_seed(0)
-    model = inference.build_model(cfg)
-    randomise(model)
     image = inference.random_image(*shape)
-    steps = folding.plan(model, run=inference.run_on(cfg, image))
+    planned = inference.load_planned(cfg, None, image)
+    model, plan = planned.model, planned.plan
+    randomise(model)
     x = inference.preprocess(model, cfg, image)
-    parts = inference.tensor_parts(model, x)
+    parts = tensor_parts(model, x)
     result = dict(
-        norms=sum(step.norm is not None for step in steps.folds),
-        weights=sum(step.norm is None for step in steps.folds),
-        left=steps.left,
+        norms=sum(fold.norm is not None for fold in plan.folds),
+        weights=sum(fold.norm is None for fold in plan.folds),
+        left=plan.left,
         parts=[part.name for part in parts],
     )
-
-    def error(other: torch.nn.Module, x: torch.Tensor, parts: list) -> float:
-        return inference.relative_error(parts, inference.tensor_parts(other, x))
-
-    result['fold_float32'] = error(steps.apply(model), x, parts)
+    result['fold_float32'] = relative_error(parts, tensor_parts(plan.apply(model), x))
     try:
-        stock_cfg, other = stock.stock_model(cfg, model, steps)
-    except plain.CannotBePlain as reason:
+        stock_cfg, stock_model = stock.stock_model(cfg, model, plan)
+    except CannotBePlain as reason:
         result['stock'] = str(reason)
     else:
         listed = len(stock_cfg.model.layers) if stock.lists_layers(stock_cfg) else 0
         result['stock'] = f'{listed} layers listed' if listed else 'settings alone'
-        result['stock_float32'] = error(other, x, parts)
+        result['stock_float32'] = relative_error(parts, tensor_parts(stock_model, x))
     model.double()
     x = inference.preprocess(model, cfg, image)
     try:
-        parts = inference.tensor_parts(model, x)
+        parts = tensor_parts(model, x)
     except RuntimeError as reason:  # some hosts' layers compute in float32 whatever comes in
         result['no_float64'] = str(reason)
     else:
-        result['fold_float64'] = error(steps.apply(model), x, parts)
+        result['fold_float64'] = relative_error(parts, tensor_parts(plan.apply(model), x))
     return result
 
 
@@ -175,6 +141,8 @@ def table(rows: list[dict]) -> str:
 def main() -> None:
     """Goes through the configs."""
     args = parse_args()
+    from networks import network_of
+
     done = read(args.output)
     networks = {row['network']: row['config'] for row in done.values() if 'same_as' not in row}
     started, off = time.monotonic(), []

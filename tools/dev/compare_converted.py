@@ -90,7 +90,8 @@ def data_of(scope: str):
 
 def configure(source: str, data: str, kind: str, args: argparse.Namespace):
     """The config of one run."""
-    from wsbcn_mm.openmmlab.conversion.convert import ESTIMATES_HOOK, convert_config
+    from wsbcn_mm.openmmlab.conversion.convert import convert_config
+    from wsbcn_mm.openmmlab.registry import ESTIMATES_HOOK
 
     conversion = convert_config(source)
     cfg = conversion.cfg

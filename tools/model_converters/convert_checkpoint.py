@@ -3,6 +3,10 @@
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from wsbcn_mm.checkpoint_layouts import Conversion
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # also from a clone not installed
 
@@ -27,11 +31,28 @@ def parse_args() -> argparse.Namespace:
         default='',
         help="convert the tensors alone whose names start so, without it: 'backbone.' of a model",
     )
+    parser.add_argument('-v', '--verbose', action='store_true', help='print every tensor')
     return parser.parse_args()
 
 
+def print_tensors(done: 'Conversion', every: bool) -> None:
+    """What became of the tensors: every one, or of each kind the number and the first."""
+    kinds = {
+        'under their names': [old for old, new in done.moved if old == new],
+        'renamed': [f'{old} -> {new}' for old, new in done.moved if old != new],
+        'new': [f'(new) -> {key} = {value}' for key, value in done.added.items()],
+        'dropped': [f'{key}: {reason}' for key, reason in done.dropped.items()],
+    }
+    for kind, lines in kinds.items():
+        if lines:
+            more = '' if every or len(lines) == 1 else ', such as'
+            print(f'{len(lines)} tensors {kind}{more}')
+            for line in lines if every else lines[:1]:
+                print(f'  {line}')
+
+
 def run(args: argparse.Namespace) -> None:
-    """Reads, converts, prints every key, writes."""
+    """Reads, converts, says what became of the tensors, writes."""
     from wsbcn_mm.checkpoint_layouts import convert_state
     from wsbcn_mm.openmmlab import files
     from wsbcn_mm.openmmlab.checkpoints import read_checkpoint, state_dict_of
@@ -41,12 +62,7 @@ def run(args: argparse.Namespace) -> None:
     if not state:
         raise ValueError(f'{args.checkpoint} has no name that starts with {args.prefix!r}')
     done = convert_state(state, args.source, args.to, args.num_groups)
-    for old, new in done.moved:
-        print(f'{old} -> {new}')
-    for key, value in done.added.items():
-        print(f'(new) -> {key} = {value}')
-    for key, reason in done.dropped.items():
-        print(f'dropped: {key}: {reason}')
+    print_tensors(done, args.verbose)
     for key, reason in done.left.items():
         print(f'NOT CONVERTED: {key}: {reason}')
     if done.left:

@@ -15,6 +15,22 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--norm', default='BCN', help='BCN or GN')
     parser.add_argument('--conv', default='WSConv2d', help='WSConv2d, or none for norms alone')
     parser.add_argument('--images-per-gpu', type=int, default=1, help='batch size of one process')
+    parser.add_argument(
+        '--gpus',
+        type=int,
+        help='number of processes; default: as many as the learning rate is for, by auto_scale_lr, '
+        'else by the file name (8xb2)',
+    )
+    parser.add_argument(
+        '--accumulate', type=int, help='iterations per step of the optimizer; default: as it is'
+    )
+    parser.add_argument(
+        '--schedule',
+        choices=('images', 'keep'),
+        default='images',
+        help='images: a schedule by iterations is stretched, so that as many images are seen; '
+        'keep: as many iterations as before; default: images',
+    )
     parser.add_argument('--keep-lr', action='store_true', help='do not scale the learning rate')
     parser.add_argument(
         '--keep-dcn',
@@ -30,10 +46,11 @@ def main() -> None:
     """Converts, prints the difference, writes."""
     args = parse_args()
     from wsbcn_mm.openmmlab import command_line
-    from wsbcn_mm.openmmlab.conversion import convert as convert_config
+    from wsbcn_mm.openmmlab.conversion.convert import convert_config
+    from wsbcn_mm.openmmlab.conversion.write import write_config
 
     with command_line.errors_in_one_line():
-        conversion = convert_config.convert_config(
+        conversion = convert_config(
             args.source,
             args.norm,
             args.conv,
@@ -41,9 +58,12 @@ def main() -> None:
             args.keep_lr,
             args.checkpoint,
             args.keep_dcn,
+            args.gpus,
+            args.accumulate,
+            args.schedule,
         )
         if args.out is not None:
-            convert_config.write_config(conversion, args.out)
+            write_config(conversion, args.out)
     print(conversion)
     print(f'written: {args.out}' if args.out else 'nothing written: give -o FILE')
 

@@ -48,31 +48,26 @@ def main() -> None:
 
 def export(args: argparse.Namespace) -> None:
     """Raises before anything is written where something is wrong."""
-    from wsbcn_mm import folding
-    from wsbcn_mm.openmmlab import config
-    from wsbcn_mm.openmmlab.deploy import inference
-    from wsbcn_mm.openmmlab.deploy import onnx as export
+    from wsbcn_mm.openmmlab.deploy import inference, onnx, parts
 
     for name in ('onnx', 'onnxscript', 'onnxruntime'):
         __import__(name)
-    cfg = config.load_config(args.config, args.cfg_options)
-    model = inference.load_model(cfg, args.checkpoint)
     image = inference.random_image(*args.shape)
-    steps = folding.plan(model, run=inference.run_on(cfg, image))
-    print(steps)
-    folded = steps.apply(model, plain=True)
-    folded.requires_grad_(False)
-    parts = inference.tensor_parts(folded, inference.preprocess(model, cfg, image))
+    planned = inference.load_planned(args.config, args.checkpoint, image, args.cfg_options)
+    print(planned.plan)
+    folded = planned.folded(plain=True).requires_grad_(False)
+    metadata = onnx.metadata_of(planned.cfg, folded)
+    x = inference.preprocess(folded, planned.cfg, image)
     args.output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.output, prefix='.') as folder:
         files = []
-        for part in parts:
+        for part in parts.tensor_parts(folded, x):
             if part.name.startswith('auxiliary'):
                 continue  # of use in training only
             file = Path(folder) / f'{part.name}.onnx'
-            export.export_part(part, file, args.opset, args.dynamic, export.metadata_of(cfg, model))
-            counts = export.check_graph(file)
-            error = export.check_results(part, file)
+            onnx.export_part(part, file, args.opset, args.dynamic, metadata)
+            counts = onnx.check_graph(file)
+            error = onnx.check_results(part, file)
             files.append(file)
             print(
                 f'{file.name}: {part.input_name} {tuple(part.input.shape)} -> '

@@ -9,27 +9,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from wsbcn_mm.folding.evidence import guess_inputs
 from wsbcn_mm.layers import BatchChannelNorm, WeightStandardized
+from wsbcn_mm.structure import computes_with_its_weight
 
 
-@torch.no_grad()
 def is_linear_in_its_weight(conv: _ConvNd) -> bool:
-    """Whether scaling a convolution's weight and adding a bias does that to its output.
-
-    Torch's own do. A subclass may compute its weight (mmcv's ConvWS): that is found out by trying.
-    A parametrized one does.
-    """
-    if hasattr(conv, 'parametrizations') and not isinstance(conv, WeightStandardized):
-        return False
-    if isinstance(conv, WeightStandardized) or type(conv).__module__ == 'torch.nn.modules.conv':
-        return True
-    conv = copy.deepcopy(conv).double()
-    scale = torch.linspace(0.5, 2, conv.out_channels, dtype=torch.float64).to(conv.weight.device)
-    (x,) = guess_inputs(conv)
-    expected = conv(x) * scale.view(-1, *[1] * (x.dim() - 2)) + scale.view(-1, *[1] * (x.dim() - 2))
-    found = _scale(conv, scale, scale)(x)
-    return found.shape == expected.shape and torch.allclose(found, expected, 1e-9, 1e-9)
+    """Whether scaling a convolution's weight and adding a bias does that to its output."""
+    return isinstance(conv, WeightStandardized) or computes_with_its_weight(conv)
 
 
 def folded_conv(conv: _ConvNd, norm: nn.Module | None) -> _ConvNd:

@@ -18,6 +18,7 @@ from tests.openmmlab.conversion.test_convert import retinanet, tiny
 from wsbcn_mm import BatchChannelNorm2d, WSConv2d
 from wsbcn_mm.audit import has_problems
 from wsbcn_mm.openmmlab.config import find_config
+from wsbcn_mm.openmmlab.conversion import probe
 from wsbcn_mm.openmmlab.conversion.audit import audit
 
 CONFIGS = Path(__file__).resolve().parents[3] / 'configs'
@@ -185,6 +186,21 @@ def test_checkpoints(tmp_path):
     assert "'var_eps'" in found(init(str(authors)))['formula'].why
 
 
+def test_a_checkpoint_of_another_depth_or_affine(tmp_path):
+    file = tmp_path / 'backbone.pth'
+    init = dict(type='Pretrained', checkpoint=str(file))
+    source = write(tmp_path, retinanet(**GOOD, init_cfg=init))
+    state = probe.build(Config.fromfile(source)).backbone.state_dict()
+    torch.save(dict(state_dict=state), file)
+    assert found(source) == {}
+    channel = {k: v.repeat(2) if '.bcn' in k and v.numel() == 32 else v for k, v in state.items()}
+    torch.save(dict(state_dict=channel), file)
+    finding = found(source)['checkpoint']
+    assert finding.level == 'warning' and 'of another shape: layer1.0.bcn1.weight' in finding.why
+    torch.save(dict(state_dict={k: v for k, v in state.items() if 'layer4' not in k}), file)
+    assert 'not in the file: layer4.0.conv1.weight' in found(source)['checkpoint'].why
+
+
 # ---- checkpoints -------------------------------------------------------------------------------
 
 
@@ -213,6 +229,23 @@ def test_the_config_inside_of_a_checkpoint_is_audited(tmp_path):
     model = nn.Sequential(nn.Conv2d(3, 8, 3))
     cfg = Config.fromfile(write(tmp_path, retinanet(**{**GOOD, 'norm_eval': True})))
     assert 'frozen-estimates' in found(save(tmp_path, model, cfg=cfg.pretty_text))
+
+
+@pytest.mark.parametrize(
+    'text',
+    [
+        'import os\nopen({mark!r}, "w")\nmodel = dict(type="RetinaNet")\n',
+        'model = dict(type="os.mkdir", path={mark!r})\n',
+        'model = dict(type="mmengine.mkdir_or_exist", dir_name={mark!r})\n',
+    ],
+)
+def test_nothing_of_a_checkpoints_config_is_run(tmp_path, text):
+    mark = str(tmp_path / 'mark')
+    meta = dict(cfg=text.format(mark=mark))
+    torch.save(dict(state_dict=nn.Conv2d(3, 8, 3).state_dict(), meta=meta), tmp_path / 'a.pth')
+    finding = found(tmp_path / 'a.pth')['config']
+    assert finding.level == 'note' and 'cannot be audited' in finding.why
+    assert not Path(mark).exists()
 
 
 def test_files_that_are_no_checkpoints(tmp_path):

@@ -11,15 +11,18 @@ import importlib
 import inspect
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 from unittest import mock
 
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope, Registry
-from torch import nn
+from torch import Tensor, nn
 
+from wsbcn_mm.openmmlab.conversion.changes import Place, dotted
+from wsbcn_mm.openmmlab.errors import first_line
 from wsbcn_mm.openmmlab.registry import CONVERTED
 
 # Dicts under these keys are built by mmcv's own builders, with arguments of their parents'.
@@ -41,10 +44,10 @@ class Node:
             there is none).
     """
 
-    path: tuple
+    path: Place
     cfg: dict
     kind: type
-    defaults: dict[str, object]
+    defaults: dict[str, Any]
 
     @property
     def where(self) -> str:
@@ -55,16 +58,14 @@ class Node:
         """Whether the constructor has an argument of this name."""
         return name in self.defaults
 
-    def get(self, name: str) -> object:
+    def get(self, name: str) -> Any:
         """The value in the config, else the constructor's default; None where there is neither."""
         value = self.cfg.get(name, self.defaults.get(name))
         return None if value is inspect.Parameter.empty else value
 
 
-def dotted(path: tuple) -> str:
-    """``('model', 'bbox_head', 0, 'norm_cfg')`` as ``model.bbox_head[0].norm_cfg``."""
-    text = ''.join(f'[{key}]' if isinstance(key, int) else f'.{key}' for key in path)
-    return text.removeprefix('.')
+class NoModel(ValueError):
+    """The config has no model: a file of parts, or of a dataset."""
 
 
 def register_hosts(cfg: Config) -> None:
@@ -78,11 +79,11 @@ def nodes(cfg: Config) -> list[Node]:
     """The nodes of ``cfg.model``, from the outside to the inside.
 
     Raises:
-        ValueError: the config has no model.
+        NoModel: a ValueError; the config has no model.
     """
     model = cfg.get('model')
     if not isinstance(model, dict) or 'type' not in model:
-        raise ValueError(
+        raise NoModel(
             f'{cfg.filename or "the config"} has no model: no top-level `model = dict(type=...)`\n'
             '  is it a file of _base_ parts, or of a dataset?'
         )
@@ -91,7 +92,7 @@ def nodes(cfg: Config) -> list[Node]:
         return list(_nodes(model, ('model',), None))
 
 
-def _nodes(value: object, path: tuple, scope: str | None) -> Iterator[Node]:
+def _nodes(value: Any, path: Place, scope: str | None) -> Iterator[Node]:
     if isinstance(value, dict):
         scope = value.get('_scope_', scope)
         name = value.get('type')
@@ -106,26 +107,26 @@ def _nodes(value: object, path: tuple, scope: str | None) -> Iterator[Node]:
             yield from _nodes(item, (*path, i), scope)
 
 
-def _class_of(kind: object, scope: str | None) -> type | None:
+def _class_of(kind: Any, scope: str | None) -> type | None:
     if isinstance(kind, str):
         with MODELS.switch_scope_and_registry(scope) as registry:
             kind = registry.get(kind)
     return kind if inspect.isclass(kind) and issubclass(kind, nn.Module) else None
 
 
-def constructor_defaults(kind: type) -> dict[str, object]:
+def constructor_defaults(kind: type) -> dict[str, Any]:
     """The arguments of a class, those that ``**kwargs`` hands to its bases included."""
-    found: dict[str, object] = {}
+    arguments: dict[str, Any] = {}
     for base in kind.__mro__:
         if '__init__' not in vars(base) or base is nn.Module:
             continue
-        parameters = list(inspect.signature(base.__init__).parameters.values())[1:]
+        parameters = list(inspect.signature(vars(base)['__init__']).parameters.values())[1:]
         for p in parameters:
             if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY):
-                found.setdefault(p.name, p.default)
+                arguments.setdefault(p.name, p.default)
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
             break
-    return found
+    return arguments
 
 
 # ---- building ----------------------------------------------------------------------------------
@@ -134,7 +135,7 @@ def constructor_defaults(kind: type) -> dict[str, object]:
 class _Tagged(str):
     """A type name that knows its place in the config; survives copies of the dict around it."""
 
-    path: tuple
+    path: Place
 
 
 class CannotBuild(ValueError):
@@ -152,11 +153,10 @@ def build(cfg: Config) -> nn.Module:
     """
     try:
         return _build(cfg)
-    except Exception as error:
-        first = (str(error).strip().splitlines() or [''])[0]
+    except Exception as error:  # a constructor may raise anything: named, and raised again
         raise CannotBuild(
             f'the model of {cfg.filename or "the config"} cannot be built here\n'
-            f'  {type(error).__name__}: {first}'
+            f'  {type(error).__name__}: {first_line(error)}'
         ) from error
 
 
@@ -165,32 +165,34 @@ def _build(cfg: Config) -> nn.Module:
     model = _tag(cfg.model, ('model',))
     original = Registry.build
 
-    def build_and_mark(self, cfg, *args, **kwargs):
-        module = original(self, cfg, *args, **kwargs)
+    def build_and_mark(self: Registry, cfg: Any, *args: Any, **kwargs: Any) -> Any:
+        module: Any = original(self, cfg, *args, **kwargs)
         kind = cfg.get('type') if isinstance(cfg, dict) else None
         if isinstance(kind, _Tagged) and isinstance(module, nn.Module):
-            module.config_path = kind.path
+            marked: Any = module
+            marked.config_path = kind.path
         return module
 
     with (
-        warnings.catch_warnings(action='ignore'),  # the hosts' own deprecations
+        warnings.catch_warnings(),
         mock.patch.object(Registry, 'build', build_and_mark),
         without_initialisation(),
         DefaultScope.overwrite_default_scope(cfg.get('default_scope')),
     ):
+        warnings.simplefilter('ignore')  # the hosts' own deprecations
         return MODELS.build(model)
 
 
-def _tag(value: object, path: tuple) -> object:
+def _tag(value: Any, path: Place) -> Any:
     if isinstance(value, dict):
-        copy = type(value)()
+        tagged = type(value)()
         for key, item in value.items():
-            copy[key] = _tag(item, (*path, key))
-        if isinstance(copy.get('type'), str):
-            kind = _Tagged(SAME_LAYER.get(copy['type'], copy['type']))
+            tagged[key] = _tag(item, (*path, key))
+        if isinstance(tagged.get('type'), str):
+            kind = _Tagged(SAME_LAYER.get(tagged['type'], tagged['type']))
             kind.path = path
-            copy['type'] = kind
-        return copy
+            tagged['type'] = kind
+        return tagged
     if isinstance(value, (list, tuple)):
         return type(value)(_tag(item, (*path, i)) for i, item in enumerate(value))
     return value
@@ -200,18 +202,20 @@ def _tag(value: object, path: tuple) -> object:
 def without_initialisation() -> Iterator[None]:
     """Skips torch's random initialisation: what it would fill is not looked at."""
 
-    def nothing(tensor: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
+    def nothing(tensor: Tensor, *_: object, **__: object) -> Tensor:
         return tensor
 
     names = [n for n in vars(torch.nn.init) if n.endswith('_') and not n.startswith('_')]
-    with mock.patch.multiple(torch.nn.init, **dict.fromkeys(names, nothing)):
+    with ExitStack() as stack:
+        for name in names:
+            stack.enter_context(mock.patch.object(torch.nn.init, name, nothing))
         yield
 
 
-def owners(model: nn.Module) -> dict[str, tuple]:
+def owners(model: Any) -> dict[str, Place]:
     """For each module name of a model from `build`: the path of the node that it belongs to."""
-    found: dict[str, tuple] = {}
+    owner: dict[str, Place] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         own = getattr(module, 'config_path', None)
-        found[name] = own or found.get(name.rpartition('.')[0], ('model',))
-    return found
+        owner[name] = own or owner.get(name.rpartition('.')[0], ('model',))
+    return owner

@@ -9,13 +9,14 @@ import json
 import logging
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from mmengine.config import Config
 from torch import Tensor, nn
 
-from wsbcn_mm.openmmlab.deploy.inference import Part
+from wsbcn_mm.openmmlab.deploy.parts import Part
 
 CONVS = ('Conv', 'ConvTranspose')
 GROUP_NORM_OPSET = 21  # the first with GroupNormalization as torch defines it
@@ -72,7 +73,7 @@ def export_part(
     """Writes one part as ONNX, with the exporter of torch (`torch.onnx.export`, dynamo).
 
     Args:
-        part: From `wsbcn_mm.openmmlab.deploy.inference.tensor_parts`, of a folded model.
+        part: From `wsbcn_mm.openmmlab.deploy.parts.tensor_parts`, of a folded model.
         path: The file.
         opset: Below 21 a GroupNorm is written out in means, which every runtime has, and which
             onnxruntime computes as exactly as torch; from 21 on it is one GroupNormalization,
@@ -83,6 +84,7 @@ def export_part(
     import onnx
 
     auto, static = torch.export.Dim.AUTO, torch.export.Dim.STATIC
+    shapes: tuple[Any, ...] | None
     if part.input_name == 'roi_features':
         shapes = ((auto, static, static, static),)
     else:
@@ -104,6 +106,7 @@ def export_part(
             output_names=part.outputs,
             dynamic_shapes=shapes,
         )
+    assert program is not None  # what the exporter of the dynamo kind returns
     proto = program.model_proto
     onnx.helper.set_model_props(proto, {k: json.dumps(v) for k, v in (metadata or {}).items()})
     onnx.save(proto, str(path))

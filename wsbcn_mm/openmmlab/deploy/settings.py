@@ -17,11 +17,12 @@ import inspect
 import math
 import re
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from mmcv.cnn import ConvModule
 from mmengine.config import Config, ConfigDict
-from mmengine.registry import HOOKS, MODELS
+from mmengine.registry import HOOKS, MODELS, Registry
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
@@ -65,32 +66,32 @@ def without_this_package(cfg: Config, replace_layers: Callable[[dict], None]) ->
     Raises:
         CannotBePlain: something of this package is left; the message says where.
     """
-    plain = copy.deepcopy(cfg)
-    replace_layers(plain.model)
-    drop_pretrained(plain.model)
-    plain.load_from, plain.resume = None, False
+    stock = copy.deepcopy(cfg)
+    replace_layers(stock.model)
+    drop_pretrained(stock.model)
+    stock.load_from, stock.resume = None, False
     for key in ('custom_imports', 'custom_hooks'):
-        plain.pop(key, None)
+        stock.pop(key, None)
     imports = [name for name in imports_of(cfg) if not _ours(name)]
     if imports:
-        plain.custom_imports = dict(cfg.custom_imports, imports=imports)
+        stock.custom_imports = dict(cfg.custom_imports, imports=imports)
     hooks = [hook for hook in cfg.get('custom_hooks') or () if not _is_our_type(hook, HOOKS)]
     if hooks:
-        plain.custom_hooks = hooks
-    for dataset in dicts(plain._cfg_dict):
+        stock.custom_hooks = hooks
+    for dataset in dicts(stock._cfg_dict):
         _replace_dataset(dataset)
     ours = {name for name, kind in MODELS.module_dict.items() if _ours(kind.__module__)}
     read = {*inspect.signature(Runner).parameters, 'tta_model'}
     # Variables of the config file, of use in that file alone.
-    for key in [k for k, v in plain.items() if k not in read and any(_places_of_ours(v, ours))]:
-        plain.pop(key)
-    left = sorted(_places_of_ours(plain._cfg_dict, ours))
-    if left:
+    for key in [k for k, v in stock.items() if k not in read and any(_places_of_ours(v, ours))]:
+        stock.pop(key)
+    without_equal = sorted(_places_of_ours(stock._cfg_dict, ours))
+    if without_equal:
         raise CannotBePlain(
             'these settings name something of wsbcn_mm that has no equal among stock layers\n  '
-            + '\n  '.join(left)
+            + '\n  '.join(without_equal)
         )
-    return plain
+    return stock
 
 
 def imports_of(cfg: Config) -> list[str]:
@@ -103,14 +104,14 @@ def _ours(name: str) -> bool:
     return name.partition('.')[0] == 'wsbcn_mm'
 
 
-def _is_our_type(value: dict, registry) -> bool:
+def _is_our_type(value: dict, registry: Registry) -> bool:
     if isinstance(value['type'], str) and _ours(value['type']):
         return True
     kind = registry.get(value['type']) if isinstance(value['type'], str) else value['type']
     return kind is not None and _ours(kind.__module__)
 
 
-def dicts(value: object) -> Iterator[dict]:
+def dicts(value: Any) -> Iterator[dict]:
     """Every dict in a config, from the outside in."""
     if isinstance(value, dict):
         yield value
@@ -120,7 +121,7 @@ def dicts(value: object) -> Iterator[dict]:
             yield from dicts(item)
 
 
-def _places_of_ours(value: object, ours: set[str], path: str = '') -> Iterator[str]:
+def _places_of_ours(value: Any, ours: set[str], path: str = '') -> Iterator[str]:
     if isinstance(value, dict):
         for key, item in value.items():
             yield from _places_of_ours(item, ours, f'{path}.{key}'.lstrip('.'))
@@ -131,7 +132,7 @@ def _places_of_ours(value: object, ours: set[str], path: str = '') -> Iterator[s
         yield f'{path}={value!r}'
 
 
-def _replace_layers(part: object, model: nn.Module, path: str = '') -> None:
+def _replace_layers(part: Any, model: nn.Module, path: str = '') -> None:
     """Sets ``conv_cfg`` and ``norm_cfg`` of this part of a model's config, and of those below."""
     if isinstance(part, (list, tuple)):
         for i, item in enumerate(part):
@@ -169,13 +170,13 @@ def _replace_layers(part: object, model: nn.Module, path: str = '') -> None:
 def _auto_groups(model: nn.Module, path: str) -> int:
     """The one number of groups that ``'auto'`` has become in a part of the model."""
     part = _get(model, path) or model
-    found = {m.num_groups for m in part.modules() if isinstance(m, BatchChannelNorm)}
-    if len(found) != 1:
+    numbers: set[int] = {m.num_groups for m in part.modules() if isinstance(m, BatchChannelNorm)}
+    if len(numbers) != 1:
         raise CannotBePlain(
-            f"{path}: num_groups='auto' became {sorted(found)} for its widths; one norm_cfg of "
+            f"{path}: num_groups='auto' became {sorted(numbers)} for its widths; one norm_cfg of "
             'stock layers has one number of groups'
         )
-    return found.pop()
+    return numbers.pop()
 
 
 def plain_conv_cfg(conv_cfg: dict) -> dict | None:
@@ -220,11 +221,11 @@ def _replace_dataset(dataset: dict) -> None:
 
 
 @torch.no_grad()
-def load_plain(plain: nn.Module, model: nn.Module, plan: Plan) -> None:
+def load_plain(stock: nn.Module, model: nn.Module, plan: Plan) -> None:
     """Fills a model built from `plain_config` with the weights of the original.
 
     Args:
-        plain: The stock model; changed in place.
+        stock: The stock model; changed in place.
         model: The original, with its trained weights.
         plan: What `folding.plan` found in the original: which norm follows which convolution.
 
@@ -232,25 +233,27 @@ def load_plain(plain: nn.Module, model: nn.Module, plan: Plan) -> None:
         CannotBePlain: a layer has no place in the stock model; the message names it.
     """
     norms = {name: m for name, m in model.named_modules() if isinstance(m, BatchChannelNorm)}
-    left = {name: reason for name, reason in plan.left.items() if name in norms}
-    if left:
+    not_folded = {name: reason for name, reason in plan.left.items() if name in norms}
+    if not_folded:
         raise CannotBePlain(
             'stock layers can stand for a BCN behind a convolution only\n  '
-            + '\n  '.join(f'{name}: {reason}' for name, reason in left.items())
+            + '\n  '.join(f'{name}: {reason}' for name, reason in not_folded.items())
         )
-    shared = [name for step in plan.folds if step.shared for name in step.convs]
+    shared = [name for fold in plan.folds if fold.shared for name in fold.convs]
     if shared:
         raise CannotBePlain(
             'stock modules that share a convolution share the batch stage behind it, too; these '
             f'have norms of their own\n  {", ".join(shared[:4])}, ...'
         )
-    behind = {conv: norms[f.norm] for f in plan.folds if f.norm in norms for conv in f.convs}
-    state = {}
+    norm_behind = {
+        conv: norms[fold.norm] for fold in plan.folds if fold.norm in norms for conv in fold.convs
+    }
+    state: dict[str, Tensor] = {}
     for name, module in model.named_modules():
         target = _plain_name(name)
         own = {k: v for k, v in module.state_dict().items() if '.' not in k}
         if isinstance(module, nn.modules.conv._ConvNd):
-            own = _plain_conv_state(name, module, behind.get(name), _get(plain, target))
+            own = _plain_conv_state(name, module, norm_behind.get(name), _get(stock, target))
         elif isinstance(module, BatchChannelNorm):
             own = {
                 key: own[key].repeat_interleave(module.num_channels // own[key].numel())
@@ -260,7 +263,7 @@ def load_plain(plain: nn.Module, model: nn.Module, plan: Plan) -> None:
         elif name.endswith('.bn') and name.removesuffix('.bn') in norms:
             continue
         state |= {f'{target}.{key}'.lstrip('.'): value for key, value in own.items()}
-    load_every_tensor(plain, state)
+    load_every_tensor(stock, state)
 
 
 def load_every_tensor(stock: nn.Module, state: dict[str, Tensor]) -> None:
@@ -269,13 +272,13 @@ def load_every_tensor(stock: nn.Module, state: dict[str, Tensor]) -> None:
     Raises:
         CannotBePlain: a tensor is missing, left over or of another shape; nothing was loaded.
     """
-    found = {key: tuple(value.shape) for key, value in state.items()}
+    given = {key: tuple(value.shape) for key, value in state.items()}
     wanted = {key: tuple(value.shape) for key, value in stock.state_dict().items()}
-    wrong = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
+    wrong = [key for key in {**given, **wanted} if given.get(key) != wanted.get(key)]
     if wrong:
         raise CannotBePlain(
             'the stock model has other tensors than the weights need\n  first: '
-            + '\n  '.join(f'{k}: {found.get(k)} for {wanted.get(k)}' for k in wrong[:4])
+            + '\n  '.join(f'{k}: {given.get(k)} for {wanted.get(k)}' for k in wrong[:4])
         )
     stock.load_state_dict(state)
 

@@ -12,15 +12,16 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import torch
 from mmengine.config import Config, ConfigDict
 from torch import nn
 
 from wsbcn_mm.folding import Plan
 from wsbcn_mm.layers import BatchChannelNorm, WeightStandardized
 from wsbcn_mm.openmmlab.config import type_name
-from wsbcn_mm.openmmlab.deploy import folded_layers, inference
-from wsbcn_mm.openmmlab.deploy import settings as plain
+from wsbcn_mm.openmmlab.deploy import folded_layers, inference, settings
 from wsbcn_mm.openmmlab.deploy.settings import CannotBePlain
 from wsbcn_mm.openmmlab.layers import MicroBatchNorm2d
 from wsbcn_mm.openmmlab.registry import CONV_NAMED, CONVERTED, MICRO_BN_NAMED, NORM_NAMED
@@ -33,7 +34,7 @@ sys.path.append('{{{{ fileDirname }}}}')  # {module}.py lies beside this file
 """
 
 
-def stock_model(cfg: Config, model: nn.Module, steps: Plan) -> tuple[Config, nn.Module]:
+def stock_model(cfg: Config, model: nn.Module, plan: Plan) -> tuple[Config, nn.Module]:
     """A config without this package, and its model with the weights of the original.
 
     Of stock layers alone where they can express it (see `settings`), else with
@@ -42,17 +43,17 @@ def stock_model(cfg: Config, model: nn.Module, steps: Plan) -> tuple[Config, nn.
     Args:
         cfg: The config.
         model: Built from it, with its trained weights.
-        steps: What `wsbcn_mm.folding.plan` found in the model.
+        plan: What `wsbcn_mm.folding.plan` found in the model.
 
     Raises:
         CannotBePlain: neither way; the message names what stands against it.
     """
     try:
-        new_cfg = plain.plain_config(cfg, model)
+        new_cfg = settings.plain_config(cfg, model)
         stock = inference.build_model(new_cfg)
-        plain.load_plain(stock, model, steps)
+        settings.load_plain(stock, model, plan)
     except CannotBePlain:
-        return model_with_layers(cfg, model, steps)
+        return model_with_layers(cfg, model, plan)
     return new_cfg, stock
 
 
@@ -71,21 +72,21 @@ def write_config(cfg: Config, file: Path) -> list[Path]:
     return [file, Path(shutil.copy(MODULE, file.parent))]
 
 
-def model_with_layers(cfg: Config, model: nn.Module, steps: Plan) -> tuple[Config, nn.Module]:
+def model_with_layers(cfg: Config, model: nn.Module, plan: Plan) -> tuple[Config, nn.Module]:
     """Config and model with the layers that `fold` leaves; see `stock_model`."""
-    new_cfg = plain.without_this_package(cfg, _replace_layers)
-    folded = steps.apply(model, plain=True)
-    left = [
-        f'{name}: {steps.left.get(name, type(layer).__name__)}'
+    new_cfg = settings.without_this_package(cfg, _replace_layers)
+    folded = plan.apply(model, plain=True)
+    not_folded = [
+        f'{name}: {plan.left.get(name, type(layer).__name__)}'
         for name, layer in folded.named_modules()
         if isinstance(layer, (WeightStandardized, BatchChannelNorm))
     ]
-    if left:
-        raise CannotBePlain('these layers cannot be folded\n  ' + '\n  '.join(left))
+    if not_folded:
+        raise CannotBePlain('these layers cannot be folded\n  ' + '\n  '.join(not_folded))
     stock = inference.build_model(new_cfg)
     names = dict(_same_places(folded, stock))
     layers = _other_layers(folded, stock, names)
-    imports = plain.imports_of(new_cfg)
+    imports = settings.imports_of(new_cfg)
     new_cfg.custom_imports = dict(imports=[*imports, MODULE.stem], allow_failed_imports=False)
     kind = new_cfg.model.pop('type')
     new_cfg.model = ConfigDict(type='FoldedLayers', kind=kind, **new_cfg.model, layers=layers)
@@ -96,16 +97,16 @@ def model_with_layers(cfg: Config, model: nn.Module, steps: Plan) -> tuple[Confi
         for key, value in module.state_dict().items()
         if '.' not in key
     }
-    plain.load_every_tensor(stock, state)
+    settings.load_every_tensor(stock, state)
     return new_cfg, stock
 
 
-def _replace_layers(part: object) -> None:
+def _replace_layers(part: Any) -> None:
     """Plain convolutions and GroupNorms wherever a model's config names layers of this package."""
-    for value in plain.dicts(part):
+    for value in settings.dicts(part):
         kind = type_name(value)
         if kind in CONV_NAMED:
-            new = plain.plain_conv_cfg(value) or dict(type='Conv2d')
+            new = settings.plain_conv_cfg(value) or dict(type='Conv2d')
         elif kind in NORM_NAMED:
             groups = value.get('num_groups', 32)
             new = dict(type='GN', num_groups=1 if groups == 'auto' else groups)
@@ -126,17 +127,21 @@ def _same_places(folded: nn.Module, stock: nn.Module) -> Iterator[tuple[str, str
     They differ where mmcv makes a name of the norm's class: `bcn1` of a BCN is `gn1` of a GN.
     """
 
-    def walk(module: nn.Module, other: nn.Module | None, name: str, other_name: str):
+    def walk(
+        module: nn.Module, other: nn.Module | None, name: str, other_name: str
+    ) -> Iterator[tuple[str, str]]:
         yield name, other_name
         for key, child in module._modules.items():
             if child is None:
                 continue
-            new = key
+            other_key = key
             if other is not None and key not in other._modules:
-                new = re.sub('^bcn', 'gn', key)
-            found = None if other is None else other._modules.get(new)
+                other_key = re.sub('^bcn', 'gn', key)
             yield from walk(
-                child, found, f'{name}.{key}'.lstrip('.'), f'{other_name}.{new}'.lstrip('.')
+                child,
+                None if other is None else other._modules.get(other_key),
+                f'{name}.{key}'.lstrip('.'),
+                f'{other_name}.{other_key}'.lstrip('.'),
             )
 
     yield from walk(folded, stock, '', '')
@@ -161,20 +166,21 @@ def _other_layers(
         layer = _describe(module)
         same = type(module) is type(other) if layer is None else layer == _describe(other)
         # A convolution of another class that got a bias is another layer, too.
-        same = same and _own_tensors(module) == _own_tensors(other)
-        if same and taken.setdefault(other, module) is module:
-            continue
+        if other is not None and same and _own_tensors(module) == _own_tensors(other):
+            stands_for = taken.setdefault(other, module)
+            if stands_for is module:
+                continue
         if layer is None:
-            found = 'nothing' if other is None else f'a {type(other).__name__} as it is'
+            there_is = 'nothing' if other is None else f'a {type(other).__name__} as it is'
             raise CannotBePlain(
-                f'{name}: {type(module).__name__}, where the stock model has {found}; only '
+                f'{name}: {type(module).__name__}, where the stock model has {there_is}; only '
                 "convolutions and norms of torch's own kinds can be put into it"
             )
         layers[place] = layer
     return layers
 
 
-def _own_tensors(module: nn.Module) -> dict:
+def _own_tensors(module: nn.Module) -> dict[str, torch.Size]:
     return {key: value.shape for key, value in module.state_dict().items() if '.' not in key}
 
 
@@ -196,9 +202,10 @@ BATCH_NORMS[MicroBatchNorm2d] = nn.BatchNorm2d  # in evaluation it is one
 CONV_MODULES = (nn.Conv2d.__module__, 'mmcv.cnn.bricks.wrappers')
 
 
-def _describe(module: nn.Module | None) -> dict | None:
+def _describe(module: Any) -> dict[str, Any] | None:
     """A layer of torch.nn as ``type`` and arguments; None for any other module."""
     kind = type(module)
+    keys: tuple[str, ...]
     if isinstance(module, nn.modules.conv._ConvNd) and kind.__module__ in CONV_MODULES:
         kind = next(base for base in kind.__mro__ if base.__module__ == nn.Conv2d.__module__)
         keys = (*CONV, 'output_padding') if module.transposed else CONV
@@ -210,7 +217,7 @@ def _describe(module: nn.Module | None) -> dict | None:
         keys = ()
     else:
         return None
-    layer = dict(type=kind.__name__)
+    layer: dict[str, Any] = dict(type=kind.__name__)
     defaults = inspect.signature(kind).parameters
     for key in keys:
         value = getattr(module, key)

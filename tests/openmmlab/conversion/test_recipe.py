@@ -1,0 +1,158 @@
+"""wsbcn_mm.openmmlab.conversion.recipe and schedulers: what another batch changes."""
+
+import pytest
+
+pytest.importorskip('mmengine', reason="configs are mmengine's")
+pytest.importorskip('mmdet', reason='one scheduler is of mmdet')
+
+from mmengine.config import Config
+
+from wsbcn_mm.openmmlab.conversion import recipe, schedulers
+from wsbcn_mm.openmmlab.conversion.recipe import Batch
+
+LR = 'optim_wrapper.optimizer.lr'
+
+
+def config(name='some_config.py', images=2, lr=0.02, **rest):
+    wrapper = dict(type='OptimWrapper', optimizer=dict(type='SGD', lr=lr))
+    loader = dict(batch_size=images)
+    keys = dict(default_scope='mmdet', train_dataloader=loader, optim_wrapper=wrapper, **rest)
+    return Config(keys, cfg_text='# no file', filename=name)
+
+
+def changes(cfg, **batch):
+    """What is set, by its place, and the warnings."""
+    settings, warnings = recipe.rescaled(cfg, Batch(**batch))
+    return {'.'.join(map(str, s.place)): s.value for s in settings}, warnings
+
+
+BASE_16 = dict(auto_scale_lr=dict(enable=False, base_batch_size=16))
+
+
+@pytest.mark.parametrize(
+    'cfg, batch, lr, base',
+    [
+        (config(**BASE_16), dict(images=1), 0.01, 8),
+        (config(**BASE_16), dict(images=1, gpus=1), 0.00125, 1),
+        (config(**BASE_16), dict(images=1, gpus=1, accumulate=16), None, 1),
+        (config('tiny_4xb2-1x.py'), dict(images=1, gpus=2), 0.005, 2),
+        (config('tiny_4xb2-1x.py'), dict(images=1), 0.01, 4),
+        # What the rate is for is said by auto_scale_lr; the name of a child says something else.
+        (config('person_mask-rcnn_1xb2.py', **BASE_16), dict(images=1), 0.01, 8),
+        (config('person_mask-rcnn_1xb2.py', **BASE_16), dict(images=2, gpus=1), 0.0025, 2),
+        (config('tiny_8xb2.py', **BASE_16), dict(images=2), None, 16),
+    ],
+)
+def test_the_rate_goes_with_the_images_per_step(cfg, batch, lr, base):
+    found, warnings = changes(cfg, **batch)
+    assert found.get(LR) == lr and not warnings
+    assert found['auto_scale_lr'] == dict(enable=False, base_batch_size=base)
+    accumulate = batch.get('accumulate')
+    assert found.get('optim_wrapper.accumulative_counts') == accumulate
+
+
+def test_where_nothing_tells_the_number_of_gpus():
+    assert changes(config(), images=1)[0] == {'train_dataloader.batch_size': 1, LR: 0.01}
+    found, warnings = changes(config(), images=1, gpus=4)
+    assert found[LR] == 0.01 and 'taken to be for 4' in warnings[0]
+
+
+def test_a_rate_that_is_kept():
+    found, _ = changes(config(**BASE_16), images=1, gpus=1, keep_lr=True)
+    assert found == {'train_dataloader.batch_size': 1}
+
+
+def test_iterations_follow_the_images():
+    loop = dict(type='IterBasedTrainLoop', max_iters=1000, val_interval=100)
+    hooks = dict(checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=100))
+    schedule = [
+        dict(type='LinearLR', start_factor=0.1, begin=0, end=50, by_epoch=False),
+        dict(type='OneCycleLR', eta_max=0.1, total_steps=1000, by_epoch=False),
+    ]
+    cfg = config(train_cfg=loop, default_hooks=hooks, param_scheduler=schedule, **BASE_16)
+    found, _ = changes(cfg, images=1, gpus=2)
+    assert found['train_cfg.max_iters'] == 8000 and found['train_cfg.val_interval'] == 800
+    assert found['default_hooks.checkpoint.interval'] == 800
+    assert found['param_scheduler'] == [
+        dict(schedule[0], end=400),
+        dict(schedule[1], eta_max=0.0125, total_steps=8000),
+    ]
+    kept, warnings = changes(cfg, images=1, gpus=2, stretch=False)
+    assert not any(place.startswith(('train_cfg', 'default_hooks')) for place in kept)
+    assert kept['param_scheduler'] == [schedule[0], dict(schedule[1], eta_max=0.0125)]
+    assert '1000 of them now see 0.125 times the images' in warnings[0]
+
+
+def test_what_counts_epochs_stays():
+    steps = dict(type='MultiStepLR', milestones=[8, 11], gamma=0.1, by_epoch=True, begin=0, end=12)
+    loop = dict(type='EpochBasedTrainLoop', max_epochs=12, val_interval=1)
+    found, _ = changes(config(train_cfg=loop, param_scheduler=steps, **BASE_16), images=1)
+    assert found.keys() == {'train_dataloader.batch_size', LR, 'auto_scale_lr'}
+
+
+# ---- schedulers --------------------------------------------------------------------------------
+
+# What is a rate, and what a count, by the name that each class gives it.
+SCHEDULERS = [
+    (dict(type='PolyLR', eta_min=1e-4, power=0.9, begin=0, end=80000), {'eta_min'}, {'end'}),
+    (dict(type='OneCycleLR', eta_max=0.1, total_steps=4000), {'eta_max'}, {'total_steps'}),
+    (
+        dict(type='CosineAnnealingLR', eta_min=1e-5, T_max=150, end=150),
+        {'eta_min'},
+        {'T_max', 'end'},
+    ),
+    (dict(type='CosineAnnealingLR', eta_min_ratio=0.1, T_max=150), set(), {'T_max'}),
+    (
+        dict(type='CosineRestartLR', periods=[100, 200], restart_weights=[1, 0.5], eta_min=1e-5),
+        {'eta_min'},
+        {'periods'},
+    ),
+    (dict(type='LinearLR', start_factor=0.001, end=500), set(), {'end'}),
+    (dict(type='ConstantLR', factor=0.1, end=100), set(), {'end'}),
+    (dict(type='MultiStepLR', milestones=[80000, 110000], gamma=0.1), set(), {'milestones'}),
+    (dict(type='StepLR', step_size=100, gamma=0.1), set(), {'step_size'}),
+    (dict(type='mmdet.QuadraticWarmupLR', begin=0, end=500), set(), {'end'}),
+    (dict(type='CosineAnnealingMomentum', eta_min=0.85, T_max=100), set(), {'T_max'}),
+]
+
+
+@pytest.mark.parametrize('scheduler, rates, counts', SCHEDULERS, ids=lambda s: str(s)[:30])
+def test_rates_and_counts_are_told_apart(scheduler, rates, counts):
+    cfg, scheduler = config(), dict(scheduler, by_epoch=False)
+    assert set(schedulers.rates_of(cfg, scheduler, 0.01)) == rates
+    longer = schedulers.over_other_iterations(cfg, scheduler, 8.0)
+    assert {key for key in longer if longer[key] != scheduler[key]} == counts
+
+
+def test_a_scheduler_that_waits_for_a_metric():
+    scheduler = dict(type='ReduceOnPlateauLR', monitor='loss', patience=2, min_value=1e-5)
+    assert schedulers.rates_of(config(), scheduler, 0.01) == ('min_value',)
+
+
+def test_what_cannot_be_told_is_a_warning():
+    """A factor per iteration is no count; a class that is not here tells nothing."""
+    slow = dict(type='ExponentialLR', gamma=0.999, by_epoch=False)
+    unknown = dict(type='SomebodysLR', floor=1e-3, by_epoch=False)
+    loop = dict(type='IterBasedTrainLoop', max_iters=1000)
+    cfg = config(train_cfg=loop, param_scheduler=[slow, unknown], **BASE_16)
+    found, warnings = changes(cfg, images=1)
+    assert 'param_scheduler' not in found
+    assert any('ExponentialLR was not scaled' in text for text in warnings)
+    assert any('SomebodysLR was not scaled: no scheduler of the name' in text for text in warnings)
+
+
+def test_a_scheduler_of_somebody_else():
+    """Its settings have names that nobody here knows."""
+    from mmengine.optim import PolyLR
+    from mmengine.registry import PARAM_SCHEDULERS
+
+    class FloorLR(PolyLR):
+        def __init__(self, optimizer, *args, lowest, **kwargs):
+            super().__init__(optimizer, *args, eta_min=lowest, **kwargs)
+
+    PARAM_SCHEDULERS.register_module(module=FloorLR)
+    try:
+        scheduler = dict(type='FloorLR', lowest=1e-3, power=1.0, end=100, by_epoch=False)
+        assert schedulers.rates_of(config(), scheduler, 0.01) == ('lowest',)
+    finally:
+        PARAM_SCHEDULERS.module_dict.pop('FloorLR')

@@ -1,0 +1,115 @@
+"""deploy.onnx and tools/model_converters/export_onnx.py."""
+
+import pytest
+
+pytest.importorskip('mmdet', reason='detectors are built from it')
+pytest.importorskip('mmseg', reason='segmenters are built from it')
+
+import json
+
+import numpy as np
+import torch
+from torch import nn
+
+from tests.openmmlab.deploy.models import QUICK, SIZE, image_of, tool
+from wsbcn_mm import shapes
+from wsbcn_mm.openmmlab.deploy import onnx, parts
+
+pytestmark = pytest.mark.filterwarnings('ignore')  # of the hosts about their own futures
+
+
+@pytest.mark.parametrize('opset', [18, 21])
+def test_onnx(trained, tmp_path, opset):
+    pytest.importorskip('onnxscript', reason="torch's exporter needs it")
+    pytest.importorskip('onnxruntime', reason='runs what is exported')
+    cfg, model, plan = trained
+    folded = plan.apply(model).requires_grad_(False)
+    dynamic = opset == 21
+    for part in parts.tensor_parts(folded, image_of(model, cfg)):
+        if part.name.startswith('auxiliary'):
+            continue
+        file = tmp_path / f'{part.name}.onnx'
+        meta = onnx.metadata_of(cfg, model)
+        onnx.export_part(part, file, opset, dynamic, meta)
+        counts = onnx.check_graph(file)
+        norms = counts.get('GroupNormalization' if opset == 21 else 'ReduceMean', 0)
+        assert norms > 0 and counts['Conv'] > 0
+        assert onnx.check_results(part, file) < 1e-4
+        if part.name == 'image' and dynamic:  # another size, another batch size
+            part.input = torch.cat([image_of(model, cfg, (96, 64))] * 2)
+            assert onnx.check_results(part, file) < 1e-4
+        if part.name != 'image':  # another number of RoIs
+            part.input = part.input[:3]
+            assert onnx.check_results(part, file) < 1e-4
+
+
+@pytest.mark.parametrize('kind', ['computed', 'foreign', 'constant'])
+def test_graphs_that_are_refused(tmp_path, kind):
+    """A weight that is computed in the graph, as a WS convolution's; an operator of somebody."""
+    onnx = pytest.importorskip('onnx', reason='makes the graph')
+    make = onnx.helper
+    weight = onnx.numpy_helper.from_array(np.ones((2, 3, 1, 1), np.float32), 'w')
+    domain = 'some.company' if kind == 'foreign' else ''
+    nodes = [
+        make.make_node('Mul', ['w', 'w'], ['w2']),
+        make.make_node('Conv', ['x', 'w2' if kind == 'computed' else 'w'], ['z']),
+        make.make_node('Relu', ['z'], ['y'], domain=domain),
+    ]
+    ends = [
+        make.make_tensor_value_info(name, onnx.TensorProto.FLOAT, (1, channels, 4, 4))
+        for name, channels in (('x', 3), ('y', 2))
+    ]
+    graph = make.make_graph(nodes, 'g', ends[:1], ends[1:], [weight])
+    imports = [make.make_opsetid('', 18), make.make_opsetid('some.company', 1)]
+    onnx.save(make.make_model(graph, opset_imports=imports), str(tmp_path / 'a.onnx'))
+    if kind == 'constant':
+        assert onnx.check_graph(tmp_path / 'a.onnx') == dict(Mul=1, Conv=1, Relu=1)
+        return
+    words = (
+        'weight of z is computed' if kind == 'computed' else 'some.company::Relu is not standard'
+    )
+    with pytest.raises(onnx.NotExportable, match=words):
+        onnx.check_graph(tmp_path / 'a.onnx')
+
+
+def test_onnx_with_another_result_is_refused(trained, tmp_path):
+    pytest.importorskip('onnxruntime', reason='runs what is exported')
+    pytest.importorskip('onnxscript', reason="torch's exporter needs it")
+    module = nn.Sequential(nn.Conv2d(3, 4, 3)).eval()
+
+    class Tuple(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = module
+
+        def forward(self, x):
+            return (self.inner(x),)
+
+    part = parts.Part('image', Tuple(), torch.randn(1, 3, 8, 8), ['y'])
+    onnx.export_part(part, tmp_path / 'wrong.onnx')
+    assert onnx.check_results(part, tmp_path / 'wrong.onnx') < 1e-6
+    module[0].bias.data += 1
+    with pytest.raises(onnx.NotExportable, match='differs from torch'):
+        onnx.check_results(part, tmp_path / 'wrong.onnx')
+
+
+def test_export_onnx_writes_checked_files(folder):
+    pytest.importorskip('onnxscript', reason="torch's exporter needs it")
+    onnx = pytest.importorskip('onnx', reason='reads what is exported')
+    done = tool(
+        'model_converters/export_onnx.py',
+        QUICK['mask_rcnn'],
+        folder / 'mask_rcnn.pth',
+        '--shape',
+        *SIZE,
+        '-o',
+        folder / 'onnx',
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    names = ['bbox_head.onnx', 'image.onnx', 'mask_head.onnx']
+    assert sorted(f.name for f in (folder / 'onnx').iterdir()) == names
+    meta = {
+        p.key: json.loads(p.value)
+        for p in onnx.load(str(folder / 'onnx/image.onnx')).metadata_props
+    }
+    assert meta['classes'] == list(shapes.CLASSES) and meta['channel_order'] == 'RGB'

@@ -1,0 +1,120 @@
+"""Weight Standardization for convolutions that have a class of their own.
+
+Libraries derive from torch's convolutions to pad in another way or to take other arguments (timm's
+``Conv2dSame``, torchvision's ``Conv3DSimple``). As long as such a class computes with its own
+``weight``, its WS form is the same ``forward`` with the standardized weight in that place. Names in
+the state dict, the parameter and everything else that the layer holds stay.
+"""
+
+import copy
+import functools
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from wsbcn_mm.backends import autograd
+from wsbcn_mm.checks import FORMULAS, check_choice, check_eps, check_fan_in
+from wsbcn_mm.layers.conv import WeightStandardized
+
+_HOOKS = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
+
+
+class StandardizedSubclass(WeightStandardized):
+    """The WS form of a convolution class, ``plain_class``; see `standardized_class`."""
+
+    plain_class: ClassVar[type[_ConvNd]]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What ``plain_class`` computes, with the standardized weight."""
+        self._check_device(args[0])
+        return self.plain_class.forward(self._with(self.standardized_weight()), *args, **kwargs)
+
+    def _with(self, weight: Tensor) -> _ConvNd:
+        """This layer as one of ``plain_class`` with another weight; shares all the rest."""
+        view = object.__new__(self.plain_class)
+        parameters = {**self._parameters, 'weight': weight}
+        view.__dict__.update(self.__dict__, _parameters=parameters)
+        return view
+
+    def standardize(self, weight: Tensor, dtype: Any) -> Tensor:
+        """See `WeightStandardized.standardize`."""
+        rows = self._by_filter(weight).flatten(0, -weight.dim())
+        rows = autograd.weight_standardize(rows, self.eps, self.formula, dtype)
+        if not self.transposed:
+            return rows.view_as(weight)
+        # (G, C_out / G, C_in / G, *k) to (C_in, C_out / G, *k)
+        return rows.view_as(self._by_filter(weight)).transpose(1, 2).flatten(0, 1)
+
+    def filters(self, weight: Tensor) -> Tensor:
+        """See `WeightStandardized.filters`."""
+        return self._by_filter(weight).flatten(0, -weight.dim()).flatten(1)
+
+    def _by_filter(self, weight: Tensor) -> Tensor:
+        """With the output channels in front: (C_out, fan-in, *k), by group where transposed."""
+        return weight.unflatten(0, (self.groups, -1)).transpose(1, 2) if self.transposed else weight
+
+    def to_plain(self) -> _ConvNd:
+        """See `WeightStandardized.to_plain`: one of ``plain_class``, without hooks."""
+        plain = copy.deepcopy(self._with(self.weight))
+        for name in ('eps', 'formula', 'standardized_hooks'):
+            del plain.__dict__[name]
+        for name in _HOOKS:
+            getattr(plain, name).clear()
+        weight = self.standardize(self.weight.detach(), self.weight.dtype)
+        plain.weight = nn.Parameter(weight, self.weight.requires_grad)
+        return plain
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # The class is made when it is asked for: a pickle names the one that it is made of.
+        return _blank, (self.plain_class,), self.__dict__
+
+
+@functools.cache
+def standardized_class(plain_class: type[_ConvNd]) -> type[StandardizedSubclass]:
+    """The WS form of a convolution class.
+
+    Args:
+        plain_class: A subclass of a torch convolution whose ``forward`` computes with
+            ``self.weight``, or a transposed convolution of torch.
+
+    Returns:
+        A subclass of `WeightStandardized` and of ``plain_class``; layers of it are made by
+        `standardized_copy`.
+    """
+    name = f'WS{plain_class.__name__}'
+    members = dict(
+        plain_class=plain_class,
+        __doc__=f'`{plain_class.__name__}` with Weight Standardization.',
+        __module__=__name__,
+    )
+    return type(name, (StandardizedSubclass, plain_class), members)
+
+
+def standardized_copy(
+    conv: _ConvNd, formula: str = 'paper', eps: float = 1e-5
+) -> StandardizedSubclass:
+    """A convolution as its WS form; the parameters and all that it holds are shared.
+
+    Args:
+        conv: A layer of any convolution class; stays as it is.
+        formula: As in `WSConv2d`.
+        eps: As in `WSConv2d`.
+
+    Raises:
+        ValueError: a fan-in of 1, a negative eps, an unknown formula.
+    """
+    check_eps(eps)
+    check_choice(formula, FORMULAS, 'formula')
+    new = _blank(type(conv))
+    new.__dict__.update(conv.__dict__)
+    for name in ('_parameters', '_buffers', '_modules', *_HOOKS):
+        new.__dict__[name] = copy.copy(conv.__dict__[name])
+    new.eps, new.formula, new.standardized_hooks = eps, formula, {}
+    check_fan_in(new.filters(new.weight).shape[1])
+    return new
+
+
+def _blank(plain_class: type[_ConvNd]) -> StandardizedSubclass:
+    """A layer that holds nothing yet."""
+    return object.__new__(standardized_class(plain_class))  # type: ignore[arg-type]

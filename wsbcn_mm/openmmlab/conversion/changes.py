@@ -1,0 +1,109 @@
+"""What a conversion does to a config: values that are set, each with its reason."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+from mmengine.config import Config, ConfigDict
+
+# Keys and positions in lists, from the root of a config: ('model', 'bbox_head', 0, 'norm_cfg').
+Place = tuple[str | int, ...]
+DEFAULT = '(default)'
+
+
+def dotted(place: Place) -> str:
+    """A place as one writes it, ``model.bbox_head[0].norm_cfg``."""
+    text = ''.join(f'[{key}]' if isinstance(key, int) else f'.{key}' for key in place)
+    return text.removeprefix('.')
+
+
+def value_at(cfg: Config, place: Place) -> Any:
+    """What a config holds at a place; KeyError or IndexError where there is no such place."""
+    value = cfg._cfg_dict  # Config itself has no `in`
+    for key in place:
+        value = value[key]
+    return value
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A value to be set: where, what, and why."""
+
+    place: Place
+    value: Any
+    why: str = ''
+
+
+@dataclass(frozen=True)
+class Change:
+    """One value that was set: where, what it was, what it is, and why."""
+
+    where: str
+    before: object
+    after: object
+    why: str = ''
+
+    def __str__(self) -> str:
+        why = f'  # {self.why}' if self.why else ''
+        return f'{self.where}: {_one_line(self.before)} -> {_one_line(self.after)}{why}'
+
+
+@dataclass
+class Conversion:
+    """What `convert_config` returns.
+
+    Attributes:
+        cfg: The converted config, complete.
+        source: The file that was read; None when a Config was given that has none.
+        base: How a child names it, such as ``'mmdet::...'``; None when it cannot be named.
+        original: The config as it was.
+        changes: Every value that was set.
+        left: Parts that stay as they are, with the reason.
+        warnings: What the user should know before training.
+    """
+
+    cfg: Config
+    source: str | None
+    base: str | None
+    original: Config
+    changes: list[Change] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [str(change) for change in self.changes]
+        lines += [f'left as it is: {text}' for text in self.left]
+        return '\n'.join([*lines, *(f'warning: {text}' for text in self.warnings)])
+
+    def set(self, place: Place, value: Any, why: str = '') -> None:
+        """Sets a value of the converted config and notes the change; equal values are none."""
+        parent, key = value_at(self.cfg, place[:-1]), place[-1]
+        missing = isinstance(parent, dict) and key not in parent
+        before = DEFAULT if missing else parent[key]
+        if not missing and before == value:
+            return
+        if isinstance(value, dict):
+            value = ConfigDict(value)
+        parent[key] = value
+        self.changes.append(Change(dotted(place), before, value, why))
+
+    def restore(self, place: Place) -> None:
+        """Puts back what the original has at a place, and forgets that it was changed."""
+        parent, key = value_at(self.cfg, place[:-1]), place[-1]
+        original = value_at(self.original, place[:-1])
+        self.changes = [change for change in self.changes if change.where != dotted(place)]
+        if key in original:
+            parent[key] = copy.deepcopy(original[key])
+        else:
+            del parent[key]
+
+
+def _one_line(value: object) -> str:
+    if isinstance(value, dict):
+        items = ', '.join(f'{k}={_one_line(v)}' for k, v in value.items() if k != '_scope_')
+        return f'dict({items})'
+    if isinstance(value, (list, tuple)):
+        return '[' + ', '.join(_one_line(item) for item in value) + ']'
+    return DEFAULT if value == DEFAULT else repr(value)

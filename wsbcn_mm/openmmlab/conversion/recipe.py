@@ -1,0 +1,300 @@
+"""What a training recipe says: images and GPUs, learning rate, frozen parts, decay, estimates.
+
+Each fact is read in one place: the converter sets it, the audit judges it. The functions take the
+config, or a node of its model, and change nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+
+from wsbcn_mm.openmmlab.config import PRETRAINED, type_name
+from wsbcn_mm.openmmlab.conversion import schedulers
+from wsbcn_mm.openmmlab.conversion.changes import Setting
+from wsbcn_mm.openmmlab.conversion.probe import Node
+from wsbcn_mm.openmmlab.registry import ESTIMATES_HOOK
+
+# ---- images and GPUs ---------------------------------------------------------------------------
+
+
+def images_per_gpu(cfg: Config) -> int | None:
+    """The batch size of one process; None where the config has none."""
+    loader = cfg.get('train_dataloader')
+    size = loader.get('batch_size') if isinstance(loader, dict) else None
+    return size if isinstance(size, int) else None
+
+
+def named_batch(cfg: Config) -> tuple[int, int] | None:
+    """GPUs and images per GPU that a file name such as ``..._8xb2-...`` tells."""
+    match = re.search(r'_(\d+)xb(\d+)', Path(cfg.filename or '').stem)
+    return (int(match[1]), int(match[2])) if match else None
+
+
+def base_batch_size(cfg: Config) -> int | None:
+    """Images per step that the learning rate is for, as ``auto_scale_lr`` says."""
+    base = (cfg.get('auto_scale_lr') or {}).get('base_batch_size')
+    return base if isinstance(base, int) else None
+
+
+def gpus_of_rate(cfg: Config) -> int | None:
+    """The GPUs that the learning rate is for: by ``auto_scale_lr``, else by the file name."""
+    base, images = base_batch_size(cfg), images_per_gpu(cfg)
+    if base and images and base % images == 0:
+        return base // images
+    named = named_batch(cfg)
+    return named[0] if named else None
+
+
+def gpus_to_train_with(cfg: Config) -> int | None:
+    """The GPUs that a config is meant for: by its file name, else by ``auto_scale_lr``."""
+    named = named_batch(cfg)
+    return named[0] if named else gpus_of_rate(cfg)
+
+
+def images_of_rate(cfg: Config) -> int | None:
+    """Images per iteration that the learning rate is for; None where nothing tells."""
+    base, named = base_batch_size(cfg), named_batch(cfg)
+    return base or (named[0] * named[1] if named else None)
+
+
+# ---- learning rate and schedule ----------------------------------------------------------------
+
+
+def optimizer_setting(cfg: Config, name: str) -> Any:
+    """A setting of the optimizer, such as ``'lr'``; None where there is none, or no optimizer."""
+    optimizer = (cfg.get('optim_wrapper') or {}).get('optimizer')
+    return optimizer.get(name) if isinstance(optimizer, dict) else None
+
+
+def accumulation(cfg: Config) -> int:
+    """Iterations whose gradients make one step of the optimizer."""
+    return (cfg.get('optim_wrapper') or {}).get('accumulative_counts', 1)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """How a config is to be trained.
+
+    Attributes:
+        images: Per GPU and iteration.
+        gpus: Processes; None: as many as the learning rate is for.
+        accumulate: Iterations per step of the optimizer; None: as the config says.
+        keep_lr: Whether the learning rate stays.
+        stretch: Whether a schedule by iterations follows, so that as many images are seen.
+    """
+
+    images: int = 1
+    gpus: int | None = None
+    accumulate: int | None = None
+    keep_lr: bool = False
+    stretch: bool = True
+
+
+def rescaled(cfg: Config, batch: Batch) -> tuple[list[Setting], list[str]]:
+    """What another batch changes: images, learning rate, iterations.
+
+    Rates follow the linear rule, in the images per step of the optimizer. Where a schedule counts
+    iterations, all its counts follow the images per iteration, so that as many images are seen.
+
+    Args:
+        cfg: The config.
+        batch: What is wanted.
+
+    Returns:
+        What is to be set, and warnings.
+    """
+    old = images_per_gpu(cfg)
+    if old is None:
+        return [], ['the config has no train_dataloader.batch_size: nothing was scaled']
+    sampler = str((cfg.train_dataloader.get('sampler') or {}).get('type', ''))
+    if 'MultiSource' in sampler:
+        why = f'{sampler} composes each batch of several sources'
+        return [], [f'train_dataloader.batch_size stays {old}: {why}']
+    settings, warnings = [Setting(('train_dataloader', 'batch_size'), batch.images)], []
+    old_gpus, old_total = gpus_of_rate(cfg), images_of_rate(cfg)
+    gpus = batch.gpus or old_gpus
+    if gpus is not None and batch.gpus and old_total is None:
+        warnings.append(
+            f'neither auto_scale_lr nor the file name tells for how many GPUs the learning rate '
+            f'is: it is taken to be for {batch.gpus}'
+        )
+        old_gpus, old_total = gpus, gpus * old
+    if gpus is None or old_total is None:  # the same number, whatever it is
+        ratio, rule = batch.images / old, f'{old} -> {batch.images} images per GPU'
+    else:
+        total = gpus * batch.images
+        ratio = total / old_total
+        number = f'{gpus}' if gpus == old_gpus else f'{old_gpus} -> {gpus}'
+        rule = (
+            f'{old} -> {batch.images} images per GPU, {number} GPUs: total {old_total} -> {total}'
+        )
+    old_accumulate = accumulation(cfg)
+    accumulate = batch.accumulate or old_accumulate
+    if accumulate != old_accumulate:
+        settings.append(Setting(('optim_wrapper', 'accumulative_counts'), accumulate))
+        rule += f', accumulated over {old_accumulate} -> {accumulate} iterations'
+    if not batch.keep_lr and gpus is not None:
+        scale = dict(cfg.get('auto_scale_lr') or dict(enable=False))
+        scale['base_batch_size'] = gpus * batch.images
+        settings.append(Setting(('auto_scale_lr',), scale, 'what the learning rate is for'))
+    rate = 1.0 if batch.keep_lr else ratio * accumulate / old_accumulate
+    for more, warned in (
+        _rates(cfg, rate, f'linear rule: {rule}'),
+        _schedule(cfg, rate, 1 / ratio, batch.stretch),
+    ):
+        settings += more
+        warnings += warned
+    return settings, warnings
+
+
+def _rates(cfg: Config, factor: float, rule: str) -> tuple[list[Setting], list[str]]:
+    """The learning rate times a factor; the schedulers' own rates are theirs, see `_schedule`."""
+    if factor == 1:
+        return [], []
+    lr = optimizer_setting(cfg, 'lr')
+    if not isinstance(lr, (int, float)):
+        return [], ['the config has no optim_wrapper.optimizer.lr to scale']
+    return [Setting(('optim_wrapper', 'optimizer', 'lr'), float(f'{lr * factor:.6g}'), rule)], []
+
+
+def _schedule(
+    cfg: Config, rate: float, iterations: float, stretch: bool
+) -> tuple[list[Setting], list[str]]:
+    """Schedulers and loop with rates and iterations times these factors."""
+    settings, warnings = [], []
+    loop = cfg.get('train_cfg') or {}
+    if not stretch:
+        if iterations != 1 and loop.get('max_iters'):
+            warnings.append(
+                f'the schedule counts iterations: {loop["max_iters"]} of them now see '
+                f'{1 / iterations:g} times the images (--schedule images: as many as before)'
+            )
+        iterations = 1
+    lr = optimizer_setting(cfg, 'lr')
+    lr = lr if isinstance(lr, (int, float)) else None
+    why: dict[str, None] = {}
+
+    def change(scheduler: dict[str, Any]) -> dict[str, Any]:
+        new = scheduler
+        try:
+            if iterations != 1:
+                new = schedulers.over_other_iterations(cfg, new, iterations)
+                if new != scheduler:
+                    why['iterations for as many images'] = None
+            if rate != 1 and lr is not None:
+                names = schedulers.rates_of(cfg, scheduler, lr)
+                new = schedulers.at_other_rate(new, names, rate)
+                why.update({f'{name} by the same rule': None for name in names})
+        except schedulers.UnknownScheduler as error:
+            warnings.append(f'param_scheduler {type_name(scheduler)} was not scaled: {error}')
+        return new
+
+    old = cfg.get('param_scheduler')
+    new = _each_scheduler(old, change) if old else old
+    if new != old:
+        settings.append(Setting(('param_scheduler',), new, ', '.join(why)))
+    if iterations != 1 and loop.get('max_iters'):
+        settings += _iterations_of_loop(cfg, iterations)
+    return settings, warnings
+
+
+def _each_scheduler(value: Any, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
+    """Schedulers stand alone, in a list, or in a dict by optimizer."""
+    if isinstance(value, (list, tuple)):
+        return [_each_scheduler(item, change) for item in value]
+    if 'type' in value:
+        return change(value)
+    return {key: _each_scheduler(item, change) for key, item in value.items()}
+
+
+def _iterations_of_loop(cfg: Config, factor: float) -> list[Setting]:
+    """What counts iterations beside the schedulers: the loop, evaluation, checkpoints."""
+
+    def times(count: int) -> int:
+        return max(1, round(count * factor))
+
+    why = 'as many images as before'
+    loop = dict(cfg.train_cfg)
+    for key in ('max_iters', 'val_interval', 'val_begin'):
+        if loop.get(key):
+            loop[key] = times(loop[key])
+    if loop.get('dynamic_intervals'):
+        loop['dynamic_intervals'] = [(times(a), times(b)) for a, b in loop['dynamic_intervals']]
+    settings = [
+        Setting(('train_cfg', key), value, why)
+        for key, value in loop.items()
+        if value != cfg.train_cfg[key]
+    ]
+    hook = (cfg.get('default_hooks') or {}).get('checkpoint') or {}
+    if not hook.get('by_epoch', True) and hook.get('interval', 0) > 0:
+        place = ('default_hooks', 'checkpoint', 'interval')
+        settings.append(Setting(place, times(hook['interval']), why))
+    return settings
+
+
+# ---- weight decay ------------------------------------------------------------------------------
+
+
+def decay_of_norms(cfg: Config) -> float | None:
+    """The weight decay that scales and shifts of norms get, if any.
+
+    None, too, where an optimizer wrapper constructor of its own decides.
+    """
+    wrapper = cfg.get('optim_wrapper')
+    decay = optimizer_setting(cfg, 'weight_decay')
+    if not decay or 'constructor' in wrapper:
+        return None
+    spared = (wrapper.get('paramwise_cfg') or {}).get('norm_decay_mult') is not None
+    return None if spared else decay
+
+
+def no_decay_of_norms(cfg: Config) -> list[Setting]:
+    """What spares scales and shifts of norms from weight decay."""
+    if decay_of_norms(cfg) is None:
+        return []
+    why = 'scales and shifts need no weight decay'
+    place = ('optim_wrapper', 'paramwise_cfg')
+    if cfg.optim_wrapper.get('paramwise_cfg'):
+        return [Setting((*place, 'norm_decay_mult'), 0.0, why)]
+    return [Setting(place, dict(norm_decay_mult=0.0), why)]
+
+
+# ---- frozen parts and their weights ------------------------------------------------------------
+
+
+def nothing_frozen(node: Node) -> int:
+    """The ``frozen_stages`` that freezes nothing: -1 in most classes, 0 in some."""
+    return 0 if node.defaults.get('frozen_stages') == 0 else -1
+
+
+def frozen_stages(node: Node) -> int | None:
+    """The ``frozen_stages`` of a part that freezes some of it; None where nothing is frozen."""
+    frozen = node.get('frozen_stages')
+    return frozen if isinstance(frozen, int) and frozen > nothing_frozen(node) else None
+
+
+def pretrained_init(node: Node) -> str | None:
+    """The checkpoint of a part's own ``init_cfg=dict(type='Pretrained')``; None without one."""
+    init = node.get('init_cfg')
+    pretrained = isinstance(init, dict) and type_name(init) in PRETRAINED
+    return init['checkpoint'] if pretrained else None
+
+
+def pretrained_argument(node: Node) -> str | None:
+    """The checkpoint of a part's argument ``pretrained``; None without one."""
+    name = node.get('pretrained')
+    return name if isinstance(name, str) else None
+
+
+# ---- estimates ---------------------------------------------------------------------------------
+
+
+def has_estimates_hook(cfg: Config) -> bool:
+    """Whether the estimates of all ranks are kept equal."""
+    return any(type_name(hook) == ESTIMATES_HOOK for hook in cfg.get('custom_hooks') or [])
