@@ -279,7 +279,11 @@ def datasets_of_test(cfg: Config) -> list[dict]:
         ValueError: the config has neither, or none with a pipeline.
     """
     for loader in ('test_dataloader', 'val_dataloader'):
-        found = [dataset for _, dataset in datasets_of(cfg, loader) if dataset.get('pipeline')]
+        found = [
+            dataset
+            for _, dataset in datasets_of(cfg, loader)
+            if dataset.get('pipeline') is not None
+        ]
         if found:
             return found
     raise ValueError(
