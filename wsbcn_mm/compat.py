@@ -23,7 +23,7 @@ OLDEST = (2, 6)
 """Older ones are refused; setup.py says the same."""
 
 NEWEST = (2, 14)
-"""The newest that docs/versions.md has a row of; newer ones get one line."""
+"""The newest of tools/dev/stacks.txt; newer ones get one line."""
 
 
 def check_torch() -> None:
