@@ -1,0 +1,172 @@
+"""How work is cut into programs: by the shape of a tensor alone, never by measuring."""
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+TILE = 2048
+"""Values that a program treats at a time: 16 per thread of four warps."""
+
+REDUCING = 1024
+"""Programs that keep a large GPU busy in a pass that reduces: several per multiprocessor (an H100
+has 132). Not many more, for every further chunk of a row is one more partial result to merge."""
+
+APPLYING = 16384
+"""The same for a pass that writes: shorter programs, so that none is left over at the end."""
+
+HELD = 16384
+"""Values of a sample's group that a program can hold in registers: 32 per thread of 16 warps."""
+
+HELD_BACKWARD = 8192
+"""The same where it holds x and grad."""
+
+HELD_AT_ONCE = 32768
+"""The same of a group in all samples, where one program goes through them twice."""
+
+HOLDING = 4096
+"""Programs for such groups where samples can be shared out."""
+
+Constants = dict[str, int]
+"""The constants a kernel is compiled for."""
+
+
+class Cut(NamedTuple):
+    """How a pass cuts x: ``tiles`` tiles make a chunk, ``splits`` chunks a row."""
+
+    grid: tuple[int, int]
+    length: int
+    tiles: int
+    splits: int
+    layout: Constants
+
+
+def memory_format(x: Tensor, name: str = 'x') -> torch.memory_format:
+    """The layout of a dense tensor.
+
+    Raises:
+        ValueError: it is neither contiguous nor channels_last.
+    """
+    if x.is_contiguous():
+        return torch.contiguous_format
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    if last is not None and x.is_contiguous(memory_format=last):
+        return last
+    raise ValueError(
+        f'{name}: expected a contiguous or channels_last tensor\n'
+        f'  got shape {tuple(x.shape)} with strides {x.stride()}'
+    )
+
+
+def cut(x: Tensor, programs: int) -> Cut:
+    """Cuts x for a pass that should have at least so many programs where x is large enough."""
+    contiguous = memory_format(x) == torch.contiguous_format
+    return cut_shape(x.shape, contiguous, x.element_size(), programs, TILE)
+
+
+@functools.lru_cache(maxsize=4096)
+def cut_shape(
+    shape: tuple[int, ...], contiguous: bool, itemsize: int, programs: int, tile: int
+) -> Cut:
+    """See `cut`."""
+    samples, channels, *positions = shape
+    length = math.prod(positions)
+    channels_last = not contiguous or length == 1
+    if channels_last:
+        # At least 128 channels wide, if there are as many: segments that memory delivers whole.
+        block_c = block(channels, max(min(128, tile), tile // triton.next_power_of_2(length)))
+        block_l = block(length, tile // block_c)
+    else:
+        block_l = block(length, tile)
+        block_c = block(channels, tile // block_l)
+    blocks_of_channels = samples * triton.cdiv(channels, block_c)
+    tiles_of_row = triton.cdiv(length, block_l)
+    tiles = triton.cdiv(tiles_of_row, triton.cdiv(programs, blocks_of_channels))
+    splits = triton.cdiv(tiles_of_row, tiles)
+    layout = dict(
+        AXIS=0 if channels_last else 1,
+        VECTOR=math.gcd(channels if channels_last else length, 16 // itemsize),  # 128 bits
+        BLOCK_C=block_c,
+        BLOCK_L=block_l,
+        num_warps=warps(block_c * block_l),
+    )
+    return Cut((blocks_of_channels, splits), length, tiles, splits, layout)
+
+
+class Held(NamedTuple):
+    """How x is cut where a program holds a group of a sample."""
+
+    num_groups: int
+    length: int
+    shares: int  # of the samples, where they can be shared out
+    at_once: bool  # whether one program can take all of them
+    layout: Constants
+
+
+def held(x: Tensor, num_groups: int, most: int) -> Held | None:
+    """How to cut x in this way; None: a group of a sample has more than ``most`` values."""
+    contiguous = memory_format(x) == torch.contiguous_format
+    limits = most, HELD_AT_ONCE, HOLDING
+    return held_shape(x.shape, contiguous, x.element_size(), num_groups, limits)
+
+
+@functools.lru_cache(maxsize=4096)
+def held_shape(
+    shape: tuple[int, ...],
+    contiguous: bool,
+    itemsize: int,
+    num_groups: int,
+    limits: tuple[int, int, int],
+) -> Held | None:
+    """See `held`."""
+    samples, channels, *positions = shape
+    length, width = math.prod(positions), channels // num_groups
+    channels_last = not contiguous or length == 1
+    block_c, block_l = triton.next_power_of_2(width), triton.next_power_of_2(length)
+    values = block_c * block_l * max(1, itemsize // 4)
+    if values > limits[0]:
+        return None
+    layout = dict(
+        AXIS=0 if channels_last else 1,
+        VECTOR=math.gcd(width if channels_last else length, 16 // itemsize),
+        BLOCK_C=block_c,
+        BLOCK_L=block_l,
+        num_warps=warps(2 * values, most=16),  # 8 per thread
+    )
+    per_share = triton.cdiv(samples, triton.cdiv(limits[2], num_groups))
+    at_once = samples * values <= limits[1]
+    return Held(num_groups, length, triton.cdiv(samples, per_share), at_once, layout)
+
+
+def merge_blocks(rows: int, splits: int) -> Constants:
+    """R rows by K chunks."""
+    block_k = triton.next_power_of_2(splits)
+    return dict(BLOCK_R=block(rows, TILE // block_k), BLOCK_K=block_k)
+
+
+def algebra_blocks(samples: int, width: int) -> Constants:
+    """N samples by C channels, for a group of ``width`` channels."""
+    block_c = block(width, TILE // block(samples, 32))
+    return dict(BLOCK_N=block(samples, TILE // block_c), BLOCK_C=block_c)
+
+
+def algebra_constants(samples: int, width: int, splits: int) -> Constants:
+    """The blocks of a group, and those of its merging."""
+    blocks = algebra_blocks(samples, width)
+    merge = merge_blocks(samples * width, splits)
+    values = max(math.prod(blocks.values()), math.prod(merge.values()))
+    # Few values per thread: this kernel waits, for one result after the other.
+    return blocks | merge | dict(num_warps=warps(2 * values))
+
+
+def block(size: int, limit: int) -> int:
+    """The power of two that covers ``size``, up to ``limit``."""
+    return max(1, min(triton.next_power_of_2(size), limit))
+
+
+def warps(values: int, most: int = 8) -> int:
+    """16 values per thread."""
+    return max(1, min(values // 512, most))

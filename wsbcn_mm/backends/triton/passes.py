@@ -1,0 +1,188 @@
+"""Maps of any size: a pass over x that reduces, the algebra, a pass that writes."""
+
+import triton
+from torch import Tensor
+
+from wsbcn_mm.backends.carriers import Affine, AffineGradients, Statistics
+from wsbcn_mm.backends.triton import cuts, device
+from wsbcn_mm.backends.triton.device import bits, dense, repeat, stride
+from wsbcn_mm.backends.triton.jit import backward, forward
+from wsbcn_mm.backends.triton.work import Results, Stage1, written
+
+
+def moments(x: Tensor, m: Tensor, q: Tensor) -> tuple[cuts.Cut, tuple[Tensor, ...] | None]:
+    """The first pass: how x was cut, and the chunks that are left to be merged into m and q."""
+    cut = cuts.cut(x, cuts.REDUCING)
+    chunks = chunks_of(x, cut)
+    device.start(
+        forward.moments,
+        cut.grid,
+        x,
+        *(chunks or (m, q)),
+        x.size(1),
+        cut.length,
+        cut.tiles,
+        **cut.layout,
+    )
+    return cut, chunks
+
+
+def merge(chunks: tuple[Tensor, ...], m: Tensor, q: Tensor, cut: cuts.Cut) -> None:
+    """The moments of the rows from those of their chunks."""
+    blocks = cuts.merge_blocks(m.numel(), cut.splits)
+    device.start(
+        forward.merge_moments,
+        (triton.cdiv(m.numel(), blocks['BLOCK_R']),),
+        *chunks,
+        m,
+        q,
+        *m.shape,
+        cut.length,
+        cut.tiles,
+        cut.splits,
+        BLOCK_L=cut.layout['BLOCK_L'],
+        **blocks,
+        num_warps=cuts.warps(cuts.TILE),
+    )
+
+
+def chunks_of(x: Tensor, cut: cuts.Cut) -> tuple[Tensor, ...] | None:
+    """Where a reducing pass writes what is left to be merged; None: it writes whole rows."""
+    size = x.size(0) * x.size(1) * cut.splits
+    return device.scratch(x, size, size) if cut.splits > 1 else None
+
+
+def normalize(
+    x: Tensor,
+    results: Results,
+    stage_1: Stage1,
+    affine: Affine,
+    eps: float,
+    chunks: tuple[Tensor, ...] | None = None,
+) -> None:
+    """The algebra and the last pass; merges the chunks first."""
+    y, m, q, mean, var, group_mean, inv_group_std = results
+    assert m is not None and group_mean is not None
+    (samples, channels), num_groups = m.shape, group_mean.size(1)
+    running_mean, running_var, counts = stage_1.running or (None, None, None)
+    scale, shift = device.scratch(x, samples * channels, samples * channels)
+    cut = cuts.cut(x, cuts.REDUCING)
+    constants = cuts.algebra_constants(samples, channels // num_groups, cut.splits)
+    # An update needs all samples of a group in one program; otherwise there may be many.
+    shares = 1 if stage_1.needs_all_samples else triton.cdiv(samples, constants['BLOCK_N'])
+    device.start(
+        forward.forward_algebra,
+        (num_groups, shares),
+        *(chunks or (None, None)),
+        m,
+        q,
+        running_mean,
+        running_var,
+        stage_1.rate,
+        counts,
+        mean,
+        var,
+        *dense(*affine),
+        group_mean,
+        inv_group_std,
+        scale,
+        shift,
+        samples,
+        channels,
+        num_groups,
+        cut.length,
+        cut.tiles,
+        cut.splits,
+        stride(running_mean),
+        stride(running_var),
+        repeat(affine.weight, channels),
+        repeat(affine.bias, channels),
+        bits(stage_1.momentum),
+        bits(eps),
+        STATISTICS=stage_1.source,
+        BLOCK_L=cut.layout['BLOCK_L'],
+        **constants,
+    )
+    cut = cuts.cut(x, cuts.APPLYING)
+    device.start(
+        forward.forward_apply,
+        cut.grid,
+        x,
+        y,
+        m,
+        scale,
+        shift,
+        channels,
+        cut.length,
+        cut.tiles,
+        **cut.layout,
+    )
+
+
+def gradients_of(
+    tensors: tuple[Tensor, Tensor, Tensor],
+    statistics: Statistics,
+    affine: Affine,
+    gradients: AffineGradients,
+    eps: float,
+    through_statistics: bool,
+) -> None:
+    """Writes dx, the last of the tensors (grad, x, dx), and the gradients of the parameters."""
+    grad, x, dx = tensors
+    m = statistics.m
+    (samples, channels), num_groups = m.shape, statistics.group_mean.size(1)
+    rows, groups = samples * channels, samples * num_groups
+    sum_g, sum_gx, mean_h, mean_hz, *coefficients = device.scratch(
+        x, rows, rows, groups, groups, rows, rows, rows
+    )
+    cut = cuts.cut(x, cuts.REDUCING)
+    chunks = chunks_of(x, cut)
+    device.start(
+        backward.backward_sums,
+        cut.grid,
+        grad,
+        x,
+        m,
+        *(chunks or (sum_g, sum_gx)),
+        channels,
+        cut.length,
+        cut.tiles,
+        **cut.layout,
+    )
+    device.start(
+        backward.backward_algebra,
+        (num_groups,),
+        *(chunks or (None, None)),
+        sum_g,
+        sum_gx,
+        *statistics,
+        *dense(*affine[:3]),
+        mean_h,
+        mean_hz,
+        *written(gradients),
+        *coefficients,
+        samples,
+        channels,
+        num_groups,
+        cut.length,
+        cut.splits,
+        repeat(affine.weight, channels),
+        bits(eps),
+        PER_CHANNEL=gradients.weight.numel() == channels,
+        THROUGH_STATISTICS=through_statistics,
+        **cuts.algebra_constants(samples, channels // num_groups, cut.splits),
+    )
+    cut = cuts.cut(x, cuts.APPLYING)
+    device.start(
+        backward.backward_apply,
+        cut.grid,
+        grad,
+        x,
+        dx,
+        m,
+        *coefficients,
+        channels,
+        cut.length,
+        cut.tiles,
+        **cut.layout,
+    )
