@@ -18,7 +18,13 @@ import torch.nn.functional as F
 from benchmark import bars, gate, output, peers, sections, timing
 from torch import nn
 
-from wsbcn_mm import BatchChannelNorm2d, WSConv2d, backends, reference
+from wsbcn_mm import (
+    BatchChannelNorm2d,
+    WSConv2d,
+    backends,
+    reference,
+    standardize_once_per_forward,
+)
 from wsbcn_mm.backends import dispatched, eager, ops
 
 REPOSITORY = Path(__file__).parents[2]
@@ -65,7 +71,9 @@ def test_a_quick_run_writes_everything(tmp_path):
     assert set(row['share_of_copy_bandwidth']) == set(timing.PHASES)
     assert {'WS', 'one-call WS'} <= set(results['ws'][0]['peers'])
     row = results['backbone'][0]
-    assert set(row['training']) == set(row['evaluation']) == set(peers.backbones())
+    assert set(row['training']) == set(peers.backbones())
+    held = {f'{name}{sections.HELD}' for name in ('WS + GN', 'WS + BCN')}
+    assert set(row['evaluation']) == set(peers.backbones()) | held
     assert set(row['ws_share']) == {'alone', 'by_difference'}
     # Tiny shapes decide nothing.
     assert {bar['met'] for bar in results['bars']} == {None}
@@ -110,6 +118,17 @@ def scaled(operator, index):
     return wrong
 
 
+def scaled_out(operator, place):
+    """The operator with what it writes into its argument at this place off by a thousandth."""
+
+    def wrong(*args):
+        operator(*args)
+        for result in args[place]:
+            result.mul_(1.001)
+
+    return wrong
+
+
 def without_update(operator, _):
     """An operator that leaves the running statistics alone."""
 
@@ -150,8 +169,8 @@ def replace_operator(monkeypatch):
         ('normalize_backward', 0, scaled, 'BCN estimate.*: gradient of x:'),
         ('normalize_backward', 1, scaled, 'BCN batch.*: gradient of parameter batch_weight:'),
         ('normalize_backward', 4, scaled, 'BCN eval.*: gradient of parameter bias:'),
-        ('standardize', 0, scaled, 'WS paper.*: weight:'),
-        ('standardize_backward', None, scaled, 'WS var_eps.*: gradient of parameter weight:'),
+        ('standardize_all', 3, scaled_out, 'WS paper.*: weight:'),
+        ('standardize_all_backward', -1, scaled_out, 'WS var_eps.*: gradient of parameter weight:'),
     ],
 )
 def test_wrong_layers_are_not_timed(
@@ -194,19 +213,21 @@ def test_every_training_step_standardizes_again(replace_operator):
 
         return run
 
-    replace_operator('standardize', counted)
+    replace_operator('standardize_all', counted)
     convs = [WSConv2d(3, 4, 3), WSConv2d(4, 4, 3)]
 
     class Model(nn.Sequential):
         def forward(self, x):
             return [super().forward(x)]
 
-    alone = sections.standardizing(convs, torch.float32)
-    step = sections._training_step(Model(*convs), torch.ones(1, 3, 8, 8), torch.float32)
+    model = Model(*convs)
+    standardize_once_per_forward(model)
+    alone = sections.standardizing(model, torch.float32)
+    step = sections._training_step(model, torch.ones(1, 3, 8, 8), torch.float32)
     for case in (alone, step):
         calls.clear()
         timing.round_robin({'case': case}, CPU, repeats=1)  # one call to warm up, one timed
-        assert len(calls) == 2 * len(convs)
+        assert [len(weights) for weights, *_ in calls] == 2 * [len(convs)]
 
 
 def test_peers_take_turns():

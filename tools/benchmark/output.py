@@ -100,6 +100,11 @@ def ws(rows: list[dict]) -> Lines:
             for name, phases in row['peers'].items()
         ]
         yield table(['', 'forward', 'backward', 'forward + backward'], cells)
+        share = row['peers']['WS']['both']['ms'] / row['limit_ms']
+        yield (
+            f'\nWS takes {share:.2f} times what the copy bandwidth allows '
+            f'({row["limit_ms"]:.1f} ms at {row["copy_bandwidth"] / 1e9:.1f} GB/s).'
+        )
 
 
 def backbone(rows: list[dict]) -> Lines:
@@ -111,7 +116,9 @@ def backbone(rows: list[dict]) -> Lines:
             peak = f'{training["peak"] / 2**20:.0f}' if 'peak' in training else '-'
             evaluation = row['evaluation'][name]['forward']
             cells.append([name, _ratio(training['both']), _ratio(evaluation), peak])
-        header = ['', 'training, forward + backward', 'evaluation, forward', 'peak MB']
+        for name in sorted(row['evaluation'].keys() - row['training'].keys()):  # weights held
+            cells.append([name, '-', _ratio(row['evaluation'][name]['forward']), '-'])
+        header = ['', 'training step', 'evaluation, forward', 'peak MB']
         yield table(header, cells)
         alone, difference = row['ws_share']['alone'], row['ws_share']['by_difference']
         yield (

@@ -4,6 +4,7 @@ Each takes `Settings` and returns what goes into results.json under its name; a 
 there is nothing to return.
 """
 
+import contextlib
 import copy
 import functools
 import sys
@@ -19,7 +20,12 @@ from torch import Tensor, nn
 from benchmark import peers, timing
 from benchmark.gate import LAYOUTS
 from benchmark.timing import Case
-from wsbcn_mm import WSConv2d
+from wsbcn_mm import (
+    WSConv2d,
+    standardize_once_per_forward,
+    standardized_once,
+    weights_do_not_change,
+)
 from wsbcn_mm.layers import WeightStandardized
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -62,6 +68,7 @@ SHAPES = (
 )
 CUDA_SHAPES = ((8, 256, 200, 336),)  # over 256 MB in half precision too: out of every cache
 QUICK_SHAPES = ((1, 64, 8, 8), (2, 64, 5, 6))
+HELD = ', weights held'  # in evaluation, within `weights_do_not_change`
 WIDTH, QUICK_WIDTH = 64, 32  # of the ResNet
 
 # Reads and writes of tensors as large as x that a norm cannot do without, for it needs the
@@ -164,33 +171,52 @@ def _clear_gradients(tensors: Sequence[Tensor]) -> None:
 def ws(settings: Settings) -> list[dict]:
     """Standardizing all weights of a ResNet-50, forward and backward, in every dtype.
 
-    Weights are float32; in half precision the result is cast as autocast would do it.
+    Weights are float32; in half precision the result is cast as autocast would do it. Against what
+    the copy bandwidth allows: each weight read and written once, then gradient and weight read and
+    the gradient of the weight written.
     """
+    bandwidth = timing.copy_bandwidth(settings.device, settings.repeats)
     rows: list[dict] = []
     for dtype in settings.dtypes:
         show_progress(f'ws {len(rows) + 1}/{len(settings.dtypes)}: {name_of(dtype)}')
-        cases = _ws_cases(settings.device, dtype, QUICK_WIDTH if settings.quick else WIDTH)
-        times = timing.round_robin(cases, settings.device, settings.repeats)
+        torch.manual_seed(0)
+        width = QUICK_WIDTH if settings.quick else WIDTH
+        model = peers.ResNet50(WSConv2d, peers.group_norm, width).to(settings.device)
+        times = timing.round_robin(_ws_cases(model, dtype), settings.device, settings.repeats)
         timing.add_ratios(times, 'WS')
-        rows.append(dict(dtype=name_of(dtype), peers=times))
+        weights = sum(conv.weight.numel() for conv in ws_layers(model))
+        moved = weights * (torch.float32.itemsize * 3 + dtype.itemsize * 2)
+        rows.append(
+            dict(
+                dtype=name_of(dtype),
+                peers=times,
+                copy_bandwidth=bandwidth,
+                limit_ms=moved / bandwidth * 1e3,
+            )
+        )
     return rows
 
 
-def _ws_cases(device: torch.device, dtype: torch.dtype, width: int) -> dict[str, Case]:
-    torch.manual_seed(0)
-    model = peers.ResNet50(WSConv2d, peers.group_norm, width).to(device)
-    convs = [m for m in model.modules() if isinstance(m, WSConv2d)]
-    cases = {'WS': standardizing(convs, dtype)}
+def ws_layers(model: nn.Module) -> list[WeightStandardized]:
+    """The WS convolutions of a model."""
+    return [module for module in model.modules() if isinstance(module, WeightStandardized)]
+
+
+def _ws_cases(model: nn.Module, dtype: torch.dtype) -> dict[str, Case]:
+    layers = ws_layers(model)
+    weights = [layer.weight for layer in layers]
+    cases = {
+        'WS': standardizing(model, dtype),
+        'WS, layer by layer': _ws_case(
+            lambda: [layer.standardized_weight() for layer in layers], weights, dtype
+        ),
+    }
     by_hand: dict[str, Callable] = {'one-call WS': peers.one_call_standardize}
     if not peers.mmcv_missing():
         by_hand['mmcv ConvWS'] = peers.mmcv_standardize()
-    weights = [conv.weight for conv in convs]
-    cotangents = [torch.randn_like(w, dtype=dtype) for w in weights]
     for name, standardize in by_hand.items():
-        cases[name] = Case(
-            functools.partial(_all_by_hand, standardize, weights, dtype),
-            lambda outputs: torch.autograd.backward(outputs, cotangents),
-            lambda: as_after_a_step(weights),
+        cases[name] = _ws_case(
+            functools.partial(_all_by_hand, standardize, weights, dtype), weights, dtype
         )
     return cases
 
@@ -201,31 +227,50 @@ def _all_by_hand(
     return [standardize(w).to(dtype) for w in weights]
 
 
-def standardizing(convs: Sequence[WeightStandardized], dtype: torch.dtype) -> Case:
+def standardizing(model: nn.Module, dtype: torch.dtype) -> Case:
     """All work that our WS layers do in one training step, without the convolutions."""
-    weights = [conv.weight for conv in convs]
+    layers = ws_layers(model)
+
+    def forward() -> list[Tensor]:
+        with standardized_once(model):
+            return [layer.standardized_weight() for layer in layers]
+
+    return _ws_case(forward, [layer.weight for layer in layers], dtype)
+
+
+class _Use(torch.autograd.Function):
+    """A use of a weight whose gradient is there already, and, as a convolution's, nobody else's."""
+
+    @staticmethod
+    def forward(ctx: Any, w_hat: Tensor, gradients: list[Tensor]) -> Tensor:
+        ctx.gradients = gradients
+        return w_hat.new_zeros((), dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:
+        return ctx.gradients.pop(), None
+
+
+def _ws_case(
+    standardize: Callable[[], list[Tensor]], weights: Sequence[Tensor], dtype: torch.dtype
+) -> Case:
     cotangents = [torch.randn_like(w, dtype=dtype) for w in weights]
+    gradients: list[list[Tensor]] = [[] for _ in weights]
+
+    def prepare() -> None:
+        _clear_gradients(weights)
+        for box, cotangent in zip(gradients, cotangents):
+            box[:] = [cotangent.clone()]
 
     def forward() -> list[Tensor]:
         with peers.autocast(weights[0].device, dtype):
-            return [conv.standardized_weight() for conv in convs]
+            return standardize()
 
-    return Case(
-        forward,
-        lambda outputs: torch.autograd.backward(outputs, cotangents),
-        lambda: as_after_a_step(weights),
-    )
+    def backward(outputs: list[Tensor]) -> None:
+        uses = [_Use.apply(w_hat, box) for w_hat, box in zip(outputs, gradients)]
+        torch.stack(uses).sum().backward()
 
-
-def as_after_a_step(parameters: Sequence[Tensor]) -> None:
-    """Leaves parameters as an optimizer's step does: no gradients, and edited.
-
-    Without the edit our layers would reuse the standardized weights of the step before.
-    """
-    _clear_gradients(parameters)
-    with torch.no_grad():
-        for parameter in parameters:
-            parameter.add_(0)
+    return Case(forward, backward, prepare)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -233,9 +278,13 @@ def as_after_a_step(parameters: Sequence[Tensor]) -> None:
 
 
 def backbone(settings: Settings) -> list[dict]:
-    """A ResNet-50 on one image: a training step and a forward pass in evaluation."""
+    """A ResNet-50 on one image: a training step and a forward pass in evaluation.
+
+    A step includes the optimizer's (SGD with momentum; its learning rate is 0, so that every step
+    is the same one).
+    """
     device = settings.device
-    sizes = [(800, 1333)] if device.type == 'cuda' else [(160, 192), (256, 320)]
+    sizes = [(800, 1333)] if device.type == 'cuda' else [(160, 192), (256, 320), (512, 640)]
     sizes = [(64, 64)] if settings.quick else sizes
     rows: list[dict] = []
     for layout in settings.layouts:
@@ -244,6 +293,7 @@ def backbone(settings: Settings) -> list[dict]:
         for name, make in makers.items():
             torch.manual_seed(0)
             models[name] = make().to(device)
+            standardize_once_per_forward(models[name])
             # mmcv's ConvWS raises with weights in channels_last; its activations can be.
             if not name.startswith('mmcv'):
                 models[name].to(memory_format=LAYOUTS[layout])  # type: ignore[call-overload]
@@ -266,8 +316,7 @@ def _time_backbones(settings, models, size, dtype, layout) -> dict:
 
     steps = {n: _training_step(m.train(), image, dtype) for n, m in models.items()}
     # In the same rounds: what our WS takes of a step.
-    convs = [m for m in models['WS + BCN'].modules() if isinstance(m, WeightStandardized)]
-    steps['WS alone'] = standardizing(convs, dtype)
+    steps['WS alone'] = standardizing(models['WS + BCN'], dtype)
     training = timing.round_robin(steps, device, settings.repeats)
     alone = training.pop('WS alone')['both']
     timing.add_ratios(training, 'conv + GN')
@@ -275,21 +324,26 @@ def _time_backbones(settings, models, size, dtype, layout) -> dict:
     row['ws_share'] = {'alone': alone['ms'] / step, 'by_difference': 1 - without / step}
     if device.type == 'cuda':
         for name, model in models.items():
-            model.train()  # drops the weights that were standardized for the step before
             own = sum(t.numel() * t.element_size() for t in model.state_dict().values())
             training[name]['peak'] = own + timing.peak_bytes(steps[name])
 
     passes = {n: _evaluation(m.eval(), image, dtype) for n, m in models.items()}
-    evaluation = timing.round_robin(passes, device, settings.repeats)
+    held = {n: copy.deepcopy(m) for n, m in models.items() if ws_layers(m)}
+    passes |= {f'{n}{HELD}': _evaluation(m, image, dtype) for n, m in held.items()}
+    with contextlib.ExitStack() as scopes:
+        for model in held.values():
+            scopes.enter_context(weights_do_not_change(model))
+        evaluation = timing.round_robin(passes, device, settings.repeats)
     timing.add_ratios(evaluation, 'conv + GN')
     evaluation = {name: {'forward': phases['forward']} for name, phases in evaluation.items()}
-    for model in models.values():  # gradients and cached weights are not the next size's
+    for model in models.values():  # gradients are not the next size's
         model.train().zero_grad()
     return row | dict(training=training, evaluation=evaluation)
 
 
 def _training_step(model: nn.Module, image: Tensor, dtype: torch.dtype) -> Case:
     parameters = list(model.parameters())
+    optimizer = torch.optim.SGD(parameters, lr=0.0, momentum=0.9)
     generator = torch.Generator(image.device).manual_seed(0)
     cotangents: list[Tensor] = []
 
@@ -299,11 +353,12 @@ def _training_step(model: nn.Module, image: Tensor, dtype: torch.dtype) -> Case:
 
     def backward(outputs: list[Tensor]) -> None:
         torch.autograd.backward(outputs, cotangents)
+        optimizer.step()
 
     for y in forward():  # GroupNorm returns float32 under autocast: dtypes differ between models
         noise = torch.randn(y.shape, generator=generator, device=y.device)
         cotangents.append(noise.to(y.dtype).contiguous(memory_format=_layout_of(y)))
-    return Case(forward, backward, lambda: as_after_a_step(parameters))
+    return Case(forward, backward, lambda: _clear_gradients(parameters))
 
 
 def _layout_of(y: Tensor) -> torch.memory_format:
