@@ -21,6 +21,7 @@ from mmengine.structures import InstanceData, PixelData
 from torch import Tensor
 
 from wsbcn_mm.layers import WeightStandardized
+from wsbcn_mm.openmmlab.config import type_name
 from wsbcn_mm.openmmlab.conversion import probe
 from wsbcn_mm.openmmlab.deploy.settings import dicts, drop_pretrained
 from wsbcn_mm.openmmlab.errors import first_line
@@ -169,8 +170,8 @@ def batch(cfg: Config, images: int, size: int) -> dict[str, Any]:
         for _ in range(images)
     ]
     if cfg.get('default_scope') == 'mmdet':
-        stride = _stride_of_classes(cfg)
-        samples = [_detection(size, stride) for _ in range(images)]
+        stride, masks = _stride_of_classes(cfg), _has_masks(cfg)
+        samples = [_detection(size, stride, masks) for _ in range(images)]
     else:
         samples = [_segmentation(size) for _ in range(images)]
     return dict(inputs=inputs, data_samples=samples)
@@ -201,12 +202,20 @@ def _pixels(size: int) -> Tensor:
 
 def _stride_of_classes(cfg: Config) -> int:
     """Pixels of the image per pixel of the map of classes, where a detector learns one."""
-    steps = dicts((cfg.get('train_dataloader') or {}).get('dataset') or {})
-    scales = [step['scale_factor'] for step in steps if step.get('type') == 'SegRescale']
+    scales = [s['scale_factor'] for s in _pipeline(cfg) if type_name(s) == 'SegRescale']
     return round(1 / scales[0]) if scales else 1
 
 
-def _detection(size: int, stride: int) -> Any:
+def _has_masks(cfg: Config) -> bool:
+    """Whether the training data have masks: some losses change where they are there."""
+    return any(s.get('with_mask') or 'Panoptic' in type_name(s) for s in _pipeline(cfg))
+
+
+def _pipeline(cfg: Config) -> list[dict[str, Any]]:
+    return list(dicts((cfg.get('train_dataloader') or {}).get('dataset') or {}))
+
+
+def _detection(size: int, stride: int, with_masks: bool) -> Any:
     from mmdet.structures import DetDataSample
     from mmdet.structures.mask import BitmapMasks
 
@@ -215,9 +224,9 @@ def _detection(size: int, stride: int) -> Any:
     for mask, (x1, y1, x2, y2) in zip(masks, boxes.int().tolist()):
         mask[y1:y2, x1:x2] = 1
     sample = DetDataSample(metainfo=_meta(size))
-    sample.gt_instances = InstanceData(
-        bboxes=boxes, labels=torch.zeros(2, dtype=torch.long), masks=BitmapMasks(masks, size, size)
-    )
+    sample.gt_instances = InstanceData(bboxes=boxes, labels=torch.zeros(2, dtype=torch.long))
+    if with_masks:
+        sample.gt_instances.masks = BitmapMasks(masks, size, size)
     sample.ignored_instances = InstanceData(bboxes=boxes[:0])
     sample.proposals = InstanceData(bboxes=boxes)
     sample.gt_sem_seg = PixelData(sem_seg=_pixels(size)[:, ::stride, ::stride].byte())
