@@ -90,7 +90,7 @@ def test_a_backend_asked_for_does_not_take_what_it_cannot():
 
 
 def test_a_missing_backend_is_reported_once(monkeypatch):
-    monkeypatch.setitem(backends._UNAVAILABLE, 'cpu', 'no compiler')
+    monkeypatch.setitem(backends.UNAVAILABLE, 'cpu', 'no compiler')
     monkeypatch.setattr(backends, '_warned', set())
     with pytest.warns(UserWarning, match='slower: no compiler'):
         assert backends.select(torch.zeros(1)) == 'eager'
@@ -130,9 +130,9 @@ def test_a_build_for_another_torch_is_a_reason(monkeypatch):
     monkeypatch.setattr(torch.ops, 'load_library', fails)
     monkeypatch.setattr(cpu, 'EXTENSION_SUFFIXES', ['.py'])
     monkeypatch.setattr(cpu.Path, 'exists', lambda self: True)
-    assert 'another torch (undefined symbol' in cpu._load()
+    assert 'another torch (undefined symbol' in cpu.load()
     monkeypatch.setattr(cpu, 'EXTENSION_SUFFIXES', [])
-    assert 'not compiled' in cpu._load() and '--no-build-isolation' in cpu._load()
+    assert 'not compiled' in cpu.load() and '--no-build-isolation' in cpu.load()
 
 
 # ----------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # also from a clone not installed
 
@@ -76,7 +77,8 @@ def run(args: argparse.Namespace) -> None:
     files.save_atomically(checkpoint, out)
     for name in done.unreached:
         print(f'not used by these images, unchanged: {name}')
-    images = min(args.num_images, len(batches.dataset.dataset))
+    subset: Any = batches.dataset
+    images = min(args.num_images, len(subset.dataset))
     drift = 'not known after one pass' if done.drift is None else f'{done.drift:.4f}'
     print(
         f'{out}: {len(keys)} statistics of {len(done.samples)} layers over {images} images, '

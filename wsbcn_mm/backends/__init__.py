@@ -130,11 +130,11 @@ def select(x: Tensor) -> str:
             )
         return _forced
     name = DEVICES.get(x.device.type, 'eager')
-    if _UNAVAILABLE[name] is not None:
+    if UNAVAILABLE[name] is not None:
         if not torch.compiler.is_compiling() and name not in _warned:
             _warned.add(name)
             warnings.warn(
-                f'wsbcn_mm computes with plain torch calls, which is slower: {_UNAVAILABLE[name]}',
+                f'wsbcn_mm computes with plain torch calls, which is slower: {UNAVAILABLE[name]}',
                 stacklevel=2,
             )
         return 'eager'
@@ -142,7 +142,7 @@ def select(x: Tensor) -> str:
 
 
 # Known from here on: torch.compile traces select().
-_UNAVAILABLE = {name: module.unavailable() for name, module in BACKENDS.items()}
+UNAVAILABLE = {name: module.unavailable() for name, module in BACKENDS.items()}
 
 
 def report() -> str:

@@ -60,7 +60,7 @@ class Together:
                 torch.ops.wsbcn_mm.join.default(w_hat, weight)
             else:
                 with torch.enable_grad():
-                    self._results[index] = _Member.apply(
+                    self._results[index] = _Member.apply(  # type: ignore[no-untyped-call]
                         weight, w_hat, *self._rows[index], self._eps, self._formula, self._backend
                     )
         return self._results[index]

@@ -17,7 +17,7 @@ from wsbcn_mm.backends.ops import Kernels
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def _load() -> str | None:
+def load() -> str | None:
     """Loads the compiled operators; returns the reason where that is not possible."""
     # Without build isolation, or torch is not there when the package is built.
     how = 'pip install --no-build-isolation . (in the folder of wsbcn_mm) compiles them'
@@ -33,7 +33,7 @@ def _load() -> str | None:
     return None
 
 
-_REASON = _load()
+_REASON = load()
 
 
 def unavailable() -> str | None:
