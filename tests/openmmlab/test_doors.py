@@ -207,3 +207,18 @@ def test_a_config_in_a_checkpoint_may_hold_classes_by_their_path():
     model = dict(type='mmdet.models.detectors.retinanet.RetinaNet', backbone=dict(type='ResNet'))
     cfg = config.foreign_config(foreign(model, scope=None))
     assert (cfg.default_scope, cfg.model.type) == ('mmdet', 'RetinaNet')
+
+
+@pytest.mark.parametrize(
+    'text', ["open({mark!r}, 'w')", "model = dict(type='os.mkdir', path={mark!r})"]
+)
+def test_audit_runs_nothing_of_a_checkpoint(text, tmp_path):
+    pytest.importorskip('mmdet', reason='builds the models of configs')
+    from wsbcn_mm.openmmlab.conversion.audit import audit
+
+    mark, file = tmp_path / 'mark', tmp_path / 'a.pth'
+    meta = dict(cfg=f"default_scope = 'mmdet'\n{text.format(mark=str(mark))}\n")
+    torch.save(dict(state_dict=tiny_model().state_dict(), meta=meta), file)
+    (found,) = (f for f in audit(file) if f.code == 'config')
+    assert 'cannot be audited' in found.why
+    assert not mark.exists()

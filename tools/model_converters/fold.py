@@ -8,9 +8,15 @@ DST/folded_layers.py, which needs torch and mmengine alone, puts them in. Nothin
 the new model gives the same results.
 """
 
+from __future__ import annotations
+
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mmengine.config import Config
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # also from a clone not installed
 
@@ -44,25 +50,22 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def read_images(args: argparse.Namespace) -> dict:
-    """Images to compare on, by name."""
-    import mmcv
-
+def read_images(args: argparse.Namespace, cfg: Config) -> dict[str, Any]:
+    """Images to compare on, by name; files as the config's test pipeline loads them."""
     from wsbcn_mm.openmmlab.deploy.inference import random_image
+    from wsbcn_mm.openmmlab.deploy.predict import Reader
 
     if not args.images:
         return {
             f'random image {seed}': random_image(args.shape[0], args.shape[1], seed)
             for seed in range(2)
         }
-    images = {}
     for path in args.images:
         if not Path(path).is_file():
             raise FileNotFoundError(f'no image {path}')
-        images[path] = mmcv.imread(path)
-        if images[path] is None:
-            raise ValueError(f'{path} is not an image that OpenCV can read')
-    return images
+    read = Reader(cfg)
+    loaded = {path: read(path)[0] for path in args.images}
+    return {path: image.reshape(*image.shape[:2], -1) for path, image in loaded.items()}
 
 
 def main() -> None:
@@ -82,7 +85,7 @@ def run(args: argparse.Namespace) -> None:
     cfg = config.load_config(args.config, args.cfg_options)
     if args.evaluate:
         preflight.check_data(cfg, 'test_dataloader')
-    images = read_images(args)
+    images = read_images(args, cfg)
     planned = inference.load_planned(cfg, args.checkpoint, next(iter(images.values())))
     print(planned.plan)
     stem = f'{Path(args.config).stem}_folded'

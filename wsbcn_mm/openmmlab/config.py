@@ -193,6 +193,14 @@ def scope_of(cfg: Config) -> str:
     return scope
 
 
+def use_scope(cfg: Config) -> str:
+    """Registers everything of the config's package; names are looked up there from now on."""
+    scope = scope_of(cfg)
+    import_module(f'{scope}.utils').register_all_modules(init_default_scope=False)
+    registries.init_default_scope(scope)
+    return scope
+
+
 def find_config(source: str) -> tuple[Path, str | None]:
     """The file of a config that is given by path or by name.
 

@@ -18,9 +18,15 @@ from torch import nn
 from wsbcn_mm.audit import LEVELS, Finding, audit_model
 from wsbcn_mm.checks import auto_groups
 from wsbcn_mm.layers import BatchChannelNorm, WeightStandardized
-from wsbcn_mm.openmmlab.checkpoints import compare
-from wsbcn_mm.openmmlab.config import find_config, read_config, type_name, with_names
-from wsbcn_mm.openmmlab.conversion import embedded, probe, recipe, weights
+from wsbcn_mm.openmmlab.checkpoints import code_refused, compare
+from wsbcn_mm.openmmlab.config import (
+    find_config,
+    foreign_config,
+    read_config,
+    type_name,
+    with_names,
+)
+from wsbcn_mm.openmmlab.conversion import probe, recipe, weights
 from wsbcn_mm.openmmlab.conversion.changes import dotted, value_at
 from wsbcn_mm.openmmlab.conversion.probe import CannotBuild, Node
 from wsbcn_mm.openmmlab.registry import ESTIMATES_HOOK, NORM_NAMED
@@ -73,9 +79,11 @@ def audit_checkpoint(path: str | Path) -> list[Finding]:
 
 def _audit_embedded(text: str, path: str | Path) -> list[Finding]:
     try:
-        cfg = embedded.config_in(text)
-        return audit_config(cfg) if cfg.get('model') else []
-    except ValueError as error:
+        cfg = foreign_config(text)
+        cfg.load_from = None
+        with code_refused(path):  # parts that read weights when they are built
+            return audit_config(cfg)
+    except (ValueError, ImportError) as error:
         why = f'the config inside of it cannot be audited: {" ".join(str(error).split())}'
         fix = 'audit the file of the config'
         return [Finding('note', 'config', str(path), why, fix)]

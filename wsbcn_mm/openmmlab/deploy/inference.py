@@ -6,14 +6,13 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
 
 import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from wsbcn_mm import folding
@@ -25,9 +24,7 @@ from wsbcn_mm.openmmlab.deploy.parts import features_alone, image_function, tens
 
 def build_model(cfg: Config) -> Any:
     """The model of a config, as a test run builds it, in evaluation mode."""
-    scope = scope_of(cfg)
-    import_module(f'{scope}.utils').register_all_modules(init_default_scope=False)
-    init_default_scope(scope)
+    config.use_scope(cfg)
     model = revert_sync_batchnorm(MODELS.build(copy.deepcopy(cfg.model)))
     model.eval()
     return model

@@ -15,7 +15,13 @@ from mmengine.registry import VISUALIZERS
 from PIL import Image
 
 from wsbcn_mm.openmmlab.compat import DataError
-from wsbcn_mm.openmmlab.config import dataset_class, datasets_of_test, scope_of, type_name
+from wsbcn_mm.openmmlab.config import (
+    dataset_class,
+    datasets_of_test,
+    scope_of,
+    type_name,
+    use_scope,
+)
 from wsbcn_mm.openmmlab.errors import first_line
 
 SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.ppm', '.pgm', '.tif', '.tiff', '.webp')
@@ -58,7 +64,7 @@ class Reader:
     channels and bits, whether EXIF counts, sizes, normalisation.
 
     Args:
-        cfg: The config; its packages' default scope is set.
+        cfg: The config; see `use_scope`.
 
     Raises:
         ValueError: no test data, parts of it that are read in different ways, or a pipeline that
@@ -66,6 +72,7 @@ class Reader:
     """
 
     def __init__(self, cfg: Config) -> None:
+        use_scope(cfg)
         datasets = datasets_of_test(cfg)
         self.dataset = datasets[0]
         if any(other['pipeline'] != self.dataset['pipeline'] for other in datasets):
