@@ -5,6 +5,7 @@ A check says which argument it is, what was expected, what came, and what to do.
 
 import math
 import numbers
+from typing import Any
 
 from torch import Tensor
 
@@ -51,7 +52,7 @@ def checked_rate(momentum: float | Tensor) -> float | Tensor:
     return rate
 
 
-def check_groups(num_channels: int, num_groups: int | str) -> None:
+def check_groups(num_channels: int, num_groups: Any) -> None:
     """Raises ValueError unless ``num_groups`` is a positive divisor of ``num_channels``."""
     for name, value in (('num_channels', num_channels), ('num_groups', num_groups)):
         if isinstance(value, bool) or not isinstance(value, int):

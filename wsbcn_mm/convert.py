@@ -9,6 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -156,7 +157,9 @@ def convert_model(
         for name in follower.norms:
             dims[id(modules[name])] = len(follower.conv.kernel_size)
     _dims_of_other_norms(model, found, dims)
-    norm_lines = _convert_norms(model, modules, dims, replacement, num_groups, mode, momentum)
+    norm_lines = _convert_norms(
+        model, modules, dims, replacement, _NormSettings(num_groups, mode, momentum)
+    )
     tied = _tied_to_bare(found)
     conv_lines = [
         _convert_conv(follower, modules, replacement, standardize, formula, tied, run is not None)
@@ -164,7 +167,10 @@ def convert_model(
     ]
     order = {name: i for i, name in enumerate(modules)}
     for line in sorted([*norm_lines, *conv_lines], key=lambda line: order[line.name]):
-        (report.changed if isinstance(line, Changed) else report.left).append(line)
+        if isinstance(line, Changed):
+            report.changed.append(line)
+        else:
+            report.left.append(line)
     for follower in found:  # statistics of a raw weight's outputs say nothing about the new ones
         if id(follower.conv) in replacement:
             for name in follower.norms:
@@ -209,10 +215,23 @@ def _run(model: nn.Module, example_input: object) -> None:
 # ---- normalisations ----------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _NormSettings:
+    """What the user chose for every new normalisation."""
+
+    num_groups: int | str | Callable[[int], int]
+    mode: str
+    momentum: float | str | None
+
+
 def _convert_norms(
-    model, modules, dims, replacement, num_groups, mode, momentum
+    model: nn.Module,
+    modules: dict[str, nn.Module],
+    dims: dict[int, int],
+    replacement: dict[int, nn.Module],
+    settings: _NormSettings,
 ) -> list[Changed | Left]:
-    lines = []
+    lines: list[Changed | Left] = []
     for name, norm in model.named_modules():
         if not is_norm(norm) or isinstance(norm, layers.BatchChannelNorm):
             continue
@@ -225,7 +244,7 @@ def _convert_norms(
             lines.append(Left(name, kind, reason))
             continue
         try:
-            new = _batch_channel_norm(norm, dims[id(norm)], num_groups, mode, momentum)
+            new = _batch_channel_norm(norm, dims[id(norm)], settings)
         except ValueError as error:
             raise ValueError(f'{name}: {error}') from None
         replacement[id(norm)] = _with_activation(norm, new)
@@ -262,12 +281,13 @@ def _why_not_norm(norm: nn.Module, dims: dict[int, int]) -> str | None:
     return None
 
 
-def _batch_channel_norm(norm, dim, num_groups, mode, momentum) -> layers.BatchChannelNorm:
+def _batch_channel_norm(norm: Any, dim: int, settings: _NormSettings) -> layers.BatchChannelNorm:
     width = num_channels(norm)
-    groups = num_groups
-    if callable(num_groups):
-        groups = num_groups(width)
-    elif num_groups == 'auto':
+    assert width is not None  # LayerNorm, which does not say, stays
+    groups = settings.num_groups
+    if callable(groups):
+        groups = groups(width)
+    elif groups == 'auto':
         # A GroupNorm's own groups are part of what it learned.
         groups = norm.num_groups if isinstance(norm, nn.GroupNorm) else auto_groups(width)
     grouped = isinstance(norm, nn.GroupNorm)
@@ -277,8 +297,8 @@ def _batch_channel_norm(norm, dim, num_groups, mode, momentum) -> layers.BatchCh
         width,
         groups,
         eps=norm.eps,
-        momentum=momentum,
-        mode=mode,
+        momentum=settings.momentum,
+        mode=settings.mode,
         affine='channel' if grouped and scale is not None else 'group',
         device=None if reference is None else reference.device,
         dtype=None if reference is None else reference.dtype,
@@ -320,7 +340,13 @@ def _tied_to_bare(found: list[Follower]) -> set[int]:
 
 
 def _convert_conv(
-    follower, modules, replacement, standardize, formula, tied, ran
+    follower: Follower,
+    modules: dict[str, nn.Module],
+    replacement: dict[int, nn.Module],
+    standardize: bool,
+    formula: str,
+    tied: set[int],
+    ran: bool,
 ) -> Changed | Left:
     conv, name = follower.conv, follower.names[0]
     kind = type(conv).__name__
@@ -328,12 +354,13 @@ def _convert_conv(
     if reason is not None:
         return Left(name, kind, reason)
     own = 'std_eps' if kind == 'ConvWS2d' else formula
-    if torch_class(conv) is None:  # a class of its own keeps its way to convolve
+    torchs = torch_class(conv)
+    if torchs is None:  # a class of its own keeps its way to convolve
         copied = standardized_copy(conv, own)
         replacement[id(conv)] = copied
         return Changed(name, kind, type(copied).__name__)
-    target = STANDARDIZED[torch_class(conv)]
-    arguments = dict(
+    target = STANDARDIZED[torchs]
+    arguments: dict[str, Any] = dict(
         stride=conv.stride,
         padding=conv.padding,
         dilation=conv.dilation,
@@ -351,7 +378,14 @@ def _convert_conv(
     return Changed(name, kind, target.__name__)
 
 
-def _why_not_conv(follower, modules, replacement, standardize, tied, ran) -> str | None:
+def _why_not_conv(
+    follower: Follower,
+    modules: dict[str, nn.Module],
+    replacement: dict[int, nn.Module],
+    standardize: bool,
+    tied: set[int],
+    ran: bool,
+) -> str | None:
     conv = follower.conv
     if isinstance(conv, layers.WeightStandardized):
         return 'is standardized already'

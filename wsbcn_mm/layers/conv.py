@@ -104,7 +104,7 @@ class WeightStandardized(_Base):
         _, sigma = autograd.filter_statistics(rows, self.eps, self.formula)
         return sigma + self.eps if self.formula == 'std_eps' else sigma
 
-    def __setattr__(self, name: str, value: object) -> None:
+    def __setattr__(self, name: str, value: Any) -> None:
         # torch.nn.utils.fuse_conv_bn_eval, which torch's quantization calls too: it would give a
         # copy of this layer the raw weight times the scale of a BatchNorm.
         if name == 'weight' and sys._getframe(1).f_code.co_filename == fusion.__file__:

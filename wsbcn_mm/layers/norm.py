@@ -43,7 +43,7 @@ class BatchChannelNorm(nn.GroupNorm):
 
     _version = 1
     _abbr_ = 'bcn'  # attribute name in OpenMMLab's modules (`bcn1`); 'bn' would collide with BN's
-    bn: _BatchNorm
+    bn: Any  # a ChannelStage, or what hosts convert BatchNorms to (SyncBatchNorm)
     _bn_class: type[_BatchNorm]
     _stage_class: type[channel_stage.ChannelStage]
     _dims: tuple[int, ...]
@@ -96,7 +96,7 @@ class BatchChannelNorm(nn.GroupNorm):
     @momentum.setter
     def momentum(self, value: float | Tensor | str) -> None:
         if not isinstance(value, str):
-            self.bn.momentum = checked_rate(value)  # type: ignore[assignment]
+            self.bn.momentum = checked_rate(value)
         elif value == 'cumulative':
             self.bn.momentum = None
         else:

@@ -91,8 +91,11 @@ class EstimatesHook(Hook):
         compiled = bool(runner.cfg.get('compile'))
         batch = self._images_per_rank(runner.train_dataloader) if self.scale == 'images' else 1
         world = get_dist_info()[1]
-        # layer, its rate, images per step, updates that its estimates have seen
-        self._layers: list[tuple[BatchChannelNorm, Any, float, int | None]] = []
+        # Layer, its rate, images per step, updates that its estimates have seen, and the tensor
+        # that holds the rate of compiled code.
+        self._layers: list[
+            tuple[BatchChannelNorm, Any, float, int | None, torch.Tensor | None]
+        ] = []
         for layer in layers:
             if layer.mode == 'estimate' and layer.momentum != 'cumulative':
                 ranks = 1 if layer.sync is None else world
