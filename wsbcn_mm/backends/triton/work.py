@@ -12,8 +12,8 @@ class Stage1(NamedTuple):
 
     source: Literal['running', 'estimate', 'batch', 'given']
     running: Running | None = None
-    momentum: float = 0.0
-    rate: Tensor | None = None  # in place of momentum
+    rate: float = 0.0
+    rate_tensor: Tensor | None = None  # in place of rate
 
     @property
     def needs_all_samples(self) -> bool:

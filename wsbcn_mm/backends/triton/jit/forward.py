@@ -91,7 +91,7 @@ def forward_algebra(
     q,  # (N, C)
     running_mean,  # (C,) or None
     running_var,  # (C,) or None
-    rate,  # (); None: momentum
+    rate_tensor,  # (); None: rate
     counts,  # (2, C), int64, or None
     mean,  # (C,)
     var,  # (C,)
@@ -113,7 +113,7 @@ def forward_algebra(
     running_var_stride,
     weight_repeat,
     bias_repeat,
-    momentum,
+    rate,
     eps,
     STATISTICS: tl.constexpr,
     BLOCK_L: tl.constexpr,
@@ -151,7 +151,7 @@ def forward_algebra(
             q,
             running_mean,
             running_var,
-            rate,
+            rate_tensor,
             counts,
             mean,
             var,
@@ -161,7 +161,7 @@ def forward_algebra(
             length,
             running_mean_stride,
             running_var_stride,
-            momentum,
+            rate,
             STATISTICS,
             BLOCK_N,
             BLOCK_C,

@@ -87,7 +87,7 @@ def forward_held(
     q,  # (N, C) or None
     running_mean,  # (C,) or None
     running_var,  # (C,) or None
-    rate,  # (); None: momentum
+    rate_tensor,  # (); None: rate
     counts,  # (2, C), int64, or None
     mean,  # (C,)
     var,  # (C,)
@@ -105,7 +105,7 @@ def forward_held(
     running_var_stride,
     weight_repeat,
     bias_repeat,
-    momentum,
+    rate,
     eps,
     STATISTICS: tl.constexpr,
     AXIS: tl.constexpr,
@@ -140,7 +140,7 @@ def forward_held(
             q,
             running_mean,
             running_var,
-            rate,
+            rate_tensor,
             counts,
             mean,
             var,
@@ -150,7 +150,7 @@ def forward_held(
             length,
             running_mean_stride,
             running_var_stride,
-            momentum,
+            rate,
             STATISTICS,
             BLOCK_N,
             BLOCK_C,

@@ -55,7 +55,7 @@ def channel_statistics(
     q,  # (N, C)
     running_mean,  # (C,)
     running_var,  # (C,)
-    rate,  # (); None: momentum
+    rate_tensor,  # (); None: rate
     counts,  # (2, C), int64, or None
     mean,  # (C,), written
     var,  # (C,), written
@@ -65,7 +65,7 @@ def channel_statistics(
     length,
     running_mean_stride,
     running_var_stride,
-    momentum,
+    rate,
     STATISTICS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -88,10 +88,10 @@ def channel_statistics(
         if STATISTICS == 'running':
             used_mean, used_var = old_mean, old_var
         else:
-            if rate is None:
-                r = number(momentum, ACC)
+            if rate_tensor is None:
+                r = number(rate, ACC)
             else:
-                r = tl.load(rate).to(ACC)
+                r = tl.load(rate_tensor).to(ACC)
             if STATISTICS == 'estimate':
                 batch_mean, batch_var = moments_over_samples(
                     m, q, old_mean, start, samples, channels, width, BLOCK_N, BLOCK_C
@@ -135,7 +135,7 @@ def update_statistics(
     q,  # (N, C)
     running_mean,  # (C,)
     running_var,  # (C,)
-    rate,  # (); None: momentum
+    rate_tensor,  # (); None: rate
     counts,  # (2, C), int64, or None
     mean,  # (C,)
     var,  # (C,)
@@ -145,7 +145,7 @@ def update_statistics(
     length,
     running_mean_stride,
     running_var_stride,
-    momentum,
+    rate,
     STATISTICS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -156,7 +156,7 @@ def update_statistics(
         q,
         running_mean,
         running_var,
-        rate,
+        rate_tensor,
         counts,
         mean,
         var,
@@ -166,7 +166,7 @@ def update_statistics(
         length,
         running_mean_stride,
         running_var_stride,
-        momentum,
+        rate,
         STATISTICS,
         BLOCK_N,
         BLOCK_C,

@@ -21,7 +21,7 @@ SIZES = (
     'bias_repeat',
     'running_mean_stride',
     'running_var_stride',
-    'momentum',
+    'rate',
     'eps',
 )
 """A size that is 1 or divisible by 16 must not compile a kernel anew: images come in every size."""
