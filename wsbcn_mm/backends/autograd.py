@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from wsbcn_mm import backends, reference
-from wsbcn_mm.backends import ops
+from wsbcn_mm.backends import eager, ops
 from wsbcn_mm.backends.carriers import (
     Affine,
     AffineGradients,
@@ -30,6 +31,7 @@ from wsbcn_mm.backends.carriers import (
 )
 from wsbcn_mm.backends.layouts import dense
 from wsbcn_mm.backends.ops import accumulation_dtype
+from wsbcn_mm.backends.running import update_estimates, update_from_batch
 
 
 def batch_channel_norm(
@@ -60,7 +62,9 @@ def batch_channel_norm(
     x = dense(x)
     backend = backends.select(x)
     y: Tensor
-    if has_nodes(backend) and x.numel() > 0:
+    if x.numel() > 0 and _has_tangent(x, *affine):
+        y = batch_channel_norm_in_torch(x, num_groups, running, affine, rate, eps, from_batch)
+    elif has_nodes(backend) and x.numel() > 0:
         y = torch.ops.wsbcn_mm.batch_channel_norm.default(
             x, num_groups, *running, *affine, *flat_rate(rate), eps, from_batch
         )
@@ -91,7 +95,9 @@ def weight_standardize(weight: Tensor, eps: float, formula: str, dtype: torch.dt
     weight = dense(weight)
     backend = backends.select(weight)
     w_hat: Tensor
-    if has_nodes(backend):
+    if _has_tangent(weight):
+        w_hat = weight_standardize_in_torch(weight, eps, formula, dtype)
+    elif has_nodes(backend):
         w_hat = torch.ops.wsbcn_mm.weight_standardize.default(weight, eps, formula, dtype)
     else:
         arguments = weight, eps, formula, dtype, backend
@@ -116,6 +122,14 @@ def gradients_of(affine: Affine, gradients: AffineGradients) -> list[Tensor | No
 def has_nodes(backend: str) -> bool:
     """Whether the backend brings autograd nodes of its own, which a compiler cannot look into."""
     return backend == 'cpu' and not torch.compiler.is_compiling()
+
+
+def _has_tangent(*tensors: Tensor | None) -> bool:
+    """Whether a gradient goes forward through one of them, which no node and no kernel knows."""
+    # Not a public name; but asking every tensor costs a tenth of a small map.
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return False
+    return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
 class _Call(NamedTuple):
@@ -214,6 +228,43 @@ def standardize_twice(grad: Tensor, weight: Tensor, eps: float, formula: str) ->
     return torch.autograd.grad(w_hat, alias, grad.to(dtype), create_graph=True)[0]
 
 
+def batch_channel_norm_in_torch(
+    x: Tensor,
+    num_groups: int,
+    running: Running,
+    affine: Affine,
+    rate: Rate,
+    eps: float,
+    from_batch: bool,
+) -> Tensor:
+    """The whole operation by the specification: differentiable in every way that torch knows."""
+    dtype = accumulation_dtype(x.dtype)
+    wide = x.to(dtype)
+    if from_batch:
+        mean, var = reference.batch_statistics(wide)
+    if rate is not None:
+        m, q = eager.row_moments(x.detach())
+        if from_batch:
+            update_from_batch(m, q, x.numel() // x.size(1), running, rate)
+        else:
+            mean, var = update_estimates(m, q, running, rate)
+    elif not from_batch:
+        mean, var = running.mean.to(dtype), running.var.to(dtype)
+    wide_affine = Affine(*(None if p is None else p.to(dtype) for p in affine))
+    return reference.normalize(wide, mean, var, num_groups, *wide_affine, eps).to(x.dtype)
+
+
+def weight_standardize_in_torch(
+    weight: Tensor, eps: float, formula: str, dtype: torch.dtype
+) -> Tensor:
+    """Likewise."""
+    wide = weight.to(accumulation_dtype(weight.dtype))
+    return reference.weight_standardize(wide, eps, formula).to(dtype)
+
+
+# Inside the transforms of torch.func, which cannot look into a node written in C++.
+ops.implement(batch_channel_norm_in_torch, ops.TRANSFORMED, 'batch_channel_norm')
+ops.implement(weight_standardize_in_torch, ops.TRANSFORMED, 'weight_standardize')
 ops.implement(normalize_twice, 'CompositeImplicitAutograd')
 ops.implement(standardize_twice, 'CompositeImplicitAutograd')
 

@@ -100,8 +100,11 @@ def normalize(
     if affine.bias is not None:
         shift = shift + reference.expand_groups(affine.bias.to(t.dtype), t.size(1))
     rows = _rows(x)
-    y = (rows - _per_row(m, rows)).mul_(_per_row(scale * gain, rows))
-    y = y.add_(_per_row(shift, rows)).to(x.dtype)
+    # Not in place: torch 2.11 compiles the gradient of a custom function that returns what an
+    # in-place operation returned to zeros.
+    centred_rows = rows - _per_row(m, rows)
+    y = torch.addcmul(_per_row(shift, rows), centred_rows, _per_row(scale * gain, rows))
+    y = y.to(x.dtype)
     if x.dim() == 2:  # not a view: an in-place ReLU and reentrant checkpointing reject it
         y = y.squeeze(-1).clone()
     return y, group_mean, inv_group_std
@@ -169,14 +172,15 @@ def normalize_backward(
 def standardize(
     weight: Tensor, eps: float, formula: str, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    w = weight.flatten(1).to(accumulation_dtype(weight.dtype))
-    mean = w.mean(1)
-    w = w - mean[:, None]
-    squares = w.square().sum(1)
-    variance = squares / (w.size(1) if formula == 'paper' else w.size(1) - 1)
+    w = weight.to(accumulation_dtype(weight.dtype))
+    dims, per_row = list(range(1, w.dim())), (-1, *[1] * (w.dim() - 1))
+    mean = w.mean(dims)
+    w = w - mean.view(per_row)
+    freedom = weight[0].numel() - (0 if formula == 'paper' else 1)
+    variance = w.square().sum(dims) / freedom
     sigma = variance.sqrt() if formula == 'std_eps' else (variance + eps).sqrt()
-    w = w.div_(_denominator(sigma, eps, formula)[:, None])
-    return torch.empty_like(weight, dtype=dtype).copy_(w.view(weight.shape)), mean, sigma
+    # Not in place, as above.
+    return (w / _denominator(sigma, eps, formula).view(per_row)).to(dtype), mean, sigma
 
 
 def standardize_all(

@@ -150,14 +150,19 @@ _library.define(
 _library.define('standardize_twice(Tensor grad, Tensor weight, float eps, str formula) -> Tensor')
 
 
-def implement(function: Callable[..., Any], key: str) -> None:
-    """Makes a function that takes carriers the implementation of the operator of its name.
+TRANSFORMED = 'FuncTorchDynamicLayerFrontMode'
+"""The dispatch key of what runs inside a transform of torch.func."""
+
+
+def implement(function: Callable[..., Any], key: str, operator: str | None = None) -> None:
+    """Makes a function that takes carriers the implementation of an operator.
 
     Args:
         function: In Python.
-        key: The dispatch key: a device, or a composite one for all of them.
+        key: The dispatch key: a device, a composite one for all of them, or `TRANSFORMED`.
+        operator: Its name; None: that of the function.
     """
-    _library.impl(function.__name__, flattened(function), key)
+    _library.impl(operator or function.__name__, flattened(function), key)
 
 
 class Kernels(Protocol):
