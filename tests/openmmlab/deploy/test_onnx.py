@@ -46,9 +46,9 @@ def test_onnx(trained, tmp_path, opset):
 @pytest.mark.parametrize('kind', ['computed', 'foreign', 'constant'])
 def test_graphs_that_are_refused(tmp_path, kind):
     """A weight that is computed in the graph, as a WS convolution's; an operator of somebody."""
-    onnx = pytest.importorskip('onnx', reason='makes the graph')
-    make = onnx.helper
-    weight = onnx.numpy_helper.from_array(np.ones((2, 3, 1, 1), np.float32), 'w')
+    graphs = pytest.importorskip('onnx', reason='makes the graph')
+    make = graphs.helper
+    weight = graphs.numpy_helper.from_array(np.ones((2, 3, 1, 1), np.float32), 'w')
     domain = 'some.company' if kind == 'foreign' else ''
     nodes = [
         make.make_node('Mul', ['w', 'w'], ['w2']),
@@ -56,12 +56,12 @@ def test_graphs_that_are_refused(tmp_path, kind):
         make.make_node('Relu', ['z'], ['y'], domain=domain),
     ]
     ends = [
-        make.make_tensor_value_info(name, onnx.TensorProto.FLOAT, (1, channels, 4, 4))
+        make.make_tensor_value_info(name, graphs.TensorProto.FLOAT, (1, channels, 4, 4))
         for name, channels in (('x', 3), ('y', 2))
     ]
     graph = make.make_graph(nodes, 'g', ends[:1], ends[1:], [weight])
     imports = [make.make_opsetid('', 18), make.make_opsetid('some.company', 1)]
-    onnx.save(make.make_model(graph, opset_imports=imports), str(tmp_path / 'a.onnx'))
+    graphs.save(make.make_model(graph, opset_imports=imports), str(tmp_path / 'a.onnx'))
     if kind == 'constant':
         assert onnx.check_graph(tmp_path / 'a.onnx') == dict(Mul=1, Conv=1, Relu=1)
         return

@@ -17,6 +17,7 @@ from PIL import Image
 from wsbcn_mm.openmmlab.compat import DataError
 from wsbcn_mm.openmmlab.config import (
     dataset_class,
+    datasets_of,
     datasets_of_test,
     scope_of,
     type_name,
@@ -136,7 +137,9 @@ def classes_of(cfg: Config, model: Any) -> dict[str, Any]:
     file, whatever that of the names in the config is.
     """
     meta = getattr(model, 'dataset_meta', None)
-    dataset = datasets_of_test(cfg)[0]
+    # The names need no pipeline.
+    datasets = datasets_of(cfg, 'test_dataloader') or datasets_of(cfg, 'val_dataloader')
+    dataset = datasets[0][1] if datasets else {}
     kind = dataset_class(cfg, dataset)
     if not meta or 'classes' not in meta:
         meta = {**getattr(kind, 'METAINFO', {}), **(dataset.get('metainfo') or {})}
