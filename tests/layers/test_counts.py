@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from itertools import product
 
 import pytest
 import torch
@@ -65,6 +66,20 @@ def test_devices_must_agree(part):
     for training in (True, False):
         with pytest.raises(RuntimeError, match='the input is on'):
             norm.train(training)(x)
+
+
+@pytest.mark.parametrize('name', ['weight', 'bias', 'batch_weight', 'batch_bias', 'running_var'])
+def test_a_parameter_without_values_is_refused(backend, device, name):
+    for mode in ('estimate', 'batch'):
+        norm = BatchChannelNorm2d(8, 4, mode=mode, device=device)
+        owner = norm.bn if name == 'running_var' else norm
+        empty = getattr(owner, name).detach().to('meta')
+        setattr(owner, name, empty if owner is norm.bn else torch.nn.Parameter(empty))
+        for training, recording in product((True, False), repeat=2):
+            with torch.set_grad_enabled(recording):
+                # The message is torch's own where the backend is made of its calls.
+                with pytest.raises((ValueError, RuntimeError), match='meta'):
+                    norm.train(training)(torch.randn(2, 8, 3, 3, device=device))
 
 
 def test_they_go_where_the_layer_goes_and_come_along_in_copies():

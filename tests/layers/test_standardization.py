@@ -390,6 +390,10 @@ def test_skip_init_and_meta():
     for kind in (WSConv2d, WSConvTranspose2d):
         with pytest.raises(ValueError, match='meta device'):
             conv(kind, device='meta')(X)
+        layer = conv(kind)
+        layer.bias = nn.Parameter(layer.bias.detach().to('meta'))
+        with pytest.raises(ValueError, match='meta device'):
+            layer(X)
     assert conv(device='meta')(X.to('meta')).is_meta
 
 

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils import parametrize, prune
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from wsbcn_mm import BatchChannelNorm2d
+from wsbcn_mm import BatchChannelNorm2d, WSConv2d, WSConvTranspose2d
 
 X = torch.randn(2, 8, 5, 5, generator=torch.Generator().manual_seed(1)).double() + 1
 
@@ -86,6 +86,12 @@ def test_traced_and_exported(training):
     same(dict(exported.named_buffers())['bn.running_mean'], expected.bn.running_mean)
     if not training:  # tracing runs the layer once before
         same(traced(X), y)
+
+
+@pytest.mark.parametrize('layer', [norm(), WSConv2d(3, 4, 3), WSConvTranspose2d(3, 4, 3)])
+def test_scripting_is_refused(layer):
+    with pytest.raises(RuntimeError, match='script cannot take a'):
+        torch.jit.script(nn.Sequential(nn.ReLU(), layer))
 
 
 def test_an_accumulated_step_and_two_losses():

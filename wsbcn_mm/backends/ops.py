@@ -305,10 +305,30 @@ def _groups(x: Tensor, num_groups: int) -> Tensor:
     return x.new_empty((x.shape[0], num_groups), dtype=accumulation_dtype(x.dtype))
 
 
+def _register_fake(name: str, function: Callable[..., Any]) -> None:
+    """Says what an operator returns, by shape and dtype: for torch.compile, and the meta device."""
+    schema = getattr(torch.ops.wsbcn_mm, name).default._schema
+
+    # torch comes here, and not to the kernel, as soon as any argument is on the meta device. What
+    # is returned then has no values: memory as it was, if it is like an x on another device.
+    def checked(*arguments: Any) -> Any:
+        tensors = [value for value in arguments if isinstance(value, Tensor)]
+        device = tensors[0].device
+        for value, argument in zip(arguments, schema.arguments):
+            # A number, the rate, may be anywhere.
+            if isinstance(value, Tensor) and value.dim() > 0 and value.device != device:
+                raise ValueError(
+                    f'{argument.name} must be on {device}, as {schema.arguments[0].name}\n'
+                    f'  got {value.device}: move it; on the meta device it has no values'
+                )
+        return function(*arguments)
+
+    torch.library.register_fake(f'{NAMESPACE}::{name}', checked, lib=_library)
+
+
 def _fake(function: Callable[..., Any]) -> Callable[..., Any]:
-    """What an operator returns, by shape and dtype, for torch.compile."""
-    name = function.__name__.strip('_')
-    torch.library.register_fake(f'{NAMESPACE}::{name}', function, lib=_library)
+    """Registers a function for the operator of its name."""
+    _register_fake(function.__name__.strip('_'), function)
     return function
 
 
@@ -323,9 +343,7 @@ def _normalize_with_estimates(x: Tensor, num_groups: int, *_: Any) -> tuple[Tens
     return torch.empty_like(x), _rows(x), _rows(x), _channels(x), _channels(x), *groups
 
 
-torch.library.register_fake(
-    f'{NAMESPACE}::normalize_with_batch', _normalize_with_estimates, lib=_library
-)
+_register_fake('normalize_with_batch', _normalize_with_estimates)
 
 
 @_fake
@@ -356,9 +374,7 @@ def _normalize_backward(
     return torch.empty_like(x), AffineGradients(_channels(x), _channels(x), *outer)
 
 
-torch.library.register_fake(
-    f'{NAMESPACE}::normalize_backward', flattened(_normalize_backward), lib=_library
-)
+_register_fake('normalize_backward', flattened(_normalize_backward))
 
 
 @_fake

@@ -11,7 +11,7 @@ import math
 import sys
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -121,9 +121,11 @@ class WeightStandardized(_Base):
 
     def _check_device(self, input: Tensor) -> None:
         # A weight on the meta device has no values; torch convolves with whatever is in memory.
-        if self.weight.is_meta and not input.is_meta:
+        bias = self.bias
+        of_bias = bias is not None and bias.is_meta
+        if (self.weight.is_meta or of_bias) and not input.is_meta:
             raise ValueError(
-                f'{type(self).__name__}: the weight is on the meta device, the input on '
+                f'{type(self).__name__}: weight or bias are on the meta device, the input on '
                 f'{input.device}\n  load the weights (load_state_dict(..., assign=True)) or make '
                 'them (to_empty(device=...), then initialise) first'
             )
@@ -137,6 +139,13 @@ class WeightStandardized(_Base):
             "  shortcuts that fold a BatchNorm into the raw weight of a convolution (OpenMMLab's "
             'efficient_conv_bn_eval) are wrong for standardized weights\n'
             '  switch the shortcut off, or turn the layer into a plain convolution with .to_plain()'
+        )
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """What torch.jit.script calls first."""
+        raise RuntimeError(
+            f'torch.jit.script cannot take a {type(self).__name__}\n'
+            '  use torch.jit.trace or torch.export, or .to_plain()'
         )
 
     def to_plain(self) -> nn.modules.conv._ConvNd:

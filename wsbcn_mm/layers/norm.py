@@ -11,7 +11,7 @@ Why the classes are built as they are (each point is a test in tests/openmmlab):
 """
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -348,6 +348,13 @@ class BatchChannelNorm(nn.GroupNorm):
         raise ValueError(
             f'{name} expects a {expected} input (N, {self.num_channels}, ...)\n'
             f'  got shape {tuple(input.shape)}'
+        )
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """What torch.jit.script calls first."""
+        raise RuntimeError(
+            f'torch.jit.script cannot take a {type(self).__name__}\n'
+            '  use torch.jit.trace or torch.export'
         )
 
     def extra_repr(self) -> str:
