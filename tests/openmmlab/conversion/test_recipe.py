@@ -116,7 +116,9 @@ SCHEDULERS = [
 ]
 
 
-@pytest.mark.parametrize('scheduler, rates, counts', SCHEDULERS, ids=lambda s: str(s)[:30])
+@pytest.mark.parametrize(
+    'scheduler, rates, counts', SCHEDULERS, ids=[kind['type'] for kind, *_ in SCHEDULERS]
+)
 def test_rates_and_counts_are_told_apart(scheduler, rates, counts):
     cfg, scheduler = config(), dict(scheduler, by_epoch=False)
     assert set(schedulers.rates_of(cfg, scheduler, 0.01)) == rates
