@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# The tests of the CPU kernels once under AddressSanitizer and UndefinedBehaviorSanitizer: reads and
+# writes outside of a tensor, and what C++ leaves undefined, stop them. For gcc on Linux; minutes.
+#
+#   bash tools/dev/sanitize.sh [arguments of pytest]
+#
+# PYTHON: the interpreter of an environment with torch and pytest (default: .venv's, else python).
+# What it builds lies in a temporary folder, removed afterwards.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+python=${PYTHON:-$root/.venv/bin/python}
+[ -x "$python" ] || python=python
+[ $# -gt 0 ] || set -- tests/backends/test_backends.py tests/backends/test_contract.py tests/functional
+compiler=${CXX:-g++}
+libraries="$("$compiler" -print-file-name=libasan.so) $("$compiler" -print-file-name=libubsan.so)"
+for library in $libraries; do
+    [ -e "$library" ] || { echo "error: $compiler has no ${library##*/}; install gcc's sanitizers" >&2; exit 1; }
+done
+
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+tar -C "$root" -cf - setup.py setup.cfg README.md LICENSE requirements tests wsbcn_mm \
+    --exclude='*.so' --exclude=__pycache__ | tar -C "$folder" -xf -
+cd "$folder"
+echo "sanitize: compiles the kernels with -fsanitize=address,undefined" >&2
+flags='-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer'
+CFLAGS="$flags" LDFLAGS="$flags" WSBCN_BUILD=1 "$python" setup.py -q build_ext --inplace >build.log 2>&1 ||
+    { tail -30 build.log >&2; exit 1; }
+
+# Python itself is not instrumented: the libraries are loaded before everything else, and what
+# Python and torch keep until the end is not a leak.
+echo "sanitize: runs $*" >&2
+LD_PRELOAD="$libraries" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+    PYTHONPATH="$folder" WSBCN_BACKEND=cpu OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}" \
+    "$python" -m pytest -p no:cacheprovider "$@"

@@ -1,0 +1,151 @@
+// Registers of values, and how to go through a range of values with them.
+#pragma once
+
+#include <c10/util/BFloat16.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <type_traits>
+#include <utility>
+
+#include "clones.h"
+
+namespace wsbcn {
+
+// As many values of A as fit into `bytes`, the width of a register of the machine.
+template <typename A, int bytes>
+struct LanesOf {
+  typedef A Values __attribute__((vector_size(bytes)));
+};
+template <typename A, int bytes>
+using Lanes = typename LanesOf<A, bytes>::Values;
+
+// Sums are kept in so many registers, which add side by side.
+constexpr int kRegisters = 4;
+
+// How many values are worked on at once: V is a number, or Lanes of numbers.
+template <typename V>
+struct Width {
+  using Values = V;
+};
+
+// The number that V is, or is made of.
+template <typename V, bool = std::is_arithmetic_v<V>>
+struct NumberOf {
+  using Type = V;
+};
+template <typename V>
+struct NumberOf<V, false> {
+  using Type = std::remove_reference_t<decltype(std::declval<V&>()[0])>;
+};
+
+// How the bits of `lanes` values lie.
+template <int lanes>
+struct BitsOf {
+  typedef uint16_t Short __attribute__((vector_size(2 * lanes)));
+  typedef uint32_t Long __attribute__((vector_size(4 * lanes)));
+};
+
+// bfloat16 is the upper half of a float, rounded to even; the compiler makes of c10's conversion of
+// one value after another no conversion of a register.
+template <typename V>
+WSBCN_INLINE
+V widened(const c10::BFloat16* x) {
+  using Bits = BitsOf<sizeof(V) / sizeof(float)>;
+  typename Bits::Short bits;
+  __builtin_memcpy(&bits, x, sizeof(bits));
+  return (V)(__builtin_convertvector(bits, typename Bits::Long) << 16);
+}
+
+template <typename V>
+WSBCN_INLINE
+void narrow(const V& values, c10::BFloat16* y) {
+  using Bits = BitsOf<sizeof(V) / sizeof(float)>;
+  const auto bits = (typename Bits::Long)values;
+  const auto rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const auto number = (typename Bits::Long)(values == values);  // all ones, or NaN: none
+  const auto result =
+      __builtin_convertvector((rounded & number) | (0x7fc0 & ~number), typename Bits::Short);
+  __builtin_memcpy(y, &result, sizeof(result));
+}
+
+template <typename V, typename T>
+WSBCN_INLINE
+V load(Width<V>, const T* x) {
+  using A = typename NumberOf<V>::Type;
+  if constexpr (std::is_arithmetic_v<V>) {
+    return static_cast<V>(*x);
+  } else if constexpr (std::is_same_v<T, c10::BFloat16>) {
+    return widened<V>(x);
+  } else {
+    V values;
+    if constexpr (std::is_same_v<A, T>) {
+      __builtin_memcpy(&values, x, sizeof(values));
+    } else {
+      for (size_t j = 0; j < sizeof(V) / sizeof(A); ++j) values[j] = static_cast<A>(x[j]);
+    }
+    return values;
+  }
+}
+
+template <typename V, typename T>
+WSBCN_INLINE
+void store(Width<V>, const V& values, T* y) {
+  using A = typename NumberOf<V>::Type;
+  if constexpr (std::is_arithmetic_v<V>) {
+    *y = static_cast<T>(values);
+  } else if constexpr (std::is_same_v<T, c10::BFloat16>) {
+    narrow(values, y);
+  } else if constexpr (std::is_same_v<A, T>) {
+    __builtin_memcpy(y, &values, sizeof(values));
+  } else {
+    for (size_t j = 0; j < sizeof(V) / sizeof(A); ++j) y[j] = static_cast<T>(values[j]);
+  }
+}
+
+template <typename A, int bytes>
+WSBCN_INLINE
+A sum_of(const Lanes<A, bytes>& values) {
+  if constexpr (bytes > 16) {
+    Lanes<A, bytes / 2> halves[2];
+    __builtin_memcpy(halves, &values, sizeof(values));
+    return sum_of<A, bytes / 2>(halves[0] + halves[1]);
+  } else {
+    A sum = values[0];
+    for (size_t j = 1; j < bytes / sizeof(A); ++j) sum += values[j];
+    return sum;
+  }
+}
+
+// `count` sums over the values [first, end), in total[]. add(width, i, keep, sums) adds what
+// belongs to the values from i on to sums[0], sums[1], ...; values that are not kept count as 0.
+template <typename A, int bytes, int count, typename Add>
+WSBCN_INLINE
+void sums_over(int64_t first, int64_t end, const Add& add, double* total) {
+  constexpr int64_t lanes = bytes / sizeof(A);
+  for (int k = 0; k < count; ++k) total[k] = 0;
+  if (end - first < lanes) {
+    for (int64_t i = first; i < end; ++i) add(Width<double>(), i, true, total);
+    return;
+  }
+  constexpr Width<Lanes<A, bytes>> width;
+  Lanes<A, bytes> lane;
+  for (int64_t j = 0; j < lanes; ++j) lane[j] = static_cast<A>(j);
+  const auto all = lane >= 0;
+  Lanes<A, bytes> sums[kRegisters][count] = {};
+  int64_t i = first;
+  for (; i + kRegisters * lanes <= end; i += kRegisters * lanes) {
+    add(width, i, all, sums[0]);
+    add(width, i + lanes, all, sums[1]);
+    add(width, i + 2 * lanes, all, sums[2]);
+    add(width, i + 3 * lanes, all, sums[3]);
+  }
+  for (; i + lanes <= end; i += lanes) add(width, i, all, sums[0]);
+  // The last values before `end`, of which those not seen count.
+  if (i < end) add(width, end - lanes, lane >= static_cast<A>(i - (end - lanes)), sums[1]);
+  for (int k = 0; k < count; ++k) {
+    total[k] = sum_of<A, bytes>((sums[0][k] + sums[1][k]) + (sums[2][k] + sums[3][k]));
+  }
+}
+
+}  // namespace wsbcn
