@@ -19,8 +19,8 @@ done
 
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
-tar -C "$root" -cf - setup.py setup.cfg README.md LICENSE requirements tests wsbcn_mm \
-    --exclude='*.so' --exclude=__pycache__ | tar -C "$folder" -xf -
+tar -C "$root" --exclude='*.so' --exclude=__pycache__ --exclude=.mim -cf - \
+    setup.py setup.cfg README.md LICENSE requirements tests wsbcn_mm | tar -C "$folder" -xf -
 cd "$folder"
 echo "sanitize: compiles the kernels with -fsanitize=address,undefined" >&2
 flags='-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer'

@@ -94,39 +94,53 @@ void write_columns(U* y, int64_t length, int64_t channels, const Of& of) {
 // ------------------------------------------------------------------------------------------------
 // Moments
 
+// A number near the mean of the row, from the values that it begins with.
+template <typename T, typename A, int bytes>
+WSBCN_INLINE
+A guess_of(const T* x, int64_t length) {
+  constexpr int64_t lanes = bytes / sizeof(A);
+  if (length < lanes) return static_cast<A>(x[0]);
+  return sum_of<A, bytes>(load(Width<Lanes<A, bytes>>(), x)) / lanes;
+}
+
 template <typename T, typename A, int bytes>
 WSBCN_INLINE
 void moments_of_row(const T* x, int64_t length, double inverse, double* mean, double* variance) {
   double total_mean = 0, total_squares = 0;
+  A centre = guess_of<T, A, bytes>(x, length);
   for (int64_t start = 0; start < length; start += kChunk) {
     const int64_t end = std::min(start + kChunk, length), count = end - start;
     const double share = count == length ? inverse : 1.0 / count;
-    double sum, sums[2];
-    sums_over<A, bytes, 1>(
-        start, end,
-        [&](auto width, int64_t i, auto keep, auto* to)
-            WSBCN_INLINED { add_value(load(width, x + i), keep, to); },
-        &sum);
-    // Rounded: what is left over corrects both moments.
-    const A centre = static_cast<A>(sum * share);
-    sums_over<A, bytes, 2>(
-        start, end,
-        [&](auto width, int64_t i, auto keep, auto* to)
-            WSBCN_INLINED { to[0] += add_square(load(width, x + i), centre, keep, to + 1); },
-        sums);
-    const double left = sums[0] * share;
-    const double exact = static_cast<double>(centre) + left;
-    const double squares = sums[1] - sums[0] * left;
-    if (count == length) {
-      *mean = exact;
-      *variance = std::max(squares * inverse, 0.0);
-      return;
+    // Deviations from `centre`, which is not quite the mean: what is left over corrects both
+    // moments. Again where it was more than a standard deviation away, for that costs digits.
+    double left, squares;
+    const auto pass = [&]() WSBCN_INLINED {
+      double sums[2];
+      sums_over<A, bytes, 2>(
+          start, end,
+          [&](auto width, int64_t i, auto keep, auto* to)
+              WSBCN_INLINED { to[0] += add_square(load(width, x + i), centre, keep, to + 1); },
+          sums);
+      left = sums[0] * share;
+      squares = sums[1] - sums[0] * left;
+    };
+    pass();
+    if (!(left * left <= squares * share)) {
+      centre = static_cast<A>(centre + left);
+      pass();
     }
     // Chan et al.: moments of the union of what was seen and this chunk.
+    const double exact = static_cast<double>(centre) + left;
+    if (count == length) {
+      total_mean = exact;
+      total_squares = squares;
+      break;
+    }
     const double delta = exact - total_mean;
     const double part = static_cast<double>(count) / end;
     total_mean += delta * part;
     total_squares += squares + delta * delta * part * start;
+    centre = static_cast<A>(total_mean);
   }
   *mean = total_mean;
   *variance = std::max(total_squares * inverse, 0.0);
