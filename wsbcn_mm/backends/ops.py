@@ -137,8 +137,8 @@ _library.define(
     'weight_standardize_all(Tensor[] weights, float eps, str formula, ScalarType dtype) -> Tensor[]'
 )
 _library.define('join(Tensor w_hat, Tensor weight) -> ()')
-# How often such a node has computed gradients, in the whole process.
-_library.define('backward_calls() -> int')
+# Where it is counted how often such a node has computed gradients, in the whole process.
+_library.define('backward_calls_address() -> int')
 # Frees the memory that a backend keeps for its next results.
 _library.define('release_memory() -> ()')
 # What such nodes call to be differentiated again: differentiable gradients of those inputs that

@@ -7,6 +7,7 @@ nobody waits for one.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from typing import Any
 
@@ -82,13 +83,13 @@ def _standardize(
 
 def backward_calls() -> int:
     """How often a weight's gradient was computed in this process so far, by any node."""
-    if not _COUNTED_BY_NODES:
-        return _backward_calls
-    by_nodes: int = torch.ops.wsbcn_mm.backward_calls.default()
-    return _backward_calls + by_nodes
+    return _backward_calls if _by_nodes is None else _backward_calls + _by_nodes.value
 
 
-_COUNTED_BY_NODES = cpu.unavailable() is None
+# The counter of the nodes written in C++, read where it is: a call of an operator takes longer.
+_by_nodes: ctypes.c_int64 | None = None
+if cpu.unavailable() is None:
+    _by_nodes = ctypes.c_int64.from_address(torch.ops.wsbcn_mm.backward_calls_address.default())
 
 
 def is_dense(x: Tensor) -> bool:

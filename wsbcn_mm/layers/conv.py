@@ -54,11 +54,12 @@ class WeightStandardized(_Base):
         Within a scope of `wsbcn_mm.layers.standardization` computed once: do not edit it. In the
         dtype of ``weight``; under autocast, in the one in which the convolution runs.
         """
-        dtype, device = self.weight.dtype, self.weight.device.type
+        weight = self.weight  # once: a parametrized one is computed when it is read
+        dtype, device = weight.dtype, weight.device.type
         autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
         if autocast and dtype != torch.float64:
             dtype = torch.get_autocast_dtype(device)
-        return standardization.standardized(self, dtype)
+        return standardization.standardized(self, weight, dtype)
 
     def standardize(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """Computes what a weight of this layer becomes; always anew.

@@ -11,6 +11,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable
+from functools import partial
 from types import FrameType
 from typing import Any, Protocol
 
@@ -50,8 +51,9 @@ def computed(layer: Any, weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 def announce(layer: Any, result: Tensor) -> None:
     """Calls the hooks of a layer with a new result."""
-    for hook in list(layer.standardized_hooks.values()):
-        hook(result)
+    if layer.standardized_hooks:
+        for hook in list(layer.standardized_hooks.values()):
+            hook(result)
 
 
 class _Thread(threading.local):
@@ -150,9 +152,9 @@ class Scope:
         self.layers = self._plan.layers()
         return layer in self.layers
 
-    def get(self, layer: Any, dtype: torch.dtype) -> Tensor:
+    def get(self, layer: Any, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """The standardized weight of one of the layers."""
-        weight = layer.weight
+        # Every line here is paid once per use of a layer.
         if not _is_plain(weight):
             return computed(layer, weight, dtype)
         self._used[layer] = None
@@ -163,24 +165,27 @@ class Scope:
             backends.forced(),
             torch.cuda.current_stream(weight.device).cuda_stream if weight.is_cuda else None,
         )
-        table = self._tables.setdefault(context, {})
+        table = self._tables.get(context)
+        if table is None:
+            table = self._tables[context] = {}
         found = table.get(layer)
         if found is None or not found.holds_for(layer, weight, self._one_pass):
             self._compute(layer, weight, dtype, table)
             found = table[layer]
-        return found.take()
+        return found.value if found.value is not None else found.take()
 
     def _compute(
         self, layer: Any, weight: Tensor, dtype: torch.dtype, table: dict[Any, _Result]
     ) -> None:
         chunk = self._chunk(layer, weight, table)
+        time = backward_calls(), optimizer_steps.count()
         if len(chunk) == 1:
             value = layer.standardize(weight, dtype)
-            table[layer] = _Result(layer, weight, lambda: value)
+            table[layer] = _Result(layer, weight, time, lambda: value)
             return
         together = Together(list(chunk.values()), layer.eps, layer.formula, dtype)
         for index, (member, of_member) in enumerate(chunk.items()):
-            table[member] = _Result(member, of_member, _taker(together, index))
+            table[member] = _Result(member, of_member, time, partial(together.take, index))
 
     def _chunk(self, layer: Any, weight: Tensor, table: dict[Any, _Result]) -> dict[Any, Tensor]:
         """What is standardized together with a layer: those used after it the last time."""
@@ -206,10 +211,6 @@ class Scope:
         if self._one_pass and self._used:
             self._plan.remember(self._training, list(self._used))
         self._used = {}
-
-
-def _taker(together: Together, index: int) -> Callable[[], Tensor]:
-    return lambda: together.take(index)
 
 
 _PLAIN = (nn.Parameter, Tensor)
@@ -243,39 +244,60 @@ def _joins(layer: Any, weight: Tensor, other: Any, of_other: Tensor) -> bool:
 
 
 class _Result:
-    """A standardized weight, and what it holds for."""
+    """A standardized weight, and what it holds for.
 
-    def __init__(self, layer: Any, weight: Tensor, take: Callable[[], Tensor]) -> None:
+    Args:
+        layer: Whose.
+        weight: Of what.
+        time: How many backward passes of weights, and steps of optimizers, there had been.
+        take: Gives the result; called when it is used for the first time.
+    """
+
+    __slots__ = (
+        '_backward_calls',
+        '_eps',
+        '_formula',
+        '_layer',
+        '_pointer',
+        '_requires_grad',
+        '_shape',
+        '_steps',
+        '_take',
+        '_version',
+        '_weight',
+        'value',
+    )
+
+    def __init__(
+        self, layer: Any, weight: Tensor, time: tuple[int, int], take: Callable[[], Tensor]
+    ) -> None:
+        self.value: Tensor | None = None
         self._take = take
-        self._value: Tensor | None = None
         self._layer, self._weight = layer, weight
-        self._state = _state(layer, weight)
-        self._backward_calls = backward_calls()
+        self._backward_calls, self._steps = time
+        self._version, self._pointer = weight._version, weight.data_ptr()
+        self._shape, self._requires_grad = weight.shape, weight.requires_grad
+        self._eps, self._formula = layer.eps, layer.formula
 
     def take(self) -> Tensor:
-        """The standardized weight."""
-        if self._value is None:
-            self._value = self._take()
-            announce(self._layer, self._value)
-        return self._value
+        """The standardized weight, used for the first time."""
+        self.value = self._take()
+        announce(self._layer, self.value)
+        return self.value
 
     def holds_for(self, layer: Any, weight: Tensor, one_pass: bool) -> bool:
         """Whether it still is the result for this weight."""
-        if weight is not self._weight or _state(layer, weight) != self._state:
-            return False
-        return not one_pass or backward_calls() == self._backward_calls
-
-
-def _state(layer: Any, weight: Tensor) -> tuple[Any, ...]:
-    return (
-        weight._version,
-        weight.data_ptr(),
-        weight.shape,
-        weight.requires_grad,
-        layer.eps,
-        layer.formula,
-        optimizer_steps.count(),
-    )
+        return (
+            weight is self._weight
+            and weight._version == self._version
+            and weight.data_ptr() == self._pointer
+            and weight.shape == self._shape
+            and weight.requires_grad == self._requires_grad
+            and layer.eps == self._eps
+            and layer.formula == self._formula
+            and optimizer_steps.count() == self._steps
+            and not (one_pass and backward_calls() != self._backward_calls)
+        )
 
 
 # ----------------------------------------------------------------------------------------------

@@ -44,18 +44,19 @@ from wsbcn_mm.layers.scopes import Scope, computed, drop_abandoned, open_here, s
 # What a layer asks
 
 
-def standardized(layer: Any, dtype: torch.dtype) -> Tensor:
+def standardized(layer: Any, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """The standardized weight of a layer: from the scope that it is in, or computed.
 
     Args:
         layer: A `Layer`.
+        weight: Its weight.
         dtype: Of the result.
     """
     if torch.compiler.is_compiling():
-        result: Tensor = layer.standardize(layer.weight, dtype)
+        result: Tensor = layer.standardize(weight, dtype)
         return result
     scope = scope_of(layer)
-    return computed(layer, layer.weight, dtype) if scope is None else scope.get(layer, dtype)
+    return computed(layer, weight, dtype) if scope is None else scope.get(layer, weight, dtype)
 
 
 # ----------------------------------------------------------------------------------------------
