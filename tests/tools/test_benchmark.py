@@ -320,6 +320,28 @@ def test_bars_on_a_cpu():
     assert found[f'{kind}(1, 256, 200, 304)'] is False
     assert found[f'{kind}(2, 256, 50, 76)'] is None
     assert found['saved for backward, BCN + in-place ReLU, multiples of the input'] is True
+    passes = dict(forward=dict(ratio=1.06), both=dict(ratio=1.12))
+    results['backbone'] = [
+        dict(
+            size=[160, 192],
+            dtype='float32',
+            layout='nchw',
+            training={'WS + BCN': passes},
+            evaluation={'WS + BCN': passes, 'WS + BCN, weights held': passes},
+        )
+    ]
+    peers_of_ws = {'WS': dict(both=dict(ms=14))}
+    results['ws'] = [dict(dtype='float32', peers=peers_of_ws, limit_ms=10.0)]
+    found = verdicts(results)
+    kind = 'CPU, float32, 2 threads: '
+    backbone = f'{kind}R50 WS + BCN / conv + GN, '
+    assert found[f'{backbone}training step, 160x192'] is True
+    assert found[f'{backbone}evaluation, weights held, 160x192'] is False
+    assert found[f'{backbone}evaluation, 160x192'] is True
+    assert found[f'{backbone}training step, 512x640'] is None
+    whole = 'WS of all weights of R50, forward + backward / what copying allows'
+    assert found[f'{kind}{whole}'] is False
+    kind = f'{kind}BCN / GN, forward + backward, '
     results['machine']['threads'] = 1  # the bar is for two
     assert verdicts(results)[f'{kind}(1, 64, 200, 304)'] is None
     text = '\n'.join(output.bars(bars.check(results)))
