@@ -5,6 +5,7 @@ No test looks at a time.
 
 import itertools
 import json
+import os
 import re
 import subprocess
 import sys
@@ -15,7 +16,8 @@ import benchmark_layers
 import pytest
 import torch
 import torch.nn.functional as F
-from benchmark import bars, gate, output, peers, sections, timing
+from benchmark import bars, gate, host_time, output, peers, sections, timing
+from benchmark.settings import Skipped
 from torch import nn
 
 from wsbcn_mm import (
@@ -48,7 +50,7 @@ def run_tool(folder, *arguments):
 
 
 def test_a_quick_run_writes_everything(tmp_path):
-    done, results = run_tool(tmp_path, '--only', 'norm', 'ws', 'backbone', '--threads', '1')
+    done, results = run_tool(tmp_path, '--only', 'host', 'norm', 'ws', 'backbone', '--threads', '1')
     assert set(results) == {
         'command',
         'date',
@@ -56,12 +58,13 @@ def test_a_quick_run_writes_everything(tmp_path):
         'settings',
         'gate',
         'skipped',
+        'host',
         'norm',
         'ws',
         'backbone',
         'bars',
     }
-    assert results['command'].endswith(f'-o {tmp_path} --only norm ws backbone --threads 1')
+    assert results['command'].endswith(f'-o {tmp_path} --only host norm ws backbone --threads 1')
     assert results['machine']['threads'] == 1 and results['machine']['backend'] in done.stdout
     assert results['gate']['results'] > 0
 
@@ -75,13 +78,16 @@ def test_a_quick_run_writes_everything(tmp_path):
     held = {f'{name}{sections.HELD}' for name in ('WS + GN', 'WS + BCN')}
     assert set(row['evaluation']) == set(peers.backbones()) | held
     assert set(row['ws_share']) == {'alone', 'by_difference'}
+    wanted = {*host_time.OURS, *host_time.CONVOLUTIONS}
+    assert wanted <= set(results['host']['ratios'])
+    assert all(t['both'] > 0 for t in results['host']['microseconds'].values())
     # Tiny shapes decide nothing.
     assert {bar['met'] for bar in results['bars']} == {None}
 
     for name in ('norm_float32_nchw.png', 'models.png'):
         assert (tmp_path / name).read_bytes().startswith(b'\x89PNG')
         assert str(tmp_path / name) in done.stdout
-    assert 'norm 1/' in done.stderr and 'norm 1/' not in done.stdout
+    assert 'norm (1, 64, 8, 8) ' in done.stderr and 'norm (1, ' not in done.stdout
 
 
 def test_a_quick_run_of_the_detector(tmp_path):
@@ -93,13 +99,33 @@ def test_a_quick_run_of_the_detector(tmp_path):
 
 def test_a_section_that_cannot_run_is_named_with_the_reason(tmp_path, capsys, monkeypatch):
     def skips(settings):
-        raise sections.Skipped('no such thing here')
+        raise Skipped('no such thing here')
 
     monkeypatch.setattr(sections, 'detector', skips)
     benchmark_layers.main(['--device', 'cpu', '--quick', '--only', 'detector', '-o', str(tmp_path)])
     assert 'Not measured: detector: no such thing here' in capsys.readouterr().out
     results = json.loads((tmp_path / 'results.json').read_text())
     assert results['skipped'] == {'detector': 'no such thing here'}
+
+
+def test_the_script_for_a_gpu_says_what_it_needs(root, tmp_path):
+    script = ['bash', str(root / 'tools/benchmark/gpu.sh')]
+    done = subprocess.run(script, capture_output=True, text=True)
+    assert done.returncode == 2 and 'gpu.sh OUT' in done.stderr
+    if not torch.cuda.is_available():
+        env = dict(os.environ, PYTHON=sys.executable)
+        command = [*script, str(tmp_path)]
+        done = subprocess.run(command, capture_output=True, text=True, env=env)
+        assert done.returncode == 1 and 'sees no CUDA device' in done.stderr
+
+
+def test_when_the_time_is_over_nothing_more_begins(tmp_path, capsys):
+    arguments = ['--device', 'cpu', '--quick', '--seconds', '0', '-o', str(tmp_path)]
+    benchmark_layers.main([*arguments, '--only', 'norm', 'ws'])
+    out = capsys.readouterr().out
+    assert 'No time was left for norm (1, 64, 8, 8) float32 nchw, norm (2, ' in out
+    results = json.loads((tmp_path / 'results.json').read_text())
+    assert results['norm'] == results['ws'] == [] and len(results['left_out']) == 3
 
 
 # ----------------------------------------------------------------------------------------------
@@ -313,9 +339,15 @@ def verdicts(results):
 
 def test_bars_on_a_cpu():
     rows = [norm_row([1, 64, 200, 304], 1.10), norm_row([1, 256, 200, 304], 1.11)]
-    results = dict(machine=dict(device='cpu', threads=2), norm=rows)
+    ratios = {'BCN': 1.3, 'BCN batch': 1.5}
+    settings = dict(quick=False)
+    results = dict(machine=dict(device='cpu', threads=2), settings=settings, norm=rows)
+    results['host'] = dict(ratios=ratios)
     kind = 'CPU, float32, 2 threads: BCN / GN, forward + backward, '
     found = verdicts(results)
+    assert found['host time, cpu: BCN / GN, forward + backward'] is False
+    assert found['host time, cpu: BCN batch / GN, forward + backward'] is True
+    assert found['host time, cpu: what WS conv adds to conv / GN'] is None
     assert found[f'{kind}(1, 64, 200, 304)'] is True
     assert found[f'{kind}(1, 256, 200, 304)'] is False
     assert found[f'{kind}(2, 256, 50, 76)'] is None
@@ -362,7 +394,8 @@ def test_bars_on_cuda():
         ws_share=dict(alone=0.03),
         training={'WS + BCN': dict(peak=100), 'conv + GN': dict(peak=100)},
     )
-    results = dict(machine=dict(device='cuda', threads=2), norm=rows, backbone=[backbone])
+    results = dict(machine=dict(device='cuda', threads=2), settings=dict(quick=False))
+    results |= dict(norm=rows, backbone=[backbone])
     found = verdicts(results)
     kind = 'BCN / GN, forward + backward'
     assert found[f'CUDA, float32, nchw: {kind}, worst shape (2, 64, 8, 8)'] is False

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+from benchmark import host_time
 from benchmark.sections import HELD
 from benchmark.timing import BANDWIDTH_BYTES
 
@@ -18,7 +19,7 @@ LAYOUTS = ('nchw', 'channels_last')
 
 def check(results: dict) -> list[dict]:
     """All bars: what, the value measured (None: not measured), the limit, and whether it is met."""
-    return [*_cpu(results), *_memory(results), *_cuda(results)]
+    return [*_host(results), *_cpu(results), *_memory(results), *_cuda(results)]
 
 
 def _bar(what: str, value: float | None, limit: float, at_least: bool = False) -> dict:
@@ -31,6 +32,19 @@ def _bar(what: str, value: float | None, limit: float, at_least: bool = False) -
 
 def _worst(values: Iterable[float], worst=max) -> float | None:
     return worst(values, default=None)
+
+
+def _host(results: dict) -> list[dict]:
+    ratios = {} if results['settings']['quick'] else (results.get('host') or {}).get('ratios', {})
+    device = results['machine']['device']
+    bars = [
+        _bar(f'host time, {device}: {name} / GN, forward + backward', ratios.get(name), limit)
+        for name, limit in host_time.OURS.items()
+    ]
+    return bars + [
+        _bar(f'host time, {device}: what {name} adds to conv / GN', ratios.get(name), limit)
+        for name, limit in host_time.CONVOLUTIONS.items()
+    ]
 
 
 def _cpu(results: dict) -> list[dict]:

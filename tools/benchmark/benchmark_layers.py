@@ -1,4 +1,4 @@
-"""Times the layers against their peers: norms alone, WS alone, a ResNet-50, a Mask R-CNN.
+"""Times the layers against their peers: host time, norms, WS, a ResNet-50, a Mask R-CNN.
 
 Before any timing the layers are checked against the specification in float64; if they are wrong,
 no speed is printed and the exit status is 1. Tables go to stdout, progress to stderr, and
@@ -21,9 +21,10 @@ sys.path[:0] = [str(REPOSITORY / 'tools'), str(REPOSITORY)]  # also from a clone
 import torch  # noqa: E402
 
 from benchmark import bars, gate, output, sections  # noqa: E402
+from benchmark.settings import Settings, Skipped  # noqa: E402
 from wsbcn_mm import __version__, backends  # noqa: E402
 
-SECTIONS = ('norm', 'ws', 'backbone', 'detector')
+SECTIONS = ('host', 'norm', 'ws', 'backbone', 'detector')
 SHOWN_FAILURES = 20
 DTYPES = {'float32': torch.float32, 'float16': torch.float16, 'bfloat16': torch.bfloat16}
 
@@ -42,6 +43,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--repeats', type=int, help='rounds over all peers; default: 15')
     parser.add_argument(
         '--only', nargs='+', choices=SECTIONS, default=SECTIONS, help='sections; default: all'
+    )
+    parser.add_argument(
+        '--seconds', type=float, help='begin nothing more after so many; default: no limit'
     )
     parser.add_argument(
         '--quick', action='store_true', help='tiny shapes, one round: shows that it runs, no more'
@@ -105,13 +109,16 @@ def print_machine(results: dict) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Checks, times, prints and writes."""
+    start = time.monotonic()
     args = parse_args(arguments)
     if args.threads:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device)
-    settings = sections.Settings(
+    settings = Settings(
         device, [DTYPES[name] for name in args.dtype], args.layout, args.repeats, args.quick
     )
+    if args.seconds is not None:
+        settings.end = start + args.seconds
     given = sys.argv[1:] if arguments is None else arguments
     results: dict[str, Any] = dict(
         command=shlex.join(['python', 'tools/benchmark/benchmark_layers.py', *given]),
@@ -140,12 +147,15 @@ def main(arguments: list[str] | None = None) -> None:
     for name in args.only:
         try:
             results[name] = getattr(sections, name)(settings)
-        except sections.Skipped as reason:
+        except Skipped as reason:
             results['skipped'][name] = str(reason)
             print(f'\nNot measured: {name}: {reason}')
         else:
             show(getattr(output, name)(results[name]))
         write(results, args.output)  # what was measured survives if a later section does not
+    if settings.left_out:
+        results['left_out'] = settings.left_out
+        print(f'\nNo time was left for {", ".join(settings.left_out)}')
     results['bars'] = bars.check(results)
     show(output.bars(results['bars']))
     write(results, args.output)

@@ -42,6 +42,18 @@ def _of_kind(rows: list[dict], kind: tuple[str, str]) -> list[dict]:
 # Tables
 
 
+def host(found: dict) -> Lines:
+    """Microseconds per layer."""
+    yield '\n### Host time of one layer on a tiny map, one thread: microseconds\n'
+    ratios = {name: f'{ratio:.2f}' for name, ratio in found['ratios'].items()}
+    cells = [
+        [name, *[f'{phases[phase]:.1f}' for phase in PHASES], ratios.get(name, '-')]
+        for name, phases in found['microseconds'].items()
+    ]
+    yield table(['', 'forward', 'backward', 'forward + backward', '/ GN'], cells)
+    yield '\n/ GN: forward + backward in multiples of GroupNorm; of WS, what it adds to conv.'
+
+
 def norm(rows: list[dict]) -> Lines:
     """Times per phase, then memory and bandwidth, for every dtype and layout."""
     yield 'Peers: ' + '; '.join(f'{name}: {what}' for name, what in NORMS.items()) + '.'

@@ -1,4 +1,4 @@
-"""The four sections: norms alone, weight standardization alone, a backbone, a detector.
+"""The sections: host time, norms alone, weight standardization alone, a backbone, a detector.
 
 Each takes `Settings` and returns what goes into results.json under its name; a `Skipped` says why
 there is nothing to return.
@@ -7,10 +7,7 @@ there is nothing to return.
 import contextlib
 import copy
 import functools
-import sys
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +16,8 @@ from torch import Tensor, nn
 
 from benchmark import peers, timing
 from benchmark.gate import LAYOUTS
+from benchmark.host_time import host as host
+from benchmark.settings import Settings, Skipped, name_of, show_progress
 from benchmark.timing import Case
 from wsbcn_mm import (
     WSConv2d,
@@ -77,31 +76,6 @@ WIDTH, QUICK_WIDTH = 64, 32  # of the ResNet
 PASSES = {'forward': 3, 'backward': 5, 'both': 8}
 
 
-@dataclass
-class Settings:
-    """The command line, digested."""
-
-    device: torch.device
-    dtypes: list[torch.dtype]
-    layouts: list[str]
-    repeats: int
-    quick: bool
-
-
-class Skipped(Exception):
-    """A section cannot run here; the message says why."""
-
-
-def name_of(dtype: torch.dtype) -> str:
-    """``torch.float32`` as ``float32``."""
-    return str(dtype).removeprefix('torch.')
-
-
-def show_progress(text: str) -> None:
-    """A line on stderr."""
-    print(f'{time.strftime("%H:%M:%S")}  {text}', file=sys.stderr, flush=True)
-
-
 # ----------------------------------------------------------------------------------------------
 # Norms
 
@@ -117,8 +91,8 @@ def norm(settings: Settings) -> list[dict]:
     rows: list[dict] = []
     for dtype, layout in kinds:
         for shape in shapes:
-            title = f'norm {len(rows) + 1}/{len(kinds) * len(shapes)}'
-            show_progress(f'{title}: {shape} {name_of(dtype)} {layout}')
+            if not settings.begins(f'norm {shape} {name_of(dtype)} {layout}'):
+                continue
             row = dict(shape=list(shape), dtype=name_of(dtype), layout=layout)
             rows.append(row | _time_norms(settings, shape, dtype, layout, bandwidth))
     return rows
@@ -178,7 +152,8 @@ def ws(settings: Settings) -> list[dict]:
     bandwidth = timing.copy_bandwidth(settings.device, settings.repeats)
     rows: list[dict] = []
     for dtype in settings.dtypes:
-        show_progress(f'ws {len(rows) + 1}/{len(settings.dtypes)}: {name_of(dtype)}')
+        if not settings.begins(f'ws {name_of(dtype)}'):
+            continue
         torch.manual_seed(0)
         width = QUICK_WIDTH if settings.quick else WIDTH
         model = peers.ResNet50(WSConv2d, peers.group_norm, width).to(settings.device)
@@ -299,9 +274,9 @@ def backbone(settings: Settings) -> list[dict]:
                 models[name].to(memory_format=LAYOUTS[layout])  # type: ignore[call-overload]
         for dtype in settings.dtypes:
             for size in sizes:
-                total = len(settings.layouts) * len(settings.dtypes) * len(sizes)
-                title = f'backbone {len(rows) + 1}/{total}: {size[0]}x{size[1]}'
-                show_progress(f'{title} {name_of(dtype)} {layout}')
+                title = f'backbone {size[0]}x{size[1]} {name_of(dtype)} {layout}'
+                if not settings.begins(title):
+                    continue
                 row = dict(size=list(size), dtype=name_of(dtype), layout=layout)
                 rows.append(row | _time_backbones(settings, models, size, dtype, layout))
     return rows
@@ -390,6 +365,8 @@ def detector(settings: Settings) -> dict:
     except ImportError as error:
         raise Skipped(str(error).replace('\n', ';')) from None
     group_norm = dict(type='GN', num_groups=16, requires_grad=True)
+    if not settings.begins('detector'):
+        raise Skipped('no time was left')
     variants: dict[str, dict] = {
         'GN': dict(norm_cfg=group_norm, conv_cfg=None),
         'mmcv ConvWS + GN': dict(norm_cfg=group_norm, conv_cfg=dict(type='ConvWS')),

@@ -30,6 +30,7 @@ CFLAGS="$flags" LDFLAGS="$flags" WSBCN_BUILD=1 "$python" setup.py -q build_ext -
 # Python itself is not instrumented: the libraries are loaded before everything else, and what
 # Python and torch keep until the end is not a leak.
 echo "sanitize: runs $*" >&2
-LD_PRELOAD="$libraries" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-    PYTHONPATH="$folder" WSBCN_BACKEND=cpu OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}" \
-    "$python" -m pytest -p no:cacheprovider "$@"
+export LD_PRELOAD="$libraries" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
+export PYTHONPATH="$folder" OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
+"$python" -c 'import sys; from wsbcn_mm.backends import cpu; sys.exit(cpu.unavailable())'
+"$python" -m pytest -p no:cacheprovider "$@"

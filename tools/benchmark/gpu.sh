@@ -1,0 +1,85 @@
+#!/usr/bin/env bash
+# All that there is to measure on a GPU, in at most about eight minutes: the tests of kernels and
+# functions on it, then host time, norms, WS, a ResNet-50 and, where mmdet is installed, a detector.
+#
+#   bash tools/benchmark/gpu.sh OUT
+#
+# OUT gets report.md (what ran, what could not, every table), the log of each part, and of the
+# benchmark results.json and charts. Needs torch with CUDA and Triton; pytest for the tests. Nothing has to be installed:
+# the package is taken from this repository. Exit status 1 where something was wrong or nothing ran.
+#
+# PYTHON: the interpreter (default: python). DEVICE=cpu: the same on a CPU with tiny shapes, to see
+# that it runs.
+set -uo pipefail
+[ $# -eq 1 ] || { echo "usage: bash tools/benchmark/gpu.sh OUT" >&2; exit 2; }
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+mkdir -p "$1" || exit 1
+out=$(cd "$1" && pwd)
+python=${PYTHON:-python}
+device=${DEVICE:-cuda}
+cd "$root"
+export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
+"$python" - "$device" <<'PYTHON' || exit 1
+import sys
+try:
+    import torch
+except ImportError as error:
+    sys.exit(f'error: {error}; PYTHON names the interpreter of an environment with torch')
+if sys.argv[1] == 'cuda' and not torch.cuda.is_available():
+    sys.exit(f'error: torch {torch.__version__} sees no CUDA device')
+PYTHON
+
+report=$out/report.md
+ran=0 failed=0
+{
+    echo "# $("$python" -c "import torch; print(torch.cuda.get_device_name() if '$device' == 'cuda' else 'CPU', 'torch', torch.__version__)")"
+    echo
+    date '+%Y-%m-%d %H:%M:%S %z'
+    git rev-parse HEAD 2>/dev/null
+} >"$report"
+
+# part NAME SECONDS COMMAND...: runs it, at most so long; its output becomes a part of the report.
+part() {
+    local name=$1 seconds=$2 start=$SECONDS status
+    shift 2
+    echo "gpu: $name" >&2
+    timeout "$seconds" "$@" >"$out/$name.log" 2>&1
+    status=$?
+    {
+        echo
+        echo "## $name"
+        echo
+        echo "\`$(printf '%q ' "$@")\`, $((SECONDS - start)) s"
+        echo
+    } >>"$report"
+    if [ $status -eq 0 ]; then
+        ran=$((ran + 1))
+    elif [ $status -eq 124 ]; then
+        echo "**Not finished in $seconds s; what is below had been measured.**" >>"$report"
+        ran=$((ran + 1))
+    else
+        failed=1
+        echo "**Failed, exit status $status.**" >>"$report"
+    fi
+    grep -vE '^[0-9:]{8}  |^$' "$out/$name.log" | tail -n "$KEEP" >>"$report"
+}
+
+tests() {
+    KEEP=12 part "$1" "$2" "$python" -m pytest -q -p no:cacheprovider --maxfail=20 "${@:3}"
+}
+
+if "$python" -c 'import pytest' 2>/dev/null; then
+    tests tests_functions 60 tests/functional --device "$device"
+    tests tests_functions_half 40 tests/functional --device "$device" --dtype float16
+    [ "$device" = cpu ] || tests tests_kernels 60 tests/backends/triton
+else
+    printf '\n**The tests could not run: pytest is not installed.**\n' >>"$report"
+fi
+
+settings=(--device "$device" --repeats 5 --seconds 240)
+[ "$device" = cpu ] && settings=(--device cpu --quick)
+KEEP=2000 part benchmark 320 "$python" tools/benchmark/benchmark_layers.py "${settings[@]}" \
+    --only host ws backbone detector norm -o "$out/benchmark"
+
+echo "gpu: $report" >&2
+[ $ran -gt 0 ] && [ $failed -eq 0 ]
