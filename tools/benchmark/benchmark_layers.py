@@ -21,7 +21,7 @@ sys.path[:0] = [str(REPOSITORY / 'tools'), str(REPOSITORY)]  # also from a clone
 import torch  # noqa: E402
 
 from benchmark import bars, gate, output, sections  # noqa: E402
-from benchmark.settings import Settings, Skipped  # noqa: E402
+from benchmark.settings import Settings, Skipped, show_progress  # noqa: E402
 from wsbcn_mm import __version__, backends  # noqa: E402
 
 SECTIONS = ('host', 'norm', 'ws', 'backbone', 'detector')
@@ -130,7 +130,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     print_machine(results)
 
-    sections.show_progress('checks the layers against the specification')
+    show_progress('checks the layers against the specification')
     checked = gate.run(device, settings.dtypes, settings.layouts, args.quick)
     if checked.failures:
         print(f'\nWRONG: {len(checked.failures)} of {checked.count} results; nothing was timed')

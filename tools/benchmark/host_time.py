@@ -4,7 +4,7 @@ On a GPU a step is as slow as the slower of both, kernels and host; on the CPU k
 take next to no time either. Nothing waits for the device while the clock runs.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +66,7 @@ def _ratios(found: dict[str, dict[str, float]]) -> dict[str, float]:
 
 
 def _case(
-    layers: list[nn.Module],
+    layers: Sequence[nn.Module],
     x: Tensor,
     cotangent: Tensor,
     device: torch.device,
