@@ -3,12 +3,15 @@
 All cases run in one pair of gloo processes; the tests read what they found.
 """
 
+from itertools import product
+
 import pytest
 import torch
 from torch import nn
 
 from wsbcn_mm import BatchChannelNorm1d, BatchChannelNorm2d, WSConv2d, reference
 from wsbcn_mm.estimates import skipped_updates, synchronize_estimates
+from wsbcn_mm.layers.standardization import standardize_once_per_forward
 
 CHANNELS, STEPS = 8, 5
 
@@ -183,12 +186,15 @@ def case_checkpointing(rank):
 def case_average(rank):
     """Five steps of the average over all samples, with means of the ranks that lie far apart."""
     results = {}
-    for sync in ('step', 'forward'):
+    for sync, uneven in product(('step', 'forward'), (False, True)):
         norm = BatchChannelNorm1d(4, 2, momentum='cumulative', sync=sync).double()
         for step in range(STEPS):
-            norm(far_apart(step)[rank : rank + 1])
+            x = far_apart(step)[rank : rank + 1]
+            if uneven and rank == 1 and step < 2:  # no image, or an overflow, of one rank alone
+                x = x[:0] if step == 0 or sync == 'forward' else x / 0
+            norm(x)
             synchronize_estimates(norm)
-        results[sync] = norm.bn.running_mean, norm.bn.running_var
+        results[sync, uneven] = norm.bn.running_mean, norm.bn.running_var
     return results
 
 
@@ -242,15 +248,15 @@ WRAPPERS = {
 def case_wrappers(rank):
     """The same training by what torch offers for several processes."""
     results = {}
-    for name, wrap in WRAPPERS.items():
+    for (name, wrap), scopes in product(WRAPPERS.items(), (False, True)):
         net = Net()
         model = wrap(net)
+        if scopes:
+            standardize_once_per_forward(net)
+        optimizer = torch.optim.SGD(net.parameters(), 0.01)
         if name == 'ZeRO':
-            optimizer = torch.distributed.optim.ZeroRedundancyOptimizer(
-                net.parameters(), torch.optim.SGD, lr=0.01
-            )
-        else:
-            optimizer = torch.optim.SGD(net.parameters(), 0.01)
+            zero = torch.distributed.optim.ZeroRedundancyOptimizer
+            optimizer = zero(net.parameters(), torch.optim.SGD, lr=0.01)
         for step in range(STEPS):
             part = slice(rank, rank + 1)
             optimizer.zero_grad()
@@ -258,14 +264,23 @@ def case_wrappers(rank):
             (2 * loss).backward()  # they take the mean over the ranks, `train` the sum
             optimizer.step()
             synchronize_estimates(net)
-        results[name] = {
+        results[name, scopes] = {
             key: value.full_tensor() if hasattr(value, 'full_tensor') else value.detach().clone()
             for key, value in net.state_dict().items()
         }
     return results
 
 
+def case_compiled(rank):
+    def outputs(mode):
+        nets = Net(mode, 'forward'), torch.compile(Net(mode, 'forward'), backend='eager')
+        return [train(net, slice(rank, rank + 1), 2)['outputs'] for net in nets]
+
+    return {mode: outputs(mode) for mode in ('estimate', 'batch')}
+
+
 CASES = (
+    case_compiled,
     case_wrappers,
     case_nets,
     case_norms,
@@ -409,11 +424,16 @@ def test_an_overflow_on_one_rank_poisons_none(ranks):
 
 
 @pytest.mark.parametrize('sync', ['step', 'forward'])
-def test_an_average_over_ranks_is_that_of_all_samples(ranks, sync):
-    x = torch.cat([far_apart(step) for step in range(STEPS)])
+@pytest.mark.parametrize('uneven', [False, True])
+def test_an_average_over_ranks_is_that_of_all_samples(ranks, sync, uneven):
+    """Every step with the same weight, also those in which a rank took nothing in."""
+    steps = [far_apart(step) for step in range(STEPS)]
+    if uneven:  # the samples of the first rank alone, twice
+        steps[:2] = [x[:1].repeat(2, 1, 1) for x in steps[:2]]
+    x = torch.cat(steps)
     expected = x.mean((0, 2)), x.var((0, 2), correction=0)
     for rank in ranks:
-        assert_same(rank['case_average'][sync], expected, 1e-12)
+        assert_same(rank['case_average'][sync, uneven], expected, 1e-12)
 
 
 @pytest.mark.parametrize('broadcast', [True, False])
@@ -426,10 +446,17 @@ def test_data_parallel_keeps_the_counts_of_each_rank(ranks, broadcast):
 
 
 @pytest.mark.parametrize('name', WRAPPERS)
-def test_wrappers_train_as_a_loop_that_sums_gradients(ranks, name):
+@pytest.mark.parametrize('scopes', [False, True])
+def test_wrappers_train_as_a_loop_that_sums_gradients(ranks, name, scopes):
     for rank in ranks:
         expected = rank['case_nets']['step/torch.float64']['state']
-        assert_same(rank['case_wrappers'][name], expected, 1e-12)
+        assert_same(rank['case_wrappers'][name, scopes], expected, 1e-12)
+
+
+@pytest.mark.parametrize('mode', ['estimate', 'batch'])
+def test_compiled_code_over_ranks(ranks, mode):
+    for rank in ranks:
+        assert_same(*rank['case_compiled'][mode], 1e-12)
 
 
 def test_collectives(ranks):

@@ -8,13 +8,17 @@ than those tested a warning.
 """
 
 import re
+import sys
 import warnings
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from types import FrameType
+from typing import Any, ParamSpec, TypeGuard, TypeVar
 
 import torch
 import torch.utils.checkpoint
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
+from torch.fx import Proxy
 
 P = ParamSpec('P')
 R = TypeVar('R')
@@ -82,6 +86,57 @@ def recording_checkpoint() -> object | None:
         if isinstance(cell.cell_contents, CheckpointFrame):
             return cell.cell_contents
     return None
+
+
+def is_transformed() -> bool:
+    """Whether this thread runs inside a transform of torch.func, or may go forward with tangents.
+
+    Neither a node of autograd's graph nor a kernel of ours knows of tangents; not even of those
+    that come with a gradient, where what goes forward is not in front of the node.
+    """
+    # Not public names; but asking every tensor costs a tenth of a small map.
+    return forward_ad._current_level >= 0 or in_transform()
+
+
+def in_transform() -> bool:
+    """Whether this thread runs inside a transform of torch.func."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def compiles_backward_passes() -> bool:
+    """Whether compiled autograd is on, which can look into nodes written in Python alone."""
+    module = sys.modules.get('torch._dynamo.compiled_autograd')
+    return module is not None and bool(getattr(module, 'compiled_autograd_enabled', False))
+
+
+def belongs_to_transforms(tensor: torch.Tensor) -> bool:
+    """Whether all transforms of torch.func that run know a tensor, as one that they were given.
+
+    A function that is transformed may edit such tensors and no others.
+    """
+    functorch = torch._C._functorch
+    levels = set()
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        levels.add(functorch.maybe_get_level(tensor))
+        tensor = functorch.get_unwrapped(tensor)
+    return levels >= {transform.level() for transform in functorch.get_interpreter_stack() or ()}
+
+
+def is_traced_by_fx(value: object) -> TypeGuard[Proxy]:
+    """Whether a value stands for one in `torch.fx.symbolic_trace`."""
+    return isinstance(value, Proxy)
+
+
+def call_as_leaf(module: torch.nn.Module, input: Proxy, *args: Any, **kwargs: Any) -> Any:
+    """The call of a module that `torch.fx.symbolic_trace` does not look into, as torch's own."""
+    tracer: Any = input.tracer
+    return tracer.create_proxy('call_module', tracer.path_of_module(module), (input, *args), kwargs)
+
+
+def is_of(frame: FrameType, module: str) -> bool:
+    """Whether a function that is called belongs to a module, by its name."""
+    loaded = sys.modules.get(module)
+    return loaded is not None and frame.f_code.co_filename == loaded.__file__
 
 
 def is_fake(tensor: torch.Tensor) -> bool:

@@ -64,6 +64,9 @@ def synchronize_estimates(model: nn.Module, group: dist.ProcessGroup | None = No
         if layer.averages
     ]
     size = sums.numel() + weights.numel()
+    for layer, samples, total in zip(layers, taken_in, totals.split(channels)):
+        if layer.bn.momentum is None:  # cumulative
+            layer.note_inputs_of_others((total > 0) & (samples == 0))
     if added:
         apart = [samples * (own - mean).square() for mean, own, samples, *_ in added]
         for (*_, total, var), square in zip(added, distributed.sum_over_ranks(apart, group)):

@@ -290,9 +290,7 @@ def test_a_scheduled_rate_is_not_compiled_anew():
     with backends.use_backend('eager'):
         with torch._dynamo.config.patch(error_on_recompile=True):
             for step in range(12):
-                # From 1/2 on: the number 1, which loops that measure statistics set, stands for the
-                # statistics of the input alone, a tensor of 1 for the formula.
-                plain.momentum = 1 / (step + 2)
+                plain.momentum = 1 / (step + 1)
                 rate.fill_(plain.momentum)
                 torch.testing.assert_close(compiled(x + step), plain(x + step))
         torch.testing.assert_close(other.bn.running_var, plain.bn.running_var)

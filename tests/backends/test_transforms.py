@@ -1,15 +1,25 @@
 """What torch does with a function besides running it backwards: forward mode, torch.func, sizes."""
 
+import contextlib
+import copy
+
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import nn
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vmap
+from torch.nn.functional import conv2d
 
-from wsbcn_mm import BatchChannelNorm2d, WSConv2d, backends, reference, weight_standardize
-from wsbcn_mm.backends import cpu
-
-needs_cpu_kernels = pytest.mark.skipif(cpu.unavailable() is not None, reason=f'{cpu.unavailable()}')
+from wsbcn_mm import (
+    BatchChannelNorm2d,
+    WSConv2d,
+    backends,
+    reference,
+    standardize_once_per_forward,
+    standardized_once,
+    weight_standardize,
+    weights_do_not_change,
+)
 
 
 def make_norm(mode='estimate'):
@@ -78,7 +88,68 @@ def test_forward_mode_of_a_weight(backend, formula):
         assert_close(actual, forward_ad.unpack_dual(expected).tangent)
 
 
-@needs_cpu_kernels
+@contextlib.contextmanager
+def once_per_forward(net):
+    undo = standardize_once_per_forward(net)
+    yield
+    undo()
+
+
+SCOPES = [contextlib.nullcontext, standardized_once, weights_do_not_change, once_per_forward]
+
+
+@pytest.mark.parametrize('scope', SCOPES, ids=['none', 'once', 'long', 'forward'])
+@pytest.mark.parametrize('duals', ['weights', 'input'])
+def test_forward_mode_inside_scopes(backend, scope, duals):
+    """Tangents of weights, and of what is behind a weight, when its gradient is computed."""
+    torch.manual_seed(0)
+    net = nn.Sequential(WSConv2d(3, 8, 2), make_norm().eval(), WSConv2d(8, 4, 1)).double()
+    x, tangent, c = torch.randn(3, 2, 3, 5, 4, dtype=torch.float64)
+    c = torch.randn(2, 4, 4, 3, dtype=torch.float64)
+    along = {n: torch.randn_like(p) for n, p in net.named_parameters()}
+
+    def by_reference(parameters, x):
+        get = lambda i, *names: [parameters[f'{i}.{name}'] for name in names]  # noqa: E731
+        (w, b), (v, d) = get(0, 'weight', 'bias'), get(2, 'weight', 'bias')
+        x = conv2d(x, reference.weight_standardize(w), b)
+        statistics = net[1].running_statistics()
+        affine = get(1, 'batch_weight', 'batch_bias', 'weight', 'bias')
+        x = reference.normalize(x, *statistics, 4, *affine)
+        return conv2d(x, reference.weight_standardize(v), d)
+
+    def run(forward, parameters, x):
+        y = forward(parameters, x)
+        gradients = torch.autograd.grad((y * c).sum(), list(parameters.values()))
+        return [forward_ad.unpack_dual(value).tangent for value in (y, *gradients)]
+
+    with forward_ad.dual_level(), scope(net):
+        net(x)  # results of a scope that there are
+        parameters = dict(net.named_parameters())
+        if duals == 'weights':
+            parameters = {n: forward_ad.make_dual(p, along[n]) for n, p in parameters.items()}
+        else:
+            x = forward_ad.make_dual(x, tangent)
+        actual = run(lambda p, x: functional_call(net, p, (x,)), parameters, x)
+        expected = run(by_reference, parameters, x)
+        assert_close(actual, expected)
+
+
+@pytest.mark.parametrize('scope', SCOPES[1:], ids=['once', 'long', 'forward'])
+def test_transforms_inside_scopes(backend, scope):
+    net = nn.Sequential(WSConv2d(3, 8, 2), make_norm().eval()).double()
+    parameters = {n: p.detach() for n, p in net.named_parameters()}
+    along = {n: torch.randn_like(p) for n, p in parameters.items()}
+    x = torch.randn(2, 3, 5, 4, dtype=torch.float64)
+    loss = lambda p: functional_call(net, p, (x,)).pow(3).sum()  # noqa: E731
+    expected = jvp(grad(loss), (parameters,), (along,))
+    with scope(net):
+        net(x)
+        assert_close(jvp(grad(loss), (parameters,), (along,)), expected)
+        assert_close(vmap(lambda z: net(z[None])[0])(x), net(x))
+        net(x).sum().backward()  # the weights still learn
+    assert net[0].weight.grad is not None
+
+
 @pytest.mark.parametrize(
     'transform',
     [
@@ -92,13 +163,12 @@ def test_forward_mode_of_a_weight(backend, formula):
     ],
     ids=['jvp', 'grad', 'vmap', 'vmap grad', 'jacfwd', 'jacrev', 'hessian'],
 )
-def test_transforms_of_a_norm_in_evaluation(transform):
+def test_transforms_of_a_norm_in_evaluation(backend, transform):
     norm = make_norm().eval()
     assert_close(transform(norm), transform(by_reference(norm)))
 
 
-@needs_cpu_kernels
-def test_gradients_of_each_sample_and_ensembles():
+def test_gradients_of_each_sample_and_ensembles(backend):
     conv, norm = WSConv2d(3, 8, 3).double(), make_norm().eval()
     net, x = nn.Sequential(conv, norm), torch.randn(3, 3, 5, 5, dtype=torch.float64)
     parameters = {name: p.detach() for name, p in net.named_parameters()}
@@ -121,20 +191,84 @@ def test_gradients_of_each_sample_and_ensembles():
     assert_close(y, torch.stack([n(X) for n in norms]))
 
 
-@needs_cpu_kernels
-def test_training_inside_a_transform_does_not_update_silently():
+@pytest.mark.parametrize('mode', ['estimate', 'batch'])
+def test_training_inside_a_transform_updates_buffers_that_are_arguments(backend, mode):
+    net, plain = make_norm(mode), make_norm(mode)
+    parameters = {n: p.detach() for n, p in net.named_parameters()}
+    buffers = {n: torch.stack([b] * len(X)) for n, b in net.named_buffers()}
+
+    def loss(parameters, buffers, sample):
+        return functional_call(net, (parameters, buffers), (sample[None],)).pow(3).sum()
+
+    each = vmap(grad(loss), in_dims=(None, 0, 0))(parameters, buffers, X)
+    for i, sample in enumerate(X):
+        plain = make_norm(mode)
+        plain(sample[None]).pow(3).sum().backward()
+        for name, p in plain.named_parameters():
+            assert_close(each[name][i], p.grad)
+        for name, b in plain.named_buffers():
+            assert_close(buffers[name][i], b)
+
+
+@pytest.mark.parametrize(
+    'transform',
+    [
+        lambda f: grad(lambda x: f(x).sum())(X),
+        lambda f: vmap(lambda x: f(x[None]))(X),
+        lambda f: jvp(f, (X,), (T,)),
+        lambda f: vmap(
+            lambda b, x: functional_call(f, dict(f.named_parameters()) | b, (x[None],)), (None, 0)
+        )(dict(f.named_buffers()), X),
+    ],
+    ids=['grad', 'vmap', 'jvp', 'vmap with one copy'],
+)
+@pytest.mark.parametrize('settings', [dict(), dict(mode='batch')], ids=['estimate', 'batch'])
+def test_training_inside_a_transform_is_refused_for_buffers_of_others(transform, settings):
+    norm = make_norm(**settings)
+    before = copy.deepcopy(norm.state_dict())
+    with pytest.raises(RuntimeError, match=r'(?s)in training updates.*call eval.*functional_call'):
+        transform(norm)
+    assert_close(norm.state_dict(), before)
+
+
+@pytest.mark.parametrize('momentum', ['cumulative', 1.0])
+def test_averages_inside_a_transform_are_refused(momentum):
     norm = make_norm()
-    before = norm.bn.running_mean.clone()
-    with pytest.raises(RuntimeError, match='mutate a captured Tensor|in-place'):
-        grad(lambda x: norm(x).sum())(X)
-    assert torch.equal(norm.bn.running_mean, before)
+    norm.momentum = momentum
+    arguments = [
+        {n: v.detach().clone() for n, v in values}
+        for values in (norm.named_parameters(), norm.named_buffers())
+    ]
+    with pytest.raises(RuntimeError, match='momentum below 1'):
+        grad(lambda p, b: functional_call(norm, (p, b), (X,)).sum())(*arguments)
 
 
-def test_other_backends_refuse_transforms():
-    """Their nodes are Python's, of which torch says what it lacks."""
-    norm = make_norm().eval()
-    with backends.use_backend('eager'), pytest.raises(RuntimeError, match='setup_context'):
-        grad(lambda x: norm(x).sum())(X)
+@pytest.mark.parametrize('scope', [contextlib.nullcontext, once_per_forward])
+def test_compiled_autograd(backend, scope):
+    """The whole backward pass as a graph: of forward passes that knew, and of compiled ones."""
+    from torch._dynamo import compiled_autograd
+
+    torch._dynamo.reset()
+
+    def make():
+        torch.manual_seed(0)
+        return nn.Sequential(WSConv2d(8, 8, 1), make_norm()).double()
+
+    plain, other, compiled = make(), make(), make()
+    plain(X).pow(3).sum().backward()
+    with scope(other), compiled_autograd._enable(torch.compile(backend='eager')):
+        other(X).pow(3).sum().backward()
+
+    @torch.compile(backend='aot_eager')
+    def step():
+        compiled(X).pow(3).sum().backward()
+
+    with torch._dynamo.config.patch(compiled_autograd=True):
+        step()
+    for net in (other, compiled):
+        assert_close([p.grad for p in net.parameters()], [p.grad for p in plain.parameters()])
+        assert_close(list(net.buffers()), list(plain.buffers()))
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize('mode', ['estimate', 'batch'])

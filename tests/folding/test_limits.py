@@ -86,6 +86,30 @@ def test_pairs_that_are_none(between, reason):
             torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
 
+def another_way_if_small(m, x):
+    return m.norm(m.conv(x)) if x.shape[-1] > 12 else m.conv(x).relu()
+
+
+def another_way_if_large(m, x):
+    return m.norm(m.conv(x)) if x.shape[-1] < 20 else m.norm(m.conv(x).relu())
+
+
+@pytest.mark.parametrize('between', [another_way_if_small, another_way_if_large])
+def test_a_way_that_other_sizes_take(between):
+    model = trained(Wrong(between)).eval()
+    small, given, large = (torch.randn(1, 4, size, size).double() for size in (8, 16, 32))
+    with pytest.warns(UserWarning, match='norm is not folded: '):
+        folded = fold(model, given)
+    for x in (small, given, large):
+        torch.testing.assert_close(folded(x), model(x), rtol=1e-12, atol=1e-12)
+
+
+def test_a_model_that_takes_one_size_alone_is_folded():
+    head = nn.Flatten(), nn.Linear(8 * 7 * 7, 3)
+    x = torch.randn(2, 4, 9, 9).double()
+    check_fold(nn.Sequential(WSConv2d(4, 8, 3), BatchChannelNorm2d(8, 2), *head), x, inputs=x)
+
+
 def test_normalization_in_front_of_a_convolution_is_not_folded():
     """Zero padding comes after the norm: the map would not hold at the border."""
     model = nn.Sequential(

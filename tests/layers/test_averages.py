@@ -1,5 +1,7 @@
 """Loops that average the statistics of BatchNorms leave those of all inputs together."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -92,12 +94,79 @@ def test_ordinary_training_is_the_papers_formula():
     torch.testing.assert_close((norm.bn.running_mean, norm.bn.running_var), expected)
 
 
-def test_the_average_of_a_channel_that_is_damaged_goes_on():
-    norm = BatchChannelNorm2d(8, 4, momentum=1.0).double()
-    x = torch.cat([x.repeat(1, 3, 1, 1)[:, :8] for x in images()])
-    damaged = x[:1].clone()
-    damaged[:, 3] = torch.nan
-    for part in (damaged, x[1:2]):
-        norm(part)
-    assert norm.bn.running_var.isfinite().all()
+def damaged(x):
+    """Of channel 3 the update is left out."""
+    x = x.clone()
+    x[:, 3] = torch.nan
+    return x
+
+
+WIDE = [x.repeat(1, 3, 1, 1)[:, :8] for x in images()]
+
+
+@pytest.mark.parametrize('at', [0, 1, 5])
+@pytest.mark.parametrize('mode', ['estimate', 'batch'])
+@pytest.mark.parametrize('compiled', [False, True])
+def test_what_was_left_out_has_no_weight_in_the_average(mode, at, compiled):
+    norm, good = (BatchChannelNorm2d(8, 4, momentum='cumulative', mode=mode).double() for _ in 'ab')
+    torch._dynamo.reset()
+    run = torch.compile(norm, backend='eager') if compiled else norm
+    for x in (*WIDE[:at], damaged(WIDE[at]), *WIDE[at:]):
+        run(x)
+    for x in WIDE:
+        good(x)
+    for actual, expected in zip(norm.running_statistics(), good.running_statistics()):
+        torch.testing.assert_close(actual[3], expected[3])
     assert norm.counts[1].tolist() == [0, 0, 0, 1, 0, 0, 0, 0]
+    torch._dynamo.reset()
+
+
+def test_an_average_that_was_saved_or_begun_anew_goes_on_as_one():
+    first, second = (BatchChannelNorm2d(8, 4, momentum='cumulative').double() for _ in range(2))
+    for x in (damaged(WIDE[0]), *WIDE[:4]):
+        first(x)
+    first.bn.reset_running_stats()
+    for x in WIDE[:5]:
+        first(x)
+    second(damaged(WIDE[0]))
+    second.load_state_dict(first.state_dict())
+    second = copy.deepcopy(second)
+    for x in WIDE[5:]:
+        second(x)
+    y = torch.cat(WIDE)
+    torch.testing.assert_close(second.bn.running_mean, y.mean((0, 2, 3)))
+    torch.testing.assert_close(second.bn.running_var, y.var((0, 2, 3), correction=0))
+
+
+@pytest.mark.parametrize('at', [1, 5])
+def test_loops_that_average_twice_and_in_spite_of_damage(at):
+    """What is left out keeps the statistics of the input before: the loop counts that one twice."""
+    norm = BatchChannelNorm2d(8, 4).double()
+    for inputs in ([x + 40 for x in WIDE[:4]], WIDE):
+        norm.momentum = 1.0
+        means, variances = [], []
+        for x in (*inputs[:at], damaged(inputs[at % 4]), *inputs[at:]):
+            norm(x)
+            means.append(norm.bn.running_mean.clone())
+            variances.append(norm.bn.running_var.clone())
+        norm.momentum = 0.01
+    for moments in (means, variances):  # of the channel, without the one that was left out
+        del moments[at]
+    y = torch.cat(WIDE)
+    mean, var = torch.stack(means).mean(0)[3], torch.stack(variances).mean(0)[3]
+    torch.testing.assert_close(mean, y.mean((0, 2, 3))[3])
+    torch.testing.assert_close(var, y.var((0, 2, 3), correction=0)[3])
+
+
+def test_the_number_1_and_a_tensor_of_1_are_the_same():
+    """A schedule 1, 1/2, 1/3 ...; the first rate forgets where the statistics began."""
+    numbers, tensors = (BatchChannelNorm2d(8, 4).double() for _ in range(2))
+    rate = torch.tensor(1.0)
+    for step, x in enumerate(WIDE[:4]):
+        numbers.momentum = 1 / (step + 1)
+        tensors.momentum = rate.fill_(1 / (step + 1)).clone()
+        torch.testing.assert_close(numbers(x), tensors(x), rtol=1e-6, atol=1e-6)
+        if step == 0:
+            alone = x.var((0, 2, 3), correction=0)
+            torch.testing.assert_close(tensors.bn.running_var, alone)
+    torch.testing.assert_close(tensors.bn.running_var, numbers.bn.running_var, rtol=1e-6, atol=1e-6)

@@ -1,11 +1,17 @@
 """Activation checkpointing (trap 8): the same gradients, and one update of the statistics."""
 
+import functools
 import gc
 
 import pytest
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+    set_checkpoint_early_stop,
+)
 
 from wsbcn_mm import BatchChannelNorm2d, WSConv2d
 from wsbcn_mm.layers import recomputation
@@ -343,3 +349,32 @@ def test_compiled_code_that_repeats_a_layer_used_twice():
     assert_same(found, run(lambda x: expected(expected(x)), expected))
     with pytest.raises(RuntimeError, match='twice with the same input'):
         run(compiled(checkpointed(lambda x: net(x) + net(x).square())), net)
+
+
+SAVED = {
+    'convolutions': ['aten.convolution', 'aten.relu'],
+    'norms and weights': ['wsbcn_mm.batch_channel_norm', 'wsbcn_mm.weight_standardize'],
+}
+
+
+@pytest.mark.parametrize('saved', SAVED)
+def test_selective_checkpointing_repeats_what_was_not_saved(saved):
+    """In batch mode, whose repetition takes copies, torch says that the operations differ."""
+    names = [f'{name}.default' for name in SAVED[saved]]
+
+    def policy(_, operator, *args, **kwargs):
+        found = str(operator) in names
+        return CheckpointPolicy.MUST_SAVE if found else CheckpointPolicy.PREFER_RECOMPUTE
+
+    def selective(net, x):
+        contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+        return checkpoint(net, x, use_reentrant=False, context_fn=contexts)
+
+    left = []
+    for run in (selective, plain):
+        net, x = make('estimate'), INPUT.clone().requires_grad_()
+        run(net, x).pow(3).sum().backward()
+        left.append(left_by(net, x))
+    assert_same(*left)
+    with pytest.raises(RuntimeError, match='encountered during backward but not found'):
+        selective(make('batch'), INPUT.clone().requires_grad_()).sum().backward()

@@ -7,8 +7,10 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize, prune
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils import mkldnn
 
 from wsbcn_mm import BatchChannelNorm2d, WSConv2d, WSConvTranspose2d
+from wsbcn_mm.layers.subclasses import standardized_copy
 
 X = torch.randn(2, 8, 5, 5, generator=torch.Generator().manual_seed(1)).double() + 1
 
@@ -54,6 +56,58 @@ def test_pruned_and_parametrized_scales():
         same(layer(X), plain(X))
         assert layer.bn.weight is not plain.bn.weight
         same(layer.bn.weight.detach(), plain.bn.weight.detach())
+
+
+@pytest.mark.parametrize(
+    'change',
+    [
+        lambda bn: prune.l1_unstructured(bn, 'weight', 0.5),
+        lambda bn: prune.custom_from_mask(bn, 'bias', torch.ones(8)),
+        lambda bn: parametrize.register_parametrization(bn, 'weight', nn.Identity()),
+        nn.utils.parametrizations.weight_norm,
+        nn.utils.weight_norm,
+    ],
+)
+def test_scales_are_not_taken_apart_in_the_child(change):
+    layer, expected = norm(), norm()
+    with pytest.raises(RuntimeError, match="(?s)child bn cannot be pruned.*layer's batch_"):
+        change(layer.bn)
+    same(layer(X), expected(X))
+    same(layer.state_dict(), expected.state_dict())
+
+
+def test_mkldnn_tensors_are_refused():
+    """torch would take the raw weight, or the channel stage alone."""
+    conv = WSConv2d(8, 8, 3).eval()
+    with pytest.raises(RuntimeError, match='(?s)to_mkldnn cannot.*wsbcn_mm.fold'):
+        mkldnn.to_mkldnn(nn.Sequential(conv, nn.ReLU()))
+    with pytest.raises(RuntimeError, match='to_mkldnn cannot'):
+        mkldnn.to_mkldnn(nn.Sequential(norm().float().eval()))
+    if torch.backends.mkldnn.is_available():
+        x = X.float()
+        folded = mkldnn.to_mkldnn(nn.Sequential(conv.to_plain()))
+        torch.testing.assert_close(folded(x.to_mkldnn()).to_dense(), conv(x))
+
+
+@pytest.mark.parametrize('training', [True, False])
+def test_symbolic_traces_have_the_layers_as_leaves(training):
+    class Own(nn.Conv2d):
+        def forward(self, x):
+            return self._conv_forward(x, self.weight, self.bias)
+
+    def make():
+        torch.manual_seed(0)
+        convs = WSConv2d(8, 4, 3), standardized_copy(Own(4, 4, 1)), WSConvTranspose2d(4, 8, 3)
+        return nn.Sequential(*convs, norm()).double().train(training)
+
+    model = make()
+    traced = torch.fx.symbolic_trace(make())
+    assert [n.op for n in traced.graph.nodes] == ['placeholder', *['call_module'] * 4, 'output']
+    same(copy.deepcopy(traced)(X), model(X))
+    y = traced(X)
+    same(dict(traced.named_buffers())['3.bn.running_mean'], model[3].bn.running_mean)
+    y.pow(3).sum().backward()
+    assert all(p.grad is not None for p in traced.parameters())
 
 
 def test_functional_call_updates_the_buffers_it_was_given():

@@ -17,9 +17,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from wsbcn_mm import backends, reference
+from wsbcn_mm import backends, compat, reference
 from wsbcn_mm.backends import eager, ops
 from wsbcn_mm.backends.carriers import (
     Affine,
@@ -62,7 +61,7 @@ def batch_channel_norm(
     x = dense(x)
     backend = backends.select(x)
     y: Tensor
-    if x.numel() > 0 and _has_tangent(x, *affine):
+    if x.numel() > 0 and _needs_torch():
         y = batch_channel_norm_in_torch(x, num_groups, running, affine, rate, eps, from_batch)
     elif has_nodes(backend) and x.numel() > 0:
         y = torch.ops.wsbcn_mm.batch_channel_norm.default(
@@ -95,7 +94,7 @@ def weight_standardize(weight: Tensor, eps: float, formula: str, dtype: torch.dt
     weight = dense(weight)
     backend = backends.select(weight)
     w_hat: Tensor
-    if _has_tangent(weight):
+    if _needs_torch():
         w_hat = weight_standardize_in_torch(weight, eps, formula, dtype)
     elif has_nodes(backend):
         w_hat = torch.ops.wsbcn_mm.weight_standardize.default(weight, eps, formula, dtype)
@@ -121,15 +120,14 @@ def gradients_of(affine: Affine, gradients: AffineGradients) -> list[Tensor | No
 
 def has_nodes(backend: str) -> bool:
     """Whether the backend brings autograd nodes of its own, which a compiler cannot look into."""
-    return backend == 'cpu' and not torch.compiler.is_compiling()
-
-
-def _has_tangent(*tensors: Tensor | None) -> bool:
-    """Whether a gradient goes forward through one of them, which no node and no kernel knows."""
-    # Not a public name; but asking every tensor costs a tenth of a small map.
-    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+    if backend != 'cpu' or torch.compiler.is_compiling():
         return False
-    return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+    return not compat.compiles_backward_passes()
+
+
+def _needs_torch() -> bool:
+    """Whether a result must be made of torch's own operations; see `compat.is_transformed`."""
+    return not torch.compiler.is_compiling() and compat.is_transformed()
 
 
 class _Call(NamedTuple):
@@ -262,7 +260,7 @@ def weight_standardize_in_torch(
     return reference.weight_standardize(wide, eps, formula).to(dtype)
 
 
-# Inside the transforms of torch.func, which cannot look into a node written in C++.
+# What code that was traced or exported before is transformed into.
 ops.implement(batch_channel_norm_in_torch, ops.TRANSFORMED, 'batch_channel_norm')
 ops.implement(weight_standardize_in_torch, ops.TRANSFORMED, 'weight_standardize')
 ops.implement(normalize_twice, 'CompositeImplicitAutograd')
@@ -312,16 +310,21 @@ class _Standardize(torch.autograd.Function):
         w_hat, mean, sigma = backends.kernels(backend).standardize(weight, eps, formula, dtype)
         # Not save_for_backward, which allows a single backward pass and counts for activation
         # checkpointing: several uses of a layer may share the node. Torch's check for edits is then
-        # ours to make; compiled code checks for itself.
-        ctx.saved = weight, mean, sigma
+        # ours to make; compiled code, where nothing is shared, leaves both to torch.
         ctx.version = None if torch.compiler.is_compiling() else weight._version
+        if ctx.version is None:
+            ctx.save_for_backward(weight, mean, sigma)
+        else:
+            ctx.saved = weight, mean, sigma
         ctx.backend, ctx.eps, ctx.formula = backend, eps, formula
         return w_hat
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, mean, sigma = ctx.saved
-        if ctx.version is not None:
+        if ctx.version is None:
+            weight, mean, sigma = ctx.saved_tensors
+        else:
+            weight, mean, sigma = ctx.saved
             check_version(weight, ctx.version)
         gradient = standardize_backward(
             grad, weight, mean, sigma, ctx.eps, ctx.formula, ctx.backend

@@ -33,8 +33,12 @@ class Ranks(Protocol):
 
 @torch.no_grad()
 def update_estimates(
-    x: Tensor, running: Running, rate: float | Tensor, ranks: Ranks, average: bool = False
-) -> None:
+    x: Tensor,
+    running: Running,
+    rate: float | Tensor,
+    ranks: Ranks,
+    average: bool | Tensor = False,
+) -> Tensor:
     """Estimate mode: updates the estimates with the samples of all ranks, in place.
 
     The same as `wsbcn_mm.reference.update_estimates` of all inputs in one batch, whatever their
@@ -43,13 +47,16 @@ def update_estimates(
     Args:
         x: (N, C, *), N >= 0.
         running: The same on every rank, counts included: the samples of all ranks are counted.
-        rate: The weight of the new observation, a number or a 0-d tensor.
+        rate: The weight of the new observation: a number, a 0-d tensor, or one for each channel.
         ranks: Sums over the ranks.
-        average: See `wsbcn_mm.reference.update_estimates`.
+        average: See `wsbcn_mm.reference.update_estimates`; or a 0-d tensor that says so.
+
+    Returns:
+        (C,), the channels that took an input in.
     """
     assert running.counts is not None
     # The average takes a difference of squares.
-    dtype = torch.float64 if average else ops.accumulation_dtype(x.dtype)
+    dtype = ops.accumulation_dtype(x.dtype) if average is False else torch.float64
     old_mean = running.mean.to(dtype)
     offset, square = torch.zeros_like(old_mean), torch.zeros_like(old_mean)
     if x.numel():
@@ -60,13 +67,15 @@ def update_estimates(
     offset, square, samples = ranks.sum([offset, square, size])
     # No sample anywhere: 0 / 0, which the estimates do not take in.
     offset, var = offset / samples, square / samples
-    if average:
-        var = (var - rate * offset.square()).clamp_min(0)
+    if average is not False:
+        around_true_mean = (var - rate * offset.square()).clamp_min(0)
+        var = around_true_mean if average is True else around_true_mean.where(average, var)
     mean = old_mean + offset
-    before = running.counts[1].clone()
+    before = running.counts.clone()
     move_towards(mean, var, running, rate, samples.long())
     # Then nothing was left out either.
-    running.counts[1] = torch.where(samples > 0, running.counts[1], before)
+    running.counts[1] = torch.where(samples > 0, running.counts[1], before[1])
+    return running.counts[0] > before[0]
 
 
 def batch_norm_over_ranks(

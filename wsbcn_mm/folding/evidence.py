@@ -1,14 +1,17 @@
 """Who reads the output of a convolution: seen in runs of the model, or of its parts."""
 
+import math
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from wsbcn_mm.layers import BatchChannelNorm, WeightStandardized
 from wsbcn_mm.structure import Call, Watch
@@ -16,6 +19,7 @@ from wsbcn_mm.structure import Call, Watch
 Run = Callable[[nn.Module], object]
 
 _ELSEWHERE = 'the result of the run'
+_MOST_POSITIONS = 2**18  # of maps in another size: 512x512
 _GUESSES = 4  # registration order is seldom far from the order of use
 
 
@@ -50,6 +54,18 @@ class Evidence:
             self.inputs[norm].append(seen)
         self.leaks |= watch.leaks
 
+    def add_other_sizes(self, module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        """Runs the module on its arguments in half and twice their size, where it takes such."""
+        for factor in (0.5, 2.0):
+            resized = tree_map(partial(_resized, factor=factor), arguments)
+            pairs = zip(tree_leaves(arguments), tree_leaves(resized))
+            if all(old is new for old, new in pairs):
+                continue
+            try:
+                self.add(module, partial(_call_with, arguments=resized))
+            except Exception:  # noqa: BLE001  whatever a module raises that wants its size
+                continue
+
     def explore(self, module: nn.Module) -> None:
         """Runs what no run has reached yet: the module, or its parts where it does not run."""
         if watched(module) or not any(self._is_open(m) for m in module.modules()):
@@ -68,6 +84,20 @@ class Evidence:
         kind = (WeightStandardized, BatchChannelNorm)
         seen = (self.calls, self.inputs, self.leaks)
         return isinstance(module, kind) and not any(module in some for some in seen)
+
+
+def _call_with(module: nn.Module, arguments: tuple[Any, ...]) -> object:
+    return module(*arguments)
+
+
+def _resized(value: Any, factor: float) -> Any:
+    """A batch of maps in another size; whatever is none as it is."""
+    if not isinstance(value, Tensor) or not value.is_floating_point() or not 3 <= value.dim() <= 5:
+        return value
+    size = [max(1, int(length * factor)) for length in value.shape[2:]]
+    if math.prod(size) > _MOST_POSITIONS:
+        return value
+    return interpolate(value.float(), size).to(value.dtype)
 
 
 def _call(module: nn.Module, x: Tensor) -> object:

@@ -107,10 +107,11 @@ def fold(
     it with the reason. Standardized weights are the layer's own; the scale and shift of a norm are
     applied to them in float64, and the result is rounded once to the dtype of the weight.
 
-    Pairs are confirmed by running a copy of the model: on ``inputs``, or as ``run`` says. Parts
-    that this does not reach (an auxiliary head), and with neither argument a model that does not
-    take one image tensor, are run part by part on random input with the channels that their
-    convolutions ask for; how the parts are used together is then not seen: give ``inputs``.
+    Pairs are confirmed by running a copy of the model: on ``inputs``, and on maps of half and twice
+    their size, for which it may go another way; or as ``run`` says, which is to go all ways there
+    are. Parts that this does not reach (an auxiliary head), and with neither argument a model that
+    does not take one image tensor, are run part by part on random input with the channels that
+    their convolutions ask for; how the parts are used together is then not seen: give ``inputs``.
 
     Args:
         model: Any module; stays unchanged, its mode too. Training mode does not matter.
@@ -154,6 +155,7 @@ def plan(model: nn.Module, inputs: object = None, run: Run | None = None) -> Pla
     if inputs is not None:
         arguments = inputs if isinstance(inputs, tuple) else (inputs,)
         evidence.add(work, lambda module: module(*arguments))
+        evidence.add_other_sizes(work, arguments)
     elif run is not None:
         evidence.add(work, run)
     evidence.explore(work)

@@ -41,6 +41,12 @@ class ChannelStage(_BatchNorm):
         """Says whose ``batch_weight`` and ``batch_bias`` are its scale and shift."""
         self._layer = _Layer(layer)
 
+    def reset_running_stats(self) -> None:
+        """As in torch; an average of a host, with ``momentum=1``, begins anew as well."""
+        super().reset_running_stats()
+        if '_layer' in self.__dict__:
+            self._layer.layer.forget_average()  # type: ignore[operator]
+
     # Until it belongs to a layer, None: what nn.BatchNorm registers without an affine.
     @property
     def weight(self) -> nn.Parameter:  # type: ignore[override]
@@ -54,12 +60,35 @@ class ChannelStage(_BatchNorm):
         parameter: nn.Parameter = self._layer.layer.batch_bias  # type: ignore[assignment]
         return parameter
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Adds a parameter, unless one of those that belong to the layer is to be taken apart."""
+        self._refuse_to_take_apart(name.partition('_')[0])  # weight_orig, weight_g, ...
+        super().register_parameter(name, param)
+
+    def __delattr__(self, name: str) -> None:
+        self._refuse_to_take_apart(name)
+        super().__delattr__(name)
+
+    def _refuse_to_take_apart(self, name: str) -> None:
+        if '_layer' in self.__dict__ and name in _PARAMETERS:
+            kind = type(self._layer.layer).__name__
+            raise RuntimeError(
+                f"{name!r} of a {kind}'s child bn cannot be pruned or parametrized here: it is the "
+                f"layer's batch_{name}\n  do it to that parameter of the {kind}"
+            )
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _PARAMETERS and '_layer' in self.__dict__:
             setattr(self._layer.layer, f'batch_{name}', value)
             return
         if name == 'momentum' and value is not None:
             value = checked_rate(value)
+        if name == 'momentum' and '_layer' in self.__dict__:
+            # A host that averages sets it when it begins; see `averages`.
+            old = self.__dict__.get('momentum')
+            numbers = isinstance(value, float) and isinstance(old, float)
+            if value is not old and not (numbers and value == old):
+                self._layer.layer.forget_average()  # type: ignore[operator]
         super().__setattr__(name, value)
 
 

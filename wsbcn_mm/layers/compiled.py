@@ -17,15 +17,15 @@ from wsbcn_mm.backends.autograd import row_moments
 from wsbcn_mm.backends.carriers import Running, flat_rate
 from wsbcn_mm.backends.running import update_estimates, update_from_batch
 from wsbcn_mm.distributed import ALONE
-from wsbcn_mm.layers import recomputation
+from wsbcn_mm.layers import averages, recomputation
 from wsbcn_mm.layers.recomputation import Use
 
 _library = torch.library.Library(ops.NAMESPACE, 'FRAGMENT')
 # Neither rate: the average over all updates.
 _library.define(
     'observe(Tensor x, Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!) counts, '
-    'Tensor(d!) num_batches_tracked, float? rate, Tensor? rate_tensor, bool from_batch, '
-    'Tensor identity) -> (Tensor mean, Tensor var)'
+    'Tensor(d!) num_batches_tracked, Tensor(e!) steps, float? rate, Tensor? rate_tensor, '
+    'bool from_batch, Tensor identity) -> (Tensor mean, Tensor var)'
 )
 
 
@@ -33,6 +33,7 @@ def observe(
     x: Tensor,
     running: Running,
     num_batches_tracked: Tensor,
+    steps: Tensor,
     rate: float | Tensor | None,
     from_batch: bool,
     identity: Tensor,
@@ -43,7 +44,8 @@ def observe(
         x: (N, C, *), not empty.
         running: Updated in place.
         num_batches_tracked: Counts the updates, in place.
-        rate: The weight of x; None: 1 over the number of updates.
+        steps: See `wsbcn_mm.layers.averages.rate_of_next`; changed in place.
+        rate: The weight of x; None: 1 over the number of updates that were not left out.
         from_batch: Batch mode, where the statistics of x are normalised with.
         identity: See `wsbcn_mm.layers.recomputation.of`.
 
@@ -52,26 +54,25 @@ def observe(
     """
     with torch.no_grad():
         mean, var = torch.ops.wsbcn_mm.observe(
-            x.detach(), *running, num_batches_tracked, *flat_rate(rate), from_batch, identity
+            x.detach(),
+            *running,
+            num_batches_tracked,
+            steps,
+            *flat_rate(rate),
+            from_batch,
+            identity,
         )
     return mean, var
 
 
 def _observe(x: Tensor, *flat: Any) -> tuple[Tensor, Tensor]:
-    running, (tracked, rate, rate_tensor, from_batch, identity) = Running(*flat[:3]), flat[3:]
+    running, tracked, steps, number, tensor = Running(*flat[:3]), *flat[3:7]
+    from_batch, identity = flat[7:]
     m, q = row_moments(x)
     run = recomputation.Run(identity)
     use = run.recall(m.mean(0))
     if use is None:
-        tracked.add_(1)
-        weight = rate if rate_tensor is None else rate_tensor
-        average = weight is None or (isinstance(weight, float) and weight == 1)
-        if weight is None:
-            weight = tracked.to(torch.float64).reciprocal()
-        if average and not from_batch:
-            use = _average(x, m, running, weight)
-        else:
-            use = _update(x, m, q, running, weight, from_batch)
+        use = _first_use(x, m, q, running, _Rate(tracked, steps, number, tensor), from_batch)
         # A replay of a CUDA graph would not come here: its repetitions are refused.
         if not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
             run.remember(use)
@@ -80,18 +81,56 @@ def _observe(x: Tensor, *flat: Any) -> tuple[Tensor, Tensor]:
     return use.mean.clone(), use.var.clone()
 
 
-def _average(x: Tensor, m: Tensor, running: Running, rate: float | Tensor) -> Use:
-    synchronised.update_estimates(x, running, rate, ALONE, average=True)
-    return Use(running.mean.to(m.dtype, copy=True), running.var.to(m.dtype, copy=True), m.mean(0))
+class _Rate:
+    """The weight of an input, of which an update is counted.
+
+    Args:
+        tracked: The layer's counter of updates.
+        steps: See `averages.rate_of_next`.
+        number: A rate.
+        tensor: Likewise; without any, the average.
+    """
+
+    def __init__(
+        self, tracked: Tensor, steps: Tensor, number: float | None, tensor: Tensor | None
+    ) -> None:
+        self._steps, self.cumulative = steps, number is None and tensor is None
+        self.value: float | Tensor
+        if self.cumulative:
+            self.value = averages.rate_of_next(steps, tracked)
+            return
+        tracked.add_(1)
+        if tensor is None:
+            assert number is not None
+            self.value = number
+        else:
+            self.value = float(tensor) if tensor.device.type == 'cpu' else tensor
+
+    def averages(self) -> bool | Tensor:
+        """Whether the estimates are averages; on another device than the CPU a 0-d tensor."""
+        return self.cumulative or self.value == 1
+
+    def note(self, taken_in: Tensor) -> None:
+        """Notes the channels whose average has taken in the input."""
+        if self.cumulative:
+            averages.note(self._steps, taken_in)
 
 
-def _update(
-    x: Tensor, m: Tensor, q: Tensor, running: Running, rate: float | Tensor, from_batch: bool
+def _first_use(
+    x: Tensor, m: Tensor, q: Tensor, running: Running, rate: _Rate, from_batch: bool
 ) -> Use:
+    """Updates; returns what was then used."""
     if from_batch:
-        update_from_batch(m, q, x.numel() // x.size(1), running, rate)
+        assert running.counts is not None
+        left_out = running.counts[1].clone()
+        update_from_batch(m, q, x.numel() // x.size(1), running, rate.value)
+        rate.note(running.counts[1] == left_out)
         return Use(input_mean=m.mean(0))
-    return Use(*update_estimates(m, q, running, rate), m.mean(0))
+    average = rate.averages()
+    if average is False:
+        return Use(*update_estimates(m, q, running, rate.value), m.mean(0))
+    rate.note(synchronised.update_estimates(x, running, rate.value, ALONE, average))
+    return Use(running.mean.to(m.dtype, copy=True), running.var.to(m.dtype, copy=True), m.mean(0))
 
 
 _library.impl('observe', _observe, 'CompositeExplicitAutograd')

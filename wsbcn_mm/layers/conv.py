@@ -10,17 +10,18 @@ import inspect
 import math
 import sys
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import fusion
 from torch.utils.hooks import RemovableHandle
 
+from wsbcn_mm import compat
 from wsbcn_mm.backends import autograd
-from wsbcn_mm.checks import FORMULAS, check_choice, check_eps, check_fan_in
+from wsbcn_mm.checks import FORMULAS, check_choice, check_eps, check_fan_in, check_floating
 from wsbcn_mm.layers import standardization
 
 # What the mixin stands in front of, for the type checker.
@@ -43,6 +44,7 @@ class WeightStandardized(_Base):
         check_eps(eps)
         check_choice(formula, FORMULAS, 'formula')
         super().__init__(*args, **kwargs)
+        check_floating(self.weight, 'weight')
         check_fan_in(self.in_channels // self.groups * math.prod(self.kernel_size))
         self.eps = eps
         self.formula = formula
@@ -108,15 +110,26 @@ class WeightStandardized(_Base):
     def __setattr__(self, name: str, value: Any) -> None:
         # torch.nn.utils.fuse_conv_bn_eval, which torch's quantization calls too: it would give a
         # copy of this layer the raw weight times the scale of a BatchNorm.
-        if name == 'weight' and sys._getframe(1).f_code.co_filename == fusion.__file__:
+        if name == 'weight' and compat.is_of(sys._getframe(1), 'torch.nn.utils.fusion'):
             raise RuntimeError(
                 f'fuse_conv_bn_eval cannot fold a BatchNorm into a {type(self).__name__}, which '
                 'standardizes the result\n  use wsbcn_mm.fold(model), or fold into .to_plain()'
             )
         super().__setattr__(name, value)
 
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        """As in torch; not for to_mkldnn, which has just taken the raw weight."""
+        if compat.is_of(sys._getframe(1), 'torch.utils.mkldnn'):
+            raise RuntimeError(
+                f'to_mkldnn cannot take a {type(self).__name__}: it would convolve with the raw '
+                'weight\n  use wsbcn_mm.fold(model) first'
+            )
+        return super().named_children()
+
     def forward(self, input: Tensor) -> Tensor:
         """Convolves with the standardized weight; shapes as in torch's convolution."""
+        if not isinstance(input, Tensor) and compat.is_traced_by_fx(input):
+            return self.as_leaf(input)
         self._check_device(input)
         return super()._conv_forward(input, self.standardized_weight(), self.bias)
 
@@ -135,7 +148,19 @@ class WeightStandardized(_Base):
         # Hosts call this to convolve with a weight of their own making.
         if weight is self.weight and bias is self.bias:
             return self.forward(input)
-        raise RuntimeError(
+        raise self._foreign_weight()
+
+    def as_leaf(self, *args: Any, **kwargs: Any) -> Any:
+        """The call as `torch.fx.symbolic_trace` notes it: of a layer that it does not look into."""
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None:  # it is refused now, not when the trained model is evaluated
+            if compat.is_of(frame, 'mmengine.model.efficient_conv_bn_eval'):
+                raise self._foreign_weight()
+            frame = frame.f_back
+        return compat.call_as_leaf(self, *args, **kwargs)
+
+    def _foreign_weight(self) -> RuntimeError:
+        return RuntimeError(
             f'{type(self).__name__} was asked to convolve with a weight that is not its own\n'
             "  shortcuts that fold a BatchNorm into the raw weight of a convolution (OpenMMLab's "
             'efficient_conv_bn_eval) are wrong for standardized weights\n'
@@ -247,6 +272,8 @@ class WSConvTranspose2d(WeightStandardized, nn.ConvTranspose2d):
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """Transposed convolution with the standardized weight; shapes as in torch's."""
+        if not isinstance(input, Tensor) and compat.is_traced_by_fx(input):
+            return self.as_leaf(input, output_size)
         self._check_device(input)
         sizes: list[Any] = [self.stride, self.padding, self.kernel_size, 2, self.dilation]
         output_padding = self._output_padding(input, output_size, *sizes)

@@ -10,7 +10,8 @@ Why the classes are built as they are (each point is a test in tests/openmmlab):
   layer for a BatchNorm that it could fuse away.
 """
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -29,7 +30,7 @@ from wsbcn_mm.checks import (
     check_groups,
     checked_rate,
 )
-from wsbcn_mm.layers import averages, channel_stage, compiled, recomputation
+from wsbcn_mm.layers import averages, channel_stage, compiled, recomputation, transformed
 
 AFFINES = ('group', 'channel', None)
 SYNCS = (None, 'step', 'forward')
@@ -77,6 +78,7 @@ class BatchChannelNorm(nn.GroupNorm):
         self.bn = self._stage_class(num_channels, eps, affine=False, **factory)
         self.bn.belongs_to(self)
         self._counts: Tensor | None = None
+        self._steps: Tensor  # see `averages.rate_of_next`; where the counts are, and as they are
         self._average: averages.Average | None = None
         self._place()
         self.affine = affine  # type: ignore[assignment]  # nn.GroupNorm's is a bool
@@ -127,14 +129,15 @@ class BatchChannelNorm(nn.GroupNorm):
         assert statistics is not None
         if counts is None or counts.is_meta or compat.is_fake(counts) != compat.is_fake(statistics):
             counts = torch.zeros(2, self.num_channels, dtype=torch.int64, device=statistics.device)
+            steps = torch.zeros_like(counts)
         elif counts.device != statistics.device:
-            counts = counts.to(statistics.device)
+            counts, steps = counts.to(statistics.device), self._steps.to(statistics.device)
         else:
             return counts
-        self._counts = counts
+        self._counts, self._steps = counts, steps
         # By which this layer is known to those who remember its runs; see `recomputation`.
         self._identity = torch.empty(0, device=counts.device)
-        compat.keep_address(self._counts, self._identity)
+        compat.keep_address(self._counts, self._steps, self._identity)
         return counts
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: bool, **kwargs: bool) -> nn.Module:
@@ -160,6 +163,15 @@ class BatchChannelNorm(nn.GroupNorm):
                 self.batch_weight.copy_(before)
         return self
 
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        """As in torch; not for to_mkldnn, which would take the child for a BatchNorm alone."""
+        if compat.is_of(sys._getframe(1), 'torch.utils.mkldnn'):
+            raise RuntimeError(
+                f'to_mkldnn cannot take a {type(self).__name__}: torch has no GroupNorm of mkldnn '
+                'tensors\n  use torch.compile, or the CPU kernels as they are'
+            )
+        return super().named_children()
+
     def reset_parameters(self) -> None:
         """Scales to 1, shifts to 0, running statistics to mean 0 and variance 1."""
         super().reset_parameters()
@@ -170,6 +182,8 @@ class BatchChannelNorm(nn.GroupNorm):
             self.bn.reset_running_stats()
             if self._counts is not None:
                 self._counts.zero_()
+                self._steps.zero_()
+            self.forget_average()
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalises ``input``; see the class for shapes and what each mode does."""
@@ -177,11 +191,15 @@ class BatchChannelNorm(nn.GroupNorm):
         bn = self.bn
         mean, var = bn.running_mean, bn.running_var
         if not self._fits(input, mean):
+            if compat.is_traced_by_fx(input):
+                return compat.call_as_leaf(self, input)
             self._refuse(input)
         assert mean is not None and var is not None
         # norm_eval and frozen stages call eval() on BatchNorm instances only: the child obeys.
         if not (self.training and bn.training):
             return self._normalize(input, Running(mean, var), None)
+        if not torch.compiler.is_compiling() and compat.in_transform():
+            return self._forward_transformed(input, Running(mean, var))
         running = Running(mean, var, self.counts)
         if self.sync == 'forward' or self.mode == 'batch':
             ranks = self._ranks()
@@ -206,10 +224,16 @@ class BatchChannelNorm(nn.GroupNorm):
     def _forward_once(self, input: Tensor, running: Running) -> Tensor:
         """Updates the running statistics, and normalises."""
         rate = self._rate()
-        if not self.averages:
-            self._average = None
+        if self.mode == 'batch':
+            if self.bn.momentum is not None:
+                return self._normalize(input, running, rate)
+            averages.update_from_batch(input, running, rate, self._steps)
+            return self._normalize(input, _copy_of(running), 0.0)
+        average = self._average_now(rate)
+        if average is False:
+            self.forget_average()
             return self._normalize(input, running, rate)
-        self._update_average(input, running, rate, distributed.ALONE)
+        self._update_average(input, running, rate, distributed.ALONE, average)
         # With the new estimates as constants: what evaluation does.
         return self._normalize(input, running, None)
 
@@ -220,6 +244,14 @@ class BatchChannelNorm(nn.GroupNorm):
         # Rate 0 keeps the copies, the statistics of the batch are computed again.
         return self._normalize(input, _copy_of(running), 0.0)
 
+    def _forward_transformed(self, input: Tensor, running: Running) -> Tensor:
+        """Inside a transform of torch.func, which lets a function edit what it was given alone."""
+        momentum, tracked = self._momentum(), self.bn.num_batches_tracked
+        plain = momentum is not None and not self.averages and self._ranks() is None
+        transformed.check_buffers((*running[:2], tracked), plain, type(self).__name__)
+        tracked.add_(1)
+        return self._normalize(input, running, momentum)
+
     def _forward_compiled(self, input: Tensor, running: Running) -> Tensor:
         """What to update is decided when the compiled code runs; see `compiled.observe`."""
         from_batch, tracked = self.mode == 'batch', self.bn.num_batches_tracked
@@ -228,6 +260,7 @@ class BatchChannelNorm(nn.GroupNorm):
             input,
             running,
             tracked,
+            self._steps,
             self._momentum(),
             from_batch,
             self._identity,
@@ -247,14 +280,18 @@ class BatchChannelNorm(nn.GroupNorm):
         # in compiled code, where every new number would be compiled anew.
         if momentum is not None and not isinstance(self.bn, channel_stage.ChannelStage):
             momentum = checked_rate(momentum)
-        return momentum
+        if not isinstance(momentum, Tensor) or torch.compiler.is_compiling():
+            return momentum
+        return float(momentum) if momentum.device.type == 'cpu' else momentum
 
     def _rate(self) -> float | Tensor:
         """Counts an update; the weight of its observation: what users set as momentum."""
         momentum, tracked = self._momentum(), self.bn.num_batches_tracked
         assert tracked is not None
+        if momentum is None:
+            return averages.rate_of_next(self._steps, tracked)
         tracked.add_(1)
-        return tracked.to(torch.float64).reciprocal() if momentum is None else momentum
+        return momentum
 
     @property
     def averages(self) -> bool:
@@ -262,16 +299,34 @@ class BatchChannelNorm(nn.GroupNorm):
 
         They are with ``momentum='cumulative'``, and with 1, which hosts set to average themselves.
         """
-        momentum = self.bn.momentum
-        alone = momentum is None or (isinstance(momentum, float) and momentum == 1)
-        return alone and self.mode == 'estimate'
+        momentum = self._momentum()
+        return self.mode == 'estimate' and (momentum is None or (momentum == 1) is True)
+
+    def note_inputs_of_others(self, taken_in: Tensor) -> None:
+        """Counts an input of another rank, in the channels (C,) that it is now a part of."""
+        averages.note(self._steps, taken_in)
+
+    def forget_average(self) -> None:
+        """Lets a host's average, with ``momentum=1``, begin with the next input."""
+        self._average = None
+
+    def _average_now(self, rate: float | Tensor) -> bool | Tensor:
+        """`averages`; where only the device knows it, a 0-d tensor."""
+        return self.bn.momentum is None or rate == 1
 
     def _update_average(
-        self, input: Tensor, running: Running, rate: float | Tensor, ranks: synchronised.Ranks
+        self,
+        input: Tensor,
+        running: Running,
+        rate: float | Tensor,
+        ranks: synchronised.Ranks,
+        average: bool | Tensor,
     ) -> None:
-        synchronised.update_estimates(input, running, rate, ranks, average=True)
-        if self.bn.momentum is not None:
-            self._average = averages.add_share(running, self._average)
+        taken_in = synchronised.update_estimates(input, running, rate, ranks, average)
+        if self.bn.momentum is None:
+            averages.note(self._steps, taken_in)
+        elif average is True:
+            self._average = averages.add_share(running, taken_in, self._average)
 
     def _ranks(self) -> distributed.Ranks | None:
         """Those whose samples the statistics are of, where there are others than this one."""
@@ -302,18 +357,20 @@ class BatchChannelNorm(nn.GroupNorm):
             rate = self._rate() if use is None else 0.0
             if use is not None:  # the statistics of the batch are computed again, the buffers stay
                 running = _copy_of(running)
+            left_out = self.counts[1].clone()
             output = synchronised.batch_norm_over_ranks(
                 input, self.num_groups, running, self._affine(), rate, self.eps, ranks
             )
+            if use is None and self.bn.momentum is None:
+                averages.note(self._steps, self.counts[1] == left_out)
         elif use is not None:
             output = self._forward_again(input, running, use)
         else:
             rate = self._rate()
-            if self.averages:
-                self._update_average(input, running, rate, ranks)
-            else:
-                self._average = None
-                synchronised.update_estimates(input, running, rate, ranks)
+            average = self._average_now(rate)
+            if average is False:
+                self.forget_average()
+            self._update_average(input, running, rate, ranks, average)
             # With the new estimates as constants: what evaluation does.
             output = self._normalize(input, running, None)
         if run is not None and use is None:

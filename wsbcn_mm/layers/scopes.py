@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from wsbcn_mm import backends
+from wsbcn_mm import backends, compat
 from wsbcn_mm.backends.together import Together, backward_calls, is_dense
 from wsbcn_mm.layers import optimizer_steps
 
@@ -97,7 +97,7 @@ def _is_transformed() -> bool:
     return (
         torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
         or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        or compat.is_transformed()
     )
 
 

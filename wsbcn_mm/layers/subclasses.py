@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from wsbcn_mm import compat
 from wsbcn_mm.backends import autograd
 from wsbcn_mm.checks import FORMULAS, check_choice, check_eps, check_fan_in
 from wsbcn_mm.layers.conv import WeightStandardized
@@ -27,6 +28,8 @@ class StandardizedSubclass(WeightStandardized):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What ``plain_class`` computes, with the standardized weight."""
+        if compat.is_traced_by_fx(args[0]):
+            return self.as_leaf(*args, **kwargs)
         self._check_device(args[0])
         return self.plain_class.forward(self._with(self.standardized_weight()), *args, **kwargs)
 
