@@ -10,6 +10,7 @@ import re
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from runpy import run_path
 
 from setuptools import find_packages, setup
 
@@ -27,6 +28,17 @@ def files(folder: str, pattern: str) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for path in (ROOT / folder).glob(pattern))
 
 
+def marked() -> str:
+    """A source that says which operators are compiled: others are not loaded."""
+    schemas = run_path(str(ROOT / 'wsbcn_mm' / 'backends' / 'schemas.py'))
+    text = f'extern const char mark[];\nconst char mark[] = "{schemas["mark"]().decode()}";\n'
+    path = ROOT / 'build' / 'mark.cpp'
+    path.parent.mkdir(exist_ok=True)
+    if not path.exists() or path.read_text() != text:
+        path.write_text(text)
+    return str(path.relative_to(ROOT))
+
+
 def cpu_kernels() -> dict:
     """The arguments of setup() that compile the CPU kernels; empty where they are not compiled."""
     wanted = os.environ.get('WSBCN_BUILD', 'auto')
@@ -41,6 +53,7 @@ def cpu_kernels() -> dict:
     class Build(BuildExtension):
         def run(self) -> None:
             try:
+                self.extensions[0].sources.append(marked())
                 super().run()
             except Exception as error:
                 if wanted == '1':

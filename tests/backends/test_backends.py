@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from wsbcn_mm import BatchChannelNorm2d, WSConv2d, backends, batch_channel_norm
-from wsbcn_mm.backends import cpu, eager
+from wsbcn_mm.backends import cpu, eager, schemas
 from wsbcn_mm.backends.carriers import Affine, Running
 
 needs_cpu_kernels = pytest.mark.skipif(cpu.unavailable() is not None, reason=f'{cpu.unavailable()}')
@@ -123,16 +123,18 @@ def test_report_names_every_backend():
     assert backends.report() in done.stdout
 
 
-def test_a_build_for_another_torch_is_a_reason(monkeypatch):
+def test_what_is_wrong_with_a_build_is_a_reason(monkeypatch, tmp_path):
     def fails(path):
         raise OSError('undefined symbol: _ZN3c10')
 
     monkeypatch.setattr(torch.ops, 'load_library', fails)
-    monkeypatch.setattr(cpu, 'EXTENSION_SUFFIXES', ['.py'])
-    monkeypatch.setattr(cpu.Path, 'exists', lambda self: True)
-    assert 'another torch (undefined symbol' in cpu.load()
-    monkeypatch.setattr(cpu, 'EXTENSION_SUFFIXES', [])
+    monkeypatch.setattr(cpu, '__file__', str(tmp_path / '__init__.py'))
     assert 'not compiled' in cpu.load() and '--no-build-isolation' in cpu.load()
+    library = tmp_path / f'_kernels{cpu.EXTENSION_SUFFIXES[0]}'
+    library.write_bytes(b'of any torch' + schemas.mark() + b'.')
+    assert 'another torch (undefined symbol' in cpu.load()
+    monkeypatch.setattr(schemas, 'SCHEMAS', (*schemas.SCHEMAS, 'one_more() -> ()'))
+    assert 'another version of this package' in cpu.load() and 'compiles them again' in cpu.load()
 
 
 # ----------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from wsbcn_mm.backends import dispatched
 from wsbcn_mm.backends.ops import Kernels
+from wsbcn_mm.backends.schemas import mark
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -26,6 +27,8 @@ def load() -> str | None:
     compiled = [path for path in paths if path.exists()]
     if not compiled:
         return f'the CPU kernels are not compiled for this Python; {how}'
+    if mark() not in compiled[0].read_bytes():
+        return f'the CPU kernels were compiled for another version of this package; {how} again'
     try:
         torch.ops.load_library(str(compiled[0]))
     except OSError as error:
