@@ -5,11 +5,18 @@ import subprocess
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 
-from wsbcn_mm import BatchChannelNorm2d, WSConv2d, backends, batch_channel_norm
+from wsbcn_mm import (
+    BatchChannelNorm2d,
+    WSConv2d,
+    backends,
+    batch_channel_norm,
+    weight_standardize,
+)
 from wsbcn_mm.backends import cpu, eager, schemas
 from wsbcn_mm.backends.carriers import Affine, Running
 
@@ -337,3 +344,18 @@ def test_buffers_of_another_dtype_than_the_input():
             x = torch.randn(2, 4, 3, 3) + 1
             batch_channel_norm(x, 2, mean, var, training=True, momentum=1.0)
         torch.testing.assert_close(mean, x.mean((0, 2, 3)).bfloat16())
+
+
+@needs_cpu_kernels
+@pytest.mark.skipif(not Path('/proc/self/statm').exists(), reason='needs Linux')
+def test_memory_is_kept_for_the_next_pass_and_released():
+    def resident():
+        return int(Path('/proc/self/statm').read_text().split()[1]) * os.sysconf('SC_PAGE_SIZE')
+
+    weight = torch.ones(2048, 8192)  # 64 MB
+    w_hat = weight_standardize(weight)
+    with_result = resident()
+    del w_hat
+    assert with_result - resident() < 2**20
+    backends.release_memory()
+    assert with_result - resident() > 60 * 2**20

@@ -145,6 +145,16 @@ def select(x: Tensor) -> str:
 UNAVAILABLE = {name: module.unavailable() for name, module in BACKENDS.items()}
 
 
+def release_memory() -> None:
+    """Frees what the CPU kernels keep of weights that were standardized, for those to come.
+
+    They keep about as much as the weights and their gradients take, and free what was not asked for
+    during some passes. For who goes on without WS layers, as `torch.cuda.empty_cache`.
+    """
+    if UNAVAILABLE['cpu'] is None:
+        torch.ops.wsbcn_mm.release_memory.default()
+
+
 def report() -> str:
     """One line per backend: whether it can be used here, and why not."""
     lines = [f'torch {torch.__version__}, {torch.get_num_threads()} CPU threads']
