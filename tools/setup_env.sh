@@ -93,7 +93,10 @@ if ! "$venv/bin/python" -c 'import mmcv._ext' 2>/dev/null; then
 fi
 
 say 'installing mmengine, mmdet, mmsegmentation and wsbcn_mm (compiles its CPU kernels: half a minute)'
-pip install -q -r requirements/openmmlab.txt -r requirements/dev.txt -c requirements/constraints.txt >&2
+# The CUDA build of torch has brought the triton that it was made for.
+without=$([ "$device" = cuda ] && echo '^triton' || echo '^$')
+grep -v "$without" requirements/dev.txt >"$venv/wsbcn-dev.txt"
+pip install -q -r requirements/openmmlab.txt -r "$venv/wsbcn-dev.txt" -c requirements/constraints.txt >&2
 # WSBCN_BUILD: here a failed build of the kernels is an error, not a slower package.
 WSBCN_BUILD=1 pip install -q --no-deps --no-build-isolation --use-pep517 -e . >&2
 echo "$stamp" >"$venv/wsbcn-ready"
