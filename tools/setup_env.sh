@@ -6,6 +6,8 @@
 #
 #   WSBCN_PYTHON=/path/to/python  use this environment as it is: nothing is installed into it
 #   WSBCN_VENV=/path/to/venv      where the environment is made (default: .venv in the project)
+#   WSBCN_MMCV_OPS=torchvision    mmcv without its compiled ops, NMS and RoIAlign from torchvision:
+#                                 nothing is compiled for minutes, no nvcc; to be set when training too
 #   WSBCN_DEVICE=cpu|cuda         which builds to install (default: cuda where nvidia-smi lists a GPU)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -30,7 +32,9 @@ fi
 venv=${WSBCN_VENV:-$PWD/.venv}
 device=${WSBCN_DEVICE:-$(nvidia-smi -L 2>/dev/null | grep -q GPU && echo cuda || echo cpu)}
 case $device in cpu | cuda) ;; *) fail "WSBCN_DEVICE must be cpu or cuda, got '$device'" ;; esac
-stamp="$device $PWD $(cat requirements/*.txt setup.py tools/setup_env.sh wsbcn_mm/backends/cpu/*.{cpp,h} | cksum)"
+ops=${WSBCN_MMCV_OPS:-mmcv}
+case $ops in mmcv | torchvision) ;; *) fail "WSBCN_MMCV_OPS must be mmcv or torchvision, got '$ops'" ;; esac
+stamp="$device $ops $PWD $(cat requirements/*.txt setup.py tools/setup_env.sh wsbcn_mm/backends/cpu/*.{cpp,h} | cksum)"
 if [ "$(cat "$venv/wsbcn-ready" 2>/dev/null)" = "$stamp" ]; then
     echo "$venv/bin/python"
     exit 0
@@ -46,8 +50,8 @@ command -v "${CXX:-c++}" >/dev/null ||
     fail "no C++ compiler (${CXX:-c++}): the ops of mmcv are compiled here\n  on Debian or Ubuntu: apt-get install build-essential; elsewhere: gcc-c++, or set CXX"
 "$base" -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))' ||
     fail "the headers of '$base' (Python.h) are missing\n  on Debian or Ubuntu: apt-get install python3-dev"
-if [ "$device" = cuda ] && ! command -v nvcc >/dev/null; then
-    fail "there is a GPU but no nvcc, which compiles mmcv's CUDA ops\n  install the CUDA toolkit of your driver, or use the CPU: WSBCN_DEVICE=cpu bash $0"
+if [ "$device$ops" = cudammcv ] && ! command -v nvcc >/dev/null; then
+    fail "there is a GPU but no nvcc, which compiles mmcv's CUDA ops\n  take NMS and RoIAlign of torchvision: WSBCN_MMCV_OPS=torchvision bash $0\n  or install the CUDA toolkit of your driver, or use the CPU: WSBCN_DEVICE=cpu bash $0"
 fi
 
 say "making $venv ($device builds)"
@@ -62,10 +66,20 @@ torch_index=()
 [ "$device" = cuda ] || [ "$(uname -s)" != Linux ] ||
     torch_index=(--extra-index-url https://download.pytorch.org/whl/cpu --retries 0)
 pip install -q --no-deps "${torch_index[@]}" -r requirements/torch.txt >&2
+if [ "$ops" = torchvision ]; then
+    # From the same place: torchvision's operators load the libraries of its torch.
+    pip install -q --no-deps "${torch_index[@]}" -r requirements/torchvision.txt >&2
+fi
 pip install -q -r requirements/torch.txt -r requirements/build.txt \
     -c requirements/constraints.txt >&2
 
-if ! "$venv/bin/python" -c 'import mmcv._ext' 2>/dev/null; then
+if [ "$ops" = torchvision ]; then
+    "$venv/bin/python" -c 'import torchvision' >&2 ||
+        fail "torchvision does not fit the torch that was found; both must come from one index"
+    say 'installing mmcv without its ops'
+    pip install -q --no-build-isolation -c requirements/constraints.txt \
+        "$(grep -o '^mmcv==[^ ]*' requirements/openmmlab.txt | sed s/mmcv/mmcv-lite/)" >&2
+elif ! "$venv/bin/python" -c 'import mmcv._ext' 2>/dev/null; then
     say "compiling the ops of mmcv: once, about $([ "$device" = cuda ] && echo '20 to 40' || echo '6 to 20') minutes, or seconds when pip has them in its cache"
     log="$venv/mmcv-build.log"
     set +e
@@ -93,10 +107,13 @@ if ! "$venv/bin/python" -c 'import mmcv._ext' 2>/dev/null; then
 fi
 
 say 'installing mmengine, mmdet, mmsegmentation and wsbcn_mm (compiles its CPU kernels: half a minute)'
-# The CUDA build of torch has brought the triton that it was made for.
-without=$([ "$device" = cuda ] && echo '^triton' || echo '^$')
-grep -v "$without" requirements/dev.txt >"$venv/wsbcn-dev.txt"
-pip install -q -r requirements/openmmlab.txt -r "$venv/wsbcn-dev.txt" -c requirements/constraints.txt >&2
+# What is there already in another form: the CUDA build of torch has brought the triton that it was
+# made for, mmcv without its ops is another package.
+present='^$'
+[ "$device" = cpu ] || present="$present|^triton"
+[ "$ops" = mmcv ] || present="$present|^mmcv"
+grep -hvE "$present" requirements/openmmlab.txt requirements/dev.txt >"$venv/wsbcn-requirements.txt"
+pip install -q -r "$venv/wsbcn-requirements.txt" -c requirements/constraints.txt >&2
 # WSBCN_BUILD: here a failed build of the kernels is an error, not a slower package.
 WSBCN_BUILD=1 pip install -q --no-deps --no-build-isolation --use-pep517 -e . >&2
 echo "$stamp" >"$venv/wsbcn-ready"

@@ -10,6 +10,7 @@ Each function names the gap, and does nothing where it is not there:
 - `checkpoints.guard_loaders`: a checkpoint that is damaged, or would run code, is refused with its
   name and what to do, from disk or from an address.
 - `name_the_file_of_a_failed_transform`: an unreadable image or mask is an error without a name.
+- `torchvision_ops.apply`: mmcv without compiled operators, where the user asks for torchvision's.
 - `fuse_standardized_weights`: mmcv's fuse_conv_bn would fold a BatchNorm into the raw weight.
 
 `require` tells the user what to install, with the command; `unwrapped` looks into the hosts'
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from wsbcn_mm.layers import WeightStandardized
-from wsbcn_mm.openmmlab import checkpoints
+from wsbcn_mm.openmmlab import checkpoints, torchvision_ops
 
 # import name -> (oldest version that works, how to get the one we test with)
 PACKAGES = {
@@ -44,6 +45,7 @@ def apply() -> None:
     checkpoints.guard_loaders()
     name_the_file_of_a_failed_transform()
     if find_spec('mmcv') is not None:
+        torchvision_ops.apply()
         fuse_standardized_weights()
 
 
@@ -181,6 +183,7 @@ def require(*names: str) -> None:
         raise ImportError(
             'mmdet needs the compiled ops of mmcv, and the installed mmcv has none (mmcv-lite, or '
             f'built without MMCV_WITH_OPS=1)\n  pip uninstall mmcv-lite mmcv; {PACKAGES["mmcv"][1]}'
+            f'\n  or take NMS and RoIAlign of torchvision: {torchvision_ops.VARIABLE}=torchvision'
         )
 
 
