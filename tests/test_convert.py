@@ -420,3 +420,38 @@ def test_a_norm_that_two_convolutions_share():
     assert convert_model(model).left == []
     assert type(model[0]) is type(model[3]) is WSConv2d
     assert type(model[1]) is BatchChannelNorm2d and model[1] is model[4]
+
+
+class PreNorm(nn.Module):
+    """Norms behind an addition, behind a linear layer and over sequences (MetaFormer)."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.first, self.second = nn.Conv2d(3, 8, 1), GroupNorm1(8), GroupNorm1(8)
+        self.mlp, self.vectors = nn.Linear(8, 8), nn.BatchNorm1d(8)
+        self.sequence = nn.BatchNorm1d(8)
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = x + self.first(x)
+        x = x + self.second(input=x)
+        return self.vectors(self.mlp(x.mean((2, 3)))), self.sequence(x.flatten(2))
+
+
+class GroupNorm1(nn.GroupNorm):
+    def __init__(self, num_channels):
+        super().__init__(1, num_channels)
+
+
+def test_a_run_shows_the_axes_of_norms_that_no_convolution_precedes():
+    model, x = PreNorm().eval(), torch.randn(2, 3, 6, 6)
+    kept = left(convert_model(copy.deepcopy(model)))
+    assert {'second', 'sequence', 'vectors'} <= kept.keys()
+    report = convert_model(model, x)
+    assert {c.name: c.after for c in report.changed} == dict(
+        first='BatchChannelNorm2d', second='BatchChannelNorm2d', sequence='BatchChannelNorm1d'
+    )
+    assert left(report)['vectors'].startswith('no convolution was found before it')
+    assert model.first.num_groups == 1 and model.first.affine == 'channel'
+    vectors, sequence = model.train()(x)
+    assert vectors.isfinite().all() and sequence.isfinite().all()

@@ -7,20 +7,24 @@ follows, because a standardized convolution without one multiplies activations b
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from wsbcn_mm import layers
 from wsbcn_mm.checks import FORMULAS, MODES, auto_groups, check_choice
+from wsbcn_mm.layers.fusing import refuse_to_fuse
 from wsbcn_mm.layers.subclasses import standardized_copy
 from wsbcn_mm.structure import (
     Follower,
     computes_with_its_weight,
     followers,
+    is_conv,
     is_norm,
     num_channels,
     standardizable,
@@ -83,6 +87,7 @@ def convert_model(
     example_input: object = None,
     *,
     standardize: bool = True,
+    deformable: bool = True,
     num_groups: int | str | Callable[[int], int] = 'auto',
     mode: str = 'estimate',
     momentum: float | str | None = None,
@@ -91,13 +96,16 @@ def convert_model(
     """Replaces conv -> norm pairs of a model by WS convolutions and BCN, in place.
 
     - A BatchNorm, SyncBatchNorm, GroupNorm or FrozenBatchNorm2d behind a convolution becomes a
-      `BatchChannelNorm1d/2d/3d` of its width; a BatchNorm2d or 3d elsewhere does, too. Its scale
-      and shift are kept: those of a BatchNorm become ``batch_weight``, ``batch_bias``; those of a
-      GroupNorm become the outer ``weight``, ``bias`` with ``affine='channel'``, so that nothing of
-      it is lost.
+      `BatchChannelNorm1d/2d/3d` of its width; a BatchNorm2d or 3d elsewhere does, too, and with
+      ``example_input``, which shows how many axes its inputs have, any of them that sees more than
+      vectors. Its scale and shift are kept: those of a BatchNorm become ``batch_weight``,
+      ``batch_bias``; those of a GroupNorm become the outer ``weight``, ``bias`` with
+      ``affine='channel'``, so that nothing of it is lost.
     - Its convolution becomes the WS convolution of its kind, with its weight and bias. One of a
-      class of its own (that pads in another way) keeps its ``forward``, as long as it computes with
-      its own ``weight``.
+      class of its own (that pads in another way, that is deformable) keeps its ``forward``, as long
+      as it computes with its own ``weight``.
+    - Methods by which the model's library folds Conv + BatchNorm by itself (``model.fuse()``) end
+      in an error that points to `wsbcn_mm.fold`, before anything is changed.
     - Parameters stay the same objects (an optimizer that holds them, or layers that share them,
       still do). Running statistics are kept where the convolution stays as it is, and start anew
       where it is standardized: they describe the outputs of the raw weight.
@@ -111,6 +119,7 @@ def convert_model(
             without gradients, before and after. What is seen decides what follows what; without it
             the structure does, see `wsbcn_mm.structure`, which knows no order in a ModuleList.
         standardize: Whether convolutions become WS; False: norms alone.
+        deformable: Whether deformable ones do, too, and others that do not derive from torch's.
         num_groups: G of every layer, ``'auto'`` (see `BatchChannelNorm2d`), or a function of the
             width.
         mode: As in `BatchChannelNorm2d`.
@@ -138,7 +147,7 @@ def convert_model(
         raise TypeError(f'model must be a torch.nn.Module\n  got {type(model).__name__}')
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError('the layers of a TorchScript model are fixed: convert it before scripting')
-    if is_norm(model) or isinstance(model, nn.modules.conv._ConvNd):
+    if is_norm(model) or is_conv(model):
         raise ValueError(
             f'model must hold the layers that are to be replaced\n  got a {type(model).__name__} '
             'itself\n  put it into a torch.nn.Sequential'
@@ -146,7 +155,8 @@ def convert_model(
     check_choice(mode, MODES, 'mode')
     check_choice(formula, FORMULAS, 'formula')
     run = None if example_input is None else lambda: _run(model, example_input)
-    found = followers(model, run)
+    with _input_axes(model) as axes:
+        found = followers(model, run)
     modules = dict(model.named_modules(remove_duplicate=False))
 
     # Everything is made before anything is replaced: an error leaves the model as it was.
@@ -156,15 +166,14 @@ def convert_model(
     for follower in found:
         for name in follower.norms:
             dims[id(modules[name])] = len(follower.conv.kernel_size)
-    _dims_of_other_norms(model, found, dims)
+    _dims_of_other_norms(model, found, axes, dims)
     norm_lines = _convert_norms(
         model, modules, dims, replacement, _NormSettings(num_groups, mode, momentum)
     )
-    tied = _tied_to_bare(found)
-    conv_lines = [
-        _convert_conv(follower, modules, replacement, standardize, formula, tied, run is not None)
-        for follower in found
-    ]
+    convs = _ConvSettings(
+        standardize, deformable, formula, _tied_to_bare(found), ran=run is not None
+    )
+    conv_lines = [_convert_conv(follower, modules, replacement, convs) for follower in found]
     order = {name: i for i, name in enumerate(modules)}
     for line in sorted([*norm_lines, *conv_lines], key=lambda line: order[line.name]):
         if isinstance(line, Changed):
@@ -191,6 +200,7 @@ def convert_model(
                 '  does its forward read tensors of a layer instead of calling it? nothing was '
                 'changed'
             ) from error
+    refuse_to_fuse(model)
     return report
 
 
@@ -252,11 +262,38 @@ def _convert_norms(
     return lines
 
 
-def _dims_of_other_norms(model: nn.Module, found: list[Follower], dims: dict[int, int]) -> None:
-    """BatchNorms that follow no convolution (pre-activation, pooling): their statistics suffer too.
+@contextmanager
+def _input_axes(model: nn.Module) -> Iterator[dict[int, set[int]]]:
+    """How many axes the inputs of each norm have while this lasts, by the norm's id."""
+    axes: dict[int, set[int]] = {}
 
-    Not a BatchNorm1d, which also stands behind linear layers; a GroupNorm does not suffer.
+    def look(norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = next((v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)), None)
+        if x is not None:
+            axes.setdefault(id(norm), set()).add(x.dim())
+
+    norms = [m for m in model.modules() if is_norm(m)]
+    hooks = [m.register_forward_pre_hook(look, with_kwargs=True) for m in norms]
+    try:
+        yield axes
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _dims_of_other_norms(
+    model: nn.Module, found: list[Follower], axes: dict[int, set[int]], dims: dict[int, int]
+) -> None:
+    """Norms that follow no convolution (pre-activation, pooling, behind an addition).
+
+    Their kind tells the number of axes, or a run showed it. Not a BatchNorm1d that was not run,
+    which also stands behind linear layers.
     """
+    for norm in model.modules():
+        if is_norm(norm) and len(axes.get(id(norm), ())) == 1:
+            (number,) = axes[id(norm)]
+            if number > 2:
+                dims.setdefault(id(norm), number - 2)
     everywhere = {len(follower.conv.kernel_size) for follower in found}
     for norm in model.modules():
         if isinstance(norm, nn.BatchNorm2d) or type(norm).__name__ == 'FrozenBatchNorm2d':
@@ -339,21 +376,29 @@ def _tied_to_bare(found: list[Follower]) -> set[int]:
     return {id(f.conv.weight) for f in found if not f.normalised}
 
 
+@dataclass(frozen=True)
+class _ConvSettings:
+    """For every convolution: what the user chose, ``tied`` weights, whether the model was run."""
+
+    standardize: bool
+    deformable: bool
+    formula: str
+    tied: set[int]
+    ran: bool
+
+
 def _convert_conv(
     follower: Follower,
     modules: dict[str, nn.Module],
     replacement: dict[int, nn.Module],
-    standardize: bool,
-    formula: str,
-    tied: set[int],
-    ran: bool,
+    settings: _ConvSettings,
 ) -> Changed | Left:
     conv, name = follower.conv, follower.names[0]
     kind = type(conv).__name__
-    reason = _why_not_conv(follower, modules, replacement, standardize, tied, ran)
+    reason = _why_not_conv(follower, modules, replacement, settings)
     if reason is not None:
         return Left(name, kind, reason)
-    own = 'std_eps' if kind == 'ConvWS2d' else formula
+    own = 'std_eps' if kind == 'ConvWS2d' else settings.formula
     torchs = torch_class(conv)
     if torchs is None:  # a class of its own keeps its way to convolve
         copied = standardized_copy(conv, own)
@@ -382,24 +427,24 @@ def _why_not_conv(
     follower: Follower,
     modules: dict[str, nn.Module],
     replacement: dict[int, nn.Module],
-    standardize: bool,
-    tied: set[int],
-    ran: bool,
+    settings: _ConvSettings,
 ) -> str | None:
     conv = follower.conv
     if isinstance(conv, layers.WeightStandardized):
         return 'is standardized already'
     if not follower.norms:
-        return 'no normalisation follows' + ('' if ran else ', by the structure alone')
+        return 'no normalisation follows' + ('' if settings.ran else ', by the structure alone')
     if follower.unnormalised:
         return f'not only a normalisation follows: also {", ".join(follower.unnormalised)}'
     left = [n for n in follower.norms if id(modules[n]) not in replacement]
     left = [n for n in left if not isinstance(modules[n], layers.BatchChannelNorm)]
     if left:
         return f'the normalisation behind it, {left[0]}, stays as it is'
-    if not standardize:
+    if not settings.standardize:
         return 'standardize=False'
-    if id(conv.weight) in tied:
+    if not settings.deformable and not isinstance(conv, _ConvNd):
+        return 'deformable=False'
+    if id(conv.weight) in settings.tied:
         return 'shares its weight with a convolution that no normalisation follows'
     if hasattr(conv, 'parametrizations') or any(
         hasattr(hook, 'compute_weight') for hook in conv._forward_pre_hooks.values()

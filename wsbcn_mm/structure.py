@@ -9,13 +9,14 @@ what looks on; folding uses it, too.
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +29,30 @@ from torch.utils.weak import WeakTensorKeyDictionary
 if TYPE_CHECKING:
     from typing_extensions import Self  # in typing from Python 3.11 on
 
-CONVS = (_ConvNd,)
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
+
+
+def is_conv(module: nn.Module | None) -> TypeGuard[_ConvNd]:
+    """Whether this is a convolution: of torch's classes, or one that holds what theirs do.
+
+    Deformable convolutions (of mmcv, of torchvision) derive from nn.Module itself.
+    """
+    if isinstance(module, _ConvNd):
+        return True
+    weight = None if module is None else module._parameters.get('weight')
+    kernel_size = getattr(module, 'kernel_size', None)
+    widths = [getattr(module, name, None) for name in ('in_channels', 'out_channels')]
+    groups = getattr(module, 'groups', 1)
+    if weight is None or not isinstance(kernel_size, tuple) or not isinstance(groups, int):
+        return False
+    return isinstance(widths[0], int) and (
+        tuple(weight.shape) == (widths[1], widths[0] // groups, *kernel_size)
+    )
+
+
+def is_transposed(conv: _ConvNd) -> bool:
+    """Whether the weight is (C_in, C_out / groups, *k)."""
+    return bool(getattr(conv, 'transposed', False))
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -90,29 +113,54 @@ def computes_with_its_weight(conv: _ConvNd) -> bool:
     trial = trial.to_empty(device='cpu') if conv.weight.is_meta else trial.cpu()
     trial.double()
     generator = torch.Generator().manual_seed(0)
-    size = [
-        d * (k - 1) + 1 + 2 * s for k, d, s in zip(conv.kernel_size, conv.dilation, conv.stride)
-    ]
-    x = torch.randn(2, conv.in_channels, *size, generator=generator, dtype=torch.float64)
+    try:
+        x, *offsets = _trial_inputs(conv, generator)
+    except (AttributeError, TypeError):  # it lacks what torch's have
+        return False
+    size = x.shape[2:]
     weight = torch.randn(conv.weight.shape, generator=generator, dtype=torch.float64)
     scale = torch.linspace(0.5, 2, conv.out_channels, dtype=torch.float64)
-    if conv.transposed:  # (C_in, C_out / groups, *k), both by group
+    shift = scale if 'bias' in conv._parameters else torch.zeros_like(scale)
+    if is_transposed(conv):  # (C_in, C_out / groups, *k), both by group
         by_group = scale.view(conv.groups, 1, -1, *[1] * len(size))
         scaled = (weight.unflatten(0, (conv.groups, -1)) * by_group).flatten(0, 1)
     else:
         scaled = weight * scale.view(-1, *[1] * (weight.dim() - 1))
     outputs = []
-    for values, bias in ((weight, torch.zeros_like(scale)), (scaled, scale)):
-        trial.weight, trial.bias = nn.Parameter(values), nn.Parameter(bias)
+    for values, bias in ((weight, torch.zeros_like(scale)), (scaled, shift)):
+        trial.weight = nn.Parameter(values)
+        if 'bias' in conv._parameters:
+            trial.bias = nn.Parameter(bias)
         try:
-            outputs.append(trial(x))
+            outputs.append(trial(x, *offsets))
         except Exception:  # noqa: BLE001  it wants other arguments: not a convolution as torch's
             return False
     plain, changed = outputs
     if not isinstance(plain, Tensor) or plain.dim() != x.dim() or plain.shape[1] != len(scale):
         return False
-    per_channel = scale.view(-1, *[1] * len(size))
-    return torch.allclose(changed, plain * per_channel + per_channel, 1e-9, 1e-9)
+    factor, summand = (t.view(-1, *[1] * len(size)) for t in (scale, shift))
+    return torch.allclose(changed, plain * factor + summand, 1e-9, 1e-9)
+
+
+def _trial_inputs(conv: _ConvNd, generator: torch.Generator) -> list[Tensor]:
+    """A small random input, and the offsets and the mask that a deformable convolution is given."""
+    size = [
+        d * (k - 1) + 1 + 2 * s for k, d, s in zip(conv.kernel_size, conv.dilation, conv.stride)
+    ]
+    shapes = [(conv.in_channels, *size)]
+    names = list(inspect.signature(conv.forward).parameters)[1:3]
+    for name, values in (('offset', 2), ('mask', 1)):
+        if name in names:
+            paddings: Any = conv.padding
+            output = [
+                (n + 2 * p - d * (k - 1) - 1) // s + 1
+                for n, p, d, k, s in zip(
+                    size, paddings, conv.dilation, conv.kernel_size, conv.stride
+                )
+            ]
+            parts = getattr(conv, 'deform_groups', 1)
+            shapes.append((values * parts * math.prod(conv.kernel_size), *output))
+    return [torch.randn(2, *s, generator=generator, dtype=torch.float64) for s in shapes]
 
 
 @dataclass
@@ -150,7 +198,7 @@ def followers(model: nn.Module, run: Callable[[], object] | None = None) -> list
     """
     by_conv: dict[int, Follower] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, CONVS):
+        if is_conv(module):
             by_conv.setdefault(id(module), Follower(module)).names.append(name)
     norm_behind = dict(_pairs_of(model))
     for follower in by_conv.values():
@@ -190,7 +238,7 @@ def _pairs_in(parent: nn.Module) -> Iterator[tuple[str, str]]:
         later = children[position + 1 :]
         if isinstance(child, nn.ModuleList) and 'conv' in name:
             yield from _pairs_of_lists(name, child, later)
-        elif isinstance(child, CONVS):
+        elif is_conv(child):
             norm = _behind(name, child, later)
             if norm is not None:
                 yield name, norm
@@ -229,7 +277,7 @@ def _pairs_of_lists(
     for other, child in later:
         if other in names and isinstance(child, nn.ModuleList) and len(child) == len(convs):
             for i, (conv, norm) in enumerate(zip(convs, child)):
-                if isinstance(conv, CONVS) and _fits(conv, norm):
+                if is_conv(conv) and _fits(conv, norm):
                     yield f'{name}.{i}', f'{other}.{i}'
 
 
@@ -310,7 +358,7 @@ class Watch(TorchDispatchMode):
         norms = [m for m in root.modules() if is_norm(m)]
         inner = {part for norm in norms for part in norm.children()}  # BCN holds a BatchNorm
         self.layers = [m for m in norms if m not in inner]
-        self.layers += [m for m in root.modules() if isinstance(m, CONVS)]
+        self.layers += [m for m in root.modules() if is_conv(m)]
         self.owners = {
             id(p): layer for layer in self.layers for p in layer.parameters()
         }  # the root keeps the parameters alive
@@ -370,7 +418,7 @@ class Watch(TorchDispatchMode):
         return self.outputs.get(tensor, None)
 
     def _enter_layer(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not isinstance(layer, CONVS):
+        if not is_conv(layer):
             x = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
             call = None if x is None else self._call_of(x)
             if call is not None:
@@ -381,7 +429,7 @@ class Watch(TorchDispatchMode):
 
     def _leave_layer(self, layer: nn.Module, args: tuple[Any, ...], output: object) -> None:
         self.active.remove(layer)
-        if isinstance(layer, CONVS) and isinstance(output, Tensor):
+        if is_conv(layer) and isinstance(output, Tensor):
             holders = self.holders.get(layer, [])
             if len(holders) > 1:
                 holders = [m for m in reversed(self.running) if m in holders]
@@ -394,6 +442,6 @@ def holders_of(root: nn.Module) -> dict[nn.Module, list[nn.Module]]:
     """The modules that have a convolution as a child, by convolution."""
     holders: dict[nn.Module, list[nn.Module]] = defaultdict(list)
     for module in root.modules():
-        for child in {c for c in module.children() if isinstance(c, CONVS)}:
+        for child in {c for c in module.children() if is_conv(c)}:
             holders[child].append(module)
     return holders

@@ -12,7 +12,7 @@ from wsbcn_mm import WSConv2d, WSConvTranspose2d, fold, reference
 from wsbcn_mm.convert import convert_model
 from wsbcn_mm.layers import WeightStandardized
 from wsbcn_mm.layers.subclasses import standardized_copy
-from wsbcn_mm.structure import computes_with_its_weight
+from wsbcn_mm.structure import computes_with_its_weight, is_conv
 
 
 class Conv2dSame(nn.Conv2d):
@@ -59,6 +59,30 @@ class TakesMore(nn.Conv2d):
         return super().forward(x + offset)
 
 
+class Deformable(nn.Module):
+    """Not of torch's classes, without a bias, with an argument more (mmcv's DeformConv2d)."""
+
+    def __init__(self, in_channels, out_channels):
+        super().__init__()
+        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, 1
+        self.kernel_size, self.stride, self.padding, self.dilation = (3, 3), (1, 1), (1, 1), (1, 1)
+        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, 3, 3))
+
+    def forward(self, x, offset):
+        return F.conv2d(x + offset.mean(1, keepdim=True), self.weight, None, padding=1)
+
+
+class Pack(Deformable):
+    """Knows its offsets by itself (mmcv's DeformConv2dPack)."""
+
+    def __init__(self, in_channels, out_channels):
+        super().__init__(in_channels, out_channels)
+        self.conv_offset = nn.Conv2d(in_channels, 18, 3, padding=1)
+
+    def forward(self, x):
+        return super().forward(x, self.conv_offset(x))
+
+
 def maps(conv, size=7):
     return torch.randn(2, conv.in_channels, *[size] * len(conv.kernel_size), dtype=torch.float64)
 
@@ -69,6 +93,7 @@ KINDS = [
     lambda: Conv3DSimple(4, 6),
     lambda: nn.ConvTranspose1d(4, 6, 3, groups=2),
     lambda: nn.ConvTranspose3d(4, 6, 2, stride=2, bias=False),
+    lambda: Pack(4, 6),
 ]
 
 
@@ -121,6 +146,32 @@ def test_it_is_the_ws_convolution_where_there_is_one(groups):
 )
 def test_what_computes_with_its_weight(kind, does):
     assert computes_with_its_weight(kind(4, 6, 3)) is does
+
+
+@pytest.mark.parametrize('kind', [Deformable, Pack])
+def test_what_holds_all_that_a_convolution_does_is_one(kind):
+    assert is_conv(kind(4, 6)) and computes_with_its_weight(kind(4, 6))
+    other = kind(4, 6)
+    other.kernel_size = (1, 1)  # not that of its weight
+    assert not is_conv(other) and not is_conv(nn.Linear(4, 6)) and not is_conv(None)
+
+
+def test_a_deformable_convolution_is_standardized_and_its_norm_stays():
+    model = nn.Sequential(Pack(3, 8), nn.BatchNorm2d(8)).double()
+    kept = copy.deepcopy(model)
+    assert [x.reason for x in convert_model(kept, deformable=False).left] == [
+        'deformable=False',
+        'no normalisation follows, by the structure alone',
+    ]
+    report = convert_model(model)
+    assert [c.after for c in report.changed] == ['WSPack', 'BatchChannelNorm2d']
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    model(x)
+    model.eval()
+    with pytest.warns(UserWarning, match='0, a WSPack, is a class of its own that may take no'):
+        folded = fold(model, x)
+    assert type(folded[0]) is Pack and folded[0].weight is not model[0].weight
+    torch.testing.assert_close(folded(x), model(x), rtol=1e-10, atol=1e-10)
 
 
 def test_a_model_of_such_layers_is_converted_trained_and_folded():

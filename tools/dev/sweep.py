@@ -29,12 +29,11 @@ from wsbcn_mm.openmmlab.conversion import probe
 from wsbcn_mm.openmmlab.conversion.audit import audit_built
 from wsbcn_mm.openmmlab.conversion.changes import Conversion
 from wsbcn_mm.openmmlab.conversion.convert import convert_config
-from wsbcn_mm.openmmlab.conversion.layers import NothingToConvert, UnsupportedConfig
+from wsbcn_mm.openmmlab.conversion.layers import NothingToConvert
 from wsbcn_mm.openmmlab.conversion.write import write_config
 from wsbcn_mm.openmmlab.errors import first_line
 
-DONE = ('converted', 'all but DCN')
-OUTCOMES = (*DONE, 'nothing to convert', 'refused', 'needs', 'failed')
+OUTCOMES = ('converted', 'nothing to convert', 'needs', 'failed')
 # A BatchNorm of the original refuses single values, which one image of a small map gives.
 IMAGES = dict(original=2, converted=1)
 
@@ -93,17 +92,13 @@ def _examine(source: str, run: bool, written: Path | None) -> dict[str, Any]:
         Config.fromfile(find_config(source)[0])
     except Exception as error:  # a config is a program, and may raise anything
         raise Upstream(error) from error
-    outcome, reason = 'converted', ''
     try:
         conversion = convert_config(source)
-    except UnsupportedConfig as error:
-        outcome, reason = 'all but DCN', first_line(error)
-        conversion = convert_config(source, keep_dcn=True)
     except probe.CannotBuild as error:
         raise Upstream(error.__cause__ or error) from error
     except probe.NoModel as error:
         raise NothingToConvert('has no model of its own') from error
-    record = dict(outcome=outcome, reason=reason, **_facts(conversion))
+    record = dict(outcome='converted', **_facts(conversion))
     if written is not None:
         write_config(conversion, written)  # which reads it back
         record['read_back'] = True

@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 import torch
-from sweep import DONE, OUTCOMES
+from sweep import OUTCOMES
 from trial import OK, STAGES
 
 BEGIN = '<!-- from here on written by tools/dev/sweep_upstream.py --report -->'
@@ -30,7 +30,7 @@ def write_report(path: Path, tables: str) -> None:
 
 def report(records: dict[str, dict], total: int) -> str:
     """The tables, in Markdown."""
-    converted = [r for r in records.values() if r['outcome'] in DONE]
+    converted = [r for r in records.values() if r['outcome'] == 'converted']
     lines = [
         '| | configs | ' + ' | '.join(OUTCOMES) + ' | with a conv network | converted |',
         '|---|--:|' + '--:|' * (len(OUTCOMES) + 2),
@@ -167,8 +167,8 @@ def _others(records: dict[str, dict]) -> list[str]:
 
 def _row(name: str, records: list[dict]) -> str:
     count = Counter(r['outcome'] for r in records)
-    done = sum(count[outcome] for outcome in DONE)
-    having = done + count['refused'] + count['failed']
+    done = count['converted']
+    having = done + count['failed']
     cells = ' | '.join(str(count[outcome]) for outcome in OUTCOMES)
     share = f'{100 * done / having:.1f} %' if having else ''
     return f'| {name} | {len(records)} | {cells} | {having} | {share} |'

@@ -35,8 +35,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--keep-dcn',
         action='store_true',
-        help='deformable convolutions stay as they are, the others get WS; without it they are '
-        'refused',
+        help='deformable convolutions stay as they are, the others get WS',
     )
     parser.add_argument('--checkpoint', help='backbone weights that were trained with these layers')
     return parser.parse_args()

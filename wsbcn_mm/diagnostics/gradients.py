@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from wsbcn_mm.layers import WeightStandardized
+from wsbcn_mm.structure import is_conv
 
 
 @dataclass
@@ -46,7 +47,7 @@ class WeightGradientObserver:
         self._convs = {
             name: module
             for name, module in model.named_modules()
-            if isinstance(module, nn.modules.conv._ConvNd) and module.weight.requires_grad
+            if is_conv(module) and module.weight.requires_grad
         }
         self._raw: dict[str, Tensor] = {}
         self._standardized: dict[str, Tensor] = {}

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_leaves, tree_map
 
 from wsbcn_mm.layers import BatchChannelNorm, WeightStandardized
-from wsbcn_mm.structure import Call, Watch
+from wsbcn_mm.structure import Call, Watch, is_conv
 
 Run = Callable[[nn.Module], object]
 
@@ -105,14 +104,14 @@ def _call(module: nn.Module, x: Tensor) -> object:
 
 
 def watched(module: nn.Module) -> bool:
-    return isinstance(module, (_ConvNd, BatchChannelNorm, _BatchNorm))
+    return is_conv(module) or isinstance(module, (BatchChannelNorm, _BatchNorm))
 
 
 def guess_inputs(module: nn.Module) -> list[Tensor]:
     """Random inputs that a module may take: one per number of channels that a convolution wants."""
     inputs: dict[tuple[int, ...], Tensor] = {}
     for conv in module.modules():
-        if isinstance(conv, _ConvNd):
+        if is_conv(conv):
             weight = conv.weight
             # Large enough for the strides of a backbone, odd in one axis.
             size = {1: (67,), 2: (64, 67), 3: (16, 16, 17)}[weight.dim() - 2]

@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 from wsbcn_mm.folding import new_layers
 from wsbcn_mm.folding.evidence import Evidence, Run, watched
 from wsbcn_mm.layers import BatchChannelNorm, WeightStandardized
-from wsbcn_mm.structure import Call, holders_of
+from wsbcn_mm.structure import Call, holders_of, is_conv
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def plan(model: nn.Module, inputs: object = None, run: Run | None = None) -> Pla
 
 def _conv_at(model: nn.Module, name: str) -> _ConvNd:
     conv = model.get_submodule(name)
-    assert isinstance(conv, _ConvNd)
+    assert is_conv(conv)
     return conv
 
 
@@ -251,8 +251,10 @@ def _why_not_at_all(
     for conv in convs:
         if conv in fixed:
             return f'{names[conv]} cannot be replaced: {fixed[conv]}'
+        kind = type(conv).__name__
+        if not isinstance(conv, _ConvNd):
+            return f'{names[conv]}, a {kind}, is a class of its own that may take no bias'
         if not new_layers.is_linear_in_its_weight(conv):
-            kind = type(conv).__name__
             return f'{names[conv]}, a {kind}, computes with something else than its weight'
     return None
 

@@ -7,12 +7,15 @@ from wsbcn_mm.layers.conv import (
     WSConv3d,
     WSConvTranspose2d,
 )
+from wsbcn_mm.layers.fusing import guard_fuse_modules
 from wsbcn_mm.layers.norm import (
     BatchChannelNorm,
     BatchChannelNorm1d,
     BatchChannelNorm2d,
     BatchChannelNorm3d,
 )
+
+guard_fuse_modules()
 
 __all__ = [
     'BatchChannelNorm',

@@ -135,7 +135,7 @@ class WeightStandardized(_Base):
 
     def _check_device(self, input: Tensor) -> None:
         # A weight on the meta device has no values; torch convolves with whatever is in memory.
-        bias = self.bias
+        bias = self._parameters.get('bias')  # a deformable convolution may have none at all
         of_bias = bias is not None and bias.is_meta
         if (self.weight.is_meta or of_bias) and not input.is_meta:
             raise ValueError(

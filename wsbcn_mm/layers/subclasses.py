@@ -1,9 +1,10 @@
 """Weight Standardization for convolutions that have a class of their own.
 
 Libraries derive from torch's convolutions to pad in another way or to take other arguments (timm's
-``Conv2dSame``, torchvision's ``Conv3DSimple``). As long as such a class computes with its own
-``weight``, its WS form is the same ``forward`` with the standardized weight in that place. Names in
-the state dict, the parameter and everything else that the layer holds stay.
+``Conv2dSame``, torchvision's ``Conv3DSimple``), or write one of their own (deformable convolutions
+of mmcv and torchvision). As long as such a class computes with its own ``weight``, its WS form is
+the same ``forward`` with the standardized weight in that place. Names in the state dict, the
+parameter and everything else that the layer holds stay.
 """
 
 import copy
@@ -44,7 +45,7 @@ class StandardizedSubclass(WeightStandardized):
         """See `WeightStandardized.standardize`."""
         rows = self._by_filter(weight).flatten(0, -weight.dim())
         rows = autograd.weight_standardize(rows, self.eps, self.formula, dtype)
-        if not self.transposed:
+        if not getattr(self, 'transposed', False):
             return rows.view_as(weight)
         # (G, C_out / G, C_in / G, *k) to (C_in, C_out / G, *k)
         return rows.view_as(self._by_filter(weight)).transpose(1, 2).flatten(0, 1)
@@ -55,7 +56,9 @@ class StandardizedSubclass(WeightStandardized):
 
     def _by_filter(self, weight: Tensor) -> Tensor:
         """With the output channels in front: (C_out, fan-in, *k), by group where transposed."""
-        return weight.unflatten(0, (self.groups, -1)).transpose(1, 2) if self.transposed else weight
+        if not getattr(self, 'transposed', False):
+            return weight
+        return weight.unflatten(0, (self.groups, -1)).transpose(1, 2)
 
     def to_plain(self) -> _ConvNd:
         """See `WeightStandardized.to_plain`: one of ``plain_class``, without hooks."""
@@ -78,8 +81,8 @@ def standardized_class(plain_class: type[_ConvNd]) -> type[StandardizedSubclass]
     """The WS form of a convolution class.
 
     Args:
-        plain_class: A subclass of a torch convolution whose ``forward`` computes with
-            ``self.weight``, or a transposed convolution of torch.
+        plain_class: A convolution class whose ``forward`` computes with ``self.weight``: a subclass
+            of torch's, a transposed one of torch, or one that holds what torch's do.
 
     Returns:
         A subclass of `WeightStandardized` and of ``plain_class``; layers of it are made by

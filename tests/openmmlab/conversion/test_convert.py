@@ -16,7 +16,7 @@ from wsbcn_mm import BatchChannelNorm2d, WSConv2d
 from wsbcn_mm.openmmlab.conversion import probe
 from wsbcn_mm.openmmlab.conversion.audit import audit
 from wsbcn_mm.openmmlab.conversion.convert import convert_config
-from wsbcn_mm.openmmlab.conversion.layers import NothingToConvert, UnsupportedConfig
+from wsbcn_mm.openmmlab.conversion.layers import NothingToConvert
 from wsbcn_mm.openmmlab.conversion.write import write_config
 
 MASK_RCNN = 'mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py'
@@ -222,15 +222,20 @@ def test_wrong_arguments(arguments, text):
         convert_config(MASK_RCNN, **arguments)
 
 
-def test_deformable_convolutions_are_refused(tmp_path):
-    """Trap 20: the host asserts that conv_cfg is None."""
+def test_deformable_convolutions_are_standardized_or_kept(tmp_path):
+    """Trap 20: the host asserts that conv_cfg is None; their WS form is made after building."""
     dcn = dict(type='DCN', deform_groups=1, fallback_on_stride=False)
     model = retinanet()
     model['backbone'].update(depth=50, dcn=dcn, stage_with_dcn=(False, True, True, True))
     model['neck']['in_channels'] = [256, 512, 1024, 2048]
     source = tiny(tmp_path, model)
-    with pytest.raises(UnsupportedConfig, match='(?s)model.backbone uses deformable.*--conv none'):
-        convert_config(source)
+    converted = convert_config(source)
+    assert audit(converted.cfg) == []
+    backbone = probe.build(converted.cfg).backbone
+    conv = backbone.layer2[0].conv2
+    assert type(conv).__name__ == 'WSDeformConv2dPack' and isinstance(backbone.conv1, WSConv2d)
+    assert type(conv.conv_offset) is torch.nn.Conv2d  # no norm behind it
+    assert isinstance(backbone.layer2[0].norm2, BatchChannelNorm2d)
     plain = convert_config(source, conv='none').cfg.model.backbone
     assert plain.norm_cfg.type == 'BCN' and 'conv_cfg' not in plain
     kept = convert_config(source, keep_dcn=True)
@@ -238,7 +243,7 @@ def test_deformable_convolutions_are_refused(tmp_path):
     assert isinstance(backbone.conv1, WSConv2d)
     assert type(backbone.layer2[0].conv2).__name__ == 'DeformConv2dPack'
     assert isinstance(backbone.layer2[0].norm2, BatchChannelNorm2d)
-    assert audit(kept.cfg) == []
+    assert [(f.level, f.code) for f in audit(kept.cfg)] == [('note', 'norm-without-ws')]
 
 
 PURE = """

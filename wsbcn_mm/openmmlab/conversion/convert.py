@@ -59,8 +59,7 @@ def convert_config(
         keep_lr: Leave the learning rate as it is.
         checkpoint: File of backbone weights that were trained with these layers; the WS formula and
             the affine that our converter recorded in it are set.
-        keep_dcn: Convert parts with deformable convolutions as well: these stay as they are, with
-            BCN behind them, and the others of the part get WS. Otherwise such a part is refused.
+        keep_dcn: Deformable convolutions stay as they are, with BCN behind them.
         gpus: Number of processes to train with; None: as many as the learning rate is for, by
             ``auto_scale_lr``, else by the file name (``8xb2``).
         accumulate: Iterations per step of the optimizer; None: as the config says.
@@ -72,7 +71,6 @@ def convert_config(
         CannotBuild: a ValueError; the config needs something that is missing here.
         NoModel: a ValueError; a config without a model.
         NothingToConvert: a ValueError; nothing in the config has a norm that BCN could replace.
-        UnsupportedConfig: a ValueError; DCN in a part that would get WS, without ``keep_dcn``.
         ValueError: an argument out of range.
     """
     _check_choice('norm', norm, TARGET_NORMS)

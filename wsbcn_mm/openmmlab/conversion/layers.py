@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from wsbcn_mm.checks import auto_groups
 from wsbcn_mm.layers import BatchChannelNorm, BatchChannelNorm1d, WeightStandardized
@@ -23,14 +24,11 @@ from wsbcn_mm.openmmlab.registry import CONV_FOR, CONV_NAMED, CONVERTED, NORM_FO
 from wsbcn_mm.structure import followers, num_channels, standardizable
 
 NORM_LAYERS = (nn.modules.batchnorm._NormBase, nn.GroupNorm)
+DEFORMABLE = ('DCN', 'DCNv2')  # of mmcv: their WS form is made of the layer that was built
 
 
 class NothingToConvert(ValueError):
     """The config has no convolution with a BatchNorm or GroupNorm behind it."""
-
-
-class UnsupportedConfig(ValueError):
-    """A part of the config cannot take the layers."""
 
 
 @dataclass
@@ -64,11 +62,10 @@ def convert_layers(conversion: Conversion, norm: str, conv: str, keep_dcn: bool)
 
     Raises:
         NothingToConvert: none did.
-        UnsupportedConfig: DCN in a part that would get WS, without ``keep_dcn``.
         CannotBuild: the config as it is cannot be built.
     """
     nodes = probe.nodes(conversion.cfg)
-    parts = _parts(conversion, nodes, conv, keep_dcn)
+    parts = _parts(conversion, nodes, conv)
     for part in parts:
         conversion.set(part.norm_place, _new_norm(part, norm))
         if part.standardize:
@@ -87,10 +84,13 @@ def convert_layers(conversion: Conversion, norm: str, conv: str, keep_dcn: bool)
     if without_norm:
         model = _build_converted(conversion)
     changed = {part.node.path for part in parts}
-    reasons = _reasons_to_convert_after_building(model, parts, conv)
+    reasons = _reasons_to_convert_after_building(model, parts, conv, keep_dcn)
+    convert = dict(standardize=False) if conv == 'none' else {}
+    if keep_dcn:
+        convert['deformable'] = False
     for node in nodes:
         if node.path in reasons and _convert_after_building(
-            conversion, node, reasons[node.path], norm, conv
+            conversion, node, reasons[node.path], norm, convert
         ):
             changed.add(node.path)
     if not changed:
@@ -110,7 +110,7 @@ def _build_converted(conversion: Conversion) -> nn.Module:
 # ---- what the config says ----------------------------------------------------------------------
 
 
-def _parts(conversion: Conversion, nodes: list[Node], conv: str, keep_dcn: bool) -> list[Part]:
+def _parts(conversion: Conversion, nodes: list[Node], conv: str) -> list[Part]:
     model = probe.build(conversion.cfg)
     owner = probe.owners(model)
     behind_convs = {name for follower in followers(model) for name in follower.norms}
@@ -138,7 +138,7 @@ def _parts(conversion: Conversion, nodes: list[Node], conv: str, keep_dcn: bool)
                 continue
             part = Part(node, place, old, widths[node.path])
             if conv != 'none' and place == (*node.path, 'norm_cfg'):
-                _plan_conv(conversion, part, keep_dcn)
+                _plan_conv(conversion, part)
             parts.append(part)
     return parts
 
@@ -168,7 +168,7 @@ def _norm_cfgs(node: Node) -> list[tuple[Place, dict]]:
     return norm_cfgs
 
 
-def _plan_conv(conversion: Conversion, part: Part, keep_dcn: bool) -> None:
+def _plan_conv(conversion: Conversion, part: Part) -> None:
     node = part.node
     if not node.accepts('conv_cfg'):
         part.why_no_conv_cfg = f'{node.kind.__name__} takes no conv_cfg'
@@ -177,18 +177,15 @@ def _plan_conv(conversion: Conversion, part: Part, keep_dcn: bool) -> None:
     kind = 'Conv2d' if part.old_conv is None else type_name(part.old_conv)
     if kind in CONV_NAMED:
         return
-    if kind not in CONV_FOR:
+    if kind not in CONV_FOR and kind not in DEFORMABLE:
         conversion.left.append(f'{node.where}: its convolutions are {kind}, which stay: no WS')
         return
+    if kind in DEFORMABLE:
+        part.why_no_conv_cfg = f'its convolutions are {kind}'
+        return
     if node.get('dcn') is not None:
-        if keep_dcn:
-            part.why_no_conv_cfg = 'dcn and conv_cfg exclude each other'
-            return
-        raise UnsupportedConfig(
-            f'{node.where} uses deformable convolutions (dcn), and {node.kind.__name__} refuses '
-            'dcn together with conv_cfg\n  convert all but the deformable ones (--keep-dcn), '
-            f'nothing to WS (--conv none), or set {node.where}.dcn=None in the source first'
-        )
+        part.why_no_conv_cfg = 'dcn and conv_cfg exclude each other'
+        return
     part.standardize = True
 
 
@@ -230,7 +227,7 @@ def _standardized_without_norm(model: nn.Module) -> dict[Place, str]:
 
 
 def _reasons_to_convert_after_building(
-    model: nn.Module, parts: list[Part], conv: str
+    model: nn.Module, parts: list[Part], conv: str, keep_dcn: bool
 ) -> dict[Place, str]:
     """For each node with layers that norm_cfg and conv_cfg did not reach: why they did not."""
     reasons = {
@@ -240,7 +237,7 @@ def _reasons_to_convert_after_building(
     if conv == 'none':
         return reasons
     why_no_conv_cfg = {part.node.path: part.why_no_conv_cfg for part in parts}
-    for place, name in _plain_convs(model).items():
+    for place, name in _plain_convs(model, keep_dcn).items():
         if place in why_no_conv_cfg:
             why = why_no_conv_cfg[place] or f'no conv_cfg reaches its {name}'
             reasons.setdefault(place, why)
@@ -248,29 +245,33 @@ def _reasons_to_convert_after_building(
 
 
 def _convert_after_building(
-    conversion: Conversion, node: Node, reason: str, norm: str, conv: str
+    conversion: Conversion, node: Node, reason: str, norm: str, convert: dict[str, bool]
 ) -> bool:
-    """Has a part built and its layers replaced then; False and a note where that cannot be."""
+    """Has a part built and its layers replaced then; False and a note where that cannot be.
+
+    ``convert``: arguments of `wsbcn_mm.convert.convert_model`.
+    """
     if norm != 'BCN' or len(node.path) < 2 or not isinstance(node.cfg['type'], str):
         conversion.left.append(f'{node.where}: {reason}')
         return False
     kind = node.cfg['type']
     conversion.set((*node.path, 'type'), CONVERTED, f'{reason}; replaced after building')
     conversion.set((*node.path, 'kind'), kind)
-    if conv == 'none':
-        conversion.set((*node.path, 'convert'), dict(standardize=False))
+    if convert:
+        conversion.set((*node.path, 'convert'), convert)
     return True
 
 
-def _plain_convs(model: nn.Module) -> dict[Place, str]:
-    """For each node: a convolution in front of a BCN that is not, and could be, standardized."""
+def _plain_convs(model: nn.Module, keep_dcn: bool) -> dict[Place, str]:
+    """For each node: a convolution in front of a BCN that is not, and shall be, standardized."""
     owner = probe.owners(model)
     modules = dict(model.named_modules(remove_duplicate=False))
     first: dict[Place, str] = {}
     for follower in followers(model):
         ours = any(isinstance(modules[n], BatchChannelNorm) for n in follower.norms)
-        standardized = isinstance(follower.conv, WeightStandardized)
-        if follower.normalised and ours and not standardized and standardizable(follower.conv):
+        stays = isinstance(follower.conv, WeightStandardized)
+        stays |= keep_dcn and not isinstance(follower.conv, _ConvNd)
+        if follower.normalised and ours and not stays and standardizable(follower.conv):
             first.setdefault(owner[follower.names[0]], follower.names[0])
     return first
 

@@ -30,6 +30,7 @@ from wsbcn_mm.folding import Plan
 from wsbcn_mm.layers import BatchChannelNorm, WeightStandardized
 from wsbcn_mm.openmmlab.config import PRETRAINED, type_name
 from wsbcn_mm.openmmlab.registry import CONV_NAMED, MICRO_BN_NAMED, NORM_NAMED
+from wsbcn_mm.structure import is_conv
 
 
 class CannotBePlain(ValueError):
@@ -252,7 +253,7 @@ def load_plain(stock: nn.Module, model: nn.Module, plan: Plan) -> None:
     for name, module in model.named_modules():
         target = _plain_name(name)
         own = {k: v for k, v in module.state_dict().items() if '.' not in k}
-        if isinstance(module, nn.modules.conv._ConvNd):
+        if is_conv(module):
             own = _plain_conv_state(name, module, norm_behind.get(name), _get(stock, target))
         elif isinstance(module, BatchChannelNorm):
             own = {

@@ -24,9 +24,7 @@ from wsbcn_mm.diagnostics import (
 from wsbcn_mm.layers import BatchChannelNorm
 from wsbcn_mm.layers.standardization import standardize_once_per_forward, weights_do_not_change
 from wsbcn_mm.openmmlab import checkpoints
-from wsbcn_mm.structure import CONVS, NORMS
-
-KINDS = (*CONVS, *NORMS)
+from wsbcn_mm.structure import NORMS, is_conv
 
 
 def diagnose(
@@ -104,7 +102,8 @@ def diagnose(
         beta=_mean([s.beta for s in steps]),
     )
     inner = {m.bn for m in model.modules() if isinstance(m, BatchChannelNorm)}
-    layers = [m for m in model.modules() if isinstance(m, KINDS) and m not in inner]
+    kinds = [m for m in model.modules() if is_conv(m) or isinstance(m, NORMS)]
+    layers = [m for m in kinds if m not in inner]
     return dict(
         config=cfg.filename,
         checkpoint=checkpoint,

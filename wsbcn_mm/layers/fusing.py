@@ -1,0 +1,86 @@
+"""What other libraries fold by themselves ends in one sentence that points to `wsbcn_mm.fold`.
+
+``model.fuse()`` of ultralytics, ``reparameterize_model`` of timm (which calls ``fuse``,
+``reparameterize`` or ``switch_to_deploy`` of blocks), torch's ``fuse_modules``: all multiply the
+raw weight of a convolution by the scale of a BatchNorm. Standardized weights have no use for that,
+and BCN is no BatchNorm.
+"""
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import nn
+
+from wsbcn_mm.layers.conv import WeightStandardized
+from wsbcn_mm.layers.norm import BatchChannelNorm
+
+BEGINNINGS = ('fuse', 'reparam', 'switch_to_deploy')
+OURS = (WeightStandardized, BatchChannelNorm)
+
+
+def refuse_to_fuse(model: nn.Module) -> None:
+    """Lets the methods by which modules fold themselves raise while they hold our layers.
+
+    Where they hold none any more (the model was folded) there is nothing left to do: they return
+    the module as it is.
+
+    Args:
+        model: Its modules get an attribute in place of such a method. Methods that need arguments
+            are something else: a step of the forward pass.
+
+    """
+    for module in model.modules():
+        for name in _folding_methods(type(module)):
+            if any(isinstance(child, OURS) for child in module.modules()):
+                setattr(module, name, functools.partial(_instead, module, name))
+
+
+@functools.cache
+def _folding_methods(kind: type[nn.Module]) -> tuple[str, ...]:
+    return tuple(
+        name
+        for name in dir(kind)
+        if name.startswith(BEGINNINGS)
+        and inspect.isfunction(method := getattr(kind, name))
+        and not any(_required(method))
+    )
+
+
+def _required(method: Callable[..., object]) -> Iterator[bool]:
+    """Whether each argument after ``self`` must be given."""
+    for argument in list(inspect.signature(method).parameters.values())[1:]:
+        several = argument.kind in (argument.VAR_POSITIONAL, argument.VAR_KEYWORD)
+        yield argument.default is argument.empty and not several
+
+
+def _instead(module: nn.Module, name: str, *_args: object, **_kwargs: object) -> nn.Module:
+    if any(isinstance(child, OURS) for child in module.modules()):
+        raise RuntimeError(_sentence(f'{type(module).__name__}.{name}()'))
+    return module
+
+
+def _sentence(who: str) -> str:
+    return (
+        f'{who} folds BatchNorms into raw weights, and these layers have standardized weights and '
+        'BCN\n  use wsbcn_mm.fold(model, images): a copy for inference, which needs no more folding'
+    )
+
+
+def guard_fuse_modules() -> None:
+    """Lets torch.ao.quantization.fuse_modules, which knows none of our classes, say what to use."""
+    module: Any = sys.modules.get('torch.ao.quantization.fuse_modules')
+    original = getattr(module, 'get_fuser_method', None)
+    if original is None or hasattr(original, 'knows_wsbcn'):
+        return
+
+    @functools.wraps(original)
+    def get_fuser_method(kinds: tuple[Any, ...], *args: Any, **kwargs: Any) -> Any:
+        if any(isinstance(kind, type) and issubclass(kind, OURS) for kind in kinds):
+            raise RuntimeError(_sentence('fuse_modules'))
+        return original(kinds, *args, **kwargs)
+
+    get_fuser_method.knows_wsbcn = True  # type: ignore[attr-defined]
+    module.get_fuser_method = get_fuser_method
