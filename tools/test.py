@@ -41,6 +41,7 @@ def configure(args: argparse.Namespace) -> Config:
     cfg = command_line.read_run(args)
     checkpoints.check_checkpoint(args.checkpoint)
     cfg.load_from = args.checkpoint
+    preflight.check_test(cfg)
     preflight.check_data(cfg, 'test_dataloader')
     if args.show or args.show_dir:
         command_line.draw_pictures(cfg, args.show, args.show_dir, args.wait_time)
@@ -57,22 +58,12 @@ def configure(args: argparse.Namespace) -> Config:
 def main() -> None:
     """Reads the config, loads the checkpoint, evaluates."""
     args = parse_args()
-    from wsbcn_mm.openmmlab import command_line, compat, preflight
-    from wsbcn_mm.openmmlab.checkpoints import CheckpointMismatch, CheckpointRefused
+    from wsbcn_mm.openmmlab import command_line
 
     with command_line.errors_in_one_line():
         cfg = configure(args)
-    try:
+    with command_line.errors_of_a_run(cfg, 'test_dataloader'):
         command_line.build_runner(cfg).test()
-    except CheckpointMismatch as error:
-        sys.exit(f'error: {cfg.load_from}: {error}')
-    except (CheckpointRefused, compat.DataError) as error:
-        sys.exit(f'error: {error}')
-    except Exception:
-        damaged = preflight.damaged_annotations(cfg, 'test_dataloader')
-        if not damaged:
-            raise
-        sys.exit('error: ' + '\n'.join(damaged))
 
 
 if __name__ == '__main__':

@@ -67,20 +67,12 @@ def configure(args: argparse.Namespace) -> Config:
 def main() -> None:
     """Reads the config and trains."""
     args = parse_args()
-    from wsbcn_mm.openmmlab import command_line, compat, preflight
-    from wsbcn_mm.openmmlab.checkpoints import CheckpointRefused
+    from wsbcn_mm.openmmlab import command_line
 
     with command_line.errors_in_one_line():
         cfg = configure(args)
-    try:
+    with command_line.errors_of_a_run(cfg, 'train_dataloader', 'val_dataloader'):
         command_line.build_runner(cfg).train()
-    except (CheckpointRefused, compat.DataError, OSError) as error:
-        sys.exit(f'error: {error}')
-    except Exception:
-        damaged = preflight.damaged_annotations(cfg, 'train_dataloader', 'val_dataloader')
-        if not damaged:
-            raise
-        sys.exit('error: ' + '\n'.join(damaged))
 
 
 if __name__ == '__main__':

@@ -74,6 +74,13 @@ def test_keep_predictions_of_segmentation_names_a_folder():
     cfg = Config(dict(default_scope='mmseg', test_evaluator=dict(type='IoUMetric')))
     command_line.keep_predictions(cfg, 'masks')
     assert cfg.test_evaluator == dict(type='IoUMetric', output_dir='masks', keep_results=True)
+    cfg.test_evaluator = [dict(type='Other'), dict(type='IoUMetric')]
+    command_line.keep_predictions(cfg, 'masks')
+    other, writer = cfg.test_evaluator
+    assert writer.output_dir == 'masks' and other == dict(type='Other')
+    cfg.test_evaluator = None
+    with pytest.raises(ValueError, match='--out: masks are written by'):
+        command_line.keep_predictions(cfg, 'masks')
 
 
 BCN = dict(backbone=dict(norm_cfg=dict(type='BCN')))

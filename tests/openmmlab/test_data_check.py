@@ -4,6 +4,7 @@ import pytest
 
 pytest.importorskip('mmengine', reason="the hook is mmengine's")
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -47,12 +48,23 @@ class Data(torch.utils.data.Dataset):
     ann_file = 'a.json'
 
     def __init__(self, classes=('square', 'disc'), size=3, masks=None, **settings):
+        self.categories = settings.pop('categories', None)
         self.metainfo, self.size, self.masks = dict(classes=classes), size, masks
+        if 'thing_classes' in settings:
+            self.metainfo['thing_classes'] = settings.pop('thing_classes')
         if masks is not None:
             self.seg_map_suffix, self.label_map, self.reduce_zero_label = '.png', None, False
             self.pipeline = SimpleNamespace(transforms=[LoadAnnotations()])
         for key, value in settings.items():
             setattr(self, key, value)
+
+    def in_folder(self, folder):
+        """With its annotation file there."""
+        if self.categories is not None:
+            self.ann_file = str(folder / 'a.json')
+            categories = [dict(id=i, name=name) for i, name in enumerate(self.categories)]
+            (folder / 'a.json').write_text(json.dumps(dict(categories=categories)))
+        return self
 
     def __len__(self):
         return len(self.masks) if self.masks is not None else self.size
@@ -69,6 +81,12 @@ RIGHT = {
     'plain': (Data(), model_of()),
     'more classes than data': (Data(classes=('square',)), model_of()),
     'all categories': (Data(cat_ids=[3, 7]), model_of()),
+    'no object of the last class': (Data(cat_ids=[3], categories=['square', 'x']), model_of()),
+    'things and stuff': (Data(thing_classes=['disc'], classes=('disc', 'sky')), model_of(1)),
+    'one logit for two classes': (
+        Data(),
+        nn.ModuleDict(dict(decode_head=Head(1, out_channels=1))),
+    ),
     'class agnostic': (Data(), model_of(mask_head=Head(1, class_agnostic=True))),
     'no classes known': (Data(classes=None), model_of(0)),
     'masks': (Data(masks=[mask(0, 1, 255)]), model_of()),
@@ -82,8 +100,9 @@ RIGHT = {
 
 
 @pytest.mark.parametrize('case', RIGHT)
-def test_what_works_is_let_through(case):
-    check_dataset(*RIGHT[case])
+def test_what_works_is_let_through(case, tmp_path):
+    dataset, model = RIGHT[case]
+    check_dataset(dataset.in_folder(tmp_path), model)
 
 
 WRONG = {
@@ -93,9 +112,14 @@ WRONG = {
         r"(?s)no image.*images.*img_suffix='\.jpeg'",
     ),
     'a name that the file does not have': (
-        Data(cat_ids=[7]),
+        Data(classes=('sqaure', 'disc'), cat_ids=[7], categories=['square', 'disc']),
         model_of(),
-        r"(?s)2 classes in the config, and a\.json has 1.*'square', 'disc'.*write the names",
+        r"(?s)a\.json has no category sqaure.*is it 'sqaure' for 'square'\?.*write the names",
+    ),
+    'no name that the file has': (
+        Data(classes=('a', 'b'), cat_ids=[], categories=['square']),
+        model_of(),
+        'has no category a, b',
     ),
     'a comma is missing': (Data(classes='square'), model_of(), r"classes=\('square',\)"),
     'too few classes': (
@@ -110,8 +134,9 @@ WRONG = {
 
 
 @pytest.mark.parametrize('case', WRONG)
-def test_what_cannot_be_meant_is_said(case):
+def test_what_cannot_be_meant_is_said(case, tmp_path):
     dataset, model, words = WRONG[case]
+    dataset.in_folder(tmp_path)
     with pytest.raises(DataError, match=words):
         check_dataset(dataset, model)
 

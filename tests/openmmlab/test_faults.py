@@ -18,7 +18,7 @@ from mmengine.registry import init_default_scope
 
 from tests.openmmlab.test_compat import Harmless, needs_allow_list
 from tests.openmmlab.tiny import make_runner
-from wsbcn_mm.openmmlab import compat, preflight
+from wsbcn_mm.openmmlab import command_line, compat, preflight
 from wsbcn_mm.openmmlab.checkpoints import CheckpointRefused
 
 QUICK = 'configs/quick/quick_mask-rcnn_r18_fpn_ws-bcn_1xb1_shapes.py'
@@ -109,6 +109,29 @@ def test_a_checkpoint_that_runs_code_is_refused_by_name(tmp_path):
         assert 'save its state_dict alone' in text
         assert '\n\n' not in text  # not torch's page of advice
     assert not touched.exists()
+
+
+def test_an_error_besides_damaged_annotations_is_not_swallowed(tmp_path):
+    path = tmp_path / 'a.json'
+    path.write_text('{"images": [')
+    cfg = Config(dict(train_dataloader=dict(dataset=dict(type='CocoDataset', ann_file=str(path)))))
+
+    def run(action):
+        with command_line.errors_of_a_run(cfg, 'train_dataloader'):
+            action()
+
+    with pytest.raises(SystemExit, match=rf'error: train_dataloader: {path} is damaged'):
+        run(lambda: json.loads(path.read_text()))
+    with pytest.raises(
+        compat.DataError, match=r'(?s)ZeroDivisionError.*\nand besides.*damaged'
+    ) as e:
+        run(lambda: 1 / 0)
+    assert isinstance(e.value.__cause__, ZeroDivisionError)
+    path.write_text('{"images": []}')
+    with pytest.raises(ZeroDivisionError):
+        run(lambda: 1 / 0)
+    with pytest.raises(json.JSONDecodeError):
+        run(lambda: json.loads('{'))
 
 
 # ----------------------------------------------------------------------------------------------

@@ -12,11 +12,16 @@ from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
-from wsbcn_mm.openmmlab import compat, config
-from wsbcn_mm.openmmlab.checkpoints import check_checkpoint
+from wsbcn_mm.openmmlab import compat, config, preflight
+from wsbcn_mm.openmmlab.checkpoints import (
+    CheckpointMismatch,
+    CheckpointRefused,
+    check_checkpoint,
+)
 from wsbcn_mm.openmmlab.files import latest_complete
 from wsbcn_mm.openmmlab.registry import ATOMIC_CHECKPOINT_HOOK, ESTIMATES_HOOK, NORM_NAMED
 
+WRITE_MASKS = ('IoUMetric', 'CityscapesMetric', 'DepthMetric')  # with `output_dir`
 # What a mistake of the user raises; anything else is a defect and keeps its traceback.
 USER_ERRORS = (ValueError, ImportError, OSError, compat.DataError)
 
@@ -67,6 +72,32 @@ def errors_in_one_line() -> Iterator[None]:
         yield
     except USER_ERRORS as error:
         sys.exit(f'error: {error}')
+
+
+@contextmanager
+def errors_of_a_run(cfg: Config, *loaders: str) -> Iterator[None]:
+    """Ends the program with one sentence where a run stops at what its user can mend.
+
+    Anything else keeps its traceback. Where an annotation file of the loaders is damaged as well,
+    that is said with it.
+
+    Args:
+        cfg: What is run.
+        *loaders: Those whose annotations the run reads.
+    """
+    try:
+        yield
+    except CheckpointMismatch as error:
+        sys.exit(f'error: {cfg.load_from}: {error}')
+    except (CheckpointRefused, compat.DataError, OSError) as error:
+        sys.exit(f'error: {error}')
+    except Exception as error:
+        damaged = '\n'.join(preflight.damaged_annotations(cfg, *loaders))
+        if not damaged:
+            raise
+        if preflight.comes_from_annotations(error):
+            sys.exit(f'error: {damaged}')
+        raise compat.DataError(f'{type(error).__name__}: {error}\nand besides {damaged}') from error
 
 
 # ---- set-up --------------------------------------------------------------------------------------
@@ -178,7 +209,7 @@ def draw_pictures(cfg: Config, show: bool, show_dir: str | None, wait_time: floa
     if show:
         hook['show'], hook['wait_time'] = True, wait_time
     if show_dir:
-        if 'Det' in hook['type']:
+        if 'Det' in config.type_name(hook):
             hook['test_out_dir'] = show_dir
         else:
             cfg.visualizer['save_dir'] = str(Path(cfg.work_dir) / show_dir)
@@ -211,14 +242,19 @@ def keep_predictions(cfg: Config, out: str) -> None:
         ValueError: not a .pkl file where one is expected.
     """
     scope = config.scope_of(cfg)
+    evaluators = cfg.get('test_evaluator') or []
+    evaluators = evaluators if isinstance(evaluators, (list, tuple)) else [evaluators]
     if scope == 'mmseg':
-        cfg.test_evaluator['output_dir'] = out
-        cfg.test_evaluator['keep_results'] = True
+        writers = [e for e in evaluators if config.type_name(e) in WRITE_MASKS] or evaluators
+        if not writers:
+            raise ValueError(
+                '--out: masks are written by an evaluator such as IoUMetric\n  got none'
+            )
+        writers[0]['output_dir'], writers[0]['keep_results'] = out, True
         return
     if not out.endswith(('.pkl', '.pickle')):
         raise ValueError(f'--out must name a .pkl file for detection\n  got {out}')
-    evaluators = cfg.get('test_evaluator') or []
     # Without a default scope (in pure Python) a name must say where it is registered.
     dump = dict(type='DumpDetResults' if cfg.get('default_scope') else 'mmdet.DumpDetResults')
     dump['out_file_path'] = out
-    cfg.test_evaluator = [*(evaluators if isinstance(evaluators, list) else [evaluators]), dump]
+    cfg.test_evaluator = [*evaluators, dump]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -50,6 +51,22 @@ def check_data(cfg: Config, *loaders: str) -> None:
                     f'{VOC_LAYOUT if "VOC" in kind else COCO_LAYOUT}\n'
                     f'  or name another place: --cfg-options {loader}.dataset.data_root=...'
                 )
+
+
+def check_test(cfg: Config) -> None:
+    """Raises unless a config says what to test on.
+
+    Raises:
+        ValueError: it lacks ``test_dataloader``, ``test_evaluator`` or ``test_cfg``.
+    """
+    keys = ('test_dataloader', 'test_evaluator', 'test_cfg')
+    missing = [key for key in keys if cfg.get(key) is None]
+    if missing:
+        raise ValueError(
+            f'{cfg.filename or "the config"} has no {", ".join(missing)}: nothing to test on\n'
+            '  the validation data may serve: test_dataloader = val_dataloader, '
+            "test_evaluator = val_evaluator, test_cfg = dict(type='TestLoop')"
+        )
 
 
 def _reads_as_the_host(cfg: Config, dataset: dict) -> bool:
@@ -152,6 +169,23 @@ def damaged_annotations(cfg: Config, *loaders: str) -> list[str]:
                 continue
             lines += [f'{loader}: {path} {reason}' for reason in _wrong_with(content)]
     return list(dict.fromkeys(lines))
+
+
+# Who reads annotation files, and what is in them, by the beginning of the module's name.
+READERS = ('json', 'mmdet.datasets', 'mmdet.evaluation', 'mmengine.fileio', 'pycocotools')
+
+
+def comes_from_annotations(error: BaseException) -> bool:
+    """Whether an error, or one that it came from, was raised below code that reads annotations."""
+    seen: set[int] = set()
+    chain: BaseException | None = error
+    while chain is not None and id(chain) not in seen:
+        seen.add(id(chain))
+        frames = traceback.walk_tb(chain.__traceback__)
+        if any(str(f.f_globals.get('__name__')).startswith(READERS) for f, _ in frames):
+            return True
+        chain = chain.__cause__ or chain.__context__
+    return False
 
 
 def _wrong_with(content: object) -> Iterator[str]:

@@ -103,6 +103,19 @@ def test_classes_of_a_hosts_dataset_where_the_checkpoint_names_none(scope, kind,
         predict.classes_of(cfg, model)
 
 
+def test_colours_are_those_of_the_classes():
+    kind = 'CityscapesDataset'
+    dataset = dict(type=kind, metainfo=dict(classes=('car', 'road')))
+    cfg = Config(dict(default_scope='mmseg', test_dataloader=dict(dataset=dataset)))
+    official = config.dataset_class(cfg, dataset).METAINFO
+    colours = dict(zip(official['classes'], official['palette']))
+    found = predict.classes_of(cfg, nn.Identity())
+    assert found['palette'] == [colours['car'], colours['road']]
+    dataset['metainfo']['classes'] = ('car', 'of my own')
+    cfg = Config(dict(default_scope='mmseg', test_dataloader=dict(dataset=dataset)))
+    assert predict.classes_of(cfg, nn.Identity())['palette'] is None
+
+
 def test_files_with_one_result_are_named(tmp_path):
     for name in ('a.png', 'a.jpg'):
         (tmp_path / name).write_bytes(b'x')

@@ -142,7 +142,7 @@ def classes_of(cfg: Config, model: Any) -> dict[str, Any]:
     dataset = datasets[0][1] if datasets else {}
     kind = dataset_class(cfg, dataset)
     if not meta or 'classes' not in meta:
-        meta = {**getattr(kind, 'METAINFO', {}), **(dataset.get('metainfo') or {})}
+        meta = _meta_of(getattr(kind, 'METAINFO', {}), dataset.get('metainfo') or {})
     if 'classes' not in meta:
         raise ValueError(
             "neither the checkpoint nor the config's dataset knows the names of the classes\n"
@@ -153,6 +153,17 @@ def classes_of(cfg: Config, model: Any) -> dict[str, Any]:
     if _numbers_labels_by_file(cfg, kind) and file.is_file():
         names = [c['name'] for c in categories_of(file, names)] or names
     return {**meta, 'classes': names}
+
+
+def _meta_of(official: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """What a dataset's class says, and its config instead; each class keeps its colour."""
+    meta = {**official, **own}
+    classes, palette = meta.get('classes') or (), meta.get('palette') or ()
+    if palette and len(palette) != len(classes):
+        colour = dict(zip(official.get('classes', ()), official.get('palette', ())))
+        known = all(name in colour for name in classes)
+        meta['palette'] = [colour[name] for name in classes] if known else None
+    return meta
 
 
 def _numbers_labels_by_file(cfg: Config, kind: type | None) -> bool:
@@ -182,11 +193,14 @@ class Predictor:
         self.meta = classes_of(cfg, model)
         self._read = Reader(cfg)
         kind = 'DetLocalVisualizer' if scope_of(cfg) == 'mmdet' else 'SegLocalVisualizer'
+        if kind == 'SegLocalVisualizer' and not self.meta.get('palette'):
+            self.meta['palette'] = _colours(len(self.meta['classes']))
         look = {k: v for k, v in (cfg.get('visualizer') or {}).items() if k == 'alpha'}
         self._visualizer = VISUALIZERS.build(
             dict(type=kind, name='wsbcn_mm_infer', vis_backends=None, **look)
         )
-        self._visualizer.dataset_meta = {'palette': 'random', **self.meta}
+        palette = self.meta.get('palette') or 'random'
+        self._visualizer.dataset_meta = {**self.meta, 'palette': palette}
 
     @torch.no_grad()
     def __call__(self, path: str | Path) -> tuple[np.ndarray, Any]:
@@ -218,6 +232,11 @@ class Predictor:
             out_file=str(path),
             **scores,
         )
+
+
+def _colours(number: int) -> list[list[int]]:
+    """Those that mmsegmentation's data sets give to classes without any."""
+    return np.random.RandomState(42).randint(0, 255, size=(number, 3)).tolist()
 
 
 def displayable(image: np.ndarray) -> np.ndarray:
@@ -287,9 +306,9 @@ class CocoWriter:
                 id=self._count + 1,
                 image_id=image_id,
                 category_id=self.categories[label]['id'],
-                bbox=[round(v, 2) for v in (x1, y1, x2 - x1, y2 - y1)],
-                score=round(score, 5),
-                area=round((x2 - x1) * (y2 - y1), 2),
+                bbox=[x1, y1, x2 - x1, y2 - y1],  # not rounded: as test.py evaluates them
+                score=score,
+                area=(x2 - x1) * (y2 - y1),
                 iscrowd=0,
             )
             if masks is not None:

@@ -3,12 +3,15 @@
 None of these raises in the hosts: labels shift, the metrics look fine or are all zero.
 """
 
+import difflib
 import itertools
+import json
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+from mmengine import fileio
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
@@ -86,24 +89,49 @@ def check_dataset(dataset: Any, model: nn.Module) -> None:
         return
     if isinstance(classes, str):
         raise DataError(f'{kind}: classes is one text\n  add a comma: classes=({classes!r},)')
-    found = getattr(dataset, 'cat_ids', None)
-    if found is not None and len(found) < len(classes):
-        raise DataError(
-            f'{kind}: {len(classes)} classes in the config, and {dataset.ann_file} has '
-            f'{len(found)} of them\n  classes={tuple(classes)}: the labels of those behind a name '
-            'that it does not have shift\n  write the names as its `categories` do'
-        )
+    _check_names(dataset, list(classes))
+    # Boxes are of things alone, where data have stuff as well.
+    boxes = len(dataset.metainfo.get('thing_classes') or classes)
     for name, module in _heads(model):
-        if module.num_classes < len(classes):
+        wanted = boxes if 'bbox' in name or 'mask' in name else len(classes)
+        one_logit = getattr(module, 'out_channels', None) == 1 and wanted <= 2
+        if module.num_classes < wanted and not one_logit:
             raise DataError(
-                f'{name} has num_classes={module.num_classes}, {kind} has {len(classes)} classes '
-                f'({", ".join(map(str, classes[:4]))}, ...)\n  set num_classes={len(classes)} there'
+                f'{name} has num_classes={module.num_classes}, {kind} has {wanted} classes '
+                f'({", ".join(map(str, classes[:4]))}, ...)\n  set num_classes={wanted} there'
             )
     _check_masks(dataset, len(classes), {IGNORED, *_ignored(model)})
 
 
+def _check_names(dataset: Any, classes: list[str]) -> None:
+    """The hosts number the categories that they find by name: one that is not found shifts others.
+
+    The last ones may be missing: the numbers of the others are the same without them.
+    """
+    found = getattr(dataset, 'cat_ids', None)
+    if found is None or len(found) >= len(classes):
+        return
+    arguments = getattr(dataset, 'backend_args', None)
+    content = json.loads(fileio.get_text(dataset.ann_file, backend_args=arguments))
+    there = [category['name'] for category in content['categories']]
+    missing = [name for name in classes if name not in there]
+    if missing == classes[len(found) :] and found:
+        return
+    near = [difflib.get_close_matches(name, there, n=1) for name in missing[:4]]
+    meant = ', '.join(f'{a!r} for {b[0]!r}' for a, b in zip(missing, near) if b)
+    raise DataError(
+        f'{type(dataset).__name__}: {dataset.ann_file} has no category {", ".join(missing[:4])}'
+        f'{", ..." if len(missing) > 4 else ""}, and the labels of the classes behind it shift\n'
+        f'  its categories: {", ".join(there[:8])}{", ..." if len(there) > 8 else ""}'
+        + (f'\n  is it {meant}?' if meant else '')
+        + '\n  write the names of metainfo.classes as the file does'
+    )
+
+
 def _heads(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """The heads that tell the classes of the data apart."""
+    if hasattr(model, 'language_model'):
+        return  # its heads tell words of a text apart
     for name, module in model.named_modules():
         # A region proposal tells objects from background; a backbone's classes are ImageNet's.
         other = 'rpn' in name or 'backbone' in name or 'semantic' in name
