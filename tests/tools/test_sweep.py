@@ -38,6 +38,7 @@ CONVERTED = {
         'MMSyncBN, which is built where several processes run alone'
     ),
     'mmdet::centernet/centernet_r18_8xb16-crop512-140e_coco.py': 'transposed convolutions',
+    'mmdet::dcn/mask-rcnn_r50-dconv-c3-c5_fpn_1x_coco.py': 'deformable convolutions',
     'mmseg::deeplabv3/deeplabv3_r50-d8_4xb2-40k_cityscapes-512x1024.py': 'image pooling',
     'mmseg::deeplabv3plus/deeplabv3plus_r18-d8_4xb2-80k_cityscapes-512x1024.py': 'depthwise',
     'mmseg::pspnet/pspnet_r18-d8_4xb2-80k_cityscapes-512x1024.py': 'pyramid pooling',
@@ -50,7 +51,6 @@ CONVERTED = {
     'mmseg::segformer/segformer_mit-b0_8xb2-160k_ade20k-512x512.py': 'transformer with a BN head',
 }
 OTHERS = {
-    'mmdet::dcn/mask-rcnn_r50-dconv-c3-c5_fpn_1x_coco.py': 'all but DCN',
     'mmdet::ssd/ssd300_coco.py': 'nothing to convert',
     'mmseg::segmenter/segmenter_vit-t_mask_8xb1-160k_ade20k-512x512.py': 'nothing to convert',
 }
@@ -97,9 +97,15 @@ def test_the_sweep_goes_on_where_it_was_killed(tmp_path):
     records = tool.read(file)
     assert list(records) == ['mmdet::a/b.py']
     names = ['mmdet::a/b.py', 'mmdet::a/c.py', 'mmdet::a/d.py']
-    assert tool.jobs(records, names, False, []) == names[1:]
-    assert tool.jobs(records, names, False, ['converted']) == names
-    assert tool.jobs(records, names, True, []) == names[:1]
+    assert list(tool.jobs(records, names, False, [])) == [(n, False) for n in names[1:]]
+    assert list(tool.jobs(records, names, False, ['converted'])) == [(n, False) for n in names]
+    records['mmdet::a/c.py'] = dict(done, network='y', original={}, converted={})
+    jobs = tool.jobs(records, [*names, 'mmdet::a/e.py'], True, [])
+    assert next(jobs) == (names[0], True)  # c.py was run
+    for name, network in ((names[2], 'x'), ('mmdet::a/e.py', 'z')):
+        assert next(jobs) == (name, False)
+        records[name] = dict(done, network=network)
+    assert list(jobs) == [('mmdet::a/e.py', True)]  # as a network that was not seen before
 
 
 def test_the_table_counts():
@@ -113,8 +119,7 @@ def test_the_table_counts():
         'mmdet::a/2.py': dict(base, outcome='failed', reason='ValueError: a | b'),
         'mmdet::a/3.py': dict(
             base,
-            outcome='all but DCN',
-            reason='DCN',
+            outcome='converted',
             network='y',
             original=whole,
             converted=Trial(OK, OK, why, size=64).as_dict(),
@@ -122,8 +127,8 @@ def test_the_table_counts():
         'mmseg::b/1.py': dict(base, outcome='nothing to convert', reason='no norm'),
     }
     text = report(records, 4)
-    assert '| mmdet | 3 | 1 | 1 | 0 | 0 | 0 | 1 | 3 | 66.7 % |' in text
-    assert '| mmseg | 1 | 0 | 0 | 1 | 0 | 0 | 0 | 0 |  |' in text
+    assert '| mmdet | 3 | 2 | 0 | 0 | 1 | 3 | 66.7 % |' in text
+    assert '| mmseg | 1 | 0 | 1 | 0 | 0 | 0 |  |' in text
     assert 'ValueError: a \\| b' in text
     assert '| as shipped | 2 | 2 | 2 | 2 |' in text and '| converted | 2 | 2 | 1 | 1 |' in text
     assert 'less far converted than as shipped: 1.' in text

@@ -1,10 +1,10 @@
 """Converts every config that the installed mmdet and mmseg ship, and tabulates what comes of it.
 
-Each config is converted, built, audited, written and read back; with --run, one config of every
-different network is also built, initialised, trained a step and evaluated, as shipped and
-converted. Results go to a file of JSON lines as they come: run it again to
-go on where it stopped. The tables go between two marks of a Markdown file; what stands around them
-stays.
+Each config is converted, built, audited, written and read back; with --run, the first config of
+every different network is also built, initialised, trained a step and evaluated, as shipped and
+converted. The first config of each folder comes first. Results go to a file of JSON lines as they
+come: run it again to go on where it stopped. The tables go between two marks of a Markdown file;
+what stands around them stays.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # also from a clone not installed
@@ -66,23 +67,34 @@ def family_by_family(names: list[str]) -> list[str]:
     return sorted(names, key=lambda name: rank[name])
 
 
-def jobs(records: dict[str, dict], names: list[str], run: bool, again: list[str]) -> list[str]:
-    """What is still to be done."""
+def jobs(
+    records: dict[str, dict], names: list[str], run: bool, again: list[str]
+) -> Iterator[tuple[str, bool]]:
+    """What is still to be done: configs, and whether to run their network.
+
+    With ``run`` a config of a network that was not tried comes twice: the first time shows which
+    network it has.
+
+    Args:
+        records: What is known by config; what comes of a job is looked up there before the next.
+        names: The configs.
+        run: Also the networks.
+        again: See the command line.
+    """
     from sweep_report import got_through
 
-    if not run:
-        return [n for n in names if n not in records or records[n]['outcome'] in again]
-    done = {
+    tried = {
         r['network']
         for r in records.values()
         if 'converted' in r and ('not whole' not in again or got_through(r['converted']))
     }
-    first: dict[str, str] = {}
     for name in names:
+        if name not in records or records[name]['outcome'] in again:
+            yield name, False
         network = records.get(name, {}).get('network')
-        if network is not None and network not in done:
-            first.setdefault(network, name)
-    return list(first.values())
+        if run and network is not None and network not in tried:
+            tried.add(network)
+            yield name, True
 
 
 def main() -> None:
@@ -97,25 +109,27 @@ def main() -> None:
     names = family_by_family(names)
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    todo = jobs(read(out), names, args.run, args.again)
-    print(f'{len(names)} configs, {len(todo)} to do')
+    records = read(out)
+    print(f'{len(names)} configs, {sum(name not in records for name in names)} not seen yet')
     end, worker = time.monotonic() + args.seconds, Worker()
     with tempfile.TemporaryDirectory() as folder, out.open('a') as file:
         if out.stat().st_size and not out.read_bytes().endswith(b'\n'):
             file.write('\n')
-        for i, name in enumerate(todo):
+        for name, run in jobs(records, names, args.run, args.again):
             if time.monotonic() > end:
                 print(f'stopped after {args.seconds:.0f} s: run again to go on')
                 break
-            written = None if args.no_write else Path(folder) / 'converted.py'
-            record = worker.examine(name, args.run, written, args.timeout)
+            written = None if run or args.no_write else Path(folder) / 'converted.py'
+            record = worker.examine(name, run, written, args.timeout)
+            records.setdefault(name, {}).update(record)
             file.write(json.dumps(record) + '\n')
             file.flush()
-            print(f'{i + 1}/{len(todo)} {name}: {record["outcome"]} {record["reason"][:80]}')
+            what = 'run, ' if run else ''
+            print(f'{name}: {what}{record["outcome"]} {record["reason"][:80]}', flush=True)
     worker.stop()
     if args.report:
-        records = {n: r for n, r in read(out).items() if n in set(names)}
-        write_report(Path(args.report), report(records, len(names)))
+        known = {n: r for n, r in records.items() if n in set(names)}
+        write_report(Path(args.report), report(known, len(names)))
 
 
 if __name__ == '__main__':
