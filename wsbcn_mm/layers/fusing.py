@@ -33,7 +33,7 @@ def refuse_to_fuse(model: nn.Module) -> None:
 
     """
     for module in model.modules():
-        for name in _folding_methods(type(module)):
+        for name in _folding_methods(type(module)):  # type: ignore[arg-type]
             if any(isinstance(child, OURS) for child in module.modules()):
                 setattr(module, name, functools.partial(_instead, module, name))
 
