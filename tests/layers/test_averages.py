@@ -170,3 +170,14 @@ def test_the_number_1_and_a_tensor_of_1_are_the_same():
             alone = x.var((0, 2, 3), correction=0)
             torch.testing.assert_close(tensors.bn.running_var, alone)
     torch.testing.assert_close(tensors.bn.running_var, numbers.bn.running_var, rtol=1e-6, atol=1e-6)
+
+
+def test_a_loop_around_compiled_code_gets_the_variances_within_its_inputs():
+    torch._dynamo.reset()
+    norm = BatchChannelNorm2d(8, 4, momentum=1.0).double()
+    run = torch.compile(norm, backend='eager')
+    for x in WIDE[:3]:
+        run(x)
+        torch.testing.assert_close(norm.bn.running_mean, x.mean((0, 2, 3)))
+        torch.testing.assert_close(norm.bn.running_var, x.var((0, 2, 3), correction=0))
+    torch._dynamo.reset()

@@ -142,6 +142,12 @@ def test_traced_and_exported(training):
         same(traced(X), y)
 
 
+def test_a_trace_keeps_the_dtype_of_its_weights():
+    traced = torch.jit.trace(WSConv2d(8, 4, 3).eval(), X.float(), check_trace=False)
+    with pytest.raises(RuntimeError, match='expected scalar type Double but found Float'):
+        traced.double()(X)
+
+
 @pytest.mark.parametrize('layer', [norm(), WSConv2d(3, 4, 3), WSConvTranspose2d(3, 4, 3)])
 def test_scripting_is_refused(layer):
     with pytest.raises(RuntimeError, match='script cannot take a'):
