@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.dataset.base_dataset import Compose
-from mmengine.registry import init_default_scope
+from mmengine.registry import DATASETS, init_default_scope
 
 from tests.openmmlab.test_compat import Harmless, needs_allow_list
 from tests.openmmlab.tiny import make_runner
@@ -109,6 +109,23 @@ def test_a_checkpoint_that_runs_code_is_refused_by_name(tmp_path):
         assert 'save its state_dict alone' in text
         assert '\n\n' not in text  # not torch's page of advice
     assert not touched.exists()
+
+
+@pytest.mark.parametrize('scope', ['mmdet', 'mmseg'])
+def test_a_data_set_that_finds_nothing_says_where(scope, tmp_path):
+    (tmp_path / 'a.json').write_text(json.dumps(dict(images=[], annotations=[], categories=[])))
+    (tmp_path / 'images').mkdir()
+    (tmp_path / 'images/a.png').write_bytes(b'')
+    init_default_scope(scope)
+    if scope == 'mmdet':
+        kind = dict(type='CocoDataset', ann_file='a.json', data_prefix=dict(img='images'))
+        kind |= dict(filter_cfg=dict(filter_empty_gt=True), metainfo=dict(classes=('disc',)))
+        words = rf'{tmp_path}/a\.json, .*images\n.*filter_empty_gt.*objects of disc'
+    else:
+        kind = dict(type='BaseSegDataset', data_prefix=dict(img_path='images'), img_suffix='.jpg')
+        words = rf"{tmp_path}/images\n  img_suffix='\.jpg': do the names end like that"
+    with pytest.raises(compat.DataError, match=rf'has no image: {words}'):
+        DATASETS.build(dict(kind, data_root=str(tmp_path)))
 
 
 def test_an_error_besides_damaged_annotations_is_not_swallowed(tmp_path):

@@ -11,6 +11,7 @@ Each function names the gap, and does nothing where it is not there:
   name and what to do, from disk or from an address.
 - `name_the_file_of_a_failed_transform`: an unreadable image or mask is an error without a name.
 - `torchvision_ops.apply`: mmcv without compiled operators, where the user asks for torchvision's.
+- `say_where_no_image_is`: a data set that found nothing fails in numpy.
 - `fuse_standardized_weights`: mmcv's fuse_conv_bn would fold a BatchNorm into the raw weight.
 
 `require` tells the user what to install, with the command; `unwrapped` looks into the hosts'
@@ -44,6 +45,7 @@ def apply() -> None:
     checkpoints.allow_checkpoint_globals()
     checkpoints.guard_loaders()
     name_the_file_of_a_failed_transform()
+    say_where_no_image_is()
     if find_spec('mmcv') is not None:
         torchvision_ops.apply()
         fuse_standardized_weights()
@@ -136,6 +138,39 @@ def name_the_file_of_a_failed_transform() -> None:
 
     call.names_the_file = True  # type: ignore[attr-defined]
     Compose.__call__ = call
+
+
+def say_where_no_image_is() -> None:
+    """Names the place and the settings of a data set that has no image."""
+    from mmengine.dataset import BaseDataset
+
+    original = BaseDataset._serialize_data
+    if getattr(original, 'says_where', False):
+        return
+
+    def _serialize_data(self):
+        if not self.data_list:
+            raise DataError(no_image_in(self))
+        return original(self)
+
+    _serialize_data.says_where = True  # type: ignore[attr-defined]
+    BaseDataset._serialize_data = _serialize_data
+
+
+def no_image_in(dataset: Any) -> str:
+    """What to say of a data set without images: where it looked, and what may have kept them out."""
+    places = [
+        getattr(dataset, 'ann_file', ''),
+        *(getattr(dataset, 'data_prefix', None) or {}).values(),
+    ]
+    text = f'{type(dataset).__name__} has no image: {", ".join(str(p) for p in places if p)}'
+    suffix = getattr(dataset, 'img_suffix', None)
+    if suffix:
+        text += f'\n  img_suffix={suffix!r}: do the names end like that?'
+    if getattr(dataset, 'filter_cfg', None):
+        classes = ', '.join(map(str, (dataset.metainfo.get('classes') or ())[:4]))
+        text += f'\n  filter_cfg={dict(dataset.filter_cfg)}: have they objects of {classes}, ...?'
+    return text
 
 
 def fuse_standardized_weights() -> None:

@@ -18,7 +18,7 @@ from mmengine.runner import Runner
 from torch import nn
 from torch.utils.data import ConcatDataset, Dataset
 
-from wsbcn_mm.openmmlab.compat import DataError, unwrapped
+from wsbcn_mm.openmmlab.compat import DataError, no_image_in, unwrapped
 
 IGNORED = 255  # what a mask says where it says nothing, in mmsegmentation
 FEW, MANY = 8, 200  # masks that are looked at
@@ -78,12 +78,7 @@ def check_dataset(dataset: Any, model: nn.Module) -> None:
     """
     kind = type(dataset).__name__
     if len(dataset) == 0:
-        prefix = getattr(dataset, 'data_prefix', None) or {}
-        suffix = getattr(dataset, 'img_suffix', None)
-        raise DataError(
-            f'{kind} has no image: {getattr(dataset, "ann_file", "") or ""} {dict(prefix)}'
-            + (f'\n  img_suffix={suffix!r}: do the names end like that?' if suffix else '')
-        )
+        raise DataError(no_image_in(dataset))
     classes = dataset.metainfo.get('classes')
     if not classes:
         return
