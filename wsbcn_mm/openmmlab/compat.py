@@ -158,12 +158,10 @@ def say_where_no_image_is() -> None:
 
 
 def no_image_in(dataset: Any) -> str:
-    """What to say of a data set without images: where it looked, and what may have kept them out."""
-    places = [
-        getattr(dataset, 'ann_file', ''),
-        *(getattr(dataset, 'data_prefix', None) or {}).values(),
-    ]
-    text = f'{type(dataset).__name__} has no image: {", ".join(str(p) for p in places if p)}'
+    """Where a data set without images looked for them, and what may have kept them out."""
+    prefixes = getattr(dataset, 'data_prefix', None) or {}
+    places = ', '.join(str(p) for p in (getattr(dataset, 'ann_file', ''), *prefixes.values()) if p)
+    text = f'{type(dataset).__name__} has no image: {places}'
     suffix = getattr(dataset, 'img_suffix', None)
     if suffix:
         text += f'\n  img_suffix={suffix!r}: do the names end like that?'

@@ -14,16 +14,21 @@ from wsbcn_mm.openmmlab.config import PRETRAINED, dataset_class, datasets_of, ty
 
 HOSTS = ('mmengine', 'mmdet', 'mmseg', 'mmpretrain')
 
-COCO_LAYOUT = """\
+# By what the name of the dataset's class holds.
+LAYOUTS = {
+    'Coco': """\
   expected layout (`ln -s /path/to/coco data/coco` puts it there):
     data/coco/annotations/instances_{train,val}2017.json
-    data/coco/{train,val}2017/*.jpg"""
-VOC_LAYOUT = """\
+    data/coco/{train,val}2017/*.jpg
+""",
+    'VOC': """\
   expected layout (`ln -s /path/to/VOCdevkit data/VOCdevkit` puts it there):
     data/VOCdevkit/VOC2012/ImageSets/Segmentation/{train,val}.txt
     data/VOCdevkit/VOC2012/{JPEGImages/*.jpg,SegmentationClass/*.png}
   configs of VOC aug also need ImageSets/Segmentation/aug.txt and SegmentationClassAug/*.png, which
-  mmsegmentation's tools/dataset_converters/voc_aug.py makes from the SBD download"""
+  mmsegmentation's tools/dataset_converters/voc_aug.py makes from the SBD download
+""",
+}
 
 
 def check_data(cfg: Config, *loaders: str) -> None:
@@ -46,9 +51,9 @@ def check_data(cfg: Config, *loaders: str) -> None:
             continue
         for path in _files_of(dataset):
             if not is_address(path) and not os.path.exists(path):
+                layout = next((text for name, text in LAYOUTS.items() if name in kind), '')
                 raise FileNotFoundError(
-                    f'{loader}: {kind} needs {path}, which does not exist\n'
-                    f'{VOC_LAYOUT if "VOC" in kind else COCO_LAYOUT}\n'
+                    f'{loader}: {kind} needs {path}, which does not exist\n{layout}'
                     f'  or name another place: --cfg-options {loader}.dataset.data_root=...'
                 )
 

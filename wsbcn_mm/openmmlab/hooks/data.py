@@ -91,9 +91,10 @@ def check_dataset(dataset: Any, model: nn.Module) -> None:
         wanted = boxes if 'bbox' in name or 'mask' in name else len(classes)
         one_logit = getattr(module, 'out_channels', None) == 1 and wanted <= 2
         if module.num_classes < wanted and not one_logit:
+            shown = ', '.join(map(str, classes[:4])) + (', ...' if len(classes) > 4 else '')
             raise DataError(
                 f'{name} has num_classes={module.num_classes}, {kind} has {wanted} classes '
-                f'({", ".join(map(str, classes[:4]))}, ...)\n  set num_classes={wanted} there'
+                f'({shown})\n  set num_classes={wanted} there'
             )
     _check_masks(dataset, len(classes), {IGNORED, *_ignored(model)})
 
