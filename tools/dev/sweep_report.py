@@ -38,19 +38,19 @@ def report(records: dict[str, dict], total: int) -> str:
     for package in sorted({name.partition('::')[0] for name in records}):
         lines.append(_row(package, [r for n, r in records.items() if n.startswith(package)]))
     lines += [_row('all', list(records.values())), '', *_state(records, converted, total)]
-    lines += ['', '## Why', '', '| package | outcome | reason | configs |', '|---|---|---|--:|']
+    lines += ['', '### Why', '', '| package | outcome | reason | configs |', '|---|---|---|--:|']
     why = Counter(
         (n.partition('::')[0], r['outcome'], _cell(r['reason']))
         for n, r in records.items()
         if r['outcome'] != 'converted'
     )
     lines += [f'| {p} | {o} | {w} | {n} |' for (p, o, w), n in sorted(why.items())]
-    lines += ['', '## What converted configs keep', '', '| reason | configs |', '|---|--:|']
+    lines += ['', '### What converted configs keep', '', '| reason | configs |', '|---|--:|']
     kept = Counter(t for r in converted for t in {_kept(text) for text in r['left']})
     lines += [f'| {text} | {n} |' for text, n in kept.most_common()]
     lines += [
         '',
-        '## By family',
+        '### By family',
         '',
         '| family | configs | ' + ' | '.join(OUTCOMES) + ' |',
         '|---|--:|' + '--:|' * len(OUTCOMES),
@@ -120,7 +120,7 @@ def _runs(converted: list[dict]) -> list[dict]:
 def _not_clean(converted: list[dict]) -> list[str]:
     found = [(r['config'], f) for r in converted if not r['clean'] for f in r['findings']]
     rows = [f'| {name} | {_cell(f)} |' for name, f in found if not f.startswith('note')]
-    title = '## What the audit finds in converted configs'
+    title = '### What the audit finds in converted configs'
     return ['', title, '', '| config | finding |', '|---|---|', *rows] if rows else []
 
 
@@ -133,7 +133,8 @@ def _not_whole(converted: list[dict]) -> list[str]:
     )
     if not rows:
         return []
-    head = ['', '## Networks that did not get through', '', '| converted | as shipped | networks |']
+    title = '### Networks that did not get through'
+    head = ['', title, '', '| converted | as shipped | networks |']
     lines = [f'| {converted} | {original} | {n} |' for (converted, original), n in rows.items()]
     return [*head, '|---|---|--:|', *sorted(lines)]
 
@@ -148,7 +149,7 @@ def _failure(trial: dict) -> str:
 
 def _others(records: dict[str, dict]) -> list[str]:
     """Every config that is not simply converted, by name."""
-    lines = ['', '## The configs that are not simply converted', '']
+    lines = ['', '### The configs that are not simply converted', '']
     outcomes = defaultdict(list)
     for name, record in sorted(records.items()):
         if record['outcome'] != 'converted':
