@@ -137,7 +137,8 @@ def test_an_error_besides_damaged_annotations_is_not_swallowed(tmp_path):
         with command_line.errors_of_a_run(cfg, 'train_dataloader'):
             action()
 
-    with pytest.raises(SystemExit, match=rf'error: train_dataloader: {path} is damaged'):
+    words = rf'error: train_dataloader: {path} is damaged.*\n  it ended in JSONDecodeError: '
+    with pytest.raises(SystemExit, match=words):
         run(lambda: json.loads(path.read_text()))
     with pytest.raises(
         compat.DataError, match=r'(?s)ZeroDivisionError.*\nand besides.*damaged'

@@ -18,6 +18,7 @@ from wsbcn_mm.openmmlab.checkpoints import (
     CheckpointRefused,
     check_checkpoint,
 )
+from wsbcn_mm.openmmlab.errors import first_line
 from wsbcn_mm.openmmlab.files import latest_complete
 from wsbcn_mm.openmmlab.registry import ATOMIC_CHECKPOINT_HOOK, ESTIMATES_HOOK, NORM_NAMED
 
@@ -96,7 +97,7 @@ def errors_of_a_run(cfg: Config, *loaders: str) -> Iterator[None]:
         if not damaged:
             raise
         if preflight.comes_from_annotations(error):
-            sys.exit(f'error: {damaged}')
+            sys.exit(f'error: {damaged}\n  it ended in {type(error).__name__}: {first_line(error)}')
         raise compat.DataError(f'{type(error).__name__}: {error}\nand besides {damaged}') from error
 
 

@@ -176,8 +176,15 @@ def damaged_annotations(cfg: Config, *loaders: str) -> list[str]:
     return list(dict.fromkeys(lines))
 
 
-# Who reads annotation files, and what is in them, by the beginning of the module's name.
-READERS = ('json', 'mmdet.datasets', 'mmdet.evaluation', 'mmengine.fileio', 'pycocotools')
+# Who reads annotation files, and what is in them, by the beginning of the module's name. Transforms
+# of images are no part of them.
+READERS = (
+    'json.decoder',
+    'mmdet.datasets.api_wrappers',
+    'mmdet.datasets.coco',
+    'mmdet.evaluation',
+    'pycocotools',
+)
 
 
 def comes_from_annotations(error: BaseException) -> bool:
