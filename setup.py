@@ -94,6 +94,7 @@ setup(
         'wsbcn_mm': ['py.typed', '.mim/model-index.yml', '.mim/configs/**/*', '.mim/tools/**/*']
     },
     include_package_data=False,
+    entry_points=dict(console_scripts=['wsbcn-mm=wsbcn_mm.command:main']),
     install_requires=['torch>=2.6'],  # wsbcn_mm/compat.py says up to which it was tested
     extras_require={'openmmlab': pins('openmmlab'), 'dev': pins('dev')},
     classifiers=[

@@ -87,6 +87,7 @@ def test_import_and_use_with_torch_alone():
 # A module may import from its own unit and from units of a lower level. A unit is the first name
 # after `wsbcn_mm`: a module, or a package with all that is in it.
 LEVELS = {
+    'command': 5,
     'openmmlab': 5,
     'audit': 4,
     'checkpoint_layouts': 4,
@@ -379,3 +380,10 @@ def test_public_names_are_documented(name):
 def test_version_is_a_version():
     major, minor, patch = wsbcn_mm.__version__.split('.')[:3]
     assert major.isdigit() and minor.isdigit() and patch[0].isdigit()
+
+
+@pytest.mark.parametrize(
+    'name', ['audit', 'backends', 'convert', 'diagnostics', 'estimates', 'recalibration']
+)
+def test_modules_that_the_pages_name_are_there_after_the_import(name):
+    assert inspect.ismodule(vars(wsbcn_mm)[name])

@@ -24,3 +24,4 @@ run "$python" tools/train.py "$config" --work-dir "$work"
 checkpoint=$(cat "$work/last_checkpoint")
 run "$python" tools/test.py "$config" "$checkpoint" --work-dir "$work/test" --show-dir pictures
 run "$python" tools/analysis_tools/report.py "$work" --started "$started"
+echo "your own data, on one GPU: docs/your_data.md; $config is a config to begin with"

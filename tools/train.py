@@ -31,7 +31,40 @@ def parse_args() -> argparse.Namespace:
         const='auto',
         help='resume from this checkpoint; without a value from the latest in the work dir',
     )
+    parser.add_argument(
+        '--audit',
+        choices=('print', 'stop', 'off'),
+        default='print',
+        help='before training, what tools/analysis_tools/audit.py finds is printed; stop: errors '
+        'and warnings end the run; default: print',
+    )
     return command_line.parse(parser)
+
+
+def print_audit(cfg: Config, mode: str) -> None:
+    """Audits what is about to be trained; ``mode`` as ``--audit``.
+
+    Raises:
+        ValueError: an error or a warning was found, and ``mode`` is ``'stop'``.
+    """
+    from wsbcn_mm.audit import has_problems
+    from wsbcn_mm.openmmlab import command_line
+    from wsbcn_mm.openmmlab.conversion import recipe
+    from wsbcn_mm.openmmlab.conversion.audit import audit_config
+    from wsbcn_mm.openmmlab.conversion.probe import CannotBuild
+
+    rank, world = command_line.processes(cfg.launcher)
+    if mode == 'off' or rank > 0:
+        return
+    try:
+        findings = audit_config(recipe.as_scaled(cfg, world), gpus=world)
+    except CannotBuild as error:  # it may build where it is trained; if not, that is said there
+        print(f'audit: {error}', file=sys.stderr)
+        return
+    for finding in findings:
+        print(f'audit: {finding}', file=sys.stderr)
+    if mode == 'stop' and has_problems(findings):
+        raise ValueError('--audit stop: training was not started because of the findings above')
 
 
 def configure(args: argparse.Namespace) -> Config:
@@ -58,6 +91,7 @@ def configure(args: argparse.Namespace) -> Config:
     preflight.check_pretrained(cfg)
     preflight.check_data(cfg, 'train_dataloader', 'val_dataloader')
     command_line.harden(cfg)
+    print_audit(cfg, args.audit)
     config.add_hook(cfg, dict(type='CheckpointReportHook'))
     config.add_hook(cfg, dict(type='DataCheckHook'))
     command_line.prepare_distributed(cfg, args.launcher)

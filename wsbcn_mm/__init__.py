@@ -8,6 +8,14 @@ the layers there, so that a config says ``custom_imports = dict(imports=['wsbcn_
 from importlib.util import find_spec
 
 import wsbcn_mm.compat  # first: it refuses a torch that lacks what the others need
+from wsbcn_mm import (  # noqa: F401  README names them so
+    audit,
+    backends,
+    convert,
+    diagnostics,
+    estimates,
+    recalibration,
+)
 from wsbcn_mm.folding import fold
 from wsbcn_mm.functional import batch_channel_norm, weight_standardize
 from wsbcn_mm.layers import (

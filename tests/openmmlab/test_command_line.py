@@ -36,6 +36,23 @@ def test_draw_pictures_needs_the_hook():
     )
 
 
+def test_every_picture_is_drawn_unless_the_config_says_otherwise():
+    for given, interval in ((dict(), 1), (dict(interval=5), 5)):
+        hook = dict(type='SegVisualizationHook', **given)
+        cfg = Config(dict(default_hooks=dict(visualization=hook), visualizer={}, work_dir='w'))
+        command_line.draw_pictures(cfg, False, 'pictures', 0)
+        assert cfg.default_hooks.visualization.interval == interval
+
+
+def test_which_process_this_is(monkeypatch):
+    for name in ('RANK', 'WORLD_SIZE', 'SLURM_PROCID', 'SLURM_NTASKS'):
+        monkeypatch.delenv(name, raising=False)
+    assert command_line.processes('none') == command_line.processes('pytorch') == (0, 1)
+    monkeypatch.setenv('SLURM_PROCID', '3')
+    monkeypatch.setenv('SLURM_NTASKS', '8')
+    assert command_line.processes('slurm') == (3, 8) and command_line.processes('none') == (0, 1)
+
+
 def test_augment_test_replaces_the_innermost_pipeline():
     with pytest.raises(ValueError, match='tta_model and tta_pipeline'):
         command_line.augment_test(Config(dict(model=dict(type='M'))))

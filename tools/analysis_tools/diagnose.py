@@ -64,6 +64,9 @@ def main() -> None:
     for name, value in numbers['summary'].items():
         if value is not None:
             print(f'  {name:<22} {value:.4g}')
+    for finding in numbers['verdict']:
+        advice = f'\n    try: {finding["advice"]}' if finding['advice'] else ''
+        print(f'{finding["level"]}: {finding["text"]}{advice}')
     print(f'  page                   {out / "index.html"}')
 
 

@@ -28,6 +28,16 @@ THIS, OTHER = '#0a6c74', '#d98032'
 
 # Measure -> (what people call it, what it means, where it should be).
 MEASURES = {
+    'skill': (
+        'skill',
+        'share that is right of what the commonest class leaves open; of boxes: the share found',
+        'near 1',
+    ),
+    'loss_fallen': (
+        'fall of the loss',
+        'from the first to the last tenth of the training that made the checkpoint',
+        'large',
+    ),
     'dead_channels': (
         'dead channels',
         'share of channels that their ReLU switches off in every image',
@@ -73,6 +83,7 @@ h1{font-size:1.6em} h2{font-size:1.2em;margin-top:2em;border-bottom:1px solid #d
 table{border-collapse:collapse;margin:1em 0} td,th{padding:.3em .8em;text-align:left;
 border-bottom:1px solid #e4e4e4} td.n{text-align:right;font-variant-numeric:tabular-nums}
 img{max-width:100%} small,.quiet{color:#666} .this{color:#0a6c74} .other{color:#b9651b}
+li.bad{color:#b00} li.doubtful{color:#9a6700}
 details{margin:1em 0} code{background:#f3f3f3;padding:.1em .3em;overflow-wrap:anywhere}
 """
 
@@ -114,15 +125,9 @@ def write_page(numbers: dict, target: Path, other: dict | None = None) -> None:
         f'<h1>Diagnosis: {names}</h1>',
         *(_origin(*model) for model in models),
         '<h2>In short</h2>',
+        *(_verdict(numbers, label) for numbers, _, label in models),
         _summary(models),
-        '<h2>Are channels switched off?</h2>',
-        '<p>A channel whose ReLU is off for every input takes no part any more, nor does it get a '
-        'gradient: an elimination singularity (arXiv 1911.09738). Layers from input to output.</p>',
-        _picture(plot_singularities(models), 'dead channels and distance by layer'),
-        '<p>Each dot is a channel: mean and deviation of what its ReLU gets, in units of the '
-        'layer’s rms. Behind a BatchNorm all lie close together, near (0, 1); a channel far left '
-        'of the line is off almost always (mean below −2 deviations).</p>',
-        _picture(plot_channels(models), 'mean and deviation of every channel'),
+        *_switched_off(models),
         '<h2>Are the running estimates right?</h2>',
         _estimates(models),
         '<h2>Does Weight Standardization smooth the gradient?</h2>',
@@ -148,6 +153,33 @@ def _origin(numbers: dict, colour: str, label: str) -> str:
         f'{html.escape(", ".join(f"{n} {kind}" for kind, n in numbers["layers"].items()))}; '
         f'{numbers["images"]} validation images, {len(numbers["smoothness"])} training batches</p>'
     )
+
+
+def _verdict(numbers: dict, label: str) -> str:
+    lines = [
+        f'<li class="{finding["level"]}">{html.escape(finding["text"])}'
+        + (f'<br><small>try: {html.escape(finding["advice"])}</small>' if finding['advice'] else '')
+        + '</li>'
+        for finding in numbers.get('verdict', [])  # older files have none
+    ]
+    return f'<p>{label}:</p><ul>{"".join(lines)}</ul>' if lines else ''
+
+
+def _switched_off(models: list) -> list[str]:
+    """Singularities and channels; nothing for networks without ReLU."""
+    models = [model for model in models if model[0]['activations']]
+    if not models:
+        return ['<h2>Are channels switched off?</h2><p>No ReLU ran in this network.</p>']
+    return [
+        '<h2>Are channels switched off?</h2>',
+        '<p>A channel whose ReLU is off for every input takes no part any more, nor does it get a '
+        'gradient: an elimination singularity (arXiv 1911.09738). Layers from input to output.</p>',
+        _picture(plot_singularities(models), 'dead channels and distance by layer'),
+        '<p>Each dot is a channel: mean and deviation of what its ReLU gets, in units of the '
+        'layer’s rms. Behind a BatchNorm all lie close together, near (0, 1); a channel far left '
+        'of the line is off almost always (mean below −2 deviations).</p>',
+        _picture(plot_channels(models), 'mean and deviation of every channel'),
+    ]
 
 
 def _summary(models: list) -> str:

@@ -31,6 +31,14 @@ def parse_args() -> argparse.Namespace:
         help='images: a schedule by iterations is stretched, so that as many images are seen; '
         'keep: as many iterations as before; default: images',
     )
+    parser.add_argument(
+        '--backbone',
+        choices=('auto', 'keep', 'convert'),
+        default='auto',
+        help='keep: a BN backbone stays as it is with its weights, neck and heads get WS + BCN; '
+        'convert: it is converted as well, and loses them; auto: kept where its weights are on '
+        'this machine; default: auto',
+    )
     parser.add_argument('--keep-lr', action='store_true', help='do not scale the learning rate')
     parser.add_argument(
         '--keep-dcn',
@@ -60,6 +68,7 @@ def main() -> None:
             args.gpus,
             args.accumulate,
             args.schedule,
+            args.backbone,
         )
         if args.out is not None:
             write_config(conversion, args.out)

@@ -50,6 +50,19 @@ def is_address(source: str | Path) -> bool:
     return '://' in str(source)
 
 
+def at_hand(source: str | Path) -> bool:
+    """Whether loading a checkpoint needs no download: a file, or an address that was loaded before.
+
+    Downloads stay in torch's cache under the name that the address ends with, a model's name such
+    as ``resnet50`` with a hash behind it.
+    """
+    if not is_address(source):
+        return Path(source).expanduser().is_file()
+    name = str(source).rpartition('/')[2]
+    cache = Path(torch.hub.get_dir()) / 'checkpoints'
+    return any(cache.glob(name)) or any(cache.glob(f'{name}-*.pth'))
+
+
 def find_checkpoint(source: str | Path) -> Path:
     """The local file of that name, ``~`` expanded.
 

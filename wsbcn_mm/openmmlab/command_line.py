@@ -138,6 +138,20 @@ def prepare_distributed(cfg: Config, launcher: str) -> None:
     cfg.setdefault('model_wrapper_cfg', wrapper)
 
 
+def processes(launcher: str) -> tuple[int, int]:
+    """The rank of this process and the number of all, before they have been joined."""
+    if launcher == 'none':
+        return 0, 1
+    for rank, world in (
+        ('RANK', 'WORLD_SIZE'),
+        ('SLURM_PROCID', 'SLURM_NTASKS'),
+        ('OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_SIZE'),
+    ):
+        if world in os.environ:
+            return int(os.environ.get(rank, '0')), int(os.environ[world])
+    return 0, 1
+
+
 def harden(cfg: Config) -> None:
     """Adds what training with BCN needs and the config does not have.
 
@@ -207,6 +221,8 @@ def draw_pictures(cfg: Config, show: bool, show_dir: str | None, wait_time: floa
             "dict(type='DetVisualizationHook') or dict(type='SegVisualizationHook')"
         )
     hook['draw'] = True
+    if 'Seg' in hook['type']:  # every image; MMSegmentation would draw every fiftieth
+        hook.setdefault('interval', 1)
     if show:
         hook['show'], hook['wait_time'] = True, wait_time
     if show_dir:

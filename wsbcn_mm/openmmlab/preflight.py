@@ -115,7 +115,9 @@ def check_pretrained(cfg: Config) -> None:
                 '  convert a published checkpoint: tools/model_converters/convert_checkpoint.py; '
                 'the comments of configs/_base_/backbones hold the commands\n'
                 f'  or name another file: --cfg-options {place}.init_cfg.checkpoint=...\n'
-                f'  or load none, where the whole model comes from elsewhere: {place}.init_cfg=None'
+                f'  or load none, where all weights come from elsewhere: {place}.init_cfg=None\n'
+                f'  or train from scratch, with nothing frozen: {place}.init_cfg=None '
+                f'{place}.frozen_stages=-1, and a longer schedule'
             )
         check_checkpoint(path)
 

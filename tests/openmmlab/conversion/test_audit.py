@@ -128,23 +128,53 @@ def test_models_that_cannot_be_built(tmp_path):
 
 
 def test_learning_rate_of_another_batch(tmp_path):
-    source = write(tmp_path, auto_scale_lr=dict(enable=False, base_batch_size=16))
+    high = dict(SGD, lr=0.08)
+    base = dict(enable=False, base_batch_size=16)
+    source = write(tmp_path, optimizer=high, auto_scale_lr=base)
     finding = found(source)['learning-rate']
-    assert 'lr=0.01' in finding.fix
+    assert 'lr=0.04' in finding.fix
     assert 'learning-rate' not in found(source, gpus=16)
+    assert 'lr=0.02' in found(source, gpus=1)['learning-rate'].fix  # no less than was measured
+    low = write(tmp_path, auto_scale_lr=base)
+    assert 'learning-rate' not in found(low, gpus=1)
     scaled = write(tmp_path, auto_scale_lr=dict(enable=True, base_batch_size=16))
     assert 'learning-rate' not in found(scaled)
-    named = write(tmp_path, name='tiny_8xb2.py')  # the name says 2 images, the config 1
+    named = write(
+        tmp_path, name='tiny_8xb2.py', optimizer=high
+    )  # the name says 2 images, the config 1
     assert 'learning-rate' in found(named)
 
 
+def test_a_rate_with_which_so_short_a_training_learns_nothing(tmp_path):
+    """The rate of 16 images divided for one: too little in 500 steps, enough in a long run."""
+    low = dict(optimizer=dict(SGD, lr=0.00125))
+    loop = dict(type='IterBasedTrainLoop', max_iters=500)
+    source = write(tmp_path, name='tiny_1xb1.py', train_cfg=loop, **low)
+    finding = found(source)['rate-too-low']
+    assert finding.level == 'warning' and 'lr=0.02' in finding.fix and 'find_lr' in finding.fix
+    mends(finding.fix.partition(',')[0], tmp_path, source, 'rate-too-low')
+    loop['max_iters'] = 120_000
+    assert 'rate-too-low' not in found(write(tmp_path, name='t_1xb1.py', train_cfg=loop, **low))
+    stock = retinanet(norm_eval=False)
+    loop['max_iters'] = 500
+    assert 'rate-too-low' not in found(write(tmp_path, stock, train_cfg=loop, **low))
+
+
+def test_averaged_weights_without_their_estimates(tmp_path):
+    hooks = [dict(type='EstimatesHook'), dict(type='EMAHook')]
+    finding = found(write(tmp_path, custom_hooks=hooks))['averaged-estimates']
+    assert 'update_buffers=True' in finding.fix
+    hooks[1]['update_buffers'] = True
+    assert 'averaged-estimates' not in found(write(tmp_path, custom_hooks=hooks))
+
+
 def test_learning_rate_of_the_parent(tmp_path):
-    write(tmp_path, name='parent.py', images=2)
+    write(tmp_path, name='parent.py', images=2, optimizer=dict(SGD, lr=0.08))
     child = tmp_path / 'child.py'
     child.write_text("_base_ = './parent.py'\ntrain_dataloader = dict(batch_size=1)\n")
     finding = found(str(child))['learning-rate']
-    assert 'lr=0.01' in finding.fix
-    child.write_text(child.read_text() + 'optim_wrapper = dict(optimizer=dict(lr=0.01))\n')
+    assert 'lr=0.04' in finding.fix
+    child.write_text(child.read_text() + 'optim_wrapper = dict(optimizer=dict(lr=0.04))\n')
     assert 'learning-rate' not in found(str(child))
 
 

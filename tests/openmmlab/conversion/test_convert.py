@@ -66,13 +66,13 @@ def test_a_detector():
     for part in (cfg.model.neck, cfg.model.rpn_head, cfg.model.roi_head.mask_head):
         assert 'norm_cfg' not in part and 'conv_cfg' not in part
     assert cfg.train_dataloader.batch_size == 1
-    assert cfg.optim_wrapper.optimizer.lr == 0.01
+    assert cfg.optim_wrapper.optimizer.lr == 0.02  # from scratch no less, see recipe.LEAST_RATES
     assert cfg.auto_scale_lr == dict(enable=False, base_batch_size=8)
     assert cfg.custom_imports.imports == ['wsbcn_mm']
     assert any('torchvision://resnet50 dropped' in text for text in conversion.warnings)
-    text = str(conversion)
-    assert 'optim_wrapper.optimizer.lr: 0.02 -> 0.01  # linear rule: 2 -> 1 images' in text
-    assert 'total 16 -> 8' in text
+    linear = str(convert_config(MASK_RCNN, gpus=32))
+    assert 'optim_wrapper.optimizer.lr: 0.02 -> 0.04  # linear rule: 2 -> 1 images' in linear
+    assert 'total 16 -> 32' in linear
     assert audit(cfg) == []
 
 
@@ -84,8 +84,8 @@ def test_a_segmenter_in_all_three_places():
     assert model.backbone.norm_cfg == dict(type='BCN', num_groups='auto')  # a stem of 32 channels
     for part in (model.decode_head, model.auxiliary_head):
         assert part.norm_cfg == BCN and part.conv_cfg == WS
-    assert conversion.cfg.optim_wrapper.optimizer.lr == 0.005
-    assert conversion.cfg.param_scheduler[0].eta_min == 5e-5
+    assert conversion.cfg.optim_wrapper.optimizer.lr == 0.03  # from scratch, at 4 images
+    assert conversion.cfg.param_scheduler[0].eta_min == 3e-4
     assert conversion.cfg.auto_scale_lr.base_batch_size == 4
     # Half as many images per iteration, so twice as many iterations of everything.
     assert conversion.cfg.param_scheduler[0].end == conversion.cfg.train_cfg.max_iters == 80_000
@@ -174,15 +174,15 @@ def test_groups_fit_every_width_of_a_part(tmp_path):
 
 
 def test_options(tmp_path):
-    optim = dict(type='OptimWrapper', optimizer=dict(type='SGD', lr=0.02, weight_decay=1e-4))
+    optim = dict(type='OptimWrapper', optimizer=dict(type='SGD', lr=0.08, weight_decay=1e-4))
     rest = dict(optim_wrapper=optim, train_dataloader=dict(batch_size=4))
     source = tiny(tmp_path, retinanet(frozen_stages=1), 'tiny_8xb4.py', **rest)
     two = convert_config(source, images_per_gpu=2).cfg
     assert two.custom_hooks == [dict(type='EstimatesHook')]  # the rate by images per step
-    assert two.optim_wrapper.optimizer.lr == 0.01 and two.auto_scale_lr.base_batch_size == 16
+    assert two.optim_wrapper.optimizer.lr == 0.04 and two.auto_scale_lr.base_batch_size == 16
     assert two.optim_wrapper.paramwise_cfg == dict(norm_decay_mult=0.0)
     kept = convert_config(source, keep_lr=True).cfg
-    assert kept.optim_wrapper.optimizer.lr == 0.02 and 'auto_scale_lr' not in kept
+    assert kept.optim_wrapper.optimizer.lr == 0.08 and 'auto_scale_lr' not in kept
     plain = convert_config(source, conv='none').cfg
     assert 'conv_cfg' not in plain.model.backbone
     filled = convert_config(source, checkpoint='mine.pth').cfg.model.backbone

@@ -62,6 +62,69 @@ def test_a_rate_that_is_kept():
     assert found == {'train_dataloader.batch_size': 1}
 
 
+@pytest.mark.parametrize(
+    'scope, start, gpus, old, new',
+    [
+        ('mmseg', 'scratch', 1, 0.01, 0.03),  # the linear rule says 0.000625, which learns nothing
+        ('mmseg', 'pretrained', 1, 0.01, 0.01),
+        ('mmdet', 'scratch', 1, 0.02, 0.02),
+        ('mmseg', 'scratch', 4, 0.2, 0.05),  # above what is least the linear rule holds
+        ('mmseg', None, 1, 0.01, 0.000625),
+    ],
+)
+def test_the_rate_does_not_go_below_what_was_measured(scope, start, gpus, old, new):
+    cfg = config(lr=old, **BASE_16)
+    cfg.default_scope = scope
+    assert changes(cfg, images=1, gpus=gpus, start=start)[0].get(LR, old) == pytest.approx(new)
+
+
+def test_rates_of_others_are_left_to_the_linear_rule():
+    """An optimizer that was not measured, and rates by layer."""
+    cfg = config(**BASE_16)
+    cfg.optim_wrapper.optimizer.type = 'RMSprop'
+    assert changes(cfg, images=1, gpus=1, start='scratch')[0][LR] == 0.00125
+    cfg = config(**BASE_16)
+    cfg.optim_wrapper.constructor = 'LearningRateDecayOptimizerConstructor'
+    assert changes(cfg, images=1, gpus=1, start='scratch')[0][LR] == 0.00125
+
+
+def test_schedulers_rise_with_the_rate():
+    poly = dict(type='PolyLR', eta_min=1e-4, power=0.9, begin=0, end=100, by_epoch=False)
+    cfg = config(lr=0.01, param_scheduler=[poly], **BASE_16)
+    cfg.default_scope = 'mmseg'
+    found, _ = changes(cfg, images=1, gpus=1, start='scratch', stretch=False)
+    assert found['param_scheduler'] == [dict(poly, eta_min=3e-4)]
+
+
+def test_the_steps_of_a_training(tmp_path):
+    loop = dict(type='IterBasedTrainLoop', max_iters=1000)
+    cfg = config(train_cfg=loop)
+    cfg.optim_wrapper.accumulative_counts = 4
+    assert recipe.steps(cfg, processes=2) == 250
+    (tmp_path / 'a.json').write_text('{"images": [{}, {}, {}, {}, {}]}')
+    dataset = dict(type='CocoDataset', data_root=str(tmp_path), ann_file='a.json')
+    cfg = config(train_cfg=dict(type='EpochBasedTrainLoop', max_epochs=12))
+    assert recipe.steps(cfg, processes=1) is None
+    cfg.train_dataloader.dataset = dataset
+    assert recipe.steps(cfg, processes=1) == 12 * 3
+    cfg.train_dataloader.dataset = dict(type='RepeatDataset', times=3, dataset=dataset)
+    assert recipe.steps(cfg, processes=1) is None
+    (tmp_path / 'images').mkdir()
+    for name in 'abc':
+        (tmp_path / 'images' / f'{name}.png').touch()
+    prefix = dict(img_path='images')
+    folder = dict(type='BaseSegDataset', data_root=str(tmp_path), data_prefix=prefix)
+    cfg.train_dataloader.dataset = dict(folder, img_suffix='.png')
+    assert recipe.steps(cfg, processes=1) == 12 * 2
+
+
+def test_the_rate_that_mmengine_makes():
+    cfg = config(auto_scale_lr=dict(enable=True, base_batch_size=16))
+    scaled = recipe.as_scaled(cfg, processes=2)
+    assert scaled.optim_wrapper.optimizer.lr == 0.005 and cfg.optim_wrapper.optimizer.lr == 0.02
+    assert scaled.auto_scale_lr == dict(enable=False, base_batch_size=4)
+
+
 def test_iterations_follow_the_images():
     loop = dict(type='IterBasedTrainLoop', max_iters=1000, val_interval=100)
     hooks = dict(checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=100))
@@ -88,6 +151,16 @@ def test_what_counts_epochs_stays():
     loop = dict(type='EpochBasedTrainLoop', max_epochs=12, val_interval=1)
     found, _ = changes(config(train_cfg=loop, param_scheduler=steps, **BASE_16), images=1)
     assert found.keys() == {'train_dataloader.batch_size', LR, 'auto_scale_lr'}
+
+
+def test_the_line_for_a_rate():
+    cfg = config(
+        param_scheduler=[
+            dict(type='LinearLR', start_factor=0.01, end=10, by_epoch=False),
+            dict(type='PolyLR', eta_min=1e-4, power=0.9, end=100, by_epoch=False),
+        ]
+    )
+    assert recipe.rate_options(cfg, 0.2) == f'{LR}=0.2 param_scheduler.1.eta_min=0.001'
 
 
 # ---- schedulers --------------------------------------------------------------------------------

@@ -131,10 +131,13 @@ def audit_built(
         for finding in audit_model(model, images, processes, part_of=owner.__getitem__)
     ]
     findings += _frozen(nodes, model, owner)
-    findings += _learning_rate(cfg, images, gpus)
+    start = _start(cfg, nodes, model, owner)
+    findings += _learning_rate(cfg, images, gpus, start)
+    findings += _short_training(cfg, processes, start)
     findings += _weight_decay(cfg, model)
     findings += _checkpoints(cfg, nodes, model, owner)
     findings += _unsynchronised(cfg, model, processes)
+    findings += _averaged(cfg, model)
     return _by_level(findings)
 
 
@@ -258,7 +261,20 @@ def _frozen(nodes: list[Node], model: nn.Module, owner: dict[str, str]) -> list[
     return findings
 
 
-def _learning_rate(cfg: Config, images: int, gpus: int | None) -> list[Finding]:
+def _start(cfg: Config, nodes: list[Node], model: nn.Module, owner: dict[str, str]) -> str | None:
+    """What a model with our layers starts from; None: it has none, nothing was measured for it."""
+    ours = {
+        owner[name]
+        for name, module in model.named_modules()
+        if isinstance(module, (BatchChannelNorm, WeightStandardized))
+    }
+    if not ours:
+        return None
+    # A backbone that was kept has no layer of ours, and its weights all the same.
+    return 'pretrained' if _named_checkpoints(cfg, nodes) else 'scratch'
+
+
+def _learning_rate(cfg: Config, images: int, gpus: int | None, start: str | None) -> list[Finding]:
     """The learning rate belongs to another total batch than the config trains with."""
     lr, base = recipe.optimizer_setting(cfg, 'lr'), recipe.base_batch_size(cfg)
     if lr is None or (cfg.get('auto_scale_lr') or {}).get('enable'):
@@ -272,17 +288,20 @@ def _learning_rate(cfg: Config, images: int, gpus: int | None) -> list[Finding]:
         wanted = named[0] * named[1]
         why = f'lr = {lr} is for {wanted} images per step, as the name {named[0]}xb{named[1]} says'
     if wanted is None or gpus is None:
-        return _unscaled_child(cfg, images, lr)
+        return _unscaled_child(cfg, images, lr, start)
     total = gpus * images
     # A base batch size is counted per step or per micro-step; mmengine itself does the latter.
     if wanted in (total, total * recipe.accumulation(cfg)):
         return []
-    fix = _line(LR, f'{lr * total / wanted:.6g}')
+    rate = max(lr * total / wanted, recipe.least_rate(cfg, start) or 0.0)
+    if total < wanted and rate >= lr:  # the linear rule would take it too far down
+        return []
+    fix = _line(LR, f'{rate:.6g}')
     fix += f' with auto_scale_lr = dict(base_batch_size={total}), or train with --auto-scale-lr'
     return [Finding('warning', 'learning-rate', LR, f'{why}, and {total} are trained with', fix)]
 
 
-def _unscaled_child(cfg: Config, images: int, lr: float) -> list[Finding]:
+def _unscaled_child(cfg: Config, images: int, lr: float, start: str | None) -> list[Finding]:
     """A child that changed its parent's batch size, and nothing else."""
     if not cfg.filename or not Path(cfg.filename).is_file():
         return []
@@ -291,10 +310,41 @@ def _unscaled_child(cfg: Config, images: int, lr: float) -> list[Finding]:
         size, rate = recipe.images_per_gpu(old), recipe.optimizer_setting(old, 'lr')
         same_base = recipe.base_batch_size(old) == recipe.base_batch_size(cfg)
         if size and size != images and rate == lr and same_base:
+            wanted = max(lr * images / size, recipe.least_rate(cfg, start) or 0.0)
+            if images < size and wanted >= lr:
+                return []
             why = f'lr = {lr} is that of {parent}, for {size} images per GPU instead of {images}'
-            fix = _line(LR, f'{lr * images / size:.6g}')
+            fix = _line(LR, f'{wanted:.6g}')
             return [Finding('warning', 'learning-rate', LR, why, fix)]
     return []
+
+
+def _short_training(cfg: Config, processes: int, start: str | None) -> list[Finding]:
+    """A rate with which so short a training learns nothing."""
+    lr, steps = recipe.optimizer_setting(cfg, 'lr'), recipe.steps(cfg, processes)
+    least = recipe.least_rate(cfg, start)
+    if least is None or steps is None or lr >= least or lr * steps >= recipe.LEAST_ROUTE:
+        return []
+    why = (
+        f'lr = {lr} over {steps} steps is too little to learn from {start}: no training was seen '
+        f'to with less than {recipe.LEAST_ROUTE:g} = rate * steps'
+    )
+    fix = _line(LR, f'{least:g}') + ', or tools/analysis_tools/find_lr.py'
+    return [Finding('warning', 'rate-too-low', LR, why, fix)]
+
+
+def _averaged(cfg: Config, model: nn.Module) -> list[Finding]:
+    """An average of the weights that is evaluated with the statistics of the start."""
+    hooks = [*(cfg.get('custom_hooks') or []), *(cfg.get('default_hooks') or {}).values()]
+    ours = any(isinstance(module, BatchChannelNorm) for module in model.modules())
+    if not ours or not any(
+        type_name(hook) == 'EMAHook' and isinstance(hook, dict) and not hook.get('update_buffers')
+        for hook in hooks
+    ):
+        return []
+    why = 'EMAHook averages the weights and not the estimates, which then belong to other weights'
+    fix = "dict(type='EMAHook', update_buffers=True, ...)"
+    return [Finding('warning', 'averaged-estimates', 'custom_hooks', why, fix)]
 
 
 def _weight_decay(cfg: Config, model: nn.Module) -> list[Finding]:

@@ -87,6 +87,10 @@ class Conversion:
         if isinstance(value, dict):
             value = ConfigDict(value)
         parent[key] = value
+        # A place that is set twice is one change.
+        for change in [change for change in self.changes if change.where == dotted(place)]:
+            before, why = change.before, why or change.why
+            self.changes.remove(change)
         self.changes.append(Change(dotted(place), before, value, why))
 
     def restore(self, place: Place) -> None:

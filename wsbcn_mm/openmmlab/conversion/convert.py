@@ -15,6 +15,7 @@ from mmengine.config import Config, ConfigDict
 
 from wsbcn_mm.openmmlab.checkpoints import read_checkpoint
 from wsbcn_mm.openmmlab.config import find_config, read_config, with_names
+from wsbcn_mm.openmmlab.conversion import backbone as backbones
 from wsbcn_mm.openmmlab.conversion import probe, recipe
 from wsbcn_mm.openmmlab.conversion.changes import Conversion, Place, dotted, value_at
 from wsbcn_mm.openmmlab.conversion.layers import convert_layers
@@ -23,6 +24,7 @@ from wsbcn_mm.openmmlab.registry import ESTIMATES_HOOK
 
 TARGET_NORMS, TARGET_CONVS = ('BCN', 'GN'), ('WSConv2d', 'none')
 SCHEDULES = ('images', 'keep')
+BACKBONES = ('auto', 'keep', 'convert')
 
 
 def convert_config(
@@ -36,6 +38,7 @@ def convert_config(
     gpus: int | None = None,
     accumulate: int | None = None,
     schedule: str = 'images',
+    backbone: str = 'auto',
 ) -> Conversion:
     """The WS + BCN version of a config.
 
@@ -45,10 +48,12 @@ def convert_config(
     - ``norm_eval=False``, and ``frozen_stages=-1`` unless a checkpoint is given: frozen random
       weights and frozen estimates cannot learn.
     - ``batch_size`` is set; the learning rate and the schedulers' own rates follow by the linear
-      rule, ``auto_scale_lr`` with them, and all iterations that are counted, so that training sees
-      as many images as before. Norms get no weight decay.
+      rule down to what was measured at one image (`recipe.least_rate`), ``auto_scale_lr`` with
+      them, and all iterations that are counted, so that training sees as many images as before.
+      Norms get no weight decay.
     - `EstimatesHook` joins the custom hooks.
-    - Checkpoints of the parts that changed are dropped: they hold weights of other layers.
+    - Checkpoints of the parts that changed are dropped: they hold weights of other layers. A
+      backbone that was pretrained with BatchNorm is kept as it is (``backbone``).
 
     Args:
         source: A file, a name such as ``'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'``, or
@@ -65,6 +70,10 @@ def convert_config(
         accumulate: Iterations per step of the optimizer; None: as the config says.
         schedule: ``'images'``: a schedule by iterations is stretched so that as many images are
             seen; ``'keep'``: as many iterations as before.
+        backbone: ``'convert'``: as the rest. ``'keep'``: it stays as it is with its weights, its
+            BatchNorms in evaluation mode. ``'auto'``: kept where its weights were trained with
+            BatchNorm and are on this machine, and no ``checkpoint`` is given; see
+            `wsbcn_mm.openmmlab.conversion.backbone`.
 
     Raises:
         FileNotFoundError: no such config; names similar ones.
@@ -76,6 +85,7 @@ def convert_config(
     _check_choice('norm', norm, TARGET_NORMS)
     _check_choice('conv', conv, TARGET_CONVS)
     _check_choice('schedule', schedule, SCHEDULES)
+    _check_choice('backbone', backbone, BACKBONES)
     _check_count('images_per_gpu', images_per_gpu)
     for name, value in (('gpus', gpus), ('accumulate', accumulate)):
         if value is not None:
@@ -86,10 +96,12 @@ def convert_config(
         file, base = find_config(str(source))
         original = read_config(file)
     conversion = Conversion(copy.deepcopy(original), file and str(file), base, original)
-    converted = convert_layers(conversion, norm, conv, keep_dcn)
+    kept = backbones.BACKBONE if backbones.settle(conversion, backbone, checkpoint) else None
+    converted = convert_layers(conversion, norm, conv, keep_dcn, kept)
     _unfreeze(conversion, converted, checkpoint)
-    _replace_checkpoints(conversion, converted, checkpoint)
-    batch = recipe.Batch(images_per_gpu, gpus, accumulate, keep_lr, schedule == 'images')
+    _replace_checkpoints(conversion, converted, checkpoint, kept)
+    start = 'scratch' if checkpoint is None and kept is None else 'pretrained'
+    batch = recipe.Batch(images_per_gpu, gpus, accumulate, keep_lr, schedule == 'images', start)
     settings, warnings = recipe.rescaled(conversion.cfg, batch)
     conversion.warnings += warnings
     for setting in (*settings, *recipe.no_decay_of_norms(conversion.cfg)):
@@ -135,7 +147,7 @@ def _unfreeze(conversion: Conversion, converted: list[Node], checkpoint: str | N
 
 
 def _replace_checkpoints(
-    conversion: Conversion, converted: list[Node], checkpoint: str | None
+    conversion: Conversion, converted: list[Node], checkpoint: str | None, kept: Place | None
 ) -> None:
     """Drops what holds weights of other layers; ``checkpoint`` takes the place of the first."""
     cfg, dropped = conversion.cfg, []
@@ -154,7 +166,8 @@ def _replace_checkpoints(
             layers = 'GN + WS' if 'gn_ws' in init else 'other layers'
             conversion.set((*node.path, 'init_cfg'), new, f'was for {layers}')
         pretrained = recipe.pretrained_argument(node)
-        if pretrained is not None:
+        # What a segmenter has of its own goes to its backbone.
+        if pretrained is not None and not (kept is not None and node.path == kept[:-1]):
             dropped.append(pretrained)
             conversion.set((*node.path, 'pretrained'), None, 'weights of other layers')
     if checkpoint is not None:

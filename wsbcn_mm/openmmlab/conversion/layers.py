@@ -54,8 +54,17 @@ class Part:
     why_no_conv_cfg: str = ''
 
 
-def convert_layers(conversion: Conversion, norm: str, conv: str, keep_dcn: bool) -> list[Node]:
+def convert_layers(
+    conversion: Conversion, norm: str, conv: str, keep_dcn: bool, kept: Place | None = None
+) -> list[Node]:
     """Sets norm_cfg and conv_cfg; arguments as in `convert_config`.
+
+    Args:
+        conversion: Its config is changed.
+        norm: The norm.
+        conv: The convolution.
+        keep_dcn: Whether parts with deformable convolutions are converted.
+        kept: A place of the config, ``('model', 'backbone')``: it stays with all below it.
 
     Returns:
         The nodes that changed.
@@ -64,7 +73,11 @@ def convert_layers(conversion: Conversion, norm: str, conv: str, keep_dcn: bool)
         NothingToConvert: none did.
         CannotBuild: the config as it is cannot be built.
     """
-    nodes = probe.nodes(conversion.cfg)
+    nodes = [
+        node
+        for node in probe.nodes(conversion.cfg)
+        if kept is None or node.path[: len(kept)] != kept
+    ]
     parts = _parts(conversion, nodes, conv)
     for part in parts:
         conversion.set(part.norm_place, _new_norm(part, norm))

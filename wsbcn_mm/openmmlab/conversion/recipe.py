@@ -6,6 +6,9 @@ config, or a node of its model, and change nothing.
 
 from __future__ import annotations
 
+import copy
+import json
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +17,7 @@ from typing import Any
 
 from mmengine.config import Config
 
-from wsbcn_mm.openmmlab.config import PRETRAINED, type_name
+from wsbcn_mm.openmmlab.config import PRETRAINED, inner_datasets, type_name
 from wsbcn_mm.openmmlab.conversion import schedulers
 from wsbcn_mm.openmmlab.conversion.changes import Setting
 from wsbcn_mm.openmmlab.conversion.probe import Node
@@ -72,6 +75,84 @@ def optimizer_setting(cfg: Config, name: str) -> Any:
     return optimizer.get(name) if isinstance(optimizer, dict) else None
 
 
+# Measured with WS + BCN at one image per step, see docs/study.md ("The learning rate"). Weights in
+# front of a norm have no scale: what a step turns them by does not shrink with the batch as the
+# linear rule has it, and a rate that it took far down from a batch of 16 learns nothing in a short
+# run. By host (what is learned), start and optimizer.
+LEAST_RATES: dict[tuple[str, str, str], float] = {
+    ('mmseg', 'scratch', 'SGD'): 0.03,
+    ('mmseg', 'pretrained', 'SGD'): 0.01,
+    ('mmdet', 'scratch', 'SGD'): 0.02,
+    ('mmdet', 'pretrained', 'SGD'): 0.01,
+    ('mmdet', 'scratch', 'AdamW'): 0.001,
+}
+
+
+def least_rate(cfg: Config, start: str | None) -> float | None:
+    """The rate below which the linear rule does not take a config; None where none was measured.
+
+    Args:
+        cfg: The config, for its optimizer.
+        start: ``'scratch'`` or ``'pretrained'``; None: unknown.
+    """
+    wrapper, lr = cfg.get('optim_wrapper') or {}, optimizer_setting(cfg, 'lr')
+    if start is None or 'constructor' in wrapper or not isinstance(lr, (int, float)) or lr <= 0:
+        return None
+    return LEAST_RATES.get((str(cfg.get('default_scope')), start, type_name(wrapper['optimizer'])))
+
+
+# The rate times the steps of the optimizer, from which on trainings with WS + BCN had learned
+# something (docs/study.md): what turns a weight without a scale is this product.
+LEAST_ROUTE = 3.0
+LARGE = 50_000_000  # bytes of an annotation file
+
+
+def as_scaled(cfg: Config, processes: int) -> Config:
+    """A copy with the rate that mmengine makes of it where ``auto_scale_lr`` is on."""
+    cfg = copy.deepcopy(cfg)
+    base, images, lr = base_batch_size(cfg), images_per_gpu(cfg), optimizer_setting(cfg, 'lr')
+    if (cfg.get('auto_scale_lr') or {}).get('enable') and base and images and lr:
+        total = images * processes
+        cfg.optim_wrapper.optimizer.lr = float(f'{lr * total / base:.6g}')
+        cfg.auto_scale_lr.update(enable=False, base_batch_size=total)
+    return cfg
+
+
+def steps(cfg: Config, processes: int) -> int | None:
+    """Steps of the optimizer in the whole training; None where they cannot be counted."""
+    loop = cfg.get('train_cfg') or {}
+    iterations = loop.get('max_iters')
+    if iterations is None and loop.get('max_epochs'):
+        images, batch = training_images(cfg), images_per_gpu(cfg)
+        if images and batch:
+            iterations = loop['max_epochs'] * math.ceil(images / (batch * processes))
+    return iterations // accumulation(cfg) if iterations else None
+
+
+def training_images(cfg: Config) -> int | None:
+    """How many images a training set lists.
+
+    None where it is wrapped, is no list of the hosts, or is so long that counting takes seconds: a
+    training on it is not short.
+    """
+    dataset = (cfg.get('train_dataloader') or {}).get('dataset')
+    if not isinstance(dataset, dict) or dataset not in inner_datasets(dataset):
+        return None
+    root, names = dataset.get('data_root') or '', dataset.get('ann_file') or ''
+    file = Path(root, names)
+    if not names or not file.is_file():
+        folder = Path(root, (dataset.get('data_prefix') or {}).get('img_path') or '')
+        suffix = dataset.get('img_suffix', '.jpg')  # the default of BaseSegDataset
+        found = 0 if names or not folder.is_dir() else sum(1 for _ in folder.rglob(f'*{suffix}'))
+        return found or None
+    if file.stat().st_size > LARGE:
+        return None
+    if file.suffix == '.json':
+        images = json.loads(file.read_bytes()).get('images')
+        return len(images) if isinstance(images, list) else None
+    return sum(1 for line in file.read_text().splitlines() if line.strip())
+
+
 def accumulation(cfg: Config) -> int:
     """Iterations whose gradients make one step of the optimizer."""
     return (cfg.get('optim_wrapper') or {}).get('accumulative_counts', 1)
@@ -87,6 +168,8 @@ class Batch:
         accumulate: Iterations per step of the optimizer; None: as the config says.
         keep_lr: Whether the learning rate stays.
         stretch: Whether a schedule by iterations follows, so that as many images are seen.
+        start: What training starts from, ``'scratch'`` or ``'pretrained'``: the rate does not go
+            below what was measured for it, see `least_rate`. None: the linear rule alone.
     """
 
     images: int = 1
@@ -94,13 +177,15 @@ class Batch:
     accumulate: int | None = None
     keep_lr: bool = False
     stretch: bool = True
+    start: str | None = None
 
 
 def rescaled(cfg: Config, batch: Batch) -> tuple[list[Setting], list[str]]:
     """What another batch changes: images, learning rate, iterations.
 
-    Rates follow the linear rule, in the images per step of the optimizer. Where a schedule counts
-    iterations, all its counts follow the images per iteration, so that as many images are seen.
+    Rates follow the linear rule, in the images per step of the optimizer, down to what one image
+    per step needs (`least_rate`). Where a schedule counts iterations, all its counts follow the
+    images per iteration, so that as many images are seen.
 
     Args:
         cfg: The config.
@@ -143,9 +228,13 @@ def rescaled(cfg: Config, batch: Batch) -> tuple[list[Setting], list[str]]:
         scale = dict(cfg.get('auto_scale_lr') or dict(enable=False))
         scale['base_batch_size'] = gpus * batch.images
         settings.append(Setting(('auto_scale_lr',), scale, 'what the learning rate is for'))
-    rate = 1.0 if batch.keep_lr else ratio * accumulate / old_accumulate
+    rate, why = 1.0 if batch.keep_lr else ratio * accumulate / old_accumulate, 'linear rule'
+    least, lr = least_rate(cfg, batch.start), optimizer_setting(cfg, 'lr')
+    if not batch.keep_lr and least is not None and lr * rate < least:
+        why = f'what {batch.start} training needs at one image, where the linear rule says '
+        why, rate = f'{why}{lr * rate:.3g}', least / lr
     for more, warned in (
-        _rates(cfg, rate, f'linear rule: {rule}'),
+        _rates(cfg, rate, f'{why}: {rule}'),
         _schedule(cfg, rate, 1 / ratio, batch.stretch),
     ):
         settings += more
@@ -236,6 +325,30 @@ def _iterations_of_loop(cfg: Config, factor: float) -> list[Setting]:
         place = ('default_hooks', 'checkpoint', 'interval')
         settings.append(Setting(place, times(hook['interval']), why))
     return settings
+
+
+def rate_options(cfg: Config, rate: float) -> str:
+    """What is put behind ``--cfg-options`` for a rate: with it the schedulers' own rates.
+
+    Args:
+        cfg: The config, with the rate that it has now.
+        rate: The new one.
+    """
+    old = cfg.optim_wrapper.optimizer.lr
+    found: dict[str, Any] = {'optim_wrapper.optimizer.lr': rate}
+    for place, scheduler in _places('param_scheduler', cfg.get('param_scheduler') or []):
+        for name in schedulers.rates_of(cfg, scheduler, old):
+            found[f'{place}.{name}'] = schedulers.at_other_rate(scheduler, [name], rate / old)[name]
+    return ' '.join(
+        f'{key}={value}' if isinstance(value, float) else f'{key}="{value}"'
+        for key, value in found.items()
+    )
+
+
+def _places(place: str, value: Any) -> list[tuple[str, dict[str, Any]]]:
+    if isinstance(value, (list, tuple)):
+        return [found for i, part in enumerate(value) for found in _places(f'{place}.{i}', part)]
+    return [(place, value)] if 'type' in value else []
 
 
 # ---- weight decay ------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from wsbcn_mm.diagnostics import (
 from wsbcn_mm.layers import BatchChannelNorm
 from wsbcn_mm.layers.standardization import standardize_once_per_forward, weights_do_not_change
 from wsbcn_mm.openmmlab import checkpoints
+from wsbcn_mm.openmmlab.measure.verdict import Skill, loss_fallen, verdict
 from wsbcn_mm.structure import NORMS, is_conv
 
 
@@ -47,10 +48,11 @@ def diagnose(
 
     Returns:
         ``layers`` (how many convs and norms of each type), ``summary`` (one number a measure),
-        ``activations``, ``estimates``, ``gradients`` (by layer) and ``smoothness`` (a list).
+        ``verdict`` (`wsbcn_mm.openmmlab.measure.verdict`), ``activations`` (empty for networks
+        without ReLU), ``estimates``, ``gradients`` (by layer) and ``smoothness`` (a list).
 
     Raises:
-        ValueError: the checkpoint leaves tensors unfilled, or the model has no ReLU.
+        ValueError: the checkpoint leaves tensors unfilled.
     """
     runner = Runner.from_cfg(cfg)
     content = checkpoints.read_checkpoint(checkpoint)
@@ -58,19 +60,16 @@ def diagnose(
     checkpoints.load(runner.model, state, content, source=checkpoint)
     model = runner.model.eval()
     loader = Runner.build_dataloader(cfg.val_dataloader, seed=0)
-    shown = 0
+    shown, skill = 0, Skill()
     seen, estimates = ActivationObserver(model), EstimateObserver(model)
     with torch.no_grad(), weights_do_not_change(model), seen, estimates:
         for batch in loader:
-            model.val_step(batch)
+            skill.add(model.val_step(batch))
             shown += len(batch['inputs'])
             report(f'validation images {shown}/{images}')
             if shown >= images:
                 break
     activations, gaps = seen.layers(), estimates.layers()
-    if not activations:
-        raise ValueError(f'{cfg.filename}: no ReLU ran in this model: there is nothing to diagnose')
-
     if step_size is None:
         step_size = cfg.optim_wrapper.optimizer.lr
     loader = Runner.build_dataloader(cfg.train_dataloader, seed=0)
@@ -93,7 +92,9 @@ def diagnose(
 
     ratios = [g.ratio for g in gradients.values() if g.ratio is not None]
     summary = dict(
-        singularities(activations),
+        **(singularities(activations) if activations else {}),
+        skill=skill.value(),
+        loss_fallen=loss_fallen(content),
         **(estimate_gaps(gaps) if gaps else {}),
         gradient_ratio=sum(ratios) / len(ratios) if ratios else None,
         loss=_mean([s.loss for s in steps]),
@@ -105,6 +106,7 @@ def diagnose(
     kinds = [m for m in model.modules() if is_conv(m) or isinstance(m, NORMS)]
     layers = [m for m in kinds if m not in inner]
     return dict(
+        verdict=[vars(finding) for finding in verdict(summary)],
         config=cfg.filename,
         checkpoint=checkpoint,
         layers=dict(Counter(type(layer).__name__ for layer in layers)),

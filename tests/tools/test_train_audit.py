@@ -1,0 +1,60 @@
+"""tools/train.py audits what it is about to train."""
+
+import importlib.util
+
+import pytest
+
+pytest.importorskip('mmdet', reason='trains detectors')
+
+from mmengine.config import Config
+
+from tests.openmmlab.conversion.test_audit import GOOD, write
+from tests.openmmlab.conversion.test_convert import retinanet
+from tests.tools.conftest import TOOLS
+
+
+@pytest.fixture(scope='module')
+def train():
+    spec = importlib.util.spec_from_file_location('train_tool', TOOLS / 'train.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def config(tmp_path, **backbone):
+    cfg = Config.fromfile(write(tmp_path, retinanet(**(backbone or GOOD))))
+    cfg.launcher = 'none'
+    return cfg
+
+
+def test_findings_are_printed_and_training_goes_on(train, tmp_path, capsys):
+    cfg = config(tmp_path, norm_eval=False)
+    train.print_audit(cfg, 'print')
+    assert 'audit: error: model.backbone' in capsys.readouterr().err
+    train.print_audit(cfg, 'off')
+    assert capsys.readouterr().err == ''
+    with pytest.raises(ValueError, match='--audit stop'):
+        train.print_audit(cfg, 'stop')
+
+
+def test_a_good_config_is_not_stopped(train, tmp_path, capsys):
+    cfg = config(tmp_path)
+    cfg.auto_scale_lr = dict(enable=True, base_batch_size=1)
+    train.print_audit(cfg, 'stop')
+    assert 'error' not in capsys.readouterr().err
+
+
+def test_the_rate_that_auto_scale_lr_makes_is_audited(train, tmp_path, capsys):
+    """0.02 for 16 images becomes 0.00125 for one: too little for 300 steps."""
+    cfg = config(tmp_path)
+    cfg.auto_scale_lr = dict(enable=True, base_batch_size=16)
+    cfg.train_cfg = dict(type='IterBasedTrainLoop', max_iters=300)
+    train.print_audit(cfg, 'print')
+    assert '[rate-too-low]' in capsys.readouterr().err
+
+
+def test_a_model_that_cannot_be_built_is_left_to_the_training(train, tmp_path, capsys):
+    cfg = config(tmp_path)
+    cfg.model.neck.type = 'NoSuchNeck'
+    train.print_audit(cfg, 'stop')
+    assert 'cannot be built' in capsys.readouterr().err
