@@ -21,8 +21,7 @@ def test_a_tool_gets_its_arguments(monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         run(monkeypatch, 'convert', '--help')
     assert ended.value.code == 0
-    text = capsys.readouterr().out
-    assert text.startswith('usage: wsbcn-mm convert') and '--backbone' in text
+    assert '--backbone' in capsys.readouterr().out
 
 
 def test_what_is_no_command(monkeypatch, capsys):

@@ -7,6 +7,7 @@ note their arguments; a tool of ours must accept them, and files of ours must be
 
 import importlib.util
 import inspect
+import os
 import re
 import subprocess
 import sys
@@ -62,27 +63,31 @@ def test_python(text, tmp_path, monkeypatch):
     assert any(isinstance(module, BatchChannelNorm2d) for module in model.modules())
 
 
-PRELUDE = 'set -eu\nnote() { for word in "$@"; do printf "%s\\0" "$word"; done; printf "\\1"; }\n'
+PRELUDE = """set -eu
+note() { { for word in "$@"; do printf "%s\\0" "$word"; done; printf "\\1"; } >> "$NOTES"; }
+"""
 
 
-def calls(text):
-    """The commands of a bash block, as lists of words."""
+def calls(text, notes):
+    """The commands of a bash block, as lists of words; ``notes`` is a file to keep them in."""
+    notes.touch()
     stubs = ''.join(f'{name}() {{ note {name} "$@"; }}\n' for name in ('python', *PROGRAMS))
     done = subprocess.run(
         ['bash', '--norc', '-c', PRELUDE + stubs + text],
         capture_output=True,
         text=True,
         cwd=ROOT,
+        env=dict(os.environ, NOTES=str(notes)),
         check=False,
     )
     assert done.returncode == 0 and not done.stderr, done.stderr
-    return [call.split('\0')[:-1] for call in done.stdout.split('\1')[:-1]]
+    return [call.split('\0')[:-1] for call in notes.read_text().split('\1')[:-1]]
 
 
 @pytest.mark.parametrize('text', snippets('bash'))
-def test_bash(text, monkeypatch):
+def test_bash(text, tmp_path, monkeypatch):
     pytest.importorskip('mmdet', reason='the tools need mmdet')
-    found = calls(text)
+    found = calls(text, tmp_path / 'notes')
     assert found
     for program, *arguments in found:
         files = [

@@ -158,7 +158,7 @@ def _origin(numbers: dict, colour: str, label: str) -> str:
 def _verdict(numbers: dict, label: str) -> str:
     lines = [
         f'<li class="{finding["level"]}">{html.escape(finding["text"])}'
-        + (f'<br><small>try: {html.escape(finding["advice"])}</small>' if finding['advice'] else '')
+        + (f' <small>try: {html.escape(finding["advice"])}</small>' if finding['advice'] else '')
         + '</li>'
         for finding in numbers.get('verdict', [])  # older files have none
     ]
