@@ -107,6 +107,9 @@ def test_the_steps_of_a_training(tmp_path):
     assert recipe.steps(cfg, processes=1) is None
     cfg.train_dataloader.dataset = dataset
     assert recipe.steps(cfg, processes=1) == 12 * 3
+    (tmp_path / 'damaged.json').write_text('{"images": [{}')
+    cfg.train_dataloader.dataset = dict(dataset, ann_file='damaged.json')
+    assert recipe.steps(cfg, processes=1) is None  # whoever trains on it says so
     cfg.train_dataloader.dataset = dict(type='RepeatDataset', times=3, dataset=dataset)
     assert recipe.steps(cfg, processes=1) is None
     (tmp_path / 'images').mkdir()

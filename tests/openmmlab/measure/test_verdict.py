@@ -51,6 +51,7 @@ def test_boxes_that_are_found():
     sample = Sample(pred_instances=found, gt_instances=truth)
     assert skill(sample) == 0.5  # one with too low a score, one of another class
     assert skill(Sample(pred_instances=found[:0], gt_instances=truth)) == 0
+    assert skill(Sample(pred_instances=found, gt_instances=InstanceData())) is None
 
 
 def test_what_is_neither_is_not_judged():

@@ -148,7 +148,11 @@ def training_images(cfg: Config) -> int | None:
     if file.stat().st_size > LARGE:
         return None
     if file.suffix == '.json':
-        images = json.loads(file.read_bytes()).get('images')
+        try:
+            content = json.loads(file.read_bytes())
+        except ValueError:  # damaged: the one who trains on it says where
+            return None
+        images = content.get('images') if isinstance(content, dict) else None
         return len(images) if isinstance(images, list) else None
     return sum(1 for line in file.read_text().splitlines() if line.strip())
 

@@ -17,7 +17,7 @@ from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
-from wsbcn_mm.openmmlab.command_line import build_runner
+from wsbcn_mm.openmmlab.command_line import build_runner, harden
 from wsbcn_mm.openmmlab.config import type_name
 from wsbcn_mm.openmmlab.registry import ESTIMATES_HOOK
 
@@ -146,6 +146,7 @@ class RisingRate(Hook):
 def _short_run(cfg: Config, lowest: float, iterations: int, folder: str) -> Config:
     """The config of the test: what decides about the loss, and nothing that writes."""
     cfg = copy.deepcopy(cfg)
+    harden(cfg)  # the estimates' rate by images per step, as tools/train.py has it
     cfg.optim_wrapper.optimizer.lr = lowest
     cfg.train_cfg = dict(
         type='IterBasedTrainLoop', max_iters=iterations, val_interval=iterations + 1

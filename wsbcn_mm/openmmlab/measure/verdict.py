@@ -155,7 +155,7 @@ class Skill:
                 continue
             if 'pred_sem_seg' in result and 'gt_sem_seg' in result:
                 self._pixels(result.pred_sem_seg.data, result.gt_sem_seg.data)
-            elif 'pred_instances' in result and 'gt_instances' in result:
+            elif 'pred_instances' in result and 'bboxes' in result.get('gt_instances', ()):
                 self._boxes(result.pred_instances, result.gt_instances)
 
     def value(self) -> float | None:
