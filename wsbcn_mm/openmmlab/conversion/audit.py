@@ -326,8 +326,8 @@ def _short_training(cfg: Config, processes: int, start: str | None) -> list[Find
     if least is None or steps is None or lr >= least or lr * steps >= recipe.LEAST_ROUTE:
         return []
     why = (
-        f'lr = {lr} over {steps} steps is too little to learn from {start}: no training was seen '
-        f'to with less than {recipe.LEAST_ROUTE:g} = rate * steps'
+        f'lr = {lr} over {steps} steps: rate * steps = {lr * steps:.2g}, and every training of '
+        f'docs/study.md that learned had more than {recipe.LEAST_ROUTE:g}'
     )
     fix = _line(LR, f'{least:g}') + ', or tools/analysis_tools/find_lr.py'
     return [Finding('warning', 'rate-too-low', LR, why, fix)]
