@@ -58,3 +58,14 @@ def test_a_model_that_cannot_be_built_is_left_to_the_training(train, tmp_path, c
     cfg.model.neck.type = 'NoSuchNeck'
     train.print_audit(cfg, 'stop')
     assert 'cannot be built' in capsys.readouterr().err
+
+
+def test_an_audit_that_fails_does_not_stop_the_training(train, tmp_path, capsys, monkeypatch):
+    from wsbcn_mm.openmmlab.conversion import audit
+
+    def fails(*_, **__):
+        raise KeyError('a shape that nobody thought of')
+
+    monkeypatch.setattr(audit, 'audit_config', fails)
+    train.print_audit(config(tmp_path), 'stop')
+    assert 'not done: KeyError' in capsys.readouterr().err
