@@ -63,7 +63,7 @@ def settle(conversion: Conversion, choice: str, checkpoint: str | None) -> bool:
         conversion.warnings.append(
             f'{source} is not on this machine: the backbone is converted and starts from random '
             'weights; --backbone keep keeps it with these weights, which is better wherever they '
-            'can be had (docs/study.md)'
+            'can be had (VOC subset, 400 steps: mIoU 20.6 against 10.9, docs/study.md)'
         )
         return False
     _keep(conversion, node)
