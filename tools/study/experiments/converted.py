@@ -285,5 +285,6 @@ def train(run: dict[str, Any], root: Path, folder: Path) -> dict[str, Any]:
         metrics=metrics,
         **loop.circumstances(runner.model, started, cpu),
     )
-    result: dict[str, Any] = loop.plain(record)
+    result = loop.plain(record)
+    assert isinstance(result, dict)
     return result
