@@ -48,6 +48,8 @@ def test_a_detector_whose_weights_are_here(tmp_path, weights):
     assert isinstance(model.neck.lateral_convs[0].conv, WSConv2d)
     assert isinstance(model.bbox_head.cls_convs[0].norm, BatchChannelNorm2d)
     assert type(model.bbox_head.retina_cls) is nn.Conv2d
+    frozen = cfg.optim_wrapper.paramwise_cfg.custom_keys.backbone
+    assert frozen == dict(lr_mult=0.0, decay_mult=0.0)
     assert cfg.optim_wrapper.optimizer.lr == 0.01  # pretrained: not divided by the batch
     text = write_config(conversion, tmp_path / 'out.py')
     assert 'backbone' in text and not [f for f in audit(cfg) if f.level == 'error']

@@ -98,6 +98,13 @@ def _keep(conversion: Conversion, node: Node) -> None:
             f'{node.kind.__name__} takes no norm_eval: its BatchNorms go on taking statistics from '
             'the images of a step; freeze it, or --backbone convert'
         )
+    wrapper = conversion.cfg.get('optim_wrapper') or {}
+    if isinstance(wrapper.get('optimizer'), dict) and 'constructor' not in wrapper:
+        options = dict(wrapper.get('paramwise_cfg') or {})
+        still = dict(lr_mult=0.0, decay_mult=0.0)
+        options['custom_keys'] = {**(options.get('custom_keys') or {}), 'backbone': still}
+        why = 'the kept backbone is frozen; on many images a tenth of the rate'
+        conversion.set(('optim_wrapper', 'paramwise_cfg'), options, why)
     kind = value_at(conversion.cfg, BACKBONE)['type']
     conversion.left.append(f'model.backbone: {kind} with BatchNorm and its pretrained weights')
 

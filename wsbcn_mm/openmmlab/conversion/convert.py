@@ -71,9 +71,9 @@ def convert_config(
         schedule: ``'images'``: a schedule by iterations is stretched so that as many images are
             seen; ``'keep'``: as many iterations as before.
         backbone: ``'convert'``: as the rest. ``'keep'``: it stays as it is with its weights, its
-            BatchNorms in evaluation mode. ``'auto'``: kept where its weights were trained with
-            BatchNorm and are on this machine, and no ``checkpoint`` is given; see
-            `wsbcn_mm.openmmlab.conversion.backbone`.
+            BatchNorms in evaluation mode, frozen by ``lr_mult=0``. ``'auto'``: kept where its
+            weights were trained with BatchNorm and are on this machine, and no ``checkpoint`` is
+            given; see `wsbcn_mm.openmmlab.conversion.backbone`.
 
     Raises:
         FileNotFoundError: no such config; names similar ones.
