@@ -19,6 +19,17 @@ def seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def no_default_scope() -> None:
+    """Forgets the default scope of OpenMMLab's registries that an earlier test has left.
+
+    A runner sets it for its whole process, so what a test builds depended on those before it.
+    """
+    registries = sys.modules.get('mmengine.registry')
+    if registries is not None:
+        registries.DefaultScope._instance_dict.clear()
+
+
 @pytest.fixture
 def root() -> Path:
     """The repository."""
