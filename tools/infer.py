@@ -34,7 +34,7 @@ def parse_args() -> argparse.Namespace:
         metavar='FILE',
         help='COCO annotation file of these images: its ids are used, for an evaluation',
     )
-    parser.add_argument('--device', default='cpu', help='default: cpu')
+    parser.add_argument('--device', help='default: the GPU where there is one')
     return parser.parse_args()
 
 
@@ -51,6 +51,7 @@ def main() -> None:
 
 def infer(args: argparse.Namespace) -> list[str]:
     """Returns the files that could not be read."""
+    from mmengine.device import get_device
     from mmengine.utils import ProgressBar
 
     from wsbcn_mm.layers.standardization import weights_do_not_change
@@ -67,7 +68,7 @@ def infer(args: argparse.Namespace) -> list[str]:
         planned = inference.load_planned(cfg, args.checkpoint, image)
         print(planned.plan)
         model = planned.folded()
-    predictor = predict.Predictor(cfg, model.to(args.device))
+    predictor = predict.Predictor(cfg, model.to(args.device or get_device()))
     args.output.mkdir(parents=True, exist_ok=True)
     coco = None
     if config.scope_of(cfg) == 'mmdet':

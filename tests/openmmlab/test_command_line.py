@@ -9,7 +9,8 @@ import argparse
 
 from mmengine.config import Config
 
-from wsbcn_mm.openmmlab import command_line, config
+from tests.openmmlab.tiny import make_runner
+from wsbcn_mm.openmmlab import command_line, config, optimizers
 
 
 def test_work_dir_comes_from_the_argument_then_the_config_then_the_name(monkeypatch):
@@ -143,3 +144,19 @@ def test_errors_in_one_line():
     assert ended.value.code == 'error: lr must be positive'
     with pytest.raises(AttributeError), command_line.errors_in_one_line():
         raise AttributeError('a defect')
+
+
+@pytest.mark.parametrize('level', ['INFO', 'DEBUG'])
+def test_the_optimizer_is_logged_in_short(tmp_path, level):
+    """mmengine's own lines, one for each setting of each parameter, on request alone."""
+    runner = make_runner(tmp_path, log_level=level)
+    runner.optim_wrapper['optimizer']['weight_decay'] = 0.1
+    runner.optim_wrapper['paramwise_cfg'] = dict(norm_decay_mult=0.0)
+    runner.model.head.weight.requires_grad_(False)
+    optimizers.log_in_short(runner)
+    runner.train()
+    (log,) = tmp_path.rglob('*.log')
+    said = log.read_text()
+    assert 'optimizer: 6 parameters\n' in said and '\n  1 are not trained\n' in said
+    assert '\n  4 with lr=0.01, weight_decay=0\n  2 with lr=0.01, weight_decay=0.1\n' in said
+    assert ('paramwise_options' in said) == ('requires_grad=False' in said) == (level == 'DEBUG')

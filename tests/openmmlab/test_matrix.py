@@ -23,6 +23,7 @@ from torch import nn
 
 from tests.openmmlab import matrix
 from wsbcn_mm import BatchChannelNorm2d, WSConv2d
+from wsbcn_mm.openmmlab.conversion import recipe
 from wsbcn_mm.openmmlab.layers import MicroBatchNorm2d
 
 FILES = sorted(f for f in matrix.CONFIGS.rglob('*.py') if f.parent.name in matrix.FOLDERS.values())
@@ -67,6 +68,12 @@ RATE = {
     'retinanet': 0.01 / 16,
     'deeplabv3': 0.007 / 16,
 }
+IMAGES = {
+    'mask-rcnn': 117_266,  # of train2017 that have a box
+    'faster-rcnn': 117_266,
+    'retinanet': 117_266,
+    'deeplabv3': 1_464,  # of VOC 2012; with the additional annotations seven times as many
+}
 
 
 @each
@@ -81,6 +88,9 @@ def test_regime_and_schedule(file):
     # MMEngine scales by GPUs x images and knows nothing of accumulation.
     assert cfg.auto_scale_lr == dict(enable=False, base_batch_size=name['gpus'] * name['images'])
     epochs = EPOCHS[name['schedule']]
+    # On the data that it is for. On fewer images the audit says when it is too short.
+    steps = epochs * IMAGES[name['family']] // total
+    assert optimizer.lr * steps > 10 * recipe.LEAST_ROUTE
     assert (cfg.train_cfg.type, cfg.train_cfg.max_epochs) == ('EpochBasedTrainLoop', epochs)
     if name['family'] == 'deeplabv3':
         assert total == 16

@@ -12,7 +12,7 @@ from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
-from wsbcn_mm.openmmlab import compat, config, preflight
+from wsbcn_mm.openmmlab import compat, config, optimizers, preflight
 from wsbcn_mm.openmmlab.checkpoints import (
     CheckpointMismatch,
     CheckpointRefused,
@@ -113,8 +113,9 @@ def read_run(args: argparse.Namespace) -> Config:
 
 
 def build_runner(cfg: Config) -> Runner:
-    """The runner that a config asks for, with `StandardizationHook`."""
+    """The runner that a config asks for; with `StandardizationHook`, its optimizer in short."""
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    optimizers.log_in_short(runner)
     runner.register_hook(dict(type='StandardizationHook'))
     return runner
 

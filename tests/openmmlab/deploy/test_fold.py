@@ -15,7 +15,7 @@ import numpy as np
 
 from tests.openmmlab.deploy.models import LISTED, QUICK, SIZE, tool
 from wsbcn_mm.openmmlab import config
-from wsbcn_mm.openmmlab.deploy import inference, predict
+from wsbcn_mm.openmmlab.deploy import fold, inference, predict
 
 pytestmark = pytest.mark.filterwarnings('ignore')  # of the hosts about their own futures
 
@@ -133,3 +133,18 @@ def test_fold_refuses_and_writes_nothing(folder):
     assert done.returncode == 1 and 'does not fill' in done.stderr and not target.exists()
     done = tool('model_converters/fold.py', *arguments, '--images', 'nowhere.png')
     assert done.returncode == 1 and 'no image nowhere.png' in done.stderr
+
+
+def test_metrics_that_moved_are_refused(capsys):
+    """A model that detects nothing has no metrics in mmdet: both, or one of the two."""
+    fold.compare_metrics({}, {})
+    assert 'neither model detects anything' in capsys.readouterr().out
+    fold.compare_metrics(dict(mAP=0.5), dict(mAP=0.5005))
+    for before, after, words in (
+        (dict(mAP=0.5), {}, 'the original model has metrics that the folded one has not'),
+        ({}, dict(mAP=0.5), 'the folded model has metrics'),
+        (dict(mAP=0.5), dict(mAP=0.502), r'differ by 0\.0020'),
+        (dict(mAP=0.5), dict(mAP=float('nan')), 'differ by nan'),
+    ):
+        with pytest.raises(fold.FoldingDiffers, match=words):
+            fold.compare_metrics(before, after)

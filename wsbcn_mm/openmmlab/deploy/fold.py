@@ -82,7 +82,7 @@ def write_folded(
         if evaluate:
             before = _metrics(planned.cfg, checkpoint, f'{folder}/original')
             after = _metrics(Config.fromfile(files[1]), str(weights), f'{folder}/folded')
-            _compare_metrics(before, after)
+            compare_metrics(before, after)
         for file in files:
             os.replace(file, output / file.name)
     return [output / file.name for file in files]
@@ -130,10 +130,13 @@ def _metrics(cfg: Config, checkpoint: str, folder: str) -> dict[str, Any]:
     return Runner.from_cfg(cfg).test()
 
 
-def _compare_metrics(before: Mapping[str, float], after: Mapping[str, float]) -> None:
-    """Prints a table; raises where a metric moved.
+def compare_metrics(before: Mapping[str, float], after: Mapping[str, float]) -> None:
+    """Prints a table of the metrics of the original and the folded model.
 
     Where nothing is detected, mmdet has no metrics at all.
+
+    Raises:
+        FoldingDiffers: a metric moved, or one of the two has none.
     """
     if not before and not after:
         print('neither model detects anything in the test data: there are no metrics to compare')
