@@ -3,15 +3,24 @@
 A segmenter becomes one file, image.onnx: normalised image -> class scores. A detector becomes
 image.onnx (normalised image -> feature maps and the dense head's raw output) and, where it has RoI
 heads, bbox_head.onnx and mask_head.onnx (RoI features -> raw predictions). Boxes, non-maximum
-suppression and RoIAlign stay with the caller. How to normalise is in the files' metadata. Nothing
-is written unless onnxruntime gives what torch gives.
+suppression and RoIAlign stay with the caller. How to normalise is in the files' metadata.
+
+With --whole a detector becomes one file, model.onnx: image -> boxes, scores, labels, masks.
+Nothing is written unless onnxruntime gives what torch gives.
 """
+
+from __future__ import annotations
 
 import argparse
 import os
 import sys
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mmengine.config import Config
+    from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # also from a clone not installed
 
@@ -34,6 +43,15 @@ def parse_args() -> argparse.Namespace:
         default=18,
         help='default: 18; from 21 on GroupNorm is one operator (GroupNormalization)',
     )
+    parser.add_argument(
+        '--whole', action='store_true', help='a detector with boxes, suppression and masks inside'
+    )
+    parser.add_argument(
+        '--images',
+        nargs='+',
+        metavar='FILE',
+        help='with --whole: compare on these, read as the test data are; default: two random ones',
+    )
     return parser.parse_args()
 
 
@@ -46,10 +64,46 @@ def main() -> None:
         export(args)
 
 
+def export_whole(
+    args: argparse.Namespace, cfg: Config, model: Any, x: Tensor, folder: Path
+) -> Path:
+    """Writes and checks model.onnx of a folded detector."""
+    from wsbcn_mm.openmmlab.config import scope_of
+    from wsbcn_mm.openmmlab.deploy import inference, onnx, predict
+
+    if scope_of(cfg) != 'mmdet':
+        raise ValueError('--whole is for detectors: image.onnx of a segmenter is the whole of it')
+    from wsbcn_mm.openmmlab.deploy import detector
+
+    if args.images:
+        read = predict.Reader(cfg)
+        batches = {name: read(name)[1] for name in args.images}
+    else:
+        height, width = args.shape
+        drawn = {f'random image {i}': inference.random_image(height, width, i) for i in range(2)}
+        channels = inference.channels_of(model)
+        batches = {name: inference.batch_of(cfg, d, channels) for name, d in drawn.items()}
+    file = folder / 'model.onnx'
+    metadata = dict(classes=onnx.metadata_of(cfg, model)['classes'])
+    detector.export_detector(model, x, file, args.opset, metadata)
+    counts = onnx.check_graph(file)
+    print(', '.join(f'{count} {name}' for name, count in sorted(counts.items())))
+    session = onnx.onnxruntime_session(file)
+    for name, batch in batches.items():
+        found = detector.check_detector(session, model, batch)
+        print(
+            f'{name}: {found["found"]:.0f} found; largest differences: boxes {found["boxes"]:.2g} '
+            f'pixels, scores {found["scores"]:.2g}, masks {found["masks"]:.2g} of their pixels'
+        )
+    return file
+
+
 def export(args: argparse.Namespace) -> None:
     """Raises before anything is written where something is wrong."""
     from wsbcn_mm.openmmlab.deploy import inference, onnx, parts
 
+    if args.images and not args.whole:
+        raise ValueError('--images are for --whole: parts are compared on a random image')
     for name in ('onnx', 'onnxscript', 'onnxruntime'):
         __import__(name)
     image = inference.random_image(*args.shape)
@@ -61,7 +115,9 @@ def export(args: argparse.Namespace) -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.output, prefix='.') as folder:
         files = []
-        for part in parts.tensor_parts(folded, x):
+        if args.whole:
+            files.append(export_whole(args, planned.cfg, folded, x, Path(folder)))
+        for part in () if args.whole else parts.tensor_parts(folded, x):
             if part.name.startswith('auxiliary'):
                 continue  # of use in training only
             file = Path(folder) / f'{part.name}.onnx'

@@ -1,5 +1,6 @@
 """The models that tests of deployment fold: two of the quick configs, two that must list layers."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -102,6 +103,16 @@ def error(model, other, x):
 
 def our_layers(model):
     return [n for n, m in model.named_modules() if type(m).__module__.startswith('wsbcn_mm')]
+
+
+def run_here(monkeypatch, name, *arguments):
+    """A tool in this process: seconds of imports less."""
+    path = ROOT / 'tools' / name
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(sys, 'argv', [str(path), *map(str, arguments)])
+    module.main()
 
 
 def tool(name, *arguments, cwd=ROOT):

@@ -107,9 +107,15 @@ def export_part(
             dynamic_shapes=shapes,
         )
     assert program is not None  # what the exporter of the dynamo kind returns
-    proto = program.model_proto
-    onnx.helper.set_model_props(proto, {k: json.dumps(v) for k, v in (metadata or {}).items()})
-    onnx.save(proto, str(path))
+    onnx.save(with_metadata(program.model_proto, metadata or {}), str(path))
+
+
+def with_metadata(proto: Any, metadata: dict) -> Any:
+    """The model with properties, values as JSON."""
+    import onnx
+
+    onnx.helper.set_model_props(proto, {k: json.dumps(v) for k, v in metadata.items()})
+    return proto
 
 
 def check_graph(path: str | Path) -> dict[str, int]:

@@ -1,0 +1,221 @@
+"""deploy.detector, heads, boxes, graph: a whole detector in ONNX finds what MMDetection finds."""
+
+import pytest
+
+pytest.importorskip('mmdet', reason='what is compared with')
+pytest.importorskip('onnxruntime', reason='runs what is exported')
+pytest.importorskip('onnx', reason='graphs are made with it')
+
+import re
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from mmdet.registry import MODELS
+from mmengine.config import ConfigDict
+
+from tests.openmmlab.deploy.models import QUICK, ROOT, run_here
+from wsbcn_mm.openmmlab import config
+from wsbcn_mm.openmmlab.deploy import detector, heads, inference
+from wsbcn_mm.openmmlab.deploy import onnx as exported
+from wsbcn_mm.openmmlab.deploy.graph import FLOAT, INT, Graph
+
+pytestmark = pytest.mark.filterwarnings('ignore')  # of the hosts about their own futures
+
+NMS = dict(type='nms', iou_threshold=0.5)
+ANCHORS = dict(type='AnchorGenerator', scales=[2, 3], ratios=[0.5, 2.0], strides=[8, 16])
+POINTS = dict(type='MlvlPointGenerator', strides=[8, 16], offset=0.5)
+DENSE = {
+    'anchors': dict(type='RetinaHead', anchor_generator=ANCHORS),
+    'softmax': dict(
+        type='RetinaHead',
+        anchor_generator=ANCHORS,
+        loss_cls=dict(type='CrossEntropyLoss'),
+        bbox_coder=dict(type='DeltaXYWHBBoxCoder', target_stds=(0.1, 0.1, 0.2, 0.2)),
+    ),
+    'points': dict(
+        type='FCOSHead', norm_cfg=None, strides=[8, 16], regress_ranges=((-1, 32), (32, 1e8))
+    ),
+    'distances': dict(
+        type='RTMDetHead',
+        norm_cfg=None,
+        anchor_generator=POINTS,
+        bbox_coder=dict(type='DistancePointBBoxCoder'),
+        with_objectness=False,
+    ),
+}
+DEPLOY = ROOT / 'docs/deploy.md'
+SIZE, SCALE, CLASSES = (44, 60), (0.5, 0.25), 3
+
+
+def run(g, **values):
+    return exported_session(g.model()).run(None, values)
+
+
+def exported_session(model):
+    return onnxruntime.InferenceSession(
+        model.SerializeToString(), providers=['CPUExecutionProvider']
+    )
+
+
+def maps(head, columns, spread=1.0):
+    priors = head.num_base_priors
+    return [
+        (spread * torch.randn(1, priors * columns, height, width))
+        for height, width in ((6, 8), (3, 4))
+    ]
+
+
+def given(g, values):
+    """The maps as inputs of a graph, and for its run."""
+    fed = {
+        f'{name}_{i}': x.numpy() for name, levels in values.items() for i, x in enumerate(levels)
+    }
+    return {name: g.takes(name, FLOAT, x.shape) for name, x in fed.items()}, fed
+
+
+@pytest.mark.parametrize('kind', list(DENSE))
+@pytest.mark.parametrize('threshold', [0.3, 1.0], ids=['some', 'none'])
+def test_dense_heads(kind, threshold):
+    torch.manual_seed(0)
+    settings = ConfigDict(nms_pre=50, score_thr=threshold, min_bbox_size=0, nms=NMS, max_per_img=20)
+    built = dict(num_classes=CLASSES, in_channels=4, feat_channels=4, test_cfg=settings)
+    head = MODELS.build({**built, **DENSE[kind]}).eval()
+    distances = 20 if kind in ('points', 'distances') else 0.5
+    values = dict(
+        head_0=maps(head, head.cls_out_channels, 2),
+        head_1=[distances * x.abs() for x in maps(head, 4)],
+    )
+    if kind == 'points':
+        values['head_2'] = maps(head, 1)
+    meta = dict(img_shape=SIZE, scale_factor=SCALE)
+    (want,) = head.predict_by_feat(
+        *values.values(), batch_img_metas=[meta], cfg=settings, rescale=True
+    )
+    assert len(want) == (20 if threshold < 1 else 0)
+    g = Graph(18)
+    out, fed = given(g, values)
+    limits, scale = np.float32([*SIZE[::-1]] * 2), np.float32(SCALE * 2)
+    found = heads.dense(g, head, out, g.add('Identity', limits), g.add('Identity', scale))
+    for name in ('boxes', 'scores', 'labels'):
+        g.gives(name, found[name], *detector.KINDS[name])
+    boxes, scores, labels = run(g, **fed)
+    assert labels.tolist() == want.labels.tolist()
+    np.testing.assert_allclose(scores, want.scores, rtol=1e-5)
+    np.testing.assert_allclose(boxes, want.bboxes.reshape(-1, 4), rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize('smallest', [0, 12], ids=['all', 'large'])
+def test_proposals(smallest):
+    torch.manual_seed(0)
+    settings = ConfigDict(nms_pre=30, nms=NMS, max_per_img=15, min_bbox_size=smallest)
+    head = MODELS.build(
+        dict(type='RPNHead', in_channels=4, anchor_generator=ANCHORS, test_cfg=settings)
+    ).eval()
+    values = dict(rpn_scores=maps(head, 1), rpn_boxes=maps(head, 4, 0.5))
+    meta = dict(img_shape=SIZE, scale_factor=SCALE)
+    (want,) = head.predict_by_feat(*values.values(), batch_img_metas=[meta], cfg=settings)
+    g = Graph(18)
+    out, fed = given(g, values)
+    limits = g.add('Identity', np.float32([*SIZE[::-1]] * 2))
+    g.gives('boxes', heads.proposals(g, head, out, limits), *detector.KINDS['boxes'])
+    (boxes,) = run(g, **fed)
+    assert len(boxes) == 15
+    np.testing.assert_allclose(boxes, want.bboxes, rtol=1e-5, atol=1e-3)
+
+
+def without_detections(path):
+    """The same file with thresholds that no score exceeds."""
+    model = onnx.load(str(path))
+    thresholds = {n.input[1] for n in model.graph.node if n.op_type == 'Greater'}
+    changed = 0
+    for i, constant in enumerate(model.graph.initializer):
+        if constant.name in thresholds:
+            changed += 1
+            high = onnx.numpy_helper.from_array(np.float32(2), constant.name)
+            model.graph.initializer[i].CopyFrom(high)
+    assert changed
+    return exported_session(model)
+
+
+@pytest.mark.parametrize('name', ['mask_rcnn', 'retinanet'])
+def test_a_whole_detector(folder, name, tmp_path, monkeypatch, capsys):
+    """By the tool, on drawn pictures; then on one that was resized unevenly, and on nothing."""
+    pytest.importorskip('onnxscript', reason="torch's exporter needs it")
+    file = QUICK.get(name, folder / f'{name}.py')
+    shape = ('--shape', 64, 96)
+    images = ('--images', folder / 'images/a.png', folder / 'images/b.jpg')
+    checkpoint = tmp_path / 'weights.pth'
+    state = torch.load(folder / f'{name}.pth', weights_only=True)
+    for key in state['state_dict']:  # scores of 1 and 1 - 1e-7 are in either order
+        if key.endswith('fc_cls.weight'):
+            state['state_dict'][key] /= 8
+    torch.save(state, checkpoint)
+    out = tmp_path / 'out'
+    export = 'model_converters/export_onnx.py'
+    run_here(monkeypatch, export, file, checkpoint, '-o', out, *shape, '--whole', *images)
+    said = capsys.readouterr().out
+    assert [path.name for path in out.iterdir()] == ['model.onnx']
+    assert all(f'{image}: ' in said for image in images[1:]) and ': 0 found' not in said
+    cfg = config.load_config(str(file))
+    model = inference.load_model(cfg, str(checkpoint))
+    batch = inference.batch_of(cfg, inference.random_image(70, 50))
+    meta = dict(ori_shape=(140, 150), scale_factor=(50 / 150, 70 / 140))
+    batch['data_samples'][0].set_metainfo(meta)
+    session = exported.onnxruntime_session(out / 'model.onnx')
+    found = detector.check_detector(session, model, batch)
+    assert found['found'] > 0 and found['boxes'] < 0.01 and found['scores'] < 1e-4
+    if name == 'mask_rcnn':
+        (snippet,) = re.findall(
+            r'^```python\n(import cv2\n.*?)^```', DEPLOY.read_text(), re.MULTILINE | re.DOTALL
+        )
+        for old, new in (
+            ("'DIR/", f"'{out}/"),
+            ("'IMAGE.jpg'", repr(str(folder / 'images/b.jpg'))),
+            ('800 /', '64 /'),
+            ('1333 /', '96 /'),
+        ):
+            assert old in snippet
+            snippet = snippet.replace(old, new)
+        exec(compile(snippet, 'snippet', 'exec'), values := {})
+        assert len(values['boxes']) == len(values['masks'][0]) > 0
+        assert values['masks'][0].shape[1:] == values['image'].shape[:2]
+    none = without_detections(out / 'model.onnx')
+    fed = {
+        detector.IMAGE: np.zeros((64, 96, 3), np.uint8),
+        detector.SIZE: np.array([30, 40], np.int64),
+    }
+    boxes, *_, last = none.run(None, fed)
+    assert boxes.shape == (0, 4) and last.shape == ((0, 30, 40) if name == 'mask_rcnn' else (0,))
+    for key, value in model.named_parameters():  # another model finds other boxes
+        if 'reg' in key and key.endswith('bias'):
+            value.data += 1
+    with pytest.raises(exported.NotExportable, match='the model finds class'):
+        detector.check_detector(session, model, batch)
+
+
+def test_heads_that_predict_in_another_way_are_refused(folder):
+    cfg = config.load_config(str(folder / 'retinanet.py'))
+    model = inference.build_model(cfg)
+    heads.refuse_what_differs(model)
+    settings = model.bbox_head.test_cfg
+    for change, words in (
+        (dict(nms=dict(type='soft_nms')), 'another non-maximum suppression'),
+        (dict(nms_pre=-1), 'no test_cfg.nms_pre'),
+    ):
+        model.bbox_head.test_cfg = ConfigDict({**settings, **change})
+        with pytest.raises(exported.NotExportable, match=words):
+            heads.refuse_what_differs(model)
+    model.bbox_head.test_cfg = settings
+    model.bbox_head.__class__ = type('Own', (type(model.bbox_head),), {'predict': lambda s: None})
+    with pytest.raises(exported.NotExportable, match='Own has another predict than BaseDenseHead'):
+        heads.refuse_what_differs(model)
+
+
+def test_constants_and_names_of_a_graph():
+    g = Graph(18)
+    x = g.takes('x', INT, ['n'])
+    g.gives('y', g.add('Add', g.add('Mul', x, 2), [1]), INT, ['n'])
+    (y,) = run(g, x=np.arange(3))
+    assert y.tolist() == [1, 3, 5]
