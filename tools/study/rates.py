@@ -55,6 +55,14 @@ def missing(run: dict[str, Any], records: list[dict[str, Any]]) -> bool:
     return all(key(record) != key(run) for record in records)
 
 
+def score_of(record: dict[str, Any]) -> float | None:
+    """mIoU, or the mAP of masks, in percent; None where the training diverged."""
+    metrics = record['metrics']
+    if record['diverged'] or record['task'] != 'persons':
+        return metrics.get('mIoU')
+    return 100 * metrics.get('coco/segm_mAP', 0.0)  # no entry where nothing is detected
+
+
 def table(records: list[dict[str, Any]]) -> str:
     """The records as rows of Markdown; seeds of the same settings stand together."""
     names = ('part', 'norm', 'conv', 'backbone', 'images', 'steps', 'lr', 'options')
@@ -64,11 +72,11 @@ def table(records: list[dict[str, Any]]) -> str:
         options = [f'{key.rpartition(".")[2]}={value}' for key, value in cells[-1].items()]
         cells[-1] = ', '.join(options)
         cells[-2] = f'{cells[-2]:g}' + (' (converter)' if record['lr_of'] == 'converter' else '')
-        score = record['metrics'].get('mIoU')
+        score = score_of(record)
         key = ' | '.join(f'{cell}' for cell in cells)
         rows.setdefault(key, []).append('diverged' if score is None else f'{score:.1f}')
     lines = [f'| {key} | {", ".join(scores)} |' for key, scores in rows.items()]
-    head = f'| {" | ".join(names)} | mIoU |'
+    head = f'| {" | ".join(names)} | mIoU or mAP |'
     return '\n'.join([head, '|---' * (len(names) + 1) + '|', *lines])
 
 
@@ -95,7 +103,7 @@ def main() -> None:
             out.parent.mkdir(parents=True, exist_ok=True)
             with out.open('a') as file:
                 file.write(json.dumps(record, separators=(',', ':'), default=float) + '\n')
-            score = record['metrics'].get('mIoU')
+            score = score_of(record)
             print(
                 f'{run} lr {record["lr"]:g}: {score} in {record["cpu_seconds"]:.0f} s', flush=True
             )

@@ -1,4 +1,6 @@
-"""Segmentation as a user has it: a config of MMSegmentation, converted, on data of one's own.
+"""Training as a user has it: a config of MMSegmentation, converted, on data of one's own.
+
+Detection: `experiments.persons`.
 
 What is trained is what `convert_config` writes for one GPU; a run may set another learning rate.
 """
@@ -16,7 +18,7 @@ from mmengine.hooks import Hook
 from PIL import Image
 from pycocotools import mask as masks
 
-from experiments import lite, loop
+from experiments import lite, loop, persons
 from wsbcn_mm.openmmlab import command_line
 from wsbcn_mm.openmmlab.config import load_config
 from wsbcn_mm.openmmlab.conversion.convert import convert_config
@@ -156,7 +158,7 @@ def source(classes: list[str], data: Path, run: dict[str, Any], weights: Path) -
             pipeline=pipeline,
         )
     cfg.test_dataloader = cfg.val_dataloader
-    cfg.train_cfg.update(max_iters=steps, val_interval=10**6)
+    cfg.train_cfg.update(max_iters=steps, val_begin=steps + 1)
     cfg.param_scheduler[0].end = steps
     return cfg
 
@@ -215,15 +217,13 @@ def config(run: dict[str, Any], root: Path, folder: Path) -> Config:
     Args:
         run: ``task``, ``network`` (r18, lite0), ``width``, ``images`` per step, ``steps``,
             ``seed``, ``crop``; ``lr`` or None for the converter's; ``norm``, ``conv`` and
-            ``backbone`` as arguments of the converter (norm None: not converted at all);
-            ``options`` that are set at the end.
+            ``backbone`` as arguments of the converter (norm None: not converted at all; backbone
+            ``'filters'``: converted, with the convolutions of the BN network); ``options`` that
+            are set at the end.
         root: Folder of the data sets.
         folder: For what is made of them, and for lite0.pth.
     """
-    sets = dict(nuclei='dsb2018_nuclei', camvid='camvid', voc='voc_subset')
-    data = folder / run['task']
-    classes = prepare(run['task'], root / sets[run['task']], data)
-    user = source(classes, data, run, folder / 'lite0.pth')
+    user = _source(run, root, folder)
     if run['norm'] is None:
         cfg = user
         cfg.train_dataloader.batch_size = run['images']
@@ -235,26 +235,38 @@ def config(run: dict[str, Any], root: Path, folder: Path) -> Config:
             run['images'],
             gpus=1,
             schedule='keep',
-            backbone=run['backbone'],
+            backbone='convert' if run['backbone'] == 'filters' else run['backbone'],
         )
         cfg = made.cfg
+    if run['backbone'] == 'filters':
+        init = dict(type='Pretrained', checkpoint=str(folder / 'lite0.pth'))
+        cfg.model.backbone.init_cfg = init
     if run['lr'] is not None:
         cfg.optim_wrapper.optimizer.lr = run['lr']
-        cfg.param_scheduler[0].eta_min = run['lr'] / 100
+        if run['task'] != 'persons':
+            cfg.param_scheduler[0].eta_min = run['lr'] / 100
     cfg.train_dataloader.sampler = dict(type='InfiniteSampler', shuffle=True, seed=run['seed'])
     cfg.randomness = dict(seed=run['seed'])
     cfg.merge_from_dict(run['options'])
-    init = cfg.model.backbone.get('init_cfg') or {}
-    if init.get('checkpoint') == 'lite0.pth':
-        init['checkpoint'] = str(folder / 'lite0.pth')
     cfg.default_hooks.logger.interval = 10**6
     cfg.default_hooks.checkpoint.update(interval=10**6, save_last=False)
-    cfg.vis_backends, cfg.visualizer = [], dict(type='SegLocalVisualizer', vis_backends=[])
+    kind = 'Det' if run['task'] == 'persons' else 'Seg'
+    cfg.vis_backends, cfg.visualizer = [], dict(type=f'{kind}LocalVisualizer', vis_backends=[])
     cfg.log_level = 'ERROR'
     cfg.experiment_name = f'rates_{time.time_ns()}'
     cfg.work_dir = str(folder / 'work')
     cfg.launcher = 'none'
     return cfg
+
+
+def _source(run: dict[str, Any], root: Path, folder: Path) -> Config:
+    """The user's config of a task."""
+    data = folder / run['task']
+    if run['task'] == 'persons':
+        return persons.source(root / 'coco_subset', data, run, folder / 'lite0.pth')
+    sets = dict(nuclei='dsb2018_nuclei', camvid='camvid', voc='voc_subset')
+    classes = prepare(run['task'], root / sets[run['task']], data)
+    return source(classes, data, run, folder / 'lite0.pth')
 
 
 def train(run: dict[str, Any], root: Path, folder: Path) -> dict[str, Any]:
