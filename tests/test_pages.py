@@ -63,3 +63,25 @@ def test_the_table_of_tools_has_every_tool_once():
         if path.suffix == '.sh' or (path.suffix == '.py' and '__main__' in path.read_text())
     }
     assert len(listed) == len(set(listed)) and set(listed) == scripts
+
+
+PAGES = sorted(
+    page
+    for folder in ('.', 'docs', 'docs/study', 'tools', 'configs/*')
+    for page in ROOT.glob(f'{folder}/*.md')
+)
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_of_pages_lead_somewhere(page):
+    """Also to headings, as the site and the usual hosts name them."""
+    text = re.sub(r'^```.*?^```', '', page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    for target in re.findall(r'\]\(([^()\s]+)\)', text):
+        if target.startswith('https:'):
+            continue
+        path, _, anchor = target.partition('#')
+        file = page.parent / path if path else page
+        assert file.exists(), target
+        if anchor:
+            headings = re.findall(r'^#+ (.*)$', file.read_text(), re.MULTILINE)
+            assert anchor in {re.sub(r'[^\w -]', '', h).lower().replace(' ', '-') for h in headings}

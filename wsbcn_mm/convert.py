@@ -135,7 +135,7 @@ def convert_model(
             formula, groups that do not divide a width, a model that runs with ``example_input``
             before and not afterwards. Nothing is changed then.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64), nn.Conv2d(64, 2, 1))
         >>> report = convert_model(model)
         >>> [c.after for c in report.changed]

@@ -49,7 +49,7 @@ def weight_standardize(
         TypeError: ``weight`` is not a floating-point tensor.
         ValueError: fewer than 2 axes, a fan-in below 2, a negative eps, an unknown formula.
 
-    Example:
+    Examples:
         >>> w_hat = weight_standardize(torch.randn(8, 4, 3, 3))
         >>> bool(w_hat.mean((1, 2, 3)).abs().max() < 1e-6)
         True

@@ -85,7 +85,7 @@ def use_backend(name: str) -> Iterator[None]:
         RuntimeError: it cannot be used on this machine, with the reason; later, for a tensor that
             it does not support.
 
-    Example:
+    Examples:
         >>> with use_backend('eager'):
         ...     y = norm(x)
     """

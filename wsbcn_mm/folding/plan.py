@@ -131,7 +131,7 @@ def fold(
         TypeError: ``model`` is no module.
         ValueError: both ``inputs`` and ``run``.
 
-    Example:
+    Examples:
         >>> from wsbcn_mm import BatchChannelNorm2d, WSConv2d
         >>> model = nn.Sequential(WSConv2d(3, 64, 3), BatchChannelNorm2d(64), nn.ReLU()).eval()
         >>> [type(layer).__name__ for layer in fold(model)]

@@ -77,7 +77,7 @@ def standardize_once_per_forward(model: nn.Module) -> Callable[[], None]:
     Returns:
         A function that undoes it.
 
-    Example:
+    Examples:
         >>> import torch, wsbcn_mm
         >>> model = torch.nn.Sequential(wsbcn_mm.WSConv2d(3, 8, 3), wsbcn_mm.WSConv2d(8, 8, 3))
         >>> undo = wsbcn_mm.standardize_once_per_forward(model)
@@ -116,7 +116,7 @@ def standardized_once(model: nn.Module) -> Iterator[None]:
     Args:
         model: A model with WS convolutions.
 
-    Example:
+    Examples:
         >>> with standardized_once(model):
         ...     loss = model.loss(images)
         >>> loss.backward()
@@ -136,7 +136,7 @@ def weights_do_not_change(model: nn.Module) -> Iterator[None]:
     Args:
         model: A model with WS convolutions.
 
-    Example:
+    Examples:
         >>> with torch.no_grad(), weights_do_not_change(model):
         ...     for image in images:
         ...         show(model(image))

@@ -175,10 +175,8 @@ class ReportedPretrainedInit(PretrainedInit):
     One line where the file fills every parameter and buffer; a warning where it does not, or where
     the WS formula of the file is not that of the layers.
 
-    Args:
-        checkpoint: File or address, as in mmengine.
-        prefix: Part of the checkpoint's model to load, such as ``'backbone.'``.
-        map_location: As in mmengine.
+    Its arguments are mmengine's: ``checkpoint``, a file or an address; ``prefix`` of the part of
+    the checkpoint's model to load, such as ``'backbone.'``; ``map_location``.
     """
 
     def __call__(self, module: nn.Module) -> None:
