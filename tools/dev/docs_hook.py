@@ -98,5 +98,6 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
-    """Links lead to where things are on the site."""
-    return rewritten(markdown, page.file.src_uri)[0]
+    """Links lead to where things are on the site; what unfolds is Markdown inside, too."""
+    text = rewritten(markdown, page.file.src_uri)[0]
+    return text.replace('<details>', '<details markdown="1">')
