@@ -61,11 +61,12 @@ def cpu_kernels() -> dict:
                 self.extensions = []  # nothing to copy into an editable install
                 print(f'warning: the CPU kernels were not compiled: {error}', file=sys.stderr)
 
-    folder = 'wsbcn_mm/backends/cpu'
+    # One extension, for what it shares; it needs neither CUDA to be compiled nor a GPU to be loaded.
+    folders = [f'wsbcn_mm/backends/{name}' for name in ('nodes', 'cpu', 'triton/host')]
     extension = CppExtension(
-        f'{folder.replace("/", ".")}._kernels',
-        files(folder, '*.cpp'),
-        depends=files(folder, '*.h'),
+        'wsbcn_mm.backends.cpu._kernels',
+        [file for folder in folders for file in files(folder, '*.cpp')],
+        depends=[file for folder in folders for file in files(folder, '*.h')],
         # OpenMP at compile time only: at run time torch's own library must be found, because a
         # second one would keep threads of its own.
         # Wno-psabi: vectors are passed between inlined functions only.

@@ -34,7 +34,7 @@ device=${WSBCN_DEVICE:-$(nvidia-smi -L 2>/dev/null | grep -q GPU && echo cuda ||
 case $device in cpu | cuda) ;; *) fail "WSBCN_DEVICE must be cpu or cuda, got '$device'" ;; esac
 ops=${WSBCN_MMCV_OPS:-mmcv}
 case $ops in mmcv | torchvision) ;; *) fail "WSBCN_MMCV_OPS must be mmcv or torchvision, got '$ops'" ;; esac
-stamp="$device $ops $PWD $(cat requirements/*.txt setup.py tools/setup_env.sh wsbcn_mm/backends/cpu/*.{cpp,h} | cksum)"
+stamp="$device $ops $PWD $(cat requirements/*.txt setup.py tools/setup_env.sh wsbcn_mm/backends/{nodes,cpu,triton/host}/*.{cpp,h} | cksum)"
 if [ "$(cat "$venv/wsbcn-ready" 2>/dev/null)" = "$stamp" ]; then
     echo "$venv/bin/python"
     exit 0

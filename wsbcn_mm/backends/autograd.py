@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from wsbcn_mm import backends, compat, reference
-from wsbcn_mm.backends import eager, ops
+from wsbcn_mm.backends import eager, ops, triton
 from wsbcn_mm.backends.carriers import (
     Affine,
     AffineGradients,
@@ -120,9 +120,8 @@ def gradients_of(affine: Affine, gradients: AffineGradients) -> list[Tensor | No
 
 def has_nodes(backend: str) -> bool:
     """Whether the backend brings autograd nodes of its own, which a compiler cannot look into."""
-    if backend != 'cpu' or torch.compiler.is_compiling():
-        return False
-    return not compat.compiles_backward_passes()
+    there = backend == 'cpu' or (backend == 'triton' and triton.HAS_NODES)
+    return there and not torch.compiler.is_compiling() and not compat.compiles_backward_passes()
 
 
 def _needs_torch() -> bool:

@@ -97,6 +97,21 @@ SCHEMAS = (
     'backward_calls_address() -> int',
     # Frees the memory that a backend keeps for its next results.
     'release_memory() -> ()',
+    # How kernels of a GPU are launched without Python. Makes the launcher's operators those of CUDA
+    # tensors; of CPU tensors, to measure it.
+    'register_launcher(bool cpu) -> ()',
+    # What it asks Python for at its first use: see `triton.variants`. And anew after a reset.
+    'launcher() -> int[]',
+    'reset_launcher() -> ()',
+    # How many kernels it has launched in this process.
+    'launches() -> int',
+    # What it asks Python for: a kernel by name, for arguments like these. The first pointers are
+    # so many tuples of so many. Returns the function, its threads, its shared memory in bytes, and
+    # how many null pointers it takes behind its arguments.
+    (
+        'compile_kernel(str kernel, Tensor?[] pointers, int[] tuples, int[] numbers, '
+        'str[] names, int[] constants) -> int[]'
+    ),
     # What such nodes call to be differentiated again: differentiable gradients of those inputs that
     # require one, in order; without mean and var, those of x are differentiated too.
     (

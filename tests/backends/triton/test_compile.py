@@ -27,8 +27,7 @@ import torch, triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from wsbcn_mm.backends.carriers import Affine, Running
-from wsbcn_mm.backends.carriers import Affine, Running
-from wsbcn_mm.backends.triton import cuts, device, launch
+from wsbcn_mm.backends.triton import cuts, device, launch, variants
 
 class Machine:
     '''What Triton asks of a GPU before it launches something: an H100 on which nothing runs.'''
@@ -55,6 +54,7 @@ compiled = set()
 def start(kernel, grid, *args, **constants):
     '''In place of a launch: compiles what would be launched.'''
     result = kernel.warmup(*args, grid=grid, **constants)
+    variants.check_parameters(result, list(args))
     compiled.add((kernel.__name__, result.hash))
 
 device.start = start

@@ -17,8 +17,8 @@
 #include <tuple>
 #include <vector>
 
-#include "carriers.h"
-#include "checks.h"
+#include "../nodes/carriers.h"
+#include "../nodes/checks.h"
 #include "groups.h"
 #include "rows.h"
 

@@ -1,5 +1,10 @@
 """The operators in Triton, for CUDA: compiled at their first use, cached by Triton on disk.
 
+Two sets of functions launch the same kernels in the same way: those in C++ (`host`), which run no
+Python once a kernel is compiled, and the plain ones (`launch`), which the first are tested against.
+The plain ones serve where the compiled extension or the driver of an NVIDIA GPU is missing (ROCm),
+and where ``WSBCN_LAUNCHER=python`` is in the environment.
+
 Importing this package imports neither Triton nor anything of CUDA; the first call does. With
 ``TRITON_INTERPRET=1`` in the environment, Triton's interpreter runs the same kernels on CPU
 tensors: for tests, not for speed.
@@ -15,8 +20,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from wsbcn_mm.backends import dispatched
+from wsbcn_mm.backends import cpu, dispatched
 from wsbcn_mm.backends.ops import NAMESPACE, OPERATORS, Kernels, flattened
+from wsbcn_mm.backends.triton import variants
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
@@ -53,13 +59,32 @@ def kernels() -> Kernels:
     return _launch() if INTERPRETED else cast(Kernels, dispatched)
 
 
-def register() -> None:
-    """Makes the functions of `launch` the CUDA kernels of the operators, once."""
+def register() -> bool:
+    """Makes the functions of `host` or of `launch` the CUDA kernels of the operators, once.
+
+    Returns:
+        Whether those of `host`.
+
+    Raises:
+        ValueError: WSBCN_LAUNCHER is neither ``cpp`` nor ``python``.
+        RuntimeError: WSBCN_LAUNCHER is ``cpp``, and that cannot be had here.
+    """
+    wanted = os.environ.get('WSBCN_LAUNCHER')
+    if wanted not in (None, '', 'cpp', 'python'):
+        raise ValueError(f'WSBCN_LAUNCHER must be cpp or python\n  got {wanted!r}')
+    if wanted != 'python' and not INTERPRETED and cpu.unavailable() is None and variants.install():
+        return True
+    if wanted == 'cpp':
+        raise RuntimeError(
+            'WSBCN_LAUNCHER=cpp needs the compiled extension, torch with CUDA, and its driver\n  '
+            + (cpu.unavailable() or 'the extension is there')
+        )
     global _library
     if _library is None:
         _library = torch.library.Library(NAMESPACE, 'IMPL')
         for name in OPERATORS:
             _library.impl(name, launcher(name), 'CUDA')
+    return False
 
 
 def _launch() -> Kernels:
@@ -83,5 +108,5 @@ def _flat(name: str) -> Callable[..., Any]:
 
 
 # Now, for at the first use torch.compile may be tracing.
-if unavailable() is None:
-    register()
+HAS_NODES = unavailable() is None and register()
+"""Whether the nodes of autograd's graph in C++ serve CUDA tensors too."""

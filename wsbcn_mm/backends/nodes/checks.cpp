@@ -3,24 +3,26 @@
 namespace wsbcn {
 namespace {
 
-void check_floating_on_cpu(const Tensor& value, const char* name) {
-  TORCH_CHECK_VALUE(value.device().is_cpu(), name, " must be on the CPU, as the input\n  got ",
-                    value.device());
+void check_floating_beside(const Tensor& x, const Tensor& value, const char* name) {
+  TORCH_CHECK_VALUE(value.device() == x.device(), name, " must be on the device of the input, ",
+                    x.device(), "\n  got ", value.device());
   TORCH_CHECK_TYPE(value.is_floating_point(), name, " must be floating point\n  got ",
                    value.scalar_type());
 }
 
-void check_per_channel(const OptionalTensor& value, const char* name, int64_t channels) {
+void check_per_channel(const OptionalTensor& value, const char* name, const Tensor& x) {
   if (!is_there(value)) return;
-  check_floating_on_cpu(*value, name);
+  const int64_t channels = x.size(1);
+  check_floating_beside(x, *value, name);
   TORCH_CHECK_VALUE(value->dim() == 1 && value->size(0) == channels, name, " must have shape (",
                     channels, ",), one value per channel\n  got shape ", value->sizes());
 }
 
 void check_per_group_or_channel(const OptionalTensor& value, const char* name, int64_t groups,
-                                int64_t channels) {
+                                const Tensor& x) {
   if (!is_there(value)) return;
-  check_floating_on_cpu(*value, name);
+  const int64_t channels = x.size(1);
+  check_floating_beside(x, *value, name);
   TORCH_CHECK_VALUE(value->dim() == 1 && (value->size(0) == groups || value->size(0) == channels),
                     name, " must have shape (", groups, ",), one value per group, or (", channels,
                     ",), one per channel\n  got shape ", value->sizes());
@@ -43,31 +45,31 @@ void check_input(const Tensor& x, int64_t num_groups) {
 }
 
 void check_running(const Running& running, const Tensor& x) {
-  check_per_channel(running.mean, "running_mean", x.size(1));
-  check_per_channel(running.var, "running_var", x.size(1));
+  check_per_channel(running.mean, "running_mean", x);
+  check_per_channel(running.var, "running_var", x);
   if (!is_there(running.counts)) return;
   const Tensor& counts = *running.counts;
-  TORCH_CHECK_VALUE(counts.device().is_cpu() && counts.scalar_type() == at::kLong &&
+  TORCH_CHECK_VALUE(counts.device() == x.device() && counts.scalar_type() == at::kLong &&
                         counts.sizes() == at::IntArrayRef({2, x.size(1)}) && counts.is_contiguous(),
                     "counts must be contiguous int64 of shape (2, ", x.size(1),
-                    ") on the CPU\n  got ", counts.scalar_type(), " of shape ", counts.sizes(),
+                    ") on ", x.device(), "\n  got ", counts.scalar_type(), " of shape ", counts.sizes(),
                     " with strides ", counts.strides(), " on ", counts.device());
 }
 
 void check_affine(const Affine& affine, const Tensor& x, int64_t num_groups) {
-  check_per_channel(affine.batch_weight, "batch_weight", x.size(1));
-  check_per_channel(affine.batch_bias, "batch_bias", x.size(1));
-  check_per_group_or_channel(affine.weight, "weight", num_groups, x.size(1));
-  check_per_group_or_channel(affine.bias, "bias", num_groups, x.size(1));
+  check_per_channel(affine.batch_weight, "batch_weight", x);
+  check_per_channel(affine.batch_bias, "batch_bias", x);
+  check_per_group_or_channel(affine.weight, "weight", num_groups, x);
+  check_per_group_or_channel(affine.bias, "bias", num_groups, x);
 }
 
 void check_statistic(const Tensor& value, const char* name, at::IntArrayRef shape,
                      const Tensor& x) {
-  TORCH_CHECK_VALUE(value.device().is_cpu() && value.scalar_type() == accumulation_dtype(x) &&
+  TORCH_CHECK_VALUE(value.device() == x.device() && value.scalar_type() == accumulation_dtype(x) &&
                         value.sizes() == shape,
                     name, " must be ", accumulation_dtype(x), " of shape ", shape,
-                    " on the CPU\n  got ", value.scalar_type(), " of shape ", value.sizes(), " on ",
-                    value.device());
+                    " on ", x.device(), "\n  got ", value.scalar_type(), " of shape ",
+                    value.sizes(), " on ", value.device());
 }
 
 void check_statistics(const Statistics& statistics, const Tensor& x, int64_t num_groups) {
@@ -81,9 +83,9 @@ void check_statistics(const Statistics& statistics, const Tensor& x, int64_t num
 }
 
 void check_gradient(const Tensor& grad, const Tensor& x) {
-  TORCH_CHECK_VALUE(grad.device().is_cpu() && grad.sizes() == x.sizes(),
+  TORCH_CHECK_VALUE(grad.device() == x.device() && grad.sizes() == x.sizes(),
                     "grad must have the shape and device of what it is the gradient of, ",
-                    x.sizes(), " on the CPU\n  got shape ", grad.sizes(), " on ", grad.device());
+                    x.sizes(), " on ", x.device(), "\n  got shape ", grad.sizes(), " on ", grad.device());
   TORCH_CHECK_TYPE(grad.is_floating_point(), "grad must be floating point\n  got ",
                    grad.scalar_type());
 }

@@ -178,13 +178,14 @@ Tensor batch_channel_norm(const Tensor& x, int64_t num_groups, Tensor& running_m
 }
 
 // Above autograd and, for inference tensors, without it.
-TORCH_LIBRARY_IMPL(wsbcn_mm, AutogradCPU, library) {
-  library.impl("batch_channel_norm", batch_channel_norm);
-}
-
-TORCH_LIBRARY_IMPL(wsbcn_mm, CPU, library) {
-  library.impl("batch_channel_norm", batch_channel_norm);
-}
+#define WSBCN_IMPLEMENT(key)                                \
+  TORCH_LIBRARY_IMPL(wsbcn_mm, key, library) {              \
+    library.impl("batch_channel_norm", batch_channel_norm); \
+  }
+WSBCN_IMPLEMENT(AutogradCPU)
+WSBCN_IMPLEMENT(AutogradCUDA)
+WSBCN_IMPLEMENT(CPU)
+WSBCN_IMPLEMENT(CUDA)
 
 }  // namespace
 }  // namespace wsbcn

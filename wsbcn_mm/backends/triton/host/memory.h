@@ -1,0 +1,26 @@
+// Memory for small results and for what kernels hand to each other: one allocation for all of it.
+#pragma once
+
+#include <initializer_list>
+#include <vector>
+
+#include "launch.h"
+
+namespace wsbcn::gpu {
+
+// Uninitialised tensors in the accumulation dtype of x.
+std::vector<Tensor> small_results(const Tensor& x, std::initializer_list<at::IntArrayRef> shapes);
+
+// The same for what no one but kernels sees.
+class Scratch {
+ public:
+  Scratch(const Tensor& x, std::initializer_list<int64_t> sizes);
+
+  Pointer operator[](size_t index) const;
+
+ private:
+  Tensor memory_;
+  std::vector<int64_t> starts_;  // in bytes
+};
+
+}  // namespace wsbcn::gpu
