@@ -131,15 +131,11 @@ def test_report_names_every_backend():
 
 
 def test_what_is_wrong_with_a_build_is_a_reason(monkeypatch, tmp_path):
-    def fails(path):
-        raise OSError('undefined symbol: _ZN3c10')
-
-    monkeypatch.setattr(torch.ops, 'load_library', fails)
     monkeypatch.setattr(cpu, '__file__', str(tmp_path / '__init__.py'))
     assert 'not compiled' in cpu.load() and '--no-build-isolation' in cpu.load()
     library = tmp_path / f'_kernels{cpu.EXTENSION_SUFFIXES[0]}'
     library.write_bytes(b'of any torch' + schemas.mark() + b'.')
-    assert 'another torch (undefined symbol' in cpu.load()
+    assert 'another torch (' in cpu.load()
     monkeypatch.setattr(schemas, 'SCHEMAS', (*schemas.SCHEMAS, 'one_more() -> ()'))
     assert 'another version of this package' in cpu.load() and 'compiles them again' in cpu.load()
 

@@ -16,21 +16,18 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from wsbcn_mm import compat, distributed
-from wsbcn_mm.backends import autograd, synchronised
-from wsbcn_mm.backends.carriers import Affine, Rate, Running
+from wsbcn_mm import compat
 from wsbcn_mm.checks import (
     MODES,
     auto_groups,
     check_choice,
     check_eps,
-    check_floating,
     check_groups,
     checked_rate,
 )
-from wsbcn_mm.layers import averages, channel_stage, compiled, recomputation, transformed
+from wsbcn_mm.layers import channel_stage
+from wsbcn_mm.layers.forward_passes import ForwardPasses
 
 AFFINES = ('group', 'channel', None)
 SYNCS = (None, 'step', 'forward')
@@ -39,15 +36,11 @@ DEFAULT_MOMENTUM = {'estimate': 0.01, 'batch': 0.1}
 Layer = TypeVar('Layer', bound='BatchChannelNorm')
 
 
-class BatchChannelNorm(nn.GroupNorm):
+class BatchChannelNorm(ForwardPasses):
     """What the Batch-Channel Normalization layers share."""
 
     _version = 1
     _abbr_ = 'bcn'  # attribute name in OpenMMLab's modules (`bcn1`); 'bn' would collide with BN's
-    bn: Any  # a ChannelStage, or what hosts convert BatchNorms to (SyncBatchNorm)
-    _bn_class: type[_BatchNorm]
-    _stage_class: type[channel_stage.ChannelStage]
-    _dims: tuple[int, ...]
 
     def __init__(
         self,
@@ -77,9 +70,8 @@ class BatchChannelNorm(nn.GroupNorm):
         self.batch_bias = nn.Parameter(torch.zeros(num_channels, **factory))
         self.bn = self._stage_class(num_channels, eps, affine=False, **factory)
         self.bn.belongs_to(self)
-        self._counts: Tensor | None = None
-        self._steps: Tensor  # see `averages.rate_of_next`; where the counts are, and as they are
-        self._average: averages.Average | None = None
+        self._counts = None
+        self._average = None
         self._place()
         self.affine = affine  # type: ignore[assignment]  # nn.GroupNorm's is a bool
         self.mode = mode
@@ -185,228 +177,6 @@ class BatchChannelNorm(nn.GroupNorm):
                 self._steps.zero_()
             self.forget_average()
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Normalises ``input``; see the class for shapes and what each mode does."""
-        # Every line here is paid once per layer and step: what is looked up twice is kept.
-        bn = self.bn
-        mean, var = bn.running_mean, bn.running_var
-        if not self._fits(input, mean):
-            if compat.is_traced_by_fx(input):
-                return compat.call_as_leaf(self, input)
-            self._refuse(input)
-        assert mean is not None and var is not None
-        # norm_eval and frozen stages call eval() on BatchNorm instances only: the child obeys.
-        if not (self.training and bn.training):
-            return self._normalize(input, Running(mean, var), None)
-        if not torch.compiler.is_compiling() and compat.in_transform():
-            return self._forward_transformed(input, Running(mean, var))
-        running = Running(mean, var, self.counts)
-        if self.sync == 'forward' or self.mode == 'batch':
-            ranks = self._ranks()
-            if ranks is not None:
-                # Also with an empty input: the other ranks wait for this one's share.
-                return self._forward_over_ranks(input, running, ranks)
-        # Batch mode does not update from a single value per channel.
-        if input.numel() // self.num_channels <= (1 if self.mode == 'batch' else 0):
-            return self._normalize(input, running, 0.0)
-        if torch.compiler.is_compiling():
-            return self._forward_compiled(input, running)
-        run = recomputation.of(self._identity)
-        if run is None:
-            return self._forward_once(input, running)
-        use = run.recall()
-        if use is not None:
-            return self._forward_again(input, running, use)
-        output = self._forward_once(input, running)
-        run.remember(self._use(running))
-        return output
-
-    def _forward_once(self, input: Tensor, running: Running) -> Tensor:
-        """Updates the running statistics, and normalises."""
-        rate = self._rate()
-        if self.mode == 'batch':
-            if self.bn.momentum is not None:
-                return self._normalize(input, running, rate)
-            averages.update_from_batch(input, running, rate, self._steps)
-            return self._normalize(input, _copy_of(running), 0.0)
-        average = self._average_now(rate)
-        if average is False:
-            self.forget_average()
-            return self._normalize(input, running, rate)
-        self._update_average(input, running, rate, distributed.ALONE, average)
-        # With the new estimates as constants: what evaluation does.
-        return self._normalize(input, running, None)
-
-    def _forward_again(self, input: Tensor, running: Running, use: recomputation.Use) -> Tensor:
-        """The same result as in the run that checkpointing repeats; the estimates stay."""
-        if use.mean is not None and use.var is not None:
-            return self._normalize(input, Running(use.mean, use.var), None)
-        # Rate 0 keeps the copies, the statistics of the batch are computed again.
-        return self._normalize(input, _copy_of(running), 0.0)
-
-    def _forward_transformed(self, input: Tensor, running: Running) -> Tensor:
-        """Inside a transform of torch.func, which lets a function edit what it was given alone."""
-        momentum, tracked = self._momentum(), self.bn.num_batches_tracked
-        plain = momentum is not None and not self.averages and self._ranks() is None
-        transformed.check_buffers((*running[:2], tracked), plain, type(self).__name__)
-        tracked.add_(1)
-        return self._normalize(input, running, momentum)
-
-    def _forward_compiled(self, input: Tensor, running: Running) -> Tensor:
-        """What to update is decided when the compiled code runs; see `compiled.observe`."""
-        from_batch, tracked = self.mode == 'batch', self.bn.num_batches_tracked
-        assert tracked is not None
-        mean, var = compiled.observe(
-            input,
-            running,
-            tracked,
-            self._steps,
-            self._momentum(),
-            from_batch,
-            self._identity,
-        )
-        use = recomputation.Use() if from_batch else recomputation.Use(mean, var)
-        return self._forward_again(input, running, use)
-
-    def _use(self, running: Running) -> recomputation.Use:
-        """What a repetition of this run must see."""
-        if self.mode == 'batch':
-            return recomputation.Use()
-        return recomputation.Use(running.mean.clone(), running.var.clone())
-
-    def _momentum(self) -> float | Tensor | None:
-        momentum: float | Tensor | None = self.bn.momentum
-        # What a child became (SyncBatchNorm) takes anything. A 0-d tensor is what a schedule sets
-        # in compiled code, where every new number would be compiled anew.
-        if momentum is not None and not isinstance(self.bn, channel_stage.ChannelStage):
-            momentum = checked_rate(momentum)
-        if not isinstance(momentum, Tensor) or torch.compiler.is_compiling():
-            return momentum
-        return float(momentum) if momentum.device.type == 'cpu' else momentum
-
-    def _rate(self) -> float | Tensor:
-        """Counts an update; the weight of its observation: what users set as momentum."""
-        momentum, tracked = self._momentum(), self.bn.num_batches_tracked
-        assert tracked is not None
-        if momentum is None:
-            return averages.rate_of_next(self._steps, tracked)
-        tracked.add_(1)
-        return momentum
-
-    @property
-    def averages(self) -> bool:
-        """Whether the estimates of this layer are averages of inputs with the same weight.
-
-        They are with ``momentum='cumulative'``, and with 1, which hosts set to average themselves.
-        """
-        momentum = self._momentum()
-        return self.mode == 'estimate' and (momentum is None or (momentum == 1) is True)
-
-    def note_inputs_of_others(self, taken_in: Tensor) -> None:
-        """Counts an input of another rank, in the channels (C,) that it is now a part of."""
-        averages.note(self._steps, taken_in)
-
-    def forget_average(self) -> None:
-        """Lets a host's average, with ``momentum=1``, begin with the next input."""
-        self._average = None
-
-    def _average_now(self, rate: float | Tensor) -> bool | Tensor:
-        """`averages`; where only the device knows it, a 0-d tensor."""
-        return self.bn.momentum is None or rate == 1
-
-    def _update_average(
-        self,
-        input: Tensor,
-        running: Running,
-        rate: float | Tensor,
-        ranks: synchronised.Ranks,
-        average: bool | Tensor,
-    ) -> None:
-        taken_in = synchronised.update_estimates(input, running, rate, ranks, average)
-        if self.bn.momentum is None:
-            averages.note(self._steps, taken_in)
-        elif average is True:
-            self._average = averages.add_share(running, taken_in, self._average)
-
-    def _ranks(self) -> distributed.Ranks | None:
-        """Those whose samples the statistics are of, where there are others than this one."""
-        converted = self.mode == 'batch' and isinstance(self.bn, nn.SyncBatchNorm)
-        if not converted and self.sync != 'forward':
-            return None
-        group: Any = self.bn.process_group if converted else None
-        return distributed.Ranks(group) if distributed.world_size(group) > 1 else None
-
-    def _affine(self) -> Affine:
-        return Affine(self.batch_weight, self.batch_bias, self.weight, self.bias)
-
-    def _normalize(self, input: Tensor, running: Running, rate: Rate) -> Tensor:
-        # Not through `functional`: its checks were made when the layer was, and take as long as a
-        # small map.
-        return autograd.batch_channel_norm(
-            input, self.num_groups, running, self._affine(), rate, self.eps, self.mode
-        )
-
-    @compat.not_compiled
-    def _forward_over_ranks(
-        self, input: Tensor, running: Running, ranks: distributed.Ranks
-    ) -> Tensor:
-        """As in one process with the samples of all ranks."""
-        run = recomputation.of(self._identity)
-        use = None if run is None else run.recall()
-        if self.mode == 'batch':
-            rate = self._rate() if use is None else 0.0
-            if use is not None:  # the statistics of the batch are computed again, the buffers stay
-                running = _copy_of(running)
-            left_out = self.counts[1].clone()
-            output = synchronised.batch_norm_over_ranks(
-                input, self.num_groups, running, self._affine(), rate, self.eps, ranks
-            )
-            if use is None and self.bn.momentum is None:
-                averages.note(self._steps, self.counts[1] == left_out)
-        elif use is not None:
-            output = self._forward_again(input, running, use)
-        else:
-            rate = self._rate()
-            average = self._average_now(rate)
-            if average is False:
-                self.forget_average()
-            self._update_average(input, running, rate, ranks, average)
-            # With the new estimates as constants: what evaluation does.
-            output = self._normalize(input, running, None)
-        if run is not None and use is None:
-            run.remember(self._use(running))
-        return output
-
-    def _fits(self, input: Tensor, mean: Tensor | None) -> bool:
-        if not isinstance(input, Tensor) or not input.is_floating_point() or mean is None:
-            return False
-        shape = input.shape
-        return (
-            len(shape) in self._dims
-            and shape[1] == self.num_channels
-            and input.device == mean.device
-        )
-
-    def _refuse(self, input: Tensor) -> None:
-        check_floating(input, 'input')
-        name, mean = type(self).__name__, self.bn.running_mean
-        if mean is None:
-            raise RuntimeError(
-                f'{name}: its child bn has no running statistics (track_running_stats=False)\n'
-                "  they are a part of this layer; mode='batch' trains with those of the batch"
-            )
-        if len(input.shape) in self._dims and input.shape[1] == self.num_channels:
-            raise RuntimeError(
-                f'{name}: the input is on {input.device}, the running statistics on {mean.device}\n'
-                '  move the layer or the input; a layer made on the meta device has no values '
-                'before to_empty(), or load_state_dict(assign=True), and loading'
-            )
-        expected = ' or '.join(f'{d}-d' for d in self._dims)
-        raise ValueError(
-            f'{name} expects a {expected} input (N, {self.num_channels}, ...)\n'
-            f'  got shape {tuple(input.shape)}'
-        )
-
     def __prepare_scriptable__(self) -> NoReturn:
         """What torch.jit.script calls first."""
         raise RuntimeError(
@@ -421,11 +191,6 @@ class BatchChannelNorm(nn.GroupNorm):
             f'momentum={self.momentum!r}, affine={self.affine!r}, mode={self.mode!r}, '
             f'sync={self.sync!r}'
         )
-
-
-def _copy_of(running: Running) -> Running:
-    counts = None if running.counts is None else running.counts.clone()
-    return Running(running.mean.clone(), running.var.clone(), counts)
 
 
 _NORM_DOC = """Batch-Channel Normalization over {shape} inputs (arXiv 1911.09738, equations 13-15).

@@ -1,6 +1,6 @@
 """The launcher in C++ does what `launch` does: the same launches, with results equal to the bit."""
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import pytest
 import torch
@@ -87,7 +87,13 @@ def tensors(values):
 
 
 # An even and an odd one, in one position, in several chunks where tiles are small.
-SHAPES = [((2, 6, 3, 5), 3), ((1, 4, 6, 4), 2), ((3, 8, 1, 1), 4), ((5, 6), 3), ((2, 2, 2, 3, 2), 1)]
+SHAPES = [
+    ((2, 6, 3, 5), 3),
+    ((1, 4, 6, 4), 2),
+    ((3, 8, 1, 1), 4),
+    ((5, 6), 3),
+    ((2, 2, 2, 3, 2), 1),
+]
 CUTS = ['held', 'shared out', 'passes', 'small tiles']
 
 
@@ -194,8 +200,10 @@ def test_an_error_of_the_driver_is_an_error(monkeypatch):
 
 def test_a_kernel_with_unknown_parameters_is_refused():
     class Compiled:
-        asm = {'ptx': '.visible .entry k(\n.param .u64 .ptr .global k_0,\n.param .u32 k_1\n)\n{'}
-        metadata = Launched('k', 0, 1)
+        asm: ClassVar = {
+            'ptx': '.visible .entry k(\n.param .u64 .ptr .global k_0,\n.param .u32 k_1\n)\n{'
+        }
+        metadata: ClassVar = Launched('k', 0, 1)
 
     pointer = torch.empty(1)
     assert variants.check_parameters(Compiled, [pointer, 3]) == 0

@@ -4,8 +4,10 @@ Compiled by setup.py when the package is installed; `unavailable` says what is w
 not happen or the result does not fit the installed torch.
 """
 
+import importlib.util
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from types import ModuleType
 from typing import cast
 
 import torch
@@ -14,6 +16,9 @@ from torch import Tensor
 from wsbcn_mm.backends import dispatched
 from wsbcn_mm.backends.ops import Kernels
 from wsbcn_mm.backends.schemas import mark
+
+entries: ModuleType | None = None
+"""The compiled module: what layers call directly; see nodes/python.cpp."""
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -29,9 +34,13 @@ def load() -> str | None:
         return f'the CPU kernels are not compiled for this Python; {how}'
     if mark() not in compiled[0].read_bytes():
         return f'the CPU kernels were compiled for another version of this package; {how} again'
+    global entries
     try:
-        torch.ops.load_library(str(compiled[0]))
-    except OSError as error:
+        # Its operators are registered when it is imported.
+        spec = importlib.util.spec_from_file_location(f'{__name__}._kernels', compiled[0])
+        assert spec is not None and spec.loader is not None
+        entries = importlib.util.module_from_spec(spec)
+    except ImportError as error:
         return f'the CPU kernels were compiled for another torch ({error}); {how}'
     return None
 

@@ -9,7 +9,7 @@
 #include <tuple>
 #include <vector>
 
-#include "carriers.h"
+#include "batch_channel_norm.h"
 
 namespace wsbcn {
 namespace {
@@ -157,7 +157,8 @@ bool requires_grad(const OptionalTensor& tensor) {
   return is_there(tensor) && tensor->requires_grad();
 }
 
-// x dense and not empty.
+}  // namespace
+
 Tensor batch_channel_norm(const Tensor& x, int64_t num_groups, Tensor& running_mean,
                           Tensor& running_var, const OptionalTensor& counts,
                           const OptionalTensor& batch_weight, const OptionalTensor& batch_bias,
@@ -176,6 +177,8 @@ Tensor batch_channel_norm(const Tensor& x, int64_t num_groups, Tensor& running_m
   if (!call.rate.is_given()) return evaluate(x, affine, call);
   return std::get<0>(normalize_with_statistics(x, affine, call));
 }
+
+namespace {
 
 // Above autograd and, for inference tensors, without it.
 #define WSBCN_IMPLEMENT(key)                                \

@@ -1,6 +1,10 @@
 // Makes the operators those of CUDA tensors. At run time, and not when this is loaded, because
 // only Python knows whether there is a driver, and because ROCm has another one.
+#include "register.h"
+
 #include <torch/library.h>
+
+#include <atomic>
 
 #include "operators.h"
 
@@ -20,10 +24,13 @@ void implement(torch::Library& library) {
   library.impl("standardize_all_backward", standardize_all_backward);
 }
 
+std::atomic<bool> registered{false};
+
 // Never destroyed: tensors may outlive whatever else ends with the process.
 void register_launcher(bool cpu) {
   const auto key = cpu ? c10::DispatchKey::CPU : c10::DispatchKey::CUDA;
   implement(*new torch::Library(torch::Library::IMPL, "wsbcn_mm", key, __FILE__, __LINE__));
+  if (!cpu) registered = true;
 }
 
 TORCH_LIBRARY_IMPL(wsbcn_mm, CompositeExplicitAutograd, library) {
@@ -36,4 +43,9 @@ TORCH_LIBRARY_IMPL(wsbcn_mm_launcher, CompositeExplicitAutograd, library) {
 }
 
 }  // namespace
+
+bool is_registered() {
+  return registered;
+}
+
 }  // namespace wsbcn::gpu

@@ -1,0 +1,107 @@
+// What layers call where nothing is unusual: a call of an operator through torch.ops takes longer
+// than a small map, most of it to look at the arguments.
+//
+// Whatever is not usual (subclasses of tensors, modes, transforms, traces, tensors that do not fit)
+// is answered with None: the layer then goes the way in which everything is checked and refused.
+#include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/ops/empty.h>
+#include <ATen/record_function.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/forward_grad.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/jit/frontend/tracer.h>
+
+#include "../triton/host/register.h"
+#include "batch_channel_norm.h"
+
+namespace wsbcn {
+namespace {
+
+// Whether results are what they seem: no mode watches, no transform wraps, no tangent goes along.
+bool nothing_unusual() {
+  return !at::impl::torch_function_mode_enabled() &&
+         !c10::impl::TorchDispatchModeTLS::any_modes_set() &&
+         !c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) &&
+         !torch::jit::tracer::isTracing() &&
+         torch::autograd::ForwardADLevel::try_get_by_idx(0) == nullptr;
+}
+
+// A tensor, None, or neither of the two as they should be.
+bool read(PyObject* object, OptionalTensor& tensor) {
+  if (object == Py_None) return true;
+  if (!THPVariable_CheckExact(object)) return false;
+  tensor = THPVariable_Unpack(object);
+  return true;
+}
+
+bool is_usual(const Tensor& x, const Tensor& mean, const OptionalTensor& counts) {
+  if (x.layout() != at::kStrided || x.is_nested() || x.size(1) != mean.numel() ||
+      x.numel() == 0 || x.device() != mean.device() || !is_dense(x) ||
+      (counts && counts->device() != x.device())) {
+    return false;
+  }
+  switch (x.scalar_type()) {
+    case at::kFloat:
+    case at::kDouble:
+    case at::kHalf:
+    case at::kBFloat16:
+      return x.is_cpu() || (x.is_cuda() && gpu::is_registered());
+    default:
+      return false;
+  }
+}
+
+// batch_channel_norm(x, num_groups, running_mean, running_var, counts, num_batches_tracked,
+//                    batch_weight, batch_bias, weight, bias, rate, eps, from_batch, least_dim,
+//                    most_dim)
+// rate and num_batches_tracked are None in evaluation; otherwise the update is counted.
+PyObject* batch_channel_norm_or_none(PyObject*, PyObject* const* arguments, Py_ssize_t number) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(number == 15, "expected 15 arguments\n  got ", number);
+  enum { kX, kGroups, kMean, kVar, kCounts, kTracked, kBatchWeight, kBatchBias, kWeight, kBias };
+  enum { kRate = kBias + 1, kEps, kFromBatch, kLeastDim, kMostDim };
+  OptionalTensor x, mean, var, counts, tracked, batch_weight, batch_bias, weight, bias;
+  const bool readable =
+      read(arguments[kX], x) && read(arguments[kMean], mean) && read(arguments[kVar], var) &&
+      read(arguments[kCounts], counts) && read(arguments[kTracked], tracked) &&
+      read(arguments[kBatchWeight], batch_weight) && read(arguments[kBatchBias], batch_bias) &&
+      read(arguments[kWeight], weight) && read(arguments[kBias], bias);
+  const int64_t groups = PyLong_AsLongLong(arguments[kGroups]);
+  const double eps = PyFloat_AsDouble(arguments[kEps]);
+  std::optional<double> rate;
+  if (arguments[kRate] != Py_None) rate = PyFloat_AsDouble(arguments[kRate]);
+  const int64_t least_dim = PyLong_AsLongLong(arguments[kLeastDim]);
+  const int64_t most_dim = PyLong_AsLongLong(arguments[kMostDim]);
+  if (PyErr_Occurred()) return nullptr;
+  const bool from_batch = arguments[kFromBatch] == Py_True;
+  if (!readable || !x || !mean || !var || x->dim() < least_dim || x->dim() > most_dim ||
+      (from_batch && x->numel() == x->size(1)) || !nothing_unusual() ||
+      !is_usual(*x, *mean, counts)) {
+    Py_RETURN_NONE;
+  }
+  Tensor y;
+  {
+    pybind11::gil_scoped_release no_gil;
+    RECORD_FUNCTION("wsbcn_mm::batch_channel_norm", c10::ArrayRef<const c10::IValue>{});
+    if (tracked) tracked->add_(1);
+    y = batch_channel_norm(*x, groups, *mean, *var, counts, batch_weight, batch_bias, weight, bias,
+                           rate, std::nullopt, eps, from_batch);
+  }
+  return THPVariable_Wrap(y);
+  END_HANDLE_TH_ERRORS
+}
+
+PyMethodDef methods[] = {
+    {"batch_channel_norm", reinterpret_cast<PyCFunction>(batch_channel_norm_or_none),
+     METH_FASTCALL, "The result, or None where something is unusual."},
+    {nullptr, nullptr, 0, nullptr}};
+
+PyModuleDef module = {PyModuleDef_HEAD_INIT, "_kernels", nullptr, -1, methods};
+
+}  // namespace
+}  // namespace wsbcn
+
+PyMODINIT_FUNC PyInit__kernels() {
+  return PyModule_Create(&wsbcn::module);
+}
