@@ -61,7 +61,7 @@ def cpu_kernels() -> dict:
                 self.extensions = []  # nothing to copy into an editable install
                 print(f'warning: the CPU kernels were not compiled: {error}', file=sys.stderr)
 
-    # One extension, for what it shares; it needs neither CUDA to be compiled nor a GPU to be loaded.
+    # One extension, for what it shares; neither CUDA nor a GPU is needed.
     folders = [f'wsbcn_mm/backends/{name}' for name in ('nodes', 'cpu', 'triton/host')]
     extension = CppExtension(
         'wsbcn_mm.backends.cpu._kernels',

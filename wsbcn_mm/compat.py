@@ -98,6 +98,11 @@ def is_transformed() -> bool:
     return forward_ad._current_level >= 0 or in_transform()
 
 
+def is_differentiated() -> bool:
+    """Whether what a backward pass computes is differentiated again, by a graph or by tangents."""
+    return torch.is_grad_enabled() or forward_ad._current_level >= 0
+
+
 def in_transform() -> bool:
     """Whether this thread runs inside a transform of torch.func."""
     return torch._C._functorch.peek_interpreter_stack() is not None

@@ -87,6 +87,29 @@ def test_forward_mode_of_a_weight(backend, formula):
         assert_close(actual, forward_ad.unpack_dual(expected).tangent)
 
 
+@pytest.mark.parametrize(
+    'make, shape',
+    [
+        (lambda: BatchChannelNorm2d(8, 4), (2, 8, 3, 3)),
+        (lambda: BatchChannelNorm2d(8, 4, mode='batch'), (2, 8, 3, 3)),
+        (lambda: WSConv2d(8, 4, 3), (2, 8, 5, 5)),
+    ],
+    ids=['estimate', 'batch', 'WS'],
+)
+def test_tangents_that_come_with_a_gradient(backend, make, shape):
+    """The forward pass knows of none: what a gradient is turned into is linear in it."""
+    layer, x = make().double(), torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    y = layer(x)
+    inputs = [x, *layer.parameters()]
+    grad, tangent = torch.randn_like(y), torch.randn_like(y)
+    expected = torch.autograd.grad(y, inputs, tangent, retain_graph=True)
+    with forward_ad.dual_level():
+        found = torch.autograd.grad(y, inputs, forward_ad.make_dual(grad, tangent))
+        tangents = [forward_ad.unpack_dual(gradient).tangent for gradient in found]
+    for a, b in zip(tangents, expected):
+        torch.testing.assert_close(a, b)
+
+
 @contextlib.contextmanager
 def once_per_forward(net):
     undo = standardize_once_per_forward(net)

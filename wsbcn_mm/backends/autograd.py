@@ -182,7 +182,7 @@ class _Normalize(torch.autograd.Function):
             gradients = [None if i is None else torch.zeros_like(i) for i in (x, *affine)]
             return *gradients, None
         statistics = Statistics(*saved[4:])
-        if torch.is_grad_enabled():
+        if compat.is_differentiated():
             mean, var = (None, None) if ctx.from_batch else (statistics.mean, statistics.var)
             wanted = iter(normalize_twice(grad, x, ctx.num_groups, mean, var, affine, ctx.eps))
             gradients = [next(wanted) if need else None for need in ctx.needs_input_grad[:5]]
@@ -193,6 +193,7 @@ class _Normalize(torch.autograd.Function):
         return grad_x, *gradients_of(affine, of_affine), None
 
 
+@torch.enable_grad()  # where tangents alone ask for it, it is off
 def normalize_twice(
     grad: Tensor,
     x: Tensor,
@@ -217,6 +218,7 @@ def normalize_twice(
     return list(torch.autograd.grad(y, wanted, grad.to(dtype), create_graph=True))
 
 
+@torch.enable_grad()
 def standardize_twice(grad: Tensor, weight: Tensor, eps: float, formula: str) -> Tensor:
     """The differentiable gradient of a weight."""
     alias = weight.view_as(weight)
@@ -295,7 +297,7 @@ def standardize_backward(
     backend: str,
 ) -> Tensor:
     """The gradient of a weight, differentiable where gradients are recorded."""
-    if torch.is_grad_enabled():
+    if compat.is_differentiated():
         return standardize_twice(grad, weight, eps, formula)
     kernels = backends.kernels(backend)
     return kernels.standardize_backward(grad, weight, mean, sigma, eps, formula)

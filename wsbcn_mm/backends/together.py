@@ -58,7 +58,8 @@ class Together:
             self._joined[index] = True
             weight, w_hat = self._weights[index], self._results[index]
             if self._by_node:
-                torch.ops.wsbcn_mm.join.default(w_hat, weight)
+                assert cpu.entries is not None
+                cpu.entries.join(w_hat, weight)
             else:
                 with torch.enable_grad():
                     self._results[index] = _Member.apply(  # type: ignore[no-untyped-call]

@@ -75,8 +75,8 @@ class WeightStandardized(_Base):
 
     def standardizes_rows(self) -> bool:
         """Whether `standardize` is WS of the rows ``weight.flatten(1)``: then of many at once."""
-        function = getattr(self.standardize, '__func__', None)
-        return function is WeightStandardized.standardize
+        by_class = type(self).standardize is WeightStandardized.standardize
+        return by_class and 'standardize' not in self.__dict__
 
     def register_standardized_hook(self, hook: Callable[[Tensor], None]) -> RemovableHandle:
         """Calls ``hook(w_hat)`` with every standardized weight, once where uses share it.
@@ -128,6 +128,10 @@ class WeightStandardized(_Base):
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolves with the standardized weight; shapes as in torch's convolution."""
+        if not torch.compiler.is_compiling() and self._parameters.get('bias') is None:
+            w_hat = standardization.usual(self)
+            if w_hat is not None and isinstance(input, Tensor):
+                return super()._conv_forward(input, w_hat, None)
         if not isinstance(input, Tensor) and compat.is_traced_by_fx(input):
             return self.as_leaf(input)
         self._check_device(input)

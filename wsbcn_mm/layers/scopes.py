@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from wsbcn_mm import backends, compat
+from wsbcn_mm.backends import cpu
 from wsbcn_mm.backends.together import Together, backward_calls, is_dense
 from wsbcn_mm.layers import optimizer_steps
 
@@ -123,6 +124,7 @@ class Scope:
         self._used: dict[Any, None] = {}
         self._tables: dict[tuple[Any, ...], dict[Any, _Result]] = {}
         self._looked_again = False
+        self._held: dict[Any, _Result] = {}  # of each layer the one that was found last
         self.layers = self._plan.layers()
 
     def is_of_a_pass(self) -> bool:
@@ -152,12 +154,23 @@ class Scope:
         self.layers = self._plan.layers()
         return layer in self.layers
 
+    def find(self, layer: Any) -> Tensor | None:
+        """What `get` would give, where it is there already; None elsewhere.
+
+        Every line here is paid once per use of a layer.
+        """
+        found = self._held.get(layer)
+        if found is None or not self.is_running():
+            return None
+        weight = layer._parameters.get('weight')
+        if weight is not found.weight or not found.holds_for(layer, self._one_pass):
+            return None
+        return found.value if found.value is not None else self._take(layer, found)
+
     def get(self, layer: Any, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """The standardized weight of one of the layers."""
-        # Every line here is paid once per use of a layer.
         if not _is_plain(weight):
             return computed(layer, weight, dtype)
-        self._used[layer] = None
         context = (
             dtype,
             torch.is_grad_enabled(),
@@ -169,36 +182,45 @@ class Scope:
         if table is None:
             table = self._tables[context] = {}
         found = table.get(layer)
-        if found is None or not found.holds_for(layer, weight, self._one_pass):
+        valid = found is not None and found.weight is weight
+        if found is None or not valid or not found.holds_for(layer, self._one_pass):
             self._compute(layer, weight, dtype, table)
             found = table[layer]
-        return found.value if found.value is not None else found.take()
+        self._held[layer] = found
+        return found.value if found.value is not None else self._take(layer, found)
+
+    def _take(self, layer: Any, found: _Result) -> Tensor:
+        self._used[layer] = None
+        found.value = value = found.taken()
+        announce(layer, value)
+        return value
 
     def _compute(
         self, layer: Any, weight: Tensor, dtype: torch.dtype, table: dict[Any, _Result]
     ) -> None:
         chunk = self._chunk(layer, weight, table)
-        time = backward_calls(), optimizer_steps.count()
         if len(chunk) == 1:
             value = layer.standardize(weight, dtype)
-            table[layer] = _Result(layer, weight, time, lambda: value)
+            table[layer] = _Result(layer, weight, self._one_pass, lambda: value)
             return
         together = Together(list(chunk.values()), layer.eps, layer.formula, dtype)
         for index, (member, of_member) in enumerate(chunk.items()):
-            table[member] = _Result(member, of_member, time, partial(together.take, index))
+            result = _Result(member, of_member, self._one_pass, partial(together.take, index))
+            table[member] = self._held[member] = result
 
     def _chunk(self, layer: Any, weight: Tensor, table: dict[Any, _Result]) -> dict[Any, Tensor]:
         """What is standardized together with a layer: those used after it the last time."""
         chunk = {layer: weight}
         place = self._places.get(layer)
-        if place is None or not _joins(layer, weight, layer, weight):
+        size = 0 if place is None else _joins(layer, weight, layer, weight)
+        if place is None or not size:
             return chunk
-        size = weight.nbytes
         for member in self._order[place + 1 :]:
             own = _own_weight(member)
-            if own is None or member in table or not _joins(layer, weight, member, own):
+            more = 0 if own is None or member in table else _joins(layer, weight, member, own)
+            if own is None or not more:
                 continue
-            size += own.nbytes
+            size += more
             if size > CHUNK_BYTES:
                 break
             chunk[member] = own
@@ -207,6 +229,7 @@ class Scope:
     def close(self) -> None:
         """Forgets all results."""
         self._tables = {}
+        self._held = {}
         self.frame = None
         if self._one_pass and self._used:
             self._plan.remember(self._training, list(self._used))
@@ -226,20 +249,53 @@ def _is_plain(weight: Tensor) -> bool:
     """Whether a weight is a tensor whose changes torch counts."""
     if type(weight) not in _PLAIN or weight.is_inference():
         return False
+    # What a graph captures is computed when the graph runs.
     return not (weight.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
-def _joins(layer: Any, weight: Tensor, other: Any, of_other: Tensor) -> bool:
-    """Whether another weight can be standardized in the same call."""
-    return (
-        other.standardizes_rows()
-        and _is_plain(of_other)
-        and (other.eps, other.formula) == (layer.eps, layer.formula)
+def _joins(layer: Any, weight: Tensor, other: Any, of_other: Tensor) -> int:
+    """The bytes of another weight that can be standardized in the same call; else 0."""
+    same = other.eps == layer.eps and other.formula == layer.formula and other.standardizes_rows()
+    if not same:
+        return 0
+    if cpu.entries is not None:
+        size: int = cpu.entries.joins(weight, of_other)
+        return size
+    joins = (
+        _is_plain(of_other)
         and of_other.dtype is weight.dtype
         and of_other.device == weight.device
         and of_other.requires_grad == weight.requires_grad
         and of_other.numel() > 0
         and is_dense(of_other)
+    )
+    return of_other.nbytes if joins else 0
+
+
+def _state_of(weight: Tensor, one_pass: bool) -> object:
+    """Whatever a standardized weight depends on, of its weight and of this thread.
+
+    Equal as long as a result holds; None where it cannot be known. Not in it: writes through
+    ``.data``, optimizers that write so, what the layer says.
+
+    Args:
+        weight: A plain tensor.
+        one_pass: Whether a backward pass ends it.
+    """
+    if weight.is_cuda and torch.cuda.is_current_stream_capturing():
+        return None
+    if cpu.entries is not None:
+        return cpu.entries.state(weight, one_pass)
+    if _is_transformed():
+        return None
+    device = weight.device
+    return (
+        (weight.data_ptr(), weight._version, weight.shape, weight.stride(), weight.requires_grad),
+        (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
+        torch.cuda.current_stream(device).cuda_stream if weight.is_cuda else None,
+        compat.backward_pass(),
+        compat.autocast_dtype(device.type),
+        backward_calls() if one_pass else None,
     )
 
 
@@ -249,54 +305,32 @@ class _Result:
     Args:
         layer: Whose.
         weight: Of what.
-        time: How many backward passes of weights, and steps of optimizers, there had been.
-        take: Gives the result; called when it is used for the first time.
+        one_pass: Whether a backward pass ends it.
+        taken: Gives the result; called when it is used for the first time.
     """
 
-    __slots__ = (
-        '_backward_calls',
-        '_eps',
-        '_formula',
-        '_layer',
-        '_pointer',
-        '_requires_grad',
-        '_shape',
-        '_steps',
-        '_take',
-        '_version',
-        '_weight',
-        'value',
-    )
+    __slots__ = ('_backend', '_eps', '_formula', '_state', '_steps', 'taken', 'value', 'weight')
 
     def __init__(
-        self, layer: Any, weight: Tensor, time: tuple[int, int], take: Callable[[], Tensor]
+        self, layer: Any, weight: Tensor, one_pass: bool, taken: Callable[[], Tensor]
     ) -> None:
         self.value: Tensor | None = None
-        self._take = take
-        self._layer, self._weight = layer, weight
-        self._backward_calls, self._steps = time
-        self._version, self._pointer = weight._version, weight.data_ptr()
-        self._shape, self._requires_grad = weight.shape, weight.requires_grad
+        self.taken, self.weight = taken, weight
+        self._state = _state_of(weight, one_pass)
+        self._steps = optimizer_steps.count()
+        self._backend = backends.forced()
         self._eps, self._formula = layer.eps, layer.formula
 
-    def take(self) -> Tensor:
-        """The standardized weight, used for the first time."""
-        self.value = self._take()
-        announce(self._layer, self.value)
-        return self.value
-
-    def holds_for(self, layer: Any, weight: Tensor, one_pass: bool) -> bool:
-        """Whether it still is the result for this weight."""
+    def holds_for(self, layer: Any, one_pass: bool) -> bool:
+        """Whether it still is the result for its weight."""
+        state = _state_of(self.weight, one_pass)
         return (
-            weight is self._weight
-            and weight._version == self._version
-            and weight.data_ptr() == self._pointer
-            and weight.shape == self._shape
-            and weight.requires_grad == self._requires_grad
+            state is not None
+            and state == self._state
             and layer.eps == self._eps
             and layer.formula == self._formula
+            and backends.forced() is self._backend
             and optimizer_steps.count() == self._steps
-            and not (one_pass and backward_calls() != self._backward_calls)
         )
 
 

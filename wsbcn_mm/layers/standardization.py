@@ -38,6 +38,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from wsbcn_mm import backends, compat
+from wsbcn_mm.backends import cpu
 from wsbcn_mm.layers.scopes import Scope, computed, drop_abandoned, open_here, scope_of
 
 # ----------------------------------------------------------------------------------------------
@@ -57,6 +59,23 @@ def standardized(layer: Any, weight: Tensor, dtype: torch.dtype) -> Tensor:
         return result
     scope = scope_of(layer)
     return computed(layer, weight, dtype) if scope is None else scope.get(layer, weight, dtype)
+
+
+def usual(layer: Any) -> Tensor | None:
+    """What `standardized` gives for a layer's own weight, where nothing is unusual; None elsewhere.
+
+    Every line here is paid once per use of a layer.
+    """
+    scopes = open_here()
+    if scopes:
+        return scopes[-1].find(layer)
+    if cpu.entries is None or layer.standardized_hooks or not layer.standardizes_rows():
+        return None
+    if backends.forced() is not None or compat.compiles_backward_passes():
+        return None
+    weight = layer._parameters.get('weight')
+    result: Tensor | None = cpu.entries.weight_standardize(weight, layer.eps, layer.formula)
+    return result
 
 
 # ----------------------------------------------------------------------------------------------

@@ -133,7 +133,7 @@ struct Normalize : torch::autograd::Function<Normalize> {
     const double eps = ctx->saved_data["eps"].toDouble();
     const bool from_batch = ctx->saved_data["from_batch"].toBool();
     variable_list result(6);
-    if (at::GradMode::is_enabled()) {
+    if (is_differentiated(grads[0])) {
       const OptionalTensor none;
       auto gradients = normalize_twice(grads[0], x, num_groups, from_batch ? none : s.mean,
                                        from_batch ? none : s.var, affine, eps);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ATen/core/grad_mode.h>
 
 #include <algorithm>
 #include <optional>
@@ -47,6 +48,12 @@ struct Rate {
 struct Statistics {
   Tensor m, q, mean, var, group_mean, inv_group_std;
 };
+
+// Whether the gradients that come of a gradient are differentiated again: by a graph, or because a
+// tangent goes along, of which kernels know nothing.
+inline bool is_differentiated(const Tensor& grad) {
+  return at::GradMode::is_enabled() || grad._fw_grad(0).defined();
+}
 
 // The memory format of a dense tensor.
 inline at::MemoryFormat layout_of(const Tensor& x) {

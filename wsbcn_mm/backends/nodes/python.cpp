@@ -4,16 +4,23 @@
 // Whatever is not usual (subclasses of tensors, modes, transforms, traces, tensors that do not fit)
 // is answered with None: the layer then goes the way in which everything is checked and refused.
 #include <ATen/PythonTorchFunctionTLS.h>
-#include <ATen/ops/empty.h>
+#include <ATen/autocast_mode.h>
 #include <ATen/record_function.h>
+#include <c10/core/InferenceMode.h>
+#include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <c10/util/hash.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/forward_grad.h>
+#include <torch/csrc/autograd/graph_task.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/jit/frontend/tracer.h>
 
+#include <cstring>
+
 #include "../triton/host/register.h"
 #include "batch_channel_norm.h"
+#include "weight_standardize.h"
 
 namespace wsbcn {
 namespace {
@@ -35,12 +42,9 @@ bool read(PyObject* object, OptionalTensor& tensor) {
   return true;
 }
 
-bool is_usual(const Tensor& x, const Tensor& mean, const OptionalTensor& counts) {
-  if (x.layout() != at::kStrided || x.is_nested() || x.size(1) != mean.numel() ||
-      x.numel() == 0 || x.device() != mean.device() || !is_dense(x) ||
-      (counts && counts->device() != x.device())) {
-    return false;
-  }
+// Whether there are kernels and nodes for a tensor.
+bool is_of_ours(const Tensor& x) {
+  if (x.layout() != at::kStrided || x.is_nested()) return false;
   switch (x.scalar_type()) {
     case at::kFloat:
     case at::kDouble:
@@ -50,6 +54,12 @@ bool is_usual(const Tensor& x, const Tensor& mean, const OptionalTensor& counts)
     default:
       return false;
   }
+}
+
+bool is_usual(const Tensor& x, const Tensor& mean, const OptionalTensor& counts) {
+  return is_of_ours(x) && x.size(1) == mean.numel() && x.numel() > 0 &&
+         x.device() == mean.device() && is_dense(x) &&
+         !(counts && counts->device() != x.device());
 }
 
 // batch_channel_norm(x, num_groups, running_mean, running_var, counts, num_batches_tracked,
@@ -92,9 +102,111 @@ PyObject* batch_channel_norm_or_none(PyObject*, PyObject* const* arguments, Py_s
   END_HANDLE_TH_ERRORS
 }
 
+// The dtype in which a weight is standardized: its own, or that of autocast.
+at::ScalarType dtype_for(const Tensor& weight) {
+  const auto device = weight.device().type();
+  const bool autocast = weight.scalar_type() != at::kDouble && is_of_ours(weight) &&
+                        at::autocast::is_autocast_enabled(device);
+  return autocast ? at::autocast::get_autocast_dtype(device) : weight.scalar_type();
+}
+
+// weight_standardize(weight, eps, formula): what a convolution computes with, or None.
+PyObject* weight_standardize_or_none(PyObject*, PyObject* const* arguments, Py_ssize_t number) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(number == 3, "expected 3 arguments\n  got ", number);
+  OptionalTensor weight;
+  const double eps = PyFloat_AsDouble(arguments[1]);
+  Py_ssize_t length = 0;
+  const char* const formula = PyUnicode_AsUTF8AndSize(arguments[2], &length);
+  if (PyErr_Occurred()) return nullptr;
+  if (!read(arguments[0], weight) || !weight || !nothing_unusual() || !is_of_ours(*weight) ||
+      weight->numel() == 0 || !is_dense(*weight)) {
+    Py_RETURN_NONE;
+  }
+  Tensor w_hat;
+  {
+    pybind11::gil_scoped_release no_gil;
+    RECORD_FUNCTION("wsbcn_mm::weight_standardize", c10::ArrayRef<const c10::IValue>{});
+    w_hat = weight_standardize(*weight, eps, {formula, static_cast<size_t>(length)},
+                               dtype_for(*weight));
+  }
+  return THPVariable_Wrap(w_hat);
+  END_HANDLE_TH_ERRORS
+}
+
+// Whatever a standardized weight depends on, but for eps, formula and the writes that torch does
+// not count.
+struct State {
+  const void *tensor, *data;
+  int64_t version, size, stream, graph_task, backward_calls;
+  int8_t requires_grad, grad_mode, inference_mode, dtype, result_dtype;
+};
+
+// state(weight, one_pass) -> bytes, equal as long as a result holds; None where it cannot be known.
+PyObject* state_or_none(PyObject*, PyObject* const* arguments, Py_ssize_t number) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(number == 2, "expected 2 arguments\n  got ", number);
+  OptionalTensor given;
+  if (!read(arguments[0], given) || !given || !nothing_unusual() || given->is_inference() ||
+      given->layout() != at::kStrided || given->is_meta()) {
+    Py_RETURN_NONE;
+  }
+  const Tensor& weight = *given;
+  State state;
+  std::memset(&state, 0, sizeof state);  // what lies between the values is compared too
+  state.tensor = weight.unsafeGetTensorImpl();
+  state.data = weight.has_storage() ? weight.storage().data() : nullptr;
+  state.version = weight._version();
+  state.size = c10::get_hash(weight.sizes(), weight.strides(), weight.storage_offset());
+  if (weight.is_cuda()) {
+    state.stream = c10::impl::getDeviceGuardImpl(at::kCUDA)->getStream(weight.device()).id();
+  }
+  state.graph_task = torch::autograd::get_current_graph_task_id();
+  state.backward_calls = arguments[1] == Py_True ? backward_calls() : 0;
+  state.requires_grad = weight.requires_grad();
+  state.grad_mode = at::GradMode::is_enabled();
+  state.inference_mode = c10::InferenceMode::is_enabled();
+  state.dtype = static_cast<int8_t>(weight.scalar_type());
+  state.result_dtype = static_cast<int8_t>(dtype_for(weight));
+  return PyBytes_FromStringAndSize(reinterpret_cast<const char*>(&state), sizeof state);
+  END_HANDLE_TH_ERRORS
+}
+
+// joins(weight, other) -> bytes of other, if both can be standardized in one call; else 0.
+PyObject* joins(PyObject*, PyObject* const* arguments, Py_ssize_t number) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(number == 2, "expected 2 arguments\n  got ", number);
+  OptionalTensor weight, other;
+  const bool there = read(arguments[0], weight) && read(arguments[1], other) && weight && other;
+  const bool together = there && !other->is_inference() && is_of_ours(*other) &&
+                        other->scalar_type() == weight->scalar_type() &&
+                        other->device() == weight->device() &&
+                        other->requires_grad() == weight->requires_grad() && other->numel() > 0 &&
+                        is_dense(*other);
+  return PyLong_FromSize_t(together ? other->nbytes() : 0);
+  END_HANDLE_TH_ERRORS
+}
+
+// join(w_hat, weight): the operator.
+PyObject* join_tensors(PyObject*, PyObject* const* arguments, Py_ssize_t number) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(number == 2 && THPVariable_Check(arguments[0]) && THPVariable_Check(arguments[1]),
+                   "expected two tensors");
+  join(THPVariable_Unpack(arguments[0]), THPVariable_Unpack(arguments[1]));
+  Py_RETURN_NONE;
+  END_HANDLE_TH_ERRORS
+}
+
 PyMethodDef methods[] = {
     {"batch_channel_norm", reinterpret_cast<PyCFunction>(batch_channel_norm_or_none),
      METH_FASTCALL, "The result, or None where something is unusual."},
+    {"weight_standardize", reinterpret_cast<PyCFunction>(weight_standardize_or_none), METH_FASTCALL,
+     "The result, or None where something is unusual."},
+    {"state", reinterpret_cast<PyCFunction>(state_or_none), METH_FASTCALL,
+     "What a standardized weight depends on, or None where something is unusual."},
+    {"joins", reinterpret_cast<PyCFunction>(joins), METH_FASTCALL,
+     "The bytes of a weight that is standardized together with another one, or 0."},
+    {"join", reinterpret_cast<PyCFunction>(join_tensors), METH_FASTCALL, "The operator."},
     {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "_kernels", nullptr, -1, methods};

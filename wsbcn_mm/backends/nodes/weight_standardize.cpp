@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "memory.h"
+#include "weight_standardize.h"
 
 namespace wsbcn {
 namespace {
@@ -131,7 +132,7 @@ struct Standardize : torch::autograd::Function<Standardize> {
           "a weight was modified by an inplace operation between the forward pass that "
           "standardized it and the backward pass\n  call backward() before the optimizer's step "
           "and before editing weights");
-      if (at::GradMode::is_enabled()) {
+      if (is_differentiated(grads[k])) {
         result[k] = standardize_twice(grads[k], weight, eps, formula);
         continue;
       }
@@ -167,10 +168,26 @@ variable_list apply(TensorList weights, double eps, std::string_view formula,
   return standardize(weights, eps, formula, dtype).w_hats;
 }
 
+}  // namespace
+
+int64_t backward_calls() {
+  return backward_calls_so_far;
+}
+
 Tensor weight_standardize(const Tensor& weight, double eps, std::string_view formula,
                           at::ScalarType dtype) {
   return apply(weight, eps, formula, dtype).front();
 }
+
+void join(const Tensor& w_hat, const Tensor& weight) {
+  const auto& node = w_hat.grad_fn();
+  TORCH_CHECK(node, "w_hat must be a result of weight_standardize_all that requires a gradient");
+  const size_t place = w_hat.output_nr();
+  TORCH_CHECK(place < node->next_edges().size(), "w_hat must be one of the results of its node");
+  node->next_edges()[place] = torch::autograd::impl::gradient_edge(weight);
+}
+
+namespace {
 
 // The results belong to the graph one by one, as they are used (`join`): what is never used must
 // look to hooks and to DistributedDataParallel as a weight that nobody read.
@@ -183,14 +200,6 @@ variable_list weight_standardize_all(TensorList weights, double eps, std::string
     for (auto& edge : node->next_edges()) edge = torch::autograd::Edge();
   }
   return w_hats;
-}
-
-void join(const Tensor& w_hat, const Tensor& weight) {
-  const auto& node = w_hat.grad_fn();
-  TORCH_CHECK(node, "w_hat must be a result of weight_standardize_all that requires a gradient");
-  const size_t place = w_hat.output_nr();
-  TORCH_CHECK(place < node->next_edges().size(), "w_hat must be one of the results of its node");
-  node->next_edges()[place] = torch::autograd::impl::gradient_edge(weight);
 }
 
 // Above autograd and, for inference tensors, without it.

@@ -1,0 +1,20 @@
+// Operators of backends/ops.py, with autograd.
+#pragma once
+
+#include <string_view>
+
+#include "carriers.h"
+
+namespace wsbcn {
+
+// weight dense and not empty.
+Tensor weight_standardize(const Tensor& weight, double eps, std::string_view formula,
+                          at::ScalarType dtype);
+
+// Makes one of the results of weight_standardize_all a part of autograd's graph.
+void join(const Tensor& w_hat, const Tensor& weight);
+
+// How often a weight's gradient was computed in this process so far.
+int64_t backward_calls();
+
+}  // namespace wsbcn
