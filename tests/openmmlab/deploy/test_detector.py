@@ -14,12 +14,13 @@ import onnxruntime
 import torch
 from mmdet.registry import MODELS
 from mmengine.config import ConfigDict
+from mmengine.structures import InstanceData
 
 from tests.openmmlab.deploy.models import QUICK, ROOT, run_here
 from wsbcn_mm.openmmlab import config
-from wsbcn_mm.openmmlab.deploy import detector, heads, inference
+from wsbcn_mm.openmmlab.deploy import boxes, detector, heads, inference
 from wsbcn_mm.openmmlab.deploy import onnx as exported
-from wsbcn_mm.openmmlab.deploy.graph import FLOAT, INT, Graph
+from wsbcn_mm.openmmlab.deploy.graph import BOOL, FLOAT, INT, Graph
 
 pytestmark = pytest.mark.filterwarnings('ignore')  # of the hosts about their own futures
 
@@ -100,10 +101,10 @@ def test_dense_heads(kind, threshold):
     found = heads.dense(g, head, out, g.add('Identity', limits), g.add('Identity', scale))
     for name in ('boxes', 'scores', 'labels'):
         g.gives(name, found[name], *detector.KINDS[name])
-    boxes, scores, labels = run(g, **fed)
+    found, scores, labels = run(g, **fed)
     assert labels.tolist() == want.labels.tolist()
     np.testing.assert_allclose(scores, want.scores, rtol=1e-5)
-    np.testing.assert_allclose(boxes, want.bboxes.reshape(-1, 4), rtol=1e-5, atol=1e-3)
+    np.testing.assert_allclose(found, want.bboxes.reshape(-1, 4), rtol=1e-5, atol=1e-3)
 
 
 @pytest.mark.parametrize('smallest', [0, 12], ids=['all', 'large'])
@@ -120,9 +121,72 @@ def test_proposals(smallest):
     out, fed = given(g, values)
     limits = g.add('Identity', np.float32([*SIZE[::-1]] * 2))
     g.gives('boxes', heads.proposals(g, head, out, limits), *detector.KINDS['boxes'])
-    (boxes,) = run(g, **fed)
-    assert len(boxes) == 15
-    np.testing.assert_allclose(boxes, want.bboxes, rtol=1e-5, atol=1e-3)
+    (found,) = run(g, **fed)
+    assert len(found) == 15
+    np.testing.assert_allclose(found, want.bboxes, rtol=1e-5, atol=1e-3)
+
+
+RANDOM = torch.tensor(
+    [[3.2, 1.0, 9.7, 4.4], [0, 0, 60, 44], [7.5, 20, 7.5, 30], [30.1, 2.2, 44, 43.9]]
+)
+
+
+@pytest.mark.parametrize('sampling', [0, 2])
+def test_regions(sampling):
+    """Boxes of several levels, one without area; with 0 a bin takes samples by its size."""
+    torch.manual_seed(0)
+    extractor = MODELS.build(
+        dict(
+            type='SingleRoIExtractor',
+            roi_layer=dict(type='RoIAlign', output_size=(3, 4), sampling_ratio=sampling),
+            out_channels=2,
+            featmap_strides=[4, 8],
+            finest_scale=10,
+        )
+    )
+    levels = [torch.randn(1, 2, 11, 15), torch.randn(1, 2, 6, 8)]
+    rois = torch.cat([torch.zeros(4, 1), RANDOM], 1)
+    assert extractor.map_roi_levels(rois, 2).tolist() == [0, 1, 0, 1]
+    g = Graph(18)
+    out, fed = given(g, dict(feature=levels))
+    g.gives(
+        'y',
+        boxes.regions(g, extractor, list(out.values()), constant(g, RANDOM)),
+        FLOAT,
+        ['n', 2, 3, 4],
+    )
+    np.testing.assert_allclose(run(g, **fed)[0], extractor(levels, rois), rtol=1e-5, atol=1e-6)
+
+
+def constant(g, value):
+    return g.add('Identity', np.asarray(value))
+
+
+def test_pasted_masks():
+    torch.manual_seed(0)
+    head = MODELS.build(dict(type='FCNMaskHead', num_convs=0, in_channels=2, num_classes=3))
+    masks, labels = torch.randn(4, 3, 5, 7), torch.tensor([2, 0, 1, 1])
+    (want,) = head.predict_by_feat(
+        [masks],
+        [InstanceData(bboxes=RANDOM * 2, labels=labels)],
+        [dict(scale_factor=(0.5, 0.5), ori_shape=(90, 130))],
+        ConfigDict(mask_thr_binary=0.5),
+        rescale=False,
+    )
+    g = Graph(18)
+    probabilities = boxes.masks_of_labels(g, constant(g, masks.sigmoid()), constant(g, labels))
+    sizes = [constant(g, [45]), constant(g, [65])]
+    g.gives(
+        'y',
+        boxes.pasted(g, probabilities, constant(g, RANDOM * 2), sizes, 0.5),
+        BOOL,
+        ['n', 'h', 'w'],
+    )
+    (found,) = run(g)
+    assert found.shape == want.masks.shape and not found[2].any()  # without area
+    assert all(found[i].any() for i in (0, 1, 3))
+    found[2] = want.masks[2]
+    assert (found != want.masks.numpy()).sum() <= 2
 
 
 def without_detections(path):
@@ -186,8 +250,8 @@ def test_a_whole_detector(folder, name, tmp_path, monkeypatch, capsys):
         detector.IMAGE: np.zeros((64, 96, 3), np.uint8),
         detector.SIZE: np.array([30, 40], np.int64),
     }
-    boxes, *_, last = none.run(None, fed)
-    assert boxes.shape == (0, 4) and last.shape == ((0, 30, 40) if name == 'mask_rcnn' else (0,))
+    first, *_, last = none.run(None, fed)
+    assert first.shape == (0, 4) and last.shape == ((0, 30, 40) if name == 'mask_rcnn' else (0,))
     for key, value in model.named_parameters():  # another model finds other boxes
         if 'reg' in key and key.endswith('bias'):
             value.data += 1
