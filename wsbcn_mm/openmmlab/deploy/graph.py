@@ -36,6 +36,7 @@ class Graph:
         self._inputs: list[onnx.ValueInfoProto] = []
         self._outputs: list[onnx.ValueInfoProto] = []
         self._functions: list[onnx.FunctionProto] = []
+        self._ir_version = 8  # of opset 18; a newer one than is needed shuts older runtimes out
         self._count = 0
 
     def _new(self, kind: str) -> str:
@@ -75,6 +76,8 @@ class Graph:
         Returns:
             What its outputs are, by name.
         """
+        assert [s.version for s in model.opset_import if not s.domain] == [self.opset]
+        self._ir_version = max(self._ir_version, model.ir_version)
         model = onnx.compose.add_prefix(model, f'{prefix}/')
         for own, given in inputs.items():
             self.nodes.append(helper.make_node('Identity', [given], [f'{prefix}/{own}']))
@@ -105,6 +108,6 @@ class Graph:
         model = helper.make_model(
             graph, opset_imports=[helper.make_opsetid('', self.opset)], functions=self._functions
         )
-        model.ir_version = 10  # of opset 21; a newer one would shut older runtimes out
+        model.ir_version = self._ir_version
         onnx.checker.check_model(model, full_check=True)
         return model
