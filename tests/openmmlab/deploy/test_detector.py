@@ -248,8 +248,10 @@ def test_a_whole_detector(folder, name, tmp_path, monkeypatch, capsys):
     none = without_detections(out / 'model.onnx')
     fed = {
         detector.IMAGE: np.zeros((64, 96, 3), np.uint8),
+        detector.SCALE: np.ones(2, np.float32),
         detector.SIZE: np.array([30, 40], np.int64),
     }
+    fed = {given.name: fed[given.name] for given in none.get_inputs()}
     first, *_, last = none.run(None, fed)
     assert first.shape == (0, 4) and last.shape == ((0, 30, 40) if name == 'mask_rcnn' else (0,))
     for key, value in model.named_parameters():  # another model finds other boxes

@@ -19,7 +19,7 @@ from wsbcn_mm.openmmlab.deploy.inference import channels_of
 from wsbcn_mm.openmmlab.deploy.onnx import NotExportable, export_part, with_metadata
 from wsbcn_mm.openmmlab.deploy.parts import tensor_parts
 
-IMAGE, SIZE = 'image', 'original_size'  # inputs
+IMAGE, SCALE, SIZE = 'image', 'scale_factor', 'original_size'  # inputs
 KINDS: dict[str, tuple[int, list[int | str]]] = {
     'boxes': (FLOAT, ['n', 4]),
     'scores': (FLOAT, ['n']),
@@ -36,9 +36,10 @@ def export_detector(
     ===================== ==================== ===================================================
     input                 type and shape
     ===================== ==================== ===================================================
-    ``image``             uint8 (H, W, C)      resized as the test pipeline does it, channels as
-                                               there (BGR); not normalised, not padded
-    ``original_size``     int64 (2,)           height and width before that
+    ``image``             uint8 (H, W, C)      resized, and padded where the test pipeline does
+                                               that; channels as there (BGR); not normalised
+    ``scale_factor``      float32 (2,)         width and height after resizing by those before
+    ``original_size``     int64 (2,)           height and width before; only where there are masks
     ===================== ==================== ===================================================
 
     Outputs, in pixels of the original image, by falling score: ``boxes`` (N, 4) float32, corners;
@@ -61,7 +62,8 @@ def export_detector(
     heads.refuse_what_differs(model)
     g = Graph(opset)
     picture = g.takes(IMAGE, UINT8, ['height', 'width', channels_of(model)])
-    original = g.takes(SIZE, INT, [2])
+    factors = g.takes(SCALE, FLOAT, [2])
+    scale = g.add('Concat', factors, factors, axis=0)
     shape = boxes.part(g, g.add('Shape', picture), 0, 2, axis=0)
     limits = heads.around(g, shape)
     parts = {part.name: part for part in tensor_parts(model, image)}
@@ -74,11 +76,11 @@ def export_detector(
         return g.inline(exported, name, {parts[name].input_name: value})
 
     out = network('image', heads.normalised(g, model.data_preprocessor, picture, shape))
-    if isinstance(model, TwoStageDetector):
-        found = heads.two_stages(g, model, network, out, limits, original)
-    else:
-        scale = g.add('Div', limits, heads.around(g, original))
+    if not isinstance(model, TwoStageDetector):
         found = heads.dense(g, model.bbox_head, out, limits, scale)
+    else:
+        size = g.takes(SIZE, INT, [2]) if model.with_mask else None
+        found = heads.two_stages(g, model, network, out, limits, scale, size)
     for name, value in found.items():
         g.gives(name, value, *KINDS[name])
     onnx.save(with_metadata(g.model(), metadata or {}), str(path))
@@ -111,9 +113,15 @@ def check_detector(session: Any, model: Any, batch: dict[str, Any]) -> dict[str,
         NotExportable: they do not find the same.
     """
     picture = batch['inputs'][0].permute(1, 2, 0).contiguous().numpy()
-    height, width = batch['data_samples'][0].ori_shape[:2]
+    meta = batch['data_samples'][0]
+    height, width = meta.ori_shape[:2]
+    fed = {
+        IMAGE: picture,
+        SCALE: np.array(meta.scale_factor[:2], np.float32),
+        SIZE: np.array([height, width], np.int64),
+    }
     names = [output.name for output in session.get_outputs()]
-    values = session.run(names, {IMAGE: picture, SIZE: np.array([height, width], np.int64)})
+    values = session.run(names, {i.name: fed[i.name] for i in session.get_inputs()})
     wanted = model.test_step(batch)[0].pred_instances.numpy()
     settings = model.roi_head.test_cfg if hasattr(model, 'roi_head') else model.bbox_head.test_cfg
     least = settings.get('score_thr', 0)

@@ -247,7 +247,13 @@ def proposals(g: Graph, head: Any, out: dict[str, str], limits: str) -> str:
 
 
 def two_stages(
-    g: Graph, model: Any, network: Network, out: dict[str, str], limits: str, original: str
+    g: Graph,
+    model: Any,
+    network: Network,
+    out: dict[str, str],
+    limits: str,
+    scale: str,
+    size: str | None,
 ) -> dict[str, str]:
     """`StandardRoIHead.predict` on the proposals: boxes, scores, labels, masks.
 
@@ -257,9 +263,9 @@ def two_stages(
         network: Its heads.
         out: Outputs of the part ``image``.
         limits: Size of the resized image, see `around`.
-        original: Height and width of the original, (2,).
+        scale: Resized by original size, (4,).
+        size: Height and width of the original, (2,), for masks.
     """
-    scale = g.add('Div', limits, around(g, original))
     roi_head, features = model.roi_head, _levels(out, 'feature')
     given_boxes = proposals(g, model.rpn_head, out, limits)
     extractor = roi_head.bbox_roi_extractor
@@ -275,9 +281,10 @@ def two_stages(
     label = g.add('Mul', found['labels'], 0) if head.class_agnostic else found['labels']
     masks = boxes.masks_of_labels(g, masks, label)
     found['boxes'] = g.add('Div', found['boxes'], scale)
-    size = [boxes.part(g, original, i, i + 1, axis=0) for i in range(2)]
+    assert size is not None
+    sides = [boxes.part(g, size, i, i + 1, axis=0) for i in range(2)]
     threshold = roi_head.test_cfg.mask_thr_binary
-    found['masks'] = boxes.pasted(g, masks, found['boxes'], size, threshold)
+    found['masks'] = boxes.pasted(g, masks, found['boxes'], sides, threshold)
     return found
 
 
