@@ -57,10 +57,9 @@ class WeightStandardized(_Base):
         dtype of ``weight``; under autocast, in the one in which the convolution runs.
         """
         weight = self.weight  # once: a parametrized one is computed when it is read
-        dtype, device = weight.dtype, weight.device.type
-        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        if autocast and dtype != torch.float64:
-            dtype = torch.get_autocast_dtype(device)
+        dtype, autocast = weight.dtype, compat.autocast_dtype(weight.device.type)
+        if autocast is not None and dtype != torch.float64:
+            dtype = autocast
         return standardization.standardized(self, weight, dtype)
 
     def standardize(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
