@@ -1,5 +1,6 @@
 """Triton as a backend: when it is taken, and what is registered with torch."""
 
+import pytest
 import torch
 
 from tests.backends.triton.cases import (
@@ -76,3 +77,11 @@ def test_operators_pass_their_arguments_on():
     assert torch.equal(w_hat, launch.standardize(x, 1e-5, 'var_eps', torch.float16)[0])
     gradient = ops.standardize_backward(grad, x, mean, sigma, 1e-5, 'var_eps')
     assert torch.equal(gradient, launch.standardize_backward(grad, x, mean, sigma, 1e-5, 'var_eps'))
+
+
+def test_an_old_triton_is_refused():
+    from wsbcn_mm.backends.triton import jit
+
+    with pytest.raises(ImportError, match='need Triton >= 3.2\n  got 3.1.0; '):
+        jit.check_triton('3.1.0')
+    jit.check_triton('3.2.0')
