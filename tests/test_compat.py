@@ -43,11 +43,11 @@ def test_the_bounds_are_those_of_the_package_and_of_the_stacks_that_are_tested()
         for line in (ROOT / 'tools/dev/stacks.txt').read_text().splitlines()
         if not line.startswith('#')
     ]
-    releases = sorted(tuple(map(int, torch_.split('.')[:2])) for _, _, torch_, _ in stacks)
+    releases = sorted(tuple(map(int, stack[2].split('.')[:2])) for stack in stacks)
     assert (releases[0], releases[-1]) == (compat.OLDEST, compat.NEWEST)
     setup = (ROOT / 'setup.py').read_text()
     assert f"install_requires=['torch>={'.'.join(map(str, compat.OLDEST))}']" in setup
-    pythons = sorted(tuple(map(int, python.split('.'))) for _, python, _, _ in stacks)
+    pythons = sorted(tuple(map(int, stack[1].split('.'))) for stack in stacks)
     assert f"python_requires='>={'.'.join(map(str, pythons[0]))}'" in setup
 
 
@@ -74,6 +74,21 @@ def test_hooks_on_saved_tensors_are_seen():
         assert compat.saved_tensors_may_be_hooked()
     if compat.saved_tensors_may_be_hooked():  # a False may be missing in old releases alone
         assert torch.__version__ < '2.8'
+
+
+def test_a_torch_that_cannot_be_asked_for_hooks(monkeypatch):
+    monkeypatch.delattr(torch._C._autograd, '_top_saved_tensors_default_hooks', raising=False)
+    assert compat.saved_tensors_may_be_hooked()
+    assert compat.recording_checkpoint() is None
+
+
+def test_the_question_that_stops_old_tracers_is_not_asked_while_compiling(monkeypatch):
+    def refuse(device_type):
+        raise AssertionError('asked')
+
+    monkeypatch.setattr(torch.amp, 'is_autocast_available', refuse)
+    monkeypatch.setattr(torch.compiler, 'is_compiling', lambda: True)
+    assert compat.autocast_dtype('cpu') is None
 
 
 def test_what_autocast_computes_in():

@@ -82,6 +82,13 @@ def test_checkpointing_changes_nothing(mode, momentum, use_reentrant, uses):
 
 
 @pytest.mark.parametrize('use_reentrant', [True, False])
+def test_where_torch_cannot_be_asked_for_hooks(monkeypatch, use_reentrant):
+    """Before torch 2.8: what may be repeated is not known in advance, all is remembered."""
+    monkeypatch.delattr(torch._C._autograd, '_top_saved_tensors_default_hooks', raising=False)
+    assert_same(train(make('batch'), use_reentrant, 2), train(make('batch'), None, 2))
+
+
+@pytest.mark.parametrize('use_reentrant', [True, False])
 def test_several_uses_in_one_segment(use_reentrant):
     def run(wrap):
         net = make('estimate')
@@ -357,9 +364,10 @@ SAVED = {
 }
 
 
+@pytest.mark.parametrize('mode', MODES)
 @pytest.mark.parametrize('saved', SAVED)
-def test_selective_checkpointing_repeats_what_was_not_saved(saved):
-    """In batch mode, whose repetition takes copies, torch says that the operations differ."""
+def test_selective_checkpointing_repeats_what_was_not_saved(saved, mode):
+    """In batch mode, whose repetition takes copies, a newer torch says that operations differ."""
     names = [f'{name}.default' for name in SAVED[saved]]
 
     def policy(_, operator, *args, **kwargs):
@@ -370,11 +378,15 @@ def test_selective_checkpointing_repeats_what_was_not_saved(saved):
         contexts = functools.partial(create_selective_checkpoint_contexts, policy)
         return checkpoint(net, x, use_reentrant=False, context_fn=contexts)
 
-    left = []
-    for run in (selective, plain):
-        net, x = make('estimate'), INPUT.clone().requires_grad_()
-        run(net, x).pow(3).sum().backward()
-        left.append(left_by(net, x))
-    assert_same(*left)
-    with pytest.raises(RuntimeError, match='encountered during backward but not found'):
-        selective(make('batch'), INPUT.clone().requires_grad_()).sum().backward()
+    def run(wrap):
+        net, x = make(mode), INPUT.clone().requires_grad_()
+        wrap(net, x).pow(3).sum().backward()
+        return left_by(net, x)
+
+    try:
+        left = run(selective)
+    except RuntimeError as error:
+        if mode != 'batch' or 'encountered during backward but not found' not in str(error):
+            raise
+    else:
+        assert_same(left, run(plain))

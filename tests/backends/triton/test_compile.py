@@ -21,6 +21,7 @@ from tests.backends.triton.cases import (
 )
 from wsbcn_mm import reference
 from wsbcn_mm.backends.carriers import Affine
+from wsbcn_mm.backends.triton import weights
 
 COMPILE = """
 import torch, triton
@@ -116,7 +117,8 @@ def test_kernels_compile(tmp_path, monkeypatch):
         pytest.skip(result.stdout)
     assert result.returncode == 0, result.stderr
     kernels, variants = map(int, result.stdout.split())
-    assert kernels == 15 and variants >= 2 * kernels
+    several = 2 * (weights.AT_ONCE > 1)  # kernels of many weights; Triton 3.2 has no tuples
+    assert kernels == 13 + several and variants >= 2 * kernels
 
 
 needs_gpu = pytest.mark.skipif(DEVICE == 'cpu', reason='needs a GPU')

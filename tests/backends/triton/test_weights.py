@@ -118,11 +118,15 @@ def test_many_weights_at_once_equal_reference(dtype, formula, launches):
     weights = [make_input(shape, dtype=kind) for shape in shapes]
     weights[0] = in_layout(weights[0], 'channels_last')
     check_many(weights, formula, dtype)
+    if weights_module.AT_ONCE == 1:  # Triton 3.2 has no tuples
+        assert set(launches) == {'standardize', 'standardize_backward'}
+        return
     forward, backward, *half = launches
     assert (forward, backward) == ('standardize_many', 'standardize_many_backward')
     assert half == ['standardize_many_backward'] * (dtype == kind)
 
 
+@pytest.mark.skipif(weights_module.AT_ONCE == 1, reason='Triton 3.2 has no tuples')
 def test_more_weights_than_a_launch_takes(monkeypatch, launches):
     monkeypatch.setattr(weights_module, 'AT_ONCE', 2)
     weights = [make_input((2, width)) for width in (4, 7, 8, 3, 5)]
