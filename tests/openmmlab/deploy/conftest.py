@@ -20,7 +20,7 @@ def trained(request):
     return cfg, model, plan
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope='session')
 def folder(tmp_path_factory):
     """Random models as checkpoints, and a few drawn images."""
     import torch

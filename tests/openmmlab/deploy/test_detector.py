@@ -203,62 +203,90 @@ def without_detections(path):
     return exported_session(model)
 
 
-@pytest.mark.parametrize('name', ['mask_rcnn', 'retinanet'])
-def test_a_whole_detector(folder, name, tmp_path, monkeypatch, capsys):
+def snippet_of_deploy(**replaced):
+    """The example of the page, on other files and sizes; its variables."""
+    (text,) = re.findall(
+        r'^```python\n(import cv2\n.*?)^```', DEPLOY.read_text(), re.MULTILINE | re.DOTALL
+    )
+    for old, new in replaced.items():
+        assert old in text
+        text = text.replace(old, new)
+    exec(compile(text, 'snippet', 'exec'), values := {})
+    return values
+
+
+def test_a_whole_detector(folder, tmp_path, monkeypatch, capsys):
     """By the tool, on drawn pictures; then on one that was resized unevenly, and on nothing."""
     pytest.importorskip('onnxscript', reason="torch's exporter needs it")
-    file = QUICK.get(name, folder / f'{name}.py')
-    shape = ('--shape', 64, 96)
-    images = ('--images', folder / 'images/a.png', folder / 'images/b.jpg')
-    checkpoint = tmp_path / 'weights.pth'
-    state = torch.load(folder / f'{name}.pth', weights_only=True)
-    for key in state['state_dict']:  # scores of 1 and 1 - 1e-7 are in either order
-        if key.endswith('fc_cls.weight'):
-            state['state_dict'][key] /= 8
+    checkpoint, out = tmp_path / 'weights.pth', tmp_path / 'out'
+    state = torch.load(folder / 'mask_rcnn.pth', weights_only=True)
+    # Scores of 1 and 1 - 1e-7 are in either order.
+    state['state_dict']['roi_head.bbox_head.fc_cls.weight'] /= 8
     torch.save(state, checkpoint)
-    out = tmp_path / 'out'
-    export = 'model_converters/export_onnx.py'
-    run_here(monkeypatch, export, file, checkpoint, '-o', out, *shape, '--whole', *images)
+    images = (folder / 'images/a.png', folder / 'images/b.jpg')
+    run_here(
+        monkeypatch,
+        'model_converters/export_onnx.py',
+        *(QUICK['mask_rcnn'], checkpoint, '-o', out),
+        *('--shape', 64, 96, '--whole', '--images', *images),
+    )
     said = capsys.readouterr().out
     assert [path.name for path in out.iterdir()] == ['model.onnx']
-    assert all(f'{image}: ' in said for image in images[1:]) and ': 0 found' not in said
-    cfg = config.load_config(str(file))
+    assert all(f'{image}: ' in said for image in images) and ': 0 found' not in said
+    cfg = config.load_config(str(QUICK['mask_rcnn']))
     model = inference.load_model(cfg, str(checkpoint))
+    session = exported.onnxruntime_session(out / 'model.onnx')
+    found = detector.check_detector(session, model, uneven(cfg))
+    assert found['found'] > 0 and found['boxes'] < 0.01 and found['scores'] < 1e-4
+    values = snippet_of_deploy(
+        **{"'DIR/": f"'{out}/", "'IMAGE.jpg'": repr(str(images[1])), '800 /': '64 /', '1333': '96'}
+    )
+    assert len(values['boxes']) == len(values['masks'][0]) > 0
+    assert values['masks'][0].shape[1:] == values['image'].shape[:2]
+    first, *_, masks = without_detections(out / 'model.onnx').run(
+        None,
+        {
+            detector.IMAGE: np.zeros((64, 96, 3), np.uint8),
+            detector.SCALE: np.ones(2, np.float32),
+            detector.SIZE: np.array([30, 40], np.int64),
+        },
+    )
+    assert first.shape == (0, 4) and masks.shape == (0, 30, 40)
+    model.roi_head.bbox_head.fc_reg.bias.data += 1  # another model finds other boxes
+    with pytest.raises(exported.NotExportable, match='the model finds class'):
+        detector.check_detector(session, model, uneven(cfg))
+
+
+def uneven(cfg):
+    """A random image, resized to less than half its width and half its height."""
     batch = inference.batch_of(cfg, inference.random_image(70, 50))
     meta = dict(ori_shape=(140, 150), scale_factor=(50 / 150, 70 / 140))
     batch['data_samples'][0].set_metainfo(meta)
-    session = exported.onnxruntime_session(out / 'model.onnx')
-    found = detector.check_detector(session, model, batch)
+    return batch
+
+
+def test_a_dense_detector(folder, tmp_path):
+    """Without norms, which take the exporter most of its time."""
+    pytest.importorskip('onnxscript', reason="torch's exporter needs it")
+    cfg = config.load_config(str(folder / 'retinanet.py'))
+    plain, model = dict(norm_cfg=None, conv_cfg=None), cfg.model
+    model.backbone.norm_cfg = dict(type='BN')  # update would merge
+    model.backbone.update(conv_cfg=None, out_indices=(3,))
+    model.neck.update(plain, in_channels=[64], num_outs=2)
+    model.bbox_head.update(plain, type='RetinaHead', stacked_convs=1)
+    model.bbox_head.pop('num_ins')
+    model.bbox_head.anchor_generator.strides = [32, 64]
+    torch.manual_seed(0)
+    model = inference.build_model(cfg)
+    model.bbox_head.retina_cls.bias.data += 3  # scores above the threshold
+    x = inference.preprocess(model, cfg, inference.random_image(64, 96))
+    detector.export_detector(model, x, tmp_path / 'model.onnx', metadata=dict(classes=['a']))
+    exported.check_graph(tmp_path / 'model.onnx')
+    session = exported.onnxruntime_session(tmp_path / 'model.onnx')
+    assert [given.name for given in session.get_inputs()] == [detector.IMAGE, detector.SCALE]
+    assert session.get_modelmeta().custom_metadata_map == dict(classes='["a"]')
+    found = detector.check_detector(session, model, uneven(cfg))
     assert found['found'] > 0 and found['boxes'] < 0.01 and found['scores'] < 1e-4
-    if name == 'mask_rcnn':
-        (snippet,) = re.findall(
-            r'^```python\n(import cv2\n.*?)^```', DEPLOY.read_text(), re.MULTILINE | re.DOTALL
-        )
-        for old, new in (
-            ("'DIR/", f"'{out}/"),
-            ("'IMAGE.jpg'", repr(str(folder / 'images/b.jpg'))),
-            ('800 /', '64 /'),
-            ('1333 /', '96 /'),
-        ):
-            assert old in snippet
-            snippet = snippet.replace(old, new)
-        exec(compile(snippet, 'snippet', 'exec'), values := {})
-        assert len(values['boxes']) == len(values['masks'][0]) > 0
-        assert values['masks'][0].shape[1:] == values['image'].shape[:2]
-    none = without_detections(out / 'model.onnx')
-    fed = {
-        detector.IMAGE: np.zeros((64, 96, 3), np.uint8),
-        detector.SCALE: np.ones(2, np.float32),
-        detector.SIZE: np.array([30, 40], np.int64),
-    }
-    fed = {given.name: fed[given.name] for given in none.get_inputs()}
-    first, *_, last = none.run(None, fed)
-    assert first.shape == (0, 4) and last.shape == ((0, 30, 40) if name == 'mask_rcnn' else (0,))
-    for key, value in model.named_parameters():  # another model finds other boxes
-        if 'reg' in key and key.endswith('bias'):
-            value.data += 1
-    with pytest.raises(exported.NotExportable, match='the model finds class'):
-        detector.check_detector(session, model, batch)
 
 
 def test_heads_that_predict_in_another_way_are_refused(folder):
