@@ -80,6 +80,8 @@ def test_a_quick_run_writes_everything(tmp_path):
     assert set(row['ws_share']) == {'alone', 'by_difference'}
     wanted = {*host_time.OURS, *host_time.CONVOLUTIONS}
     assert wanted <= set(results['host']['ratios'])
+    launcher = results['host']['launcher']
+    assert launcher is None or wanted <= set(launcher['ratios'])
     assert all(t['both'] > 0 for t in results['host']['microseconds'].values())
     # Tiny shapes decide nothing.
     assert {bar['met'] for bar in results['bars']} == {None}
@@ -342,11 +344,12 @@ def test_bars_on_a_cpu():
     ratios = {'BCN': 1.3, 'BCN batch': 1.5}
     settings = dict(quick=False)
     results = dict(machine=dict(device='cpu', threads=2), settings=settings, norm=rows)
-    results['host'] = dict(ratios=ratios)
+    results['host'] = dict(ratios=ratios, launcher=dict(ratios={'BCN': 1.1}))
     kind = 'CPU, float32, 2 threads: BCN / GN, forward + backward, '
     found = verdicts(results)
     assert found['host time, cpu: BCN / GN, forward + backward'] is False
     assert found['host time, cpu: BCN batch / GN, forward + backward'] is True
+    assert found["host time, the GPU's launcher: BCN / GN, forward + backward"] is True
     assert found['host time, cpu: what WS conv adds to conv / GN'] is None
     assert found[f'{kind}(1, 64, 200, 304)'] is True
     assert found[f'{kind}(1, 256, 200, 304)'] is False

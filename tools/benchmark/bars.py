@@ -35,14 +35,22 @@ def _worst(values: Iterable[float], worst=max) -> float | None:
 
 
 def _host(results: dict) -> list[dict]:
-    ratios = {} if results['settings']['quick'] else (results.get('host') or {}).get('ratios', {})
     device = results['machine']['device']
+    found = {} if results['settings']['quick'] else results.get('host') or {}
+    bars = _host_of(device, found)
+    if device == 'cpu':
+        bars += _host_of("the GPU's launcher", found.get('launcher') or {})
+    return bars
+
+
+def _host_of(what: str, found: dict) -> list[dict]:
+    ratios = found.get('ratios', {})
     bars = [
-        _bar(f'host time, {device}: {name} / GN, forward + backward', ratios.get(name), limit)
+        _bar(f'host time, {what}: {name} / GN, forward + backward', ratios.get(name), limit)
         for name, limit in host_time.OURS.items()
     ]
     return bars + [
-        _bar(f'host time, {device}: what {name} adds to conv / GN', ratios.get(name), limit)
+        _bar(f'host time, {what}: what {name} adds to conv / GN', ratios.get(name), limit)
         for name, limit in host_time.CONVOLUTIONS.items()
     ]
 

@@ -4,7 +4,12 @@ On a GPU a step is as slow as the slower of both, kernels and host; on the CPU k
 take next to no time either. Nothing waits for the device while the clock runs.
 """
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +18,7 @@ from benchmark import peers, timing
 from benchmark.settings import Settings, show_progress
 from benchmark.timing import Case
 from wsbcn_mm import WSConv2d, standardize_once_per_forward
+from wsbcn_mm.backends import cpu
 
 CHANNELS, SIZE = 32, 2
 LAYERS = 20
@@ -25,9 +31,31 @@ CONVOLUTIONS = {'WS conv': 0.8, 'WS conv in a scope': 0.1}
 
 
 def host(settings: Settings) -> dict:
-    """Microseconds of CPU per layer, forward and backward, of one thread."""
-    device = settings.device
+    """Microseconds of CPU per layer, forward and backward, of one thread.
+
+    On the CPU also, as ``launcher``, what the launcher of the GPU's kernels takes: on a GPU it is
+    what is measured.
+    """
     show_progress('host time')
+    found = measured(settings)
+    if settings.device.type == 'cpu':
+        show_progress("host time of the GPU's launcher")
+        found['launcher'] = _of_launcher(settings)
+    return found
+
+
+def _of_launcher(settings: Settings) -> dict | None:
+    if cpu.unavailable() is not None or find_spec('triton') is None:
+        return None
+    script = Path(__file__).with_name('launcher_time.py')
+    command = [sys.executable, '-W', 'ignore', str(script), str(settings.repeats)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+def measured(settings: Settings) -> dict:
+    """See `host`."""
+    device = settings.device
     x = torch.randn(1, CHANNELS, SIZE, SIZE, device=device, requires_grad=True)
     cotangent = torch.randn_like(x)
     norms = peers.norms(CHANNELS, device, torch.float32)

@@ -45,13 +45,20 @@ def _of_kind(rows: list[dict], kind: tuple[str, str]) -> list[dict]:
 def host(found: dict) -> Lines:
     """Microseconds per layer."""
     yield '\n### Host time of one layer on a tiny map, one thread: microseconds\n'
+    yield from _host_table(found)
+    yield '\n/ GN: forward + backward in multiples of GroupNorm; of WS, what it adds to conv.'
+    if found.get('launcher'):
+        yield "\n### The same of the GPU's launcher, with a driver that does nothing\n"
+        yield from _host_table(found['launcher'])
+
+
+def _host_table(found: dict) -> Lines:
     ratios = {name: f'{ratio:.2f}' for name, ratio in found['ratios'].items()}
     cells = [
         [name, *[f'{phases[phase]:.1f}' for phase in PHASES], ratios.get(name, '-')]
         for name, phases in found['microseconds'].items()
     ]
     yield table(['', 'forward', 'backward', 'forward + backward', '/ GN'], cells)
-    yield '\n/ GN: forward + backward in multiples of GroupNorm; of WS, what it adds to conv.'
 
 
 def norm(rows: list[dict]) -> Lines:

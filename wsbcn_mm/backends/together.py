@@ -43,7 +43,13 @@ class Together:
         self._backend = backends.select(self._weights[0])
         self._by_node = autograd.has_nodes(self._backend)
         self._results: list[Tensor]
-        if self._by_node:
+        usual: list[Tensor] | None = None
+        if self._by_node and backends.forced() is None:
+            assert cpu.entries is not None
+            usual = cpu.entries.weight_standardize_all(self._weights, eps, formula)
+        if usual is not None and usual[0].dtype is dtype:
+            self._results = usual
+        elif self._by_node:
             self._results = torch.ops.wsbcn_mm.weight_standardize_all.default(
                 self._weights, eps, formula, dtype
             )

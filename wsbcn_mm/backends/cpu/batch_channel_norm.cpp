@@ -12,6 +12,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <memory>
 #include <tuple>
@@ -79,7 +80,9 @@ struct Values {
 
   explicit Values(const OptionalTensor& source) {
     if (!is_there(source)) return;
-    kept = source->contiguous().to(c10::CppTypeToScalarType<A>::value);
+    constexpr auto dtype = c10::CppTypeToScalarType<A>::value;
+    const bool as_it_is = source->scalar_type() == dtype && source->is_contiguous();
+    kept = as_it_is ? *source : source->contiguous().to(dtype);
     data = kept.const_data_ptr<A>();
   }
 };
@@ -348,6 +351,21 @@ std::tuple<Tensor, Tensor> row_moments(const Tensor& x) {
   return {m, q};
 }
 
+// As copy_, which takes longer than a small map.
+void copy_values(const Tensor& from, const Tensor& to) {
+  if (from.scalar_type() == to.scalar_type() && from.is_contiguous() && to.is_contiguous()) {
+    std::memcpy(to.mutable_data_ptr(), from.const_data_ptr(), from.nbytes());
+  } else {
+    to.copy_(from);
+  }
+}
+
+Tensor copy_of(const Tensor& values, const Tensor& x) {
+  Tensor result = like_statistics(x, values.sizes());
+  copy_values(values, result);
+  return result;
+}
+
 // The result and its statistics, not yet computed. The large tensor first: memory that lies at the
 // end of the heap when it is freed is given back to the system, and costs a page fault per page
 // when it is asked for again.
@@ -374,10 +392,10 @@ Flat normalize_with(Source source, const Tensor& x, int64_t num_groups, const Ru
   auto& [m, q, mean, var, group_mean, inv_group_std] = results.statistics;
   m = like_statistics(x, {x.size(0), x.size(1)});
   q = at::empty_like(m);
-  mean = like_statistics(x, {x.size(1)}).copy_(running.mean);
-  var = like_statistics(x, {x.size(1)}).copy_(running.var);
-  const Tensor new_mean = source == Source::batch ? mean.clone() : mean;
-  const Tensor new_var = source == Source::batch ? var.clone() : var;
+  mean = copy_of(running.mean, x);
+  var = copy_of(running.var, x);
+  const Tensor new_mean = source == Source::batch ? copy_of(mean, x) : mean;
+  const Tensor new_var = source == Source::batch ? copy_of(var, x) : var;
   WSBCN_DISPATCH(x.scalar_type(), [&] {
     using A = Accumulate<scalar_t>;
     const Parameters<A> parameters(affine, x.size(1), num_groups);
@@ -400,8 +418,8 @@ Flat normalize_with(Source source, const Tensor& x, int64_t num_groups, const Ru
     f.run(false);
   });
   if (source != Source::given) {
-    running.mean.copy_(new_mean);
-    running.var.copy_(new_var);
+    copy_values(new_mean, running.mean);
+    copy_values(new_var, running.var);
   }
   return {results.y, m, q, mean, var, group_mean, inv_group_std};
 }

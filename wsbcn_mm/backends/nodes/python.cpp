@@ -62,6 +62,16 @@ bool is_usual(const Tensor& x, const Tensor& mean, const OptionalTensor& counts)
          !(counts && counts->device() != x.device());
 }
 
+// As add_(1), which takes longer than a small map on the CPU.
+void count(const Tensor& number) {
+  if (number.is_cpu() && number.scalar_type() == at::kLong && number.numel() == 1) {
+    ++*number.mutable_data_ptr<int64_t>();
+    if (!number.is_inference()) number.unsafeGetTensorImpl()->bump_version();
+  } else {
+    number.add_(1);
+  }
+}
+
 // batch_channel_norm(x, num_groups, running_mean, running_var, counts, num_batches_tracked,
 //                    batch_weight, batch_bias, weight, bias, rate, eps, from_batch, least_dim,
 //                    most_dim)
@@ -94,7 +104,7 @@ PyObject* batch_channel_norm_or_none(PyObject*, PyObject* const* arguments, Py_s
   {
     pybind11::gil_scoped_release no_gil;
     RECORD_FUNCTION("wsbcn_mm::batch_channel_norm", c10::ArrayRef<const c10::IValue>{});
-    if (tracked) tracked->add_(1);
+    if (tracked) count(*tracked);
     y = batch_channel_norm(*x, groups, *mean, *var, counts, batch_weight, batch_bias, weight, bias,
                            rate, std::nullopt, eps, from_batch);
   }
@@ -131,6 +141,42 @@ PyObject* weight_standardize_or_none(PyObject*, PyObject* const* arguments, Py_s
                                dtype_for(*weight));
   }
   return THPVariable_Wrap(w_hat);
+  END_HANDLE_TH_ERRORS
+}
+
+// weight_standardize_all(weights, eps, formula): the list of results, or None.
+PyObject* weight_standardize_all_or_none(PyObject*, PyObject* const* arguments,
+                                         Py_ssize_t number) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(number == 3 && PyList_CheckExact(arguments[0]),
+                   "expected a list and 2 other arguments");
+  const double eps = PyFloat_AsDouble(arguments[1]);
+  Py_ssize_t length = 0;
+  const char* const formula = PyUnicode_AsUTF8AndSize(arguments[2], &length);
+  if (PyErr_Occurred()) return nullptr;
+  const Py_ssize_t count = PyList_GET_SIZE(arguments[0]);
+  std::vector<Tensor> weights;
+  weights.reserve(count);
+  for (Py_ssize_t k = 0; k < count; ++k) {
+    OptionalTensor weight;
+    if (!read(PyList_GET_ITEM(arguments[0], k), weight) || !weight || !is_of_ours(*weight)) {
+      Py_RETURN_NONE;
+    }
+    weights.push_back(std::move(*weight));
+  }
+  if (weights.empty() || !nothing_unusual()) Py_RETURN_NONE;
+  std::vector<Tensor> w_hats;
+  {
+    pybind11::gil_scoped_release no_gil;
+    RECORD_FUNCTION("wsbcn_mm::weight_standardize_all", c10::ArrayRef<const c10::IValue>{});
+    w_hats = weight_standardize_all(weights, eps, {formula, static_cast<size_t>(length)},
+                                    dtype_for(weights[0]));
+  }
+  PyObject* const result = PyList_New(count);
+  for (Py_ssize_t k = 0; k < count; ++k) {
+    PyList_SET_ITEM(result, k, THPVariable_Wrap(std::move(w_hats[k])));
+  }
+  return result;
   END_HANDLE_TH_ERRORS
 }
 
@@ -202,6 +248,8 @@ PyMethodDef methods[] = {
      METH_FASTCALL, "The result, or None where something is unusual."},
     {"weight_standardize", reinterpret_cast<PyCFunction>(weight_standardize_or_none), METH_FASTCALL,
      "The result, or None where something is unusual."},
+    {"weight_standardize_all", reinterpret_cast<PyCFunction>(weight_standardize_all_or_none),
+     METH_FASTCALL, "The results, or None where something is unusual."},
     {"state", reinterpret_cast<PyCFunction>(state_or_none), METH_FASTCALL,
      "What a standardized weight depends on, or None where something is unusual."},
     {"joins", reinterpret_cast<PyCFunction>(joins), METH_FASTCALL,

@@ -179,16 +179,6 @@ Tensor weight_standardize(const Tensor& weight, double eps, std::string_view for
   return apply(weight, eps, formula, dtype).front();
 }
 
-void join(const Tensor& w_hat, const Tensor& weight) {
-  const auto& node = w_hat.grad_fn();
-  TORCH_CHECK(node, "w_hat must be a result of weight_standardize_all that requires a gradient");
-  const size_t place = w_hat.output_nr();
-  TORCH_CHECK(place < node->next_edges().size(), "w_hat must be one of the results of its node");
-  node->next_edges()[place] = torch::autograd::impl::gradient_edge(weight);
-}
-
-namespace {
-
 // The results belong to the graph one by one, as they are used (`join`): what is never used must
 // look to hooks and to DistributedDataParallel as a weight that nobody read.
 variable_list weight_standardize_all(TensorList weights, double eps, std::string_view formula,
@@ -201,6 +191,16 @@ variable_list weight_standardize_all(TensorList weights, double eps, std::string
   }
   return w_hats;
 }
+
+void join(const Tensor& w_hat, const Tensor& weight) {
+  const auto& node = w_hat.grad_fn();
+  TORCH_CHECK(node, "w_hat must be a result of weight_standardize_all that requires a gradient");
+  const size_t place = w_hat.output_nr();
+  TORCH_CHECK(place < node->next_edges().size(), "w_hat must be one of the results of its node");
+  node->next_edges()[place] = torch::autograd::impl::gradient_edge(weight);
+}
+
+namespace {
 
 // Above autograd and, for inference tensors, without it.
 #define WSBCN_IMPLEMENT(key)                                        \

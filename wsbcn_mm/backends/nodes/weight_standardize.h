@@ -2,6 +2,7 @@
 #pragma once
 
 #include <string_view>
+#include <vector>
 
 #include "carriers.h"
 
@@ -10,6 +11,10 @@ namespace wsbcn {
 // weight dense and not empty.
 Tensor weight_standardize(const Tensor& weight, double eps, std::string_view formula,
                           at::ScalarType dtype);
+
+// Of many weights at once; none of the results belongs to autograd's graph before `join`.
+std::vector<Tensor> weight_standardize_all(at::TensorList weights, double eps,
+                                           std::string_view formula, at::ScalarType dtype);
 
 // Makes one of the results of weight_standardize_all a part of autograd's graph.
 void join(const Tensor& w_hat, const Tensor& weight);

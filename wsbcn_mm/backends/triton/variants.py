@@ -31,14 +31,14 @@ def install() -> bool:
 
     Touches no GPU: the driver's library is opened, nothing of it is called.
     """
-    if torch.version.cuda is None or not all(_functions()):
+    if torch.version.cuda is None or not all(addresses()):
         return False
     torch.ops.wsbcn_mm.register_launcher.default(False)
     return True
 
 
 @functools.cache
-def _functions() -> tuple[int, int]:
+def addresses() -> tuple[int, int]:
     """Addresses of the driver's cuLaunchKernel, and of torch's that knows the current stream."""
     streams = Path(torch.__file__).parent / 'lib' / 'libtorch_cuda.so'
     return (
@@ -61,7 +61,7 @@ def launcher() -> list[int]:
     from wsbcn_mm.backends.triton import cuts, weights
 
     return [
-        *_functions(),
+        *addresses(),
         cuts.TILE,
         cuts.REDUCING,
         cuts.APPLYING,
