@@ -5,11 +5,11 @@ take next to no time either. Nothing waits for the device while the clock runs.
 """
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -47,9 +47,15 @@ def host(settings: Settings) -> dict:
 def _of_launcher(settings: Settings) -> dict | None:
     if cpu.unavailable() is not None or find_spec('triton') is None:
         return None
-    script = Path(__file__).with_name('launcher_time.py')
-    command = [sys.executable, '-W', 'ignore', str(script), str(settings.repeats)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    code = f'from benchmark import launcher_time; launcher_time.main({settings.repeats})'
+    paths = os.pathsep.join(filter(None, sys.path))
+    done = subprocess.run(
+        [sys.executable, '-W', 'ignore', '-c', code],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        env=dict(os.environ, PYTHONPATH=paths),
+    )
     return json.loads(done.stdout)
 
 

@@ -1,23 +1,20 @@
 """The host time of the launcher of the GPU's kernels, without a GPU: prints JSON.
 
-Started by `host_time` as a process of its own, in which the launcher serves CPU tensors. Everything
-runs as on a GPU but the driver: nothing is launched, and no kernel is compiled.
+`host_time` runs `main` in a process of its own, in which the launcher serves CPU tensors.
+Everything runs as on a GPU but the driver: nothing is launched, and no kernel is compiled.
 """
 
 import json
-import sys
-from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[2])]
+import torch
 
-import torch  # noqa: E402  # after the paths
+from benchmark.settings import Settings
+from wsbcn_mm.backends.triton import variants
 
 
 def main(repeats: int) -> None:
-    """Measures what `host_time.host` measures."""
+    """Measures what `host_time.measured` measures."""
     from benchmark.host_time import measured
-    from benchmark.settings import Settings
-    from wsbcn_mm.backends.triton import variants
 
     vars(variants).update(load=lambda *_: [1, 32, 0, 0], addresses=lambda: (0, 0))
     torch.ops.wsbcn_mm.register_launcher.default(True)
@@ -25,7 +22,3 @@ def main(repeats: int) -> None:
     found = measured(Settings(torch.device('cpu'), [torch.float32], ['nchw'], repeats, False))
     assert torch.ops.wsbcn_mm.launches.default() > before
     print(json.dumps(found))
-
-
-if __name__ == '__main__':
-    main(int(sys.argv[1]))

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# The tests of the CPU kernels once under AddressSanitizer and UndefinedBehaviorSanitizer: reads and
-# writes outside of a tensor, and what C++ leaves undefined, stop them. For gcc on Linux; minutes.
+# The tests of the CPU kernels, and of the launcher of a GPU's, once under AddressSanitizer and
+# UndefinedBehaviorSanitizer: reads and writes outside of a tensor, and what C++ leaves undefined,
+# stop them. For gcc on Linux; minutes.
 #
 #   bash tools/dev/sanitize.sh [arguments of pytest]
 #
@@ -10,7 +11,8 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 python=${PYTHON:-$root/.venv/bin/python}
 [ -x "$python" ] || python=python
-[ $# -gt 0 ] || set -- tests/backends/test_backends.py tests/backends/test_contract.py tests/functional
+[ $# -gt 0 ] || set -- tests/backends/test_backends.py tests/backends/test_contract.py tests/functional \
+    tests/backends/triton/test_launcher.py
 compiler=${CXX:-g++}
 libraries="$("$compiler" -print-file-name=libasan.so) $("$compiler" -print-file-name=libubsan.so)"
 for library in $libraries; do
