@@ -160,6 +160,8 @@ def report() -> str:
     lines = [f'torch {torch.__version__}, {torch.get_num_threads()} CPU threads']
     for name, module in BACKENDS.items():
         lines.append(f'{name:<7} {module.unavailable() or "available"}')
+    if UNAVAILABLE['triton'] is None:
+        lines.append(f'launched by {"C++" if triton.HAS_NODES else "Python"}')
     if _forced is not None:
         lines.append(f'chosen for everything: {_forced}')
     return '\n'.join(lines)
