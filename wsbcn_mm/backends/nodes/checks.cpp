@@ -51,8 +51,8 @@ void check_running(const Running& running, const Tensor& x) {
   const Tensor& counts = *running.counts;
   TORCH_CHECK_VALUE(counts.device() == x.device() && counts.scalar_type() == at::kLong &&
                         counts.sizes() == at::IntArrayRef({2, x.size(1)}) && counts.is_contiguous(),
-                    "counts must be contiguous int64 of shape (2, ", x.size(1),
-                    ") on ", x.device(), "\n  got ", counts.scalar_type(), " of shape ", counts.sizes(),
+                    "counts must be contiguous int64 of shape (2, ", x.size(1), ") on ", x.device(),
+                    "\n  got ", counts.scalar_type(), " of shape ", counts.sizes(),
                     " with strides ", counts.strides(), " on ", counts.device());
 }
 
@@ -67,9 +67,9 @@ void check_statistic(const Tensor& value, const char* name, at::IntArrayRef shap
                      const Tensor& x) {
   TORCH_CHECK_VALUE(value.device() == x.device() && value.scalar_type() == accumulation_dtype(x) &&
                         value.sizes() == shape,
-                    name, " must be ", accumulation_dtype(x), " of shape ", shape,
-                    " on ", x.device(), "\n  got ", value.scalar_type(), " of shape ",
-                    value.sizes(), " on ", value.device());
+                    name, " must be ", accumulation_dtype(x), " of shape ", shape, " on ",
+                    x.device(), "\n  got ", value.scalar_type(), " of shape ", value.sizes(),
+                    " on ", value.device());
 }
 
 void check_statistics(const Statistics& statistics, const Tensor& x, int64_t num_groups) {
@@ -85,7 +85,8 @@ void check_statistics(const Statistics& statistics, const Tensor& x, int64_t num
 void check_gradient(const Tensor& grad, const Tensor& x) {
   TORCH_CHECK_VALUE(grad.device() == x.device() && grad.sizes() == x.sizes(),
                     "grad must have the shape and device of what it is the gradient of, ",
-                    x.sizes(), " on ", x.device(), "\n  got shape ", grad.sizes(), " on ", grad.device());
+                    x.sizes(), " on ", x.device(), "\n  got shape ", grad.sizes(), " on ",
+                    grad.device());
   TORCH_CHECK_TYPE(grad.is_floating_point(), "grad must be floating point\n  got ",
                    grad.scalar_type());
 }

@@ -29,7 +29,8 @@ namespace {
 bool nothing_unusual() {
   return !at::impl::torch_function_mode_enabled() &&
          !c10::impl::TorchDispatchModeTLS::any_modes_set() &&
-         !c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) &&
+         !c10::impl::tls_is_dispatch_key_included(
+             c10::DispatchKey::FuncTorchDynamicLayerFrontMode) &&
          !torch::jit::tracer::isTracing() &&
          torch::autograd::ForwardADLevel::try_get_by_idx(0) == nullptr;
 }
@@ -58,8 +59,7 @@ bool is_of_ours(const Tensor& x) {
 
 bool is_usual(const Tensor& x, const Tensor& mean, const OptionalTensor& counts) {
   return is_of_ours(x) && x.size(1) == mean.numel() && x.numel() > 0 &&
-         x.device() == mean.device() && is_dense(x) &&
-         !(counts && counts->device() != x.device());
+         x.device() == mean.device() && is_dense(x) && !(counts && counts->device() != x.device());
 }
 
 // As add_(1), which takes longer than a small map on the CPU.
@@ -145,8 +145,7 @@ PyObject* weight_standardize_or_none(PyObject*, PyObject* const* arguments, Py_s
 }
 
 // weight_standardize_all(weights, eps, formula): the list of results, or None.
-PyObject* weight_standardize_all_or_none(PyObject*, PyObject* const* arguments,
-                                         Py_ssize_t number) {
+PyObject* weight_standardize_all_or_none(PyObject*, PyObject* const* arguments, Py_ssize_t number) {
   HANDLE_TH_ERRORS
   TORCH_CHECK_TYPE(number == 3 && PyList_CheckExact(arguments[0]),
                    "expected a list and 2 other arguments");
@@ -224,11 +223,10 @@ PyObject* joins(PyObject*, PyObject* const* arguments, Py_ssize_t number) {
   TORCH_CHECK_TYPE(number == 2, "expected 2 arguments\n  got ", number);
   OptionalTensor weight, other;
   const bool there = read(arguments[0], weight) && read(arguments[1], other) && weight && other;
-  const bool together = there && !other->is_inference() && is_of_ours(*other) &&
-                        other->scalar_type() == weight->scalar_type() &&
-                        other->device() == weight->device() &&
-                        other->requires_grad() == weight->requires_grad() && other->numel() > 0 &&
-                        is_dense(*other);
+  const bool together =
+      there && !other->is_inference() && is_of_ours(*other) &&
+      other->scalar_type() == weight->scalar_type() && other->device() == weight->device() &&
+      other->requires_grad() == weight->requires_grad() && other->numel() > 0 && is_dense(*other);
   return PyLong_FromSize_t(together ? other->nbytes() : 0);
   END_HANDLE_TH_ERRORS
 }
@@ -236,16 +234,17 @@ PyObject* joins(PyObject*, PyObject* const* arguments, Py_ssize_t number) {
 // join(w_hat, weight): the operator.
 PyObject* join_tensors(PyObject*, PyObject* const* arguments, Py_ssize_t number) {
   HANDLE_TH_ERRORS
-  TORCH_CHECK_TYPE(number == 2 && THPVariable_Check(arguments[0]) && THPVariable_Check(arguments[1]),
-                   "expected two tensors");
+  TORCH_CHECK_TYPE(
+      number == 2 && THPVariable_Check(arguments[0]) && THPVariable_Check(arguments[1]),
+      "expected two tensors");
   join(THPVariable_Unpack(arguments[0]), THPVariable_Unpack(arguments[1]));
   Py_RETURN_NONE;
   END_HANDLE_TH_ERRORS
 }
 
 PyMethodDef methods[] = {
-    {"batch_channel_norm", reinterpret_cast<PyCFunction>(batch_channel_norm_or_none),
-     METH_FASTCALL, "The result, or None where something is unusual."},
+    {"batch_channel_norm", reinterpret_cast<PyCFunction>(batch_channel_norm_or_none), METH_FASTCALL,
+     "The result, or None where something is unusual."},
     {"weight_standardize", reinterpret_cast<PyCFunction>(weight_standardize_or_none), METH_FASTCALL,
      "The result, or None where something is unusual."},
     {"weight_standardize_all", reinterpret_cast<PyCFunction>(weight_standardize_all_or_none),

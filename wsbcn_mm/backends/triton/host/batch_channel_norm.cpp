@@ -82,8 +82,8 @@ Affine dense(const Affine& affine) {
   const auto contiguous = [](const OptionalTensor& value) {
     return is_there(value) ? OptionalTensor(value->contiguous()) : std::nullopt;
   };
-  return {contiguous(affine.batch_weight), contiguous(affine.batch_bias),
-          contiguous(affine.weight), contiguous(affine.bias)};
+  return {contiguous(affine.batch_weight), contiguous(affine.batch_bias), contiguous(affine.weight),
+          contiguous(affine.bias)};
 }
 
 int64_t stride_of(const Running* running, Tensor Running::* buffer) {

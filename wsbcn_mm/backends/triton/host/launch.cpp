@@ -192,7 +192,7 @@ void start(const char* kernel, Grid grid, c10::Device device, const Arguments& a
   ++launches_so_far;
   if (s.launch == nullptr) return;
   const int error = s.launch(variant.function, grid.x, grid.y, 1, variant.threads, 1, 1,
-                                  variant.shared, stream, parameters.data(), nullptr);
+                             variant.shared, stream, parameters.data(), nullptr);
   TORCH_CHECK(error == 0, "the driver could not launch the kernel ", kernel, " on ", device,
               ": CUDA error ", error);
 }

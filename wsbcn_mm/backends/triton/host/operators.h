@@ -53,8 +53,8 @@ Tensor standardize_backward(const Tensor& grad, const Tensor& weight, const Tens
 void standardize_all(at::TensorList weights, double eps, std::string_view formula,
                      at::TensorList out, const Tensor& mean, const Tensor& sigma);
 
-void standardize_all_backward(at::TensorList grads, at::TensorList weights,
-                              at::IntArrayRef offsets, const Tensor& mean, const Tensor& sigma,
-                              double eps, std::string_view formula, at::TensorList out);
+void standardize_all_backward(at::TensorList grads, at::TensorList weights, at::IntArrayRef offsets,
+                              const Tensor& mean, const Tensor& sigma, double eps,
+                              std::string_view formula, at::TensorList out);
 
 }  // namespace wsbcn::gpu

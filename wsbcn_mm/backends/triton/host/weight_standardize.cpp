@@ -51,14 +51,13 @@ void check_alike(const char* name, TensorList tensors, TensorList weights) {
   for (size_t k = 0; k < tensors.size(); ++k) {
     const Tensor &tensor = tensors[k], &weight = weights[k];
     check_weight(weight);
-    TORCH_CHECK_VALUE(tensor.device() == weights[0].device() &&
-                          tensor.scalar_type() == tensors[0].scalar_type() &&
-                          tensor.is_floating_point() && tensor.sizes() == weight.sizes() &&
-                          tensor.is_contiguous(layout_of(weight)),
-                      name, "[", k, "] must lie in memory as its weight, ", weight.sizes(),
-                      " with strides ", weight.strides(), ", all of one dtype and device\n  got ",
-                      tensor.scalar_type(), " of shape ", tensor.sizes(), " with strides ",
-                      tensor.strides(), " on ", tensor.device());
+    TORCH_CHECK_VALUE(
+        tensor.device() == weights[0].device() &&
+            tensor.scalar_type() == tensors[0].scalar_type() && tensor.is_floating_point() &&
+            tensor.sizes() == weight.sizes() && tensor.is_contiguous(layout_of(weight)),
+        name, "[", k, "] must lie in memory as its weight, ", weight.sizes(), " with strides ",
+        weight.strides(), ", all of one dtype and device\n  got ", tensor.scalar_type(),
+        " of shape ", tensor.sizes(), " with strides ", tensor.strides(), " on ", tensor.device());
   }
 }
 
@@ -237,8 +236,8 @@ Tensor standardize_backward(const Tensor& grad, const Tensor& weight, const Tens
   check_rows(weight.size(0), weight, m, s);
   const Tensor g = grad.contiguous(layout_of(weight));
   const Tensor dw = at::empty_like(weight);
-  start_one("standardize_backward", weight,
-            {read(g), read(weight), written(dw), read(m), read(s)}, eps, formula);
+  start_one("standardize_backward", weight, {read(g), read(weight), written(dw), read(m), read(s)},
+            eps, formula);
   return dw;
 }
 
