@@ -24,7 +24,6 @@ from wsbcn_mm.openmmlab.registry import CONV_FOR, CONV_NAMED, CONVERTED, NORM_FO
 from wsbcn_mm.structure import followers, num_channels, standardizable
 
 NORM_LAYERS = (nn.modules.batchnorm._NormBase, nn.GroupNorm)
-DEFORMABLE = ('DCN', 'DCNv2')  # of mmcv: their WS form is made of the layer that was built
 
 
 class NothingToConvert(ValueError):
@@ -42,6 +41,7 @@ class Part:
         widths: Of all norms of the node.
         old_conv: Its conv_cfg.
         standardize: Whether its conv_cfg becomes WS.
+        own_kind: What they are called, where conv_cfg has no name for their WS form.
         why_no_conv_cfg: Why not, where conv_cfg is not the way and something else may be.
     """
 
@@ -51,6 +51,7 @@ class Part:
     widths: set[int]
     old_conv: dict | None = None
     standardize: bool = False
+    own_kind: str = ''
     why_no_conv_cfg: str = ''
 
 
@@ -98,6 +99,12 @@ def convert_layers(
         model = _build_converted(conversion)
     changed = {part.node.path for part in parts}
     reasons = _reasons_to_convert_after_building(model, parts, conv, keep_dcn)
+    for part in parts:
+        if part.own_kind and part.node.path not in reasons:
+            where = part.node.where
+            conversion.left.append(
+                f'{where}: its convolutions are {part.own_kind}, which stay: no WS'
+            )
     convert = dict(standardize=False) if conv == 'none' else {}
     if keep_dcn:
         convert['deformable'] = False
@@ -151,7 +158,7 @@ def _parts(conversion: Conversion, nodes: list[Node], conv: str) -> list[Part]:
                 continue
             part = Part(node, place, old, widths[node.path])
             if conv != 'none' and place == (*node.path, 'norm_cfg'):
-                _plan_conv(conversion, part)
+                _plan_conv(part)
             parts.append(part)
     return parts
 
@@ -181,7 +188,7 @@ def _norm_cfgs(node: Node) -> list[tuple[Place, dict]]:
     return norm_cfgs
 
 
-def _plan_conv(conversion: Conversion, part: Part) -> None:
+def _plan_conv(part: Part) -> None:
     node = part.node
     if not node.accepts('conv_cfg'):
         part.why_no_conv_cfg = f'{node.kind.__name__} takes no conv_cfg'
@@ -190,10 +197,8 @@ def _plan_conv(conversion: Conversion, part: Part) -> None:
     kind = 'Conv2d' if part.old_conv is None else type_name(part.old_conv)
     if kind in CONV_NAMED:
         return
-    if kind not in CONV_FOR and kind not in DEFORMABLE:
-        conversion.left.append(f'{node.where}: its convolutions are {kind}, which stay: no WS')
-        return
-    if kind in DEFORMABLE:
+    if kind not in CONV_FOR:  # a class of its own: its WS form is made of the layer that was built
+        part.own_kind = kind
         part.why_no_conv_cfg = f'its convolutions are {kind}'
         return
     if node.get('dcn') is not None:
