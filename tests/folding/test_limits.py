@@ -107,7 +107,11 @@ def test_a_way_that_other_sizes_take(between):
 def test_a_model_that_takes_one_size_alone_is_folded():
     head = nn.Flatten(), nn.Linear(8 * 7 * 7, 3)
     x = torch.randn(2, 4, 9, 9).double()
-    check_fold(nn.Sequential(WSConv2d(4, 8, 3), BatchChannelNorm2d(8, 2), *head), x, inputs=x)
+    model = nn.Sequential(WSConv2d(4, 8, 3), BatchChannelNorm2d(8, 2), *head)
+    check_fold(model, x, inputs=x)
+    report = str(folding.plan(trained(model), x))
+    assert 'does not run in 0.5 times the size: RuntimeError: mat1 and mat2' in report
+    assert 'does not run in 2 times the size: RuntimeError: mat1 and mat2' in report
 
 
 def test_normalization_in_front_of_a_convolution_is_not_folded():

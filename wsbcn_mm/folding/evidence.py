@@ -31,6 +31,7 @@ class Evidence:
             in, or None.
         leaks: Layers whose parameters something outside of them read.
         failed: By module: why it could not be run on its own.
+        refused_sizes: Sizes other than that of the inputs which the model does not take, and why.
     """
 
     def __init__(self) -> None:
@@ -38,6 +39,7 @@ class Evidence:
         self.inputs: dict[nn.Module, list[Call | None]] = defaultdict(list)
         self.leaks: set[nn.Module] = set()
         self.failed: dict[nn.Module, str] = {}
+        self.refused_sizes: list[str] = []
 
     def add(self, module: nn.Module, run: Run) -> None:
         """Runs the module and remembers what was seen; nothing of a run that raises."""
@@ -62,8 +64,8 @@ class Evidence:
                 continue
             try:
                 self.add(module, partial(_call_with, arguments=resized))
-            except Exception:  # noqa: BLE001  whatever a module raises that wants its size
-                continue
+            except Exception as error:  # noqa: BLE001  whatever a module raises that wants its size
+                self.refused_sizes.append(f'{factor:g} times the size: {_in_one_line(error)}')
 
     def explore(self, module: nn.Module) -> None:
         """Runs what no run has reached yet: the module, or its parts where it does not run."""
@@ -73,7 +75,7 @@ class Evidence:
             try:
                 self.add(module, partial(_call, x=x))
             except Exception as error:  # noqa: BLE001  whatever a module raises that wants other arguments
-                self.failed[module] = f'{type(error).__name__}: {error}'.partition('\n')[0]
+                self.failed[module] = _in_one_line(error)
             else:
                 break
         for child in module.children():
@@ -83,6 +85,10 @@ class Evidence:
         kind = (WeightStandardized, BatchChannelNorm)
         seen = (self.calls, self.inputs, self.leaks)
         return isinstance(module, kind) and not any(module in some for some in seen)
+
+
+def _in_one_line(error: Exception) -> str:
+    return f'{type(error).__name__}: {error}'.partition('\n')[0]
 
 
 def _call_with(module: nn.Module, arguments: tuple[Any, ...]) -> object:

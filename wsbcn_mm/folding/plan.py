@@ -38,11 +38,14 @@ class Plan:
         folds: The changes.
         left: Names of the layers of this package that stay, each with the reason.
         fixed: Names of layers in whose place no other may stand.
+        refused_sizes: Sizes of the inputs in which the model was tried and did not run, and why;
+            what it does there was not seen.
     """
 
     folds: tuple[Fold, ...]
     left: dict[str, str]
     fixed: frozenset[str] = frozenset()
+    refused_sizes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         paired = [fold for fold in self.folds if fold.norm is not None]
@@ -51,7 +54,9 @@ class Plan:
             f'convolutions, {len(self.folds) - len(paired)} further weights standardized for good, '
             f'{len(self.left)} layers left'
         ]
-        return '\n'.join(lines + [f'  {name}: {reason}' for name, reason in self.left.items()])
+        lines += [f'  {name}: {reason}' for name, reason in self.left.items()]
+        lines += [f'  the model does not run in {why}' for why in self.refused_sizes]
+        return '\n'.join(lines)
 
     @torch.no_grad()
     def apply(self, model: nn.Module, plain: bool = False) -> nn.Module:
@@ -223,7 +228,7 @@ def _decide(root: nn.Module, names: Names, evidence: Evidence) -> Plan:
             else:
                 folds.append(Fold((name,), None))
     immovable = {name for layer, name in names.items() if fixed.get(layer, _HOLDS) != _HOLDS}
-    return Plan(tuple(folds), left, frozenset(immovable))
+    return Plan(tuple(folds), left, frozenset(immovable), tuple(evidence.refused_sizes))
 
 
 def _why_not_at_all(
