@@ -121,8 +121,9 @@ def _load_file(path: Path, map_location: Any, checksums: bool) -> object:
     if reason is not None:
         raise _damaged(path, reason)
     try:
-        # Mapped where the format allows it.
-        return torch.load(path, map_location=map_location, mmap=zipfile.is_zipfile(path))
+        # Mapped where the format allows it. Said, because the environment can change the default.
+        mapped = zipfile.is_zipfile(path)
+        return torch.load(path, map_location=map_location, weights_only=True, mmap=mapped)
     except CheckpointRefused:  # inside of `code_refused`
         raise
     except pickle.UnpicklingError as error:
@@ -190,9 +191,8 @@ def code_refused(source: object) -> Iterator[None]:
     original = torch.load
 
     def load(*args: Any, **kwargs: Any) -> Any:
-        kwargs.pop('weights_only', None)  # torch's own default: to check
-        try:
-            return original(*args, **kwargs)
+        try:  # said, because the environment can change the default of torch
+            return original(*args, **{**kwargs, 'weights_only': True})
         except pickle.UnpicklingError as error:
             raise _refusal(source, error) from error
 
