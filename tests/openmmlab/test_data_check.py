@@ -116,6 +116,12 @@ WRONG = {
         model_of(),
         r"(?s)a\.json has no category sqaure.*is it 'sqaure' for 'square'\?.*write the names",
     ),
+    'the last name misspelt': (
+        Data(classes=('square', 'disk'), cat_ids=[3], categories=['square', 'disc']),
+        model_of(),
+        r"(?s)no category disk, and its objects are left out.*is it 'disk' for 'disc'\?",
+    ),
+    'a name twice': (Data(classes=('disc', 'disc')), model_of(), "classes names 'disc' twice"),
     'no name that the file has': (
         Data(classes=('a', 'b'), cat_ids=[], categories=['square']),
         model_of(),
@@ -129,6 +135,11 @@ WRONG = {
     ),
     'an RGB mask': (Data(masks=[np.zeros((4, 4, 3))]), model_of(), r'picture of shape \(4, 4, 3\)'),
     'a label without a class': (Data(masks=[mask(0, 2)]), model_of(), 'label 2, and .* 2 classes'),
+    'the background reduced': (
+        Data(masks=[mask(0, 255)] * 20, reduce_zero_label=True),
+        model_of(),
+        '(?s)with reduce_zero_label=True.*class 0 and "ignore" alone.*reduce_zero_label=False',
+    ),
     '0 and 255': (Data(masks=[mask(0, 255)] * 12), model_of(), '0 and 255 alone'),
 }
 

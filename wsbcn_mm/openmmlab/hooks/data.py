@@ -22,6 +22,7 @@ from wsbcn_mm.openmmlab.compat import DataError, no_image_in, unwrapped
 
 IGNORED = 255  # what a mask says where it says nothing, in mmsegmentation
 FEW, MANY = 8, 200  # masks that are looked at
+ENOUGH = 20  # so many images, and one class alone: that is not how they were drawn
 
 
 @HOOKS.register_module()
@@ -35,7 +36,7 @@ class DataCheckHook(Hook):
       shift;
     - a head with fewer classes than the data;
     - masks that are pictures (RGB), that hold labels the config has no class for, or that are 0
-      and 255 alone: 255 means "ignore".
+      and 255 alone: 255 means "ignore" (and so does 0, with ``reduce_zero_label``).
     """
 
     def before_train(self, runner: Runner) -> None:
@@ -84,6 +85,9 @@ def check_dataset(dataset: Any, model: nn.Module) -> None:
         return
     if isinstance(classes, str):
         raise DataError(f'{kind}: classes is one text\n  add a comma: classes=({classes!r},)')
+    twice = [name for i, name in enumerate(classes) if name in classes[:i]]
+    if twice:
+        raise DataError(f'{kind}: classes names {twice[0]!r} twice\n  name each class once')
     _check_names(dataset, list(classes))
     # Boxes are of things alone, where data have stuff as well.
     boxes = len(dataset.metainfo.get('thing_classes') or classes)
@@ -102,7 +106,7 @@ def check_dataset(dataset: Any, model: nn.Module) -> None:
 def _check_names(dataset: Any, classes: list[str]) -> None:
     """The hosts number the categories that they find by name: one that is not found shifts others.
 
-    The last ones may be missing: the numbers of the others are the same without them.
+    The last ones may be missing, unless they are misspelt: the numbers of the others are the same.
     """
     found = getattr(dataset, 'cat_ids', None)
     if found is None or len(found) >= len(classes):
@@ -111,13 +115,16 @@ def _check_names(dataset: Any, classes: list[str]) -> None:
     content = json.loads(fileio.get_text(dataset.ann_file, backend_args=arguments))
     there = [category['name'] for category in content['categories']]
     missing = [name for name in classes if name not in there]
-    if missing == classes[len(found) :] and found:
-        return
-    near = [difflib.get_close_matches(name, there, n=1) for name in missing[:4]]
+    others = [name for name in there if name not in classes]
+    near = [difflib.get_close_matches(name, others, n=1) for name in missing[:4]]
     meant = ', '.join(f'{a!r} for {b[0]!r}' for a, b in zip(missing, near) if b)
+    shift = missing != classes[len(found) :] or not found
+    if not shift and not meant:
+        return
+    what = 'the labels of the classes behind it shift' if shift else 'its objects are left out'
     raise DataError(
         f'{type(dataset).__name__}: {dataset.ann_file} has no category {", ".join(missing[:4])}'
-        f'{", ..." if len(missing) > 4 else ""}, and the labels of the classes behind it shift\n'
+        f'{", ..." if len(missing) > 4 else ""}, and {what}\n'
         f'  its categories: {", ".join(there[:8])}{", ..." if len(there) > 8 else ""}'
         + (f'\n  is it {meant}?' if meant else '')
         + '\n  write the names of metainfo.classes as the file does'
@@ -154,11 +161,18 @@ def _check_masks(dataset: Any, num_classes: int, ignored: set[int]) -> None:
     order = np.random.default_rng(0).permutation(len(dataset))[:MANY].tolist()
     for i in itertools.islice(order, FEW):
         seen |= _labels(*read(i), num_classes, ignored)
-    if dataset.reduce_zero_label:  # 0 and 255 are 1 and 0 in the file
+    reduced = dataset.reduce_zero_label
+    if reduced and len(order) < ENOUGH:  # 0 and 255 are 1 and 0 in the file: one class of several
         return
     more = iter(order[FEW:])
     while seen == {0, IGNORED} and (i := next(more, None)) is not None:
         seen |= _labels(*read(i), num_classes, ignored)
+    if seen == {0, IGNORED} and num_classes > 1 and reduced:
+        raise DataError(
+            f'with reduce_zero_label=True the masks of {type(dataset).__name__} '
+            f'({read(order[0])[0]}, ...) are class 0 and "ignore" alone: the label 0 of the files '
+            'is no class then\n  set reduce_zero_label=False where it is one (the background)'
+        )
     if seen == {0, IGNORED} and num_classes > 1:
         raise DataError(
             f'the masks of {type(dataset).__name__} ({read(order[0])[0]}, ...) are 0 and 255 '
