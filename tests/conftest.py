@@ -1,5 +1,6 @@
 """What all tests share: seed, device and dtype, backends, poisoned memory, the built package."""
 
+import gc
 import os
 import shutil
 import subprocess
@@ -34,6 +35,12 @@ def no_default_scope() -> None:
 def root() -> Path:
     """The repository."""
     return Path(__file__).resolve().parents[1]
+
+
+def pytest_collection_finish() -> None:
+    """Takes all that was imported so far out of the garbage collector's rounds: they are many."""
+    gc.collect()
+    gc.freeze()
 
 
 DTYPES = {str(d).removeprefix('torch.'): d for d in (torch.float64, torch.float32)}

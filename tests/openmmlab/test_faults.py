@@ -5,9 +5,7 @@ import pytest
 pytest.importorskip('mmdet', reason='the tool trains a detector')
 pytest.importorskip('mmseg', reason='reads masks as it does')
 
-import importlib.util
 import json
-import sys
 
 import cv2
 import numpy as np
@@ -18,6 +16,7 @@ from mmengine.registry import DATASETS, init_default_scope
 
 from tests.openmmlab.test_compat import Harmless, needs_allow_list
 from tests.openmmlab.tiny import make_runner
+from tests.tool import tool
 from wsbcn_mm.openmmlab import command_line, compat, preflight
 from wsbcn_mm.openmmlab.checkpoints import CheckpointRefused
 
@@ -156,20 +155,6 @@ def test_an_error_besides_damaged_annotations_is_not_swallowed(tmp_path):
 # tools/train.py
 
 
-def train(root, *arguments):
-    """Runs the tool in this process: its exit message, or None."""
-    spec = importlib.util.spec_from_file_location('train_tool', root / 'tools/train.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    before, sys.argv = sys.argv, ['train.py', *map(str, arguments)]
-    try:
-        module.main()
-    except SystemExit as end:
-        return end.code
-    finally:
-        sys.argv = before
-
-
 @pytest.fixture
 def data(tmp_path):
     """A COCO folder with four images."""
@@ -215,41 +200,40 @@ def options(data, *more):
         "val_dataloader.dataset.metainfo.classes=('thing',)",
         f'val_evaluator.ann_file={data}/annotations/instances_val2017.json',
         'train_cfg.val_interval=99',
+        'train_dataloader.dataset.indices=2',
         'model.roi_head.bbox_head.num_classes=1',
         'model.roi_head.mask_head.num_classes=1',
         *more,
     ]
 
 
-def test_the_tool_resumes_from_the_last_complete_checkpoint(root, tmp_path, data, capsys):
+def test_the_tool_resumes_from_the_last_complete_checkpoint(root, tmp_path, data):
     work = tmp_path / 'run'
-    arguments = (root / QUICK, '--work-dir', work)
-    assert train(root, *arguments, *options(data, 'train_cfg.max_epochs=2')) is None
+    arguments = ('train.py', root / QUICK, '--work-dir', work, '--audit', 'off')
+    assert tool(*arguments, *options(data, 'train_cfg.max_epochs=2')).returncode == 0
     last = work / 'epoch_2.pth'
     last.write_bytes(last.read_bytes()[: last.stat().st_size // 2])
-    capsys.readouterr()
-    again = (*arguments, '--resume', *options(data, 'train_cfg.max_epochs=2'))
-    assert train(root, *again) is None
-    captured = capsys.readouterr()
-    assert f'not resumed from: {last} is incomplete' in captured.err
+    again = tool(*arguments, '--resume', *options(data, 'train_cfg.max_epochs=2'))
+    assert again.returncode == 0 and f'not resumed from: {last} is incomplete' in again.stderr
     log = ''.join(path.read_text() for path in work.glob('*/*.log'))
-    assert 'resumed epoch: 1, iter: 4' in log + captured.err + captured.out
-    assert torch.load(last, weights_only=True)['meta']['iter'] == 8  # written anew
+    assert 'resumed epoch: 1, iter: 2' in log + again.stderr + again.stdout
+    assert torch.load(last, weights_only=True)['meta']['iter'] == 4  # written anew
 
     last.write_bytes(last.read_bytes()[:-10])
-    message = train(root, *arguments, '--resume', last, *options(data))
-    assert f'error: the checkpoint {last} is incomplete' in message
+    refused = tool(*arguments, '--resume', last, *options(data))
+    assert refused.returncode == 1
+    assert f'error: the checkpoint {last} is incomplete' in refused.stderr
 
 
 def test_the_tool_names_damaged_data(root, tmp_path, data):
-    arguments = (root / QUICK, '--work-dir', tmp_path / 'run', *options(data))
-    picture = data / 'train2017' / '2.jpg'
+    arguments = ('train.py', root / QUICK, '--work-dir', tmp_path / 'run', '--audit', 'off')
+    picture = data / 'train2017' / '1.jpg'
     content = picture.read_bytes()
     picture.write_bytes(b'damaged')
-    message = train(root, *arguments)
-    assert message.startswith(f'error: reading {picture} failed')
+    failed = tool(*arguments, *options(data))
+    assert f'error: reading {picture} failed' in failed.stderr and failed.returncode == 1
     picture.write_bytes(content)
     annotations = data / 'annotations' / 'instances_train2017.json'
     annotations.write_text(annotations.read_text()[:200])
-    message = train(root, *arguments)
-    assert message.startswith(f'error: train_dataloader: {annotations} is damaged: ')
+    failed = tool(*arguments, *options(data))
+    assert f'error: train_dataloader: {annotations} is damaged: ' in failed.stderr

@@ -4,9 +4,7 @@ import base64
 import importlib
 import json
 import math
-import os
 import re
-import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -16,6 +14,7 @@ import torch
 from mmengine.runner import Runner
 
 from tests.openmmlab.tiny import TinyModel
+from tests.tool import tool
 from wsbcn_mm.openmmlab.hooks.diagnostics import DiagnosticsHook
 
 ROOT = Path(__file__).parents[3]
@@ -119,14 +118,7 @@ def model_files(tmp_path_factory):
 
 
 def diagnose(folder, *arguments):
-    return subprocess.run(
-        [sys.executable, str(ROOT / 'tools/analysis_tools/diagnose.py'), *map(str, arguments)],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=dict(os.environ, OMP_NUM_THREADS='1'),
-    )
+    return tool('analysis_tools/diagnose.py', *arguments, cwd=folder)
 
 
 class Balanced(HTMLParser):

@@ -4,6 +4,7 @@ import pytest
 
 pytest.importorskip('mmseg', reason='the quick segmenter is built from it')
 
+import functools
 import importlib.util
 import sys
 
@@ -12,8 +13,8 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 
 from tests.openmmlab.tiny import tiny_model
+from wsbcn_mm import shapes
 from wsbcn_mm.openmmlab.measure import recalibration
-from wsbcn_mm.shapes import draw_dataset
 
 QUICK = 'configs/quick/quick_deeplabv3_r18_ws-bcn_1xb1_shapes.py'
 
@@ -53,9 +54,11 @@ def test_statistics_go_into_a_checkpoint_and_nothing_else(prefix, bare):
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('user')
-    draw_dataset(folder / 'data/shapes')
-    return folder
+    """Where the data set is drawn in small when it is first asked for."""
+    small = functools.partial(shapes.draw_dataset, num_train=4, num_val=1, size=(96, 80))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shapes, 'draw_dataset', small)
+        yield tmp_path_factory.mktemp('user')
 
 
 def tool(root, *arguments):
