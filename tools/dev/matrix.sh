@@ -1,0 +1,91 @@
+#!/usr/bin/env bash
+# Tests stacks of tools/dev/stacks.txt, each in an environment of its own, and writes their rows of
+# docs/versions.md:
+#
+#   bash tools/dev/matrix.sh [NAME...]   default: all
+#
+#   WSBCN_STACKS=DIR   where environments, logs and results are kept (default: .stacks)
+#   WSBCN_KEEP=0       removes each environment afterwards: one with torch for CUDA takes 7 GB
+#   WSBCN_PAGE=FILE    the page whose rows are written (default: docs/versions.md)
+#   WSBCN_WORKERS=N    processes that test (default: one per core)
+#
+# Exit code 1: a stack failed. 2: none failed, but one could not be made here (no such Python, no such
+# package to be had): it gets no row. The environments of an earlier call are used again.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+stacks=$(realpath -m "${WSBCN_STACKS:-$root/.stacks}")
+page=$(realpath -m "${WSBCN_PAGE:-$root/docs/versions.md}")
+stack() { awk -v name="$1" '$1 == name' "$root/tools/dev/stacks.txt"; }
+say() { echo "matrix: $*" >&2; }
+
+# What needs torch alone; with OpenMMLab its own tests, and those of the tools.
+alone=(tests/functional tests/layers tests/backends tests/test_compat.py tests/test_golden.py tests/test_reference.py)
+hosted=(tests/openmmlab tests/tools)
+
+[ $# -gt 0 ] || set -- $(awk '!/^#/ {print $1}' "$root/tools/dev/stacks.txt")
+for name; do
+    [ -n "$(stack "$name")" ] || { echo "error: no stack '$name' in tools/dev/stacks.txt" >&2; exit 1; }
+done
+
+find_python() {  # pyenv's shims start one version alone
+    local candidate
+    for candidate in "python$1" "${PYENV_ROOT:-$HOME/.pyenv}/versions/$1".*/bin/python; do
+        if "$candidate" -c 'import ensurepip, venv' 2>/dev/null; then echo "$candidate"; return; fi
+    done
+    say "no Python $1 here"
+    return 1
+}
+
+make_environment() {  # python torch numpy triton hosts
+    local base found
+    base=$(find_python "$1") || return 1
+    [ -x venv/bin/python ] || "$base" -m venv venv
+    pip() { venv/bin/python -m pip --disable-pip-version-check -q "$@"; }
+    # As in tools/setup_env.sh: the CPU build where its index can be reached, else PyPI's for CUDA.
+    if ! venv/bin/python -c 'import sys, torch; sys.exit(not torch.__version__.startswith(sys.argv[1]))' "$2" 2>/dev/null; then
+        pip install --no-deps --retries 0 --extra-index-url https://download.pytorch.org/whl/cpu "torch==$2" || return 1
+    fi
+    # Not the pinned pytest and hypothesis, which want a newer Python.
+    pip install "torch==$2" "numpy==$3" "triton==$4" 'setuptools<81' wheel ninja psutil \
+        pytest pytest-xdist hypothesis || return 1
+    [ "$5" != - ] || return 0
+    # The ops of mmcv are compiled, unless WSBCN_WHEELS or pip's cache has them.
+    CFLAGS=-g0 CXXFLAGS=-g0 MMCV_WITH_OPS=1 pip install --no-build-isolation \
+        ${WSBCN_WHEELS:+--find-links "$WSBCN_WHEELS"} -r "$root/requirements/$5.txt" "numpy==$3" &&
+        pip install $(grep -oE '^(build|onnx[a-z]*|scikit-learn)==[^ ]*' "$root/requirements/dev.txt") "numpy==$3"
+}
+
+copy_tree() {  # so that the kernels of one stack are not found by another
+    rm -rf tree && mkdir tree
+    (cd "$root" && git ls-files -z --cached --others --exclude-standard | tar --null -T - -cf -) | tar -C tree -xf -
+}
+
+failed=0 missing=0
+commit=$(git -C "$root" describe --always --dirty)  # before the page is written
+for name; do
+    read -r _ python torch numpy triton hosts <<<"$(stack "$name")"
+    mkdir -p "$stacks/$name" && cd "$stacks/$name"
+    say "$name: Python $python, torch $torch, hosts: $hosts; log: $stacks/$name/log"
+    if ! make_environment "$python" "$torch" "$numpy" "$triton" "$hosts" >log 2>&1; then
+        tail -n 3 log | cut -c 1-300 >&2
+        say "$name: cannot be made here"; missing=1; continue
+    fi
+    rm -f results.xml
+    copy_tree && cd tree
+    tests=("${alone[@]}")
+    [ "$hosts" = - ] || tests=("${hosted[@]}")
+    status=0
+    {
+        WSBCN_BUILD=1 ../venv/bin/python setup.py -q build_ext --inplace &&
+            PYTHONPATH=$PWD OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} ../venv/bin/python -m pytest \
+                -p no:cacheprovider -n "${WSBCN_WORKERS:-$(nproc)}" --dist loadfile \
+                --junitxml ../results.xml "${tests[@]}"
+    } >>../log 2>&1 || status=$?
+    [ $status -le 1 ] && [ -s ../results.xml ] || { tail -30 ../log >&2; say "$name: failed"; failed=1; continue; }
+    grep -E '^(FAILED|ERROR)|^=+ .* in [0-9.]+s|^[0-9]+ (passed|failed)' ../log >&2 || true
+    [ $status = 0 ] || failed=1
+    PYTHONPATH=$PWD ../venv/bin/python tools/dev/versions_page.py "$page" "$name" ../results.xml --commit "$commit"
+    cd "$stacks/$name"
+    [ "${WSBCN_KEEP:-1}" = 1 ] || rm -rf venv tree
+done
+exit $((failed ? 1 : missing ? 2 : 0))
