@@ -9,6 +9,10 @@
 #   WSBCN_MMCV_OPS=torchvision    mmcv without its compiled ops, NMS and RoIAlign from torchvision:
 #                                 nothing is compiled for minutes, no nvcc; to be set when training too
 #   WSBCN_DEVICE=cpu|cuda         which builds to install (default: cuda where nvidia-smi lists a GPU)
+#   WSBCN_WHEELS=DIR              where a wheel of mmcv with its ops is looked for before it is
+#                                 compiled, and left afterwards (default: ~/.cache/wsbcn_mm/wheels)
+#   TORCH_CUDA_ARCH_LIST="8.6 9.0"  the GPUs that mmcv's ops are compiled for (default: those that
+#                                 nvidia-smi names)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -34,7 +38,7 @@ device=${WSBCN_DEVICE:-$(nvidia-smi -L 2>/dev/null | grep -q GPU && echo cuda ||
 case $device in cpu | cuda) ;; *) fail "WSBCN_DEVICE must be cpu or cuda, got '$device'" ;; esac
 ops=${WSBCN_MMCV_OPS:-mmcv}
 case $ops in mmcv | torchvision) ;; *) fail "WSBCN_MMCV_OPS must be mmcv or torchvision, got '$ops'" ;; esac
-stamp="$device $ops $PWD $(cat requirements/*.txt setup.py tools/setup_env.sh wsbcn_mm/backends/{nodes,cpu,triton/host}/*.{cpp,h} | cksum)"
+stamp="$device $ops $PWD $(cat requirements/*.txt setup.py tools/{setup_env,mmcv_wheel}.sh wsbcn_mm/backends/{nodes,cpu,triton/host}/*.{cpp,h} | cksum)"
 if [ "$(cat "$venv/wsbcn-ready" 2>/dev/null)" = "$stamp" ]; then
     echo "$venv/bin/python"
     exit 0
@@ -50,14 +54,23 @@ command -v "${CXX:-c++}" >/dev/null ||
     fail "no C++ compiler (${CXX:-c++}): the ops of mmcv are compiled here\n  on Debian or Ubuntu: apt-get install build-essential; elsewhere: gcc-c++, or set CXX"
 "$base" -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))' ||
     fail "the headers of '$base' (Python.h) are missing\n  on Debian or Ubuntu: apt-get install python3-dev"
-if [ "$device$ops" = cudammcv ] && ! command -v nvcc >/dev/null; then
-    fail "there is a GPU but no nvcc, which compiles mmcv's CUDA ops\n  take NMS and RoIAlign of torchvision: WSBCN_MMCV_OPS=torchvision bash $0\n  or install the CUDA toolkit of your driver, or use the CPU: WSBCN_DEVICE=cpu bash $0"
+# What is compiled for one GPU does not run on another.
+if [ "$device$ops" = cudammcv ] && [ -z "${TORCH_CUDA_ARCH_LIST:-}" ]; then
+    TORCH_CUDA_ARCH_LIST=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sort -u | paste -sd ' ' || true)
+    [ -n "$TORCH_CUDA_ARCH_LIST" ] ||
+        fail "nvidia-smi names no GPU to compile mmcv's CUDA ops for\n  say for which: TORCH_CUDA_ARCH_LIST=9.0 bash $0\n  take NMS and RoIAlign of torchvision: WSBCN_MMCV_OPS=torchvision bash $0\n  or use the CPU: WSBCN_DEVICE=cpu bash $0"
+    export TORCH_CUDA_ARCH_LIST
 fi
 
 say "making $venv ($device builds)"
 [ -x "$venv/bin/python" ] || "$base" -m venv "$venv"
 rm -f "$venv/wsbcn-ready"
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
+constraints=requirements/constraints.txt
+if [ "$device" = cuda ]; then  # its build of torch asks for a triton of its own
+    constraints=$venv/wsbcn-constraints.txt
+    grep -v '^triton' requirements/constraints.txt >"$constraints"
+fi
 
 say 'installing torch'
 torch_index=()
@@ -71,39 +84,16 @@ if [ "$ops" = torchvision ]; then
     pip install -q --no-deps "${torch_index[@]}" -r requirements/torchvision.txt >&2
 fi
 pip install -q -r requirements/torch.txt -r requirements/build.txt \
-    -c requirements/constraints.txt >&2
+    -c "$constraints" >&2
 
 if [ "$ops" = torchvision ]; then
     "$venv/bin/python" -c 'import torchvision' >&2 ||
         fail "torchvision does not fit the torch that was found; both must come from one index"
     say 'installing mmcv without its ops'
-    pip install -q --no-build-isolation -c requirements/constraints.txt \
+    pip install -q --no-build-isolation -c "$constraints" \
         "$(grep -o '^mmcv==[^ ]*' requirements/openmmlab.txt | sed s/mmcv/mmcv-lite/)" >&2
 elif ! "$venv/bin/python" -c 'import mmcv._ext' 2>/dev/null; then
-    say "compiling the ops of mmcv: once, about $([ "$device" = cuda ] && echo '20 to 40' || echo '6 to 20') minutes, or seconds when pip has them in its cache"
-    log="$venv/mmcv-build.log"
-    set +e
-    MMCV_WITH_OPS=1 FORCE_CUDA=$([ "$device" = cuda ] && echo 1 || echo 0) \
-        MAX_JOBS="${MAX_JOBS:-$(nproc)}" CFLAGS="-g0 ${CFLAGS:-}" CXXFLAGS="-g0 ${CXXFLAGS:-}" \
-        "$venv/bin/python" -m pip -v --disable-pip-version-check install --no-build-isolation \
-        -c requirements/constraints.txt "$(grep -o '^mmcv==[^ ]*' requirements/openmmlab.txt)" 2>&1 |
-        tee "$log" |
-        # ninja prints "[12/77] c++ ..."; one line each on a terminal, one in ten in a log.
-        awk -v tty="$([ -t 2 ] && echo 1 || echo 0)" '
-            BEGIN { start = systime() }
-            match($0, /^ *\[[0-9]+\/[0-9]+\]/) {
-                split(substr($0, RSTART, RLENGTH), part, /[^0-9]+/)
-                done = part[2]; all = part[3]; spent = systime() - start
-                if (tty || done % 10 == 0 || done == all)
-                    printf "%ssetup:   %d of %d files, %d:%02d min%s", (tty ? "\r" : ""), done, all,
-                        spent / 60, spent % 60, (tty && done < all ? "" : "\n") > "/dev/stderr"
-            }'
-    status=${PIPESTATUS[0]}
-    set -e
-    if [ "$status" != 0 ]; then
-        tail -n 30 "$log" >&2
-        fail "mmcv could not be built; the whole log: $log\n  out of memory? try MAX_JOBS=1 bash $0"
-    fi
+    source tools/mmcv_wheel.sh
 fi
 
 say 'installing mmengine, mmdet, mmsegmentation and wsbcn_mm (compiles its CPU kernels: half a minute)'
@@ -113,7 +103,7 @@ present='^$'
 [ "$device" = cpu ] || present="$present|^triton"
 [ "$ops" = mmcv ] || present="$present|^mmcv"
 grep -hvE "$present" requirements/openmmlab.txt requirements/dev.txt >"$venv/wsbcn-requirements.txt"
-pip install -q -r "$venv/wsbcn-requirements.txt" -c requirements/constraints.txt >&2
+pip install -q -r "$venv/wsbcn-requirements.txt" -c "$constraints" >&2
 # WSBCN_BUILD: here a failed build of the kernels is an error, not a slower package.
 WSBCN_BUILD=1 pip install -q --no-deps --no-build-isolation --use-pep517 -e . >&2
 echo "$stamp" >"$venv/wsbcn-ready"
