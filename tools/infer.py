@@ -59,8 +59,8 @@ def infer(args: argparse.Namespace) -> list[str]:
     from wsbcn_mm.openmmlab.compat import DataError
     from wsbcn_mm.openmmlab.deploy import inference, predict
 
-    images = predict.find_images(args.source, args.output)
     cfg = config.load_config(args.config, args.cfg_options)
+    images = predict.find_images(args.source, args.output, predict.suffixes_of(cfg))
     if args.no_fold:
         model = inference.load_model(cfg, args.checkpoint)
     else:

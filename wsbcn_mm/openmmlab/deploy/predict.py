@@ -28,10 +28,15 @@ from wsbcn_mm.openmmlab.errors import first_line
 SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.ppm', '.pgm', '.tif', '.tiff', '.webp')
 
 
-def find_images(source: Path, output: Path) -> list[tuple[Path, Path]]:
+def find_images(
+    source: Path, output: Path, suffixes: tuple[str, ...] = SUFFIXES
+) -> list[tuple[Path, Path]]:
     """Image files below a folder, or one file, each with its path relative to the folder.
 
-    What lies below ``output`` are results of ours.
+    Args:
+        source: The folder, or the file.
+        output: What lies below it are results of ours.
+        suffixes: What an image's name ends with, in small letters.
 
     Raises:
         FileNotFoundError: nothing there.
@@ -44,18 +49,24 @@ def find_images(source: Path, output: Path) -> list[tuple[Path, Path]]:
     files = [
         file
         for file in sorted(source.rglob('*'))
-        if file.suffix.lower() in SUFFIXES
+        if file.name.lower().endswith(suffixes)
         and file.is_file()
         and output.resolve() not in file.resolve().parents
     ]
     if not files:
-        raise FileNotFoundError(f'no image in {source} ({", ".join(SUFFIXES)})')
+        raise FileNotFoundError(f'no image in {source} ({", ".join(suffixes)})')
     seen: dict[Path, Path] = {}
     for file in files:
         other = seen.setdefault(file.with_suffix(''), file)
         if other is not file:
             raise ValueError(f'{other} and {file} would write the same results: rename one')
     return [(file, file.relative_to(source)) for file in files]
+
+
+def suffixes_of(cfg: Config) -> tuple[str, ...]:
+    """What names of images end with: the usual ones, and what the config's test data say."""
+    own = (dataset.get('img_suffix') for dataset in datasets_of_test(cfg))
+    return tuple(dict.fromkeys((*SUFFIXES, *(s.lower() for s in own if s))))
 
 
 class Reader:
