@@ -1,8 +1,6 @@
 """The models that tests of deployment fold: two of the quick configs, two that must list layers."""
 
 import importlib.util
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -113,15 +111,3 @@ def run_here(monkeypatch, name, *arguments):
     spec.loader.exec_module(module)
     monkeypatch.setattr(sys, 'argv', [str(path), *map(str, arguments)])
     module.main()
-
-
-def tool(name, *arguments, cwd=ROOT):
-    env = dict(os.environ, OMP_NUM_THREADS='1')
-    return subprocess.run(
-        [sys.executable, '-W', 'ignore', ROOT / 'tools' / name, *map(str, arguments)],
-        cwd=cwd,
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )

@@ -10,17 +10,19 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 
-from tests.openmmlab.deploy.models import LISTED, QUICK, SIZE, tool
+from tests.openmmlab.deploy.models import LISTED, QUICK, SIZE
+from tests.tool import tool
 from wsbcn_mm.openmmlab import config
 from wsbcn_mm.openmmlab.deploy import fold, inference, predict
 
 pytestmark = pytest.mark.filterwarnings('ignore')  # of the hosts about their own futures
 
 
-# Shapes of boxes and scores, summed: what stock OpenMMLab finds, without this package.
+# What stock OpenMMLab finds, without this package: one JSON line of each model.
 WITHOUT_US = """
 import sys
 
@@ -36,64 +38,55 @@ except ModuleNotFoundError:
     pass
 else:
     raise AssertionError('wsbcn_mm can be imported: this would show nothing')
-import json, mmcv, numpy as np
-scope, config, checkpoint, *images = sys.argv[1:]
-if scope == 'mmdet':
-    from mmdet.apis import inference_detector as infer, init_detector as init
-else:
-    from mmseg.apis import inference_model as infer, init_model as init
-model = init(config, checkpoint, device='cpu')
-for image in images:
-    sample = infer(model, image)
-    if scope == 'mmdet':
-        found = sample.pred_instances
-        print(json.dumps([found.bboxes.tolist(), found.scores.tolist(), found.labels.tolist(),
-                          found.masks.sum((1, 2)).tolist() if 'masks' in found else None]))
-    else:
-        print(json.dumps(sample.pred_sem_seg.data.tolist()))
-
+import json
 from pathlib import Path
+import mmdet.apis, mmseg.apis
 from mmengine.config import Config
 from mmengine.runner import Runner
 
-cfg = Config.fromfile(config)
-cfg.load_from, cfg.work_dir = checkpoint, 'tested'
-if Path(cfg.test_dataloader.dataset.data_root).exists():
-    found = Runner.from_cfg(cfg).test()
-    print('metrics', json.dumps({key: float(value) for key, value in found.items()}))
+models, images = json.loads(sys.argv[1])
+for name, (scope, config, checkpoint) in models.items():
+    if scope == 'mmdet':
+        model = mmdet.apis.init_detector(config, checkpoint, device='cpu')
+    else:
+        model = mmseg.apis.init_model(config, checkpoint, device='cpu')
+    found = []
+    for image in images:
+        if scope == 'mmdet':
+            sample = mmdet.apis.inference_detector(model, image).pred_instances
+            found.append([sample.bboxes.tolist(), sample.scores.tolist(), sample.labels.tolist()])
+        else:
+            found.append(mmseg.apis.inference_model(model, image).pred_sem_seg.data.tolist())
+    cfg, metrics = Config.fromfile(config), None
+    cfg.load_from, cfg.work_dir = checkpoint, 'tested'
+    if Path(cfg.test_dataloader.dataset.data_root).exists():
+        metrics = Runner.from_cfg(cfg).test()
+        metrics = {key: float(value) for key, value in metrics.items()}
+    print('found', json.dumps([name, found, metrics]))
 assert 'wsbcn_mm' not in sys.modules
 """
 
 
-@pytest.mark.parametrize('name', [*QUICK, *LISTED])
-def test_stock_openmmlab_loads_what_fold_writes(folder, name):
-    """In a process where this package cannot be imported; predictions are those of the original."""
-    source = QUICK.get(name, folder / f'{name}.py')
-    evaluate = ['--evaluate'] if name in LISTED else []
-    done = tool(
-        'model_converters/fold.py',
-        source,
-        folder / f'{name}.pth',
-        '-o',
-        folder / 'stock',
-        '--shape',
-        *SIZE,
-        *evaluate,
-        cwd=folder,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    files = [folder / 'stock' / f'{source.stem}_folded{suffix}' for suffix in ('.py', '.pth')]
-    assert 'wsbcn_mm' not in files[0].read_text() and b'wsbcn_mm' not in files[1].read_bytes()
-    assert 'largest relative error' in done.stdout and str(files[1]) in done.stdout
-    assert ('folded_layers' in files[0].read_text()) == (name in LISTED)
-    if name in LISTED:
-        beside = folder / 'stock/folded_layers.py'
-        assert 'wsbcn_mm' not in beside.read_text() and str(beside) in done.stdout
+@pytest.fixture(scope='module')
+def folded(folder):
+    """By model: what fold.py printed, the files that it wrote; and what a process makes of them.
 
-    cfg = config.load_config(str(source))
-    images = sorted((folder / 'images').glob('*.*g'))[:2]
+    In the process this package cannot be imported: for each model, what it finds on two images,
+    and the metrics where there are data.
+    """
+    models, printed = {}, {}
+    for name in (*QUICK, *LISTED):
+        source = QUICK.get(name, folder / f'{name}.py')
+        arguments = [source, folder / f'{name}.pth', '-o', folder / 'stock', '--shape', *SIZE]
+        evaluate = ['--evaluate'] if name in LISTED else []
+        done = tool('model_converters/fold.py', *arguments, *evaluate, cwd=folder)
+        assert done.returncode == 0, done.stderr[-3000:]
+        files = [str(folder / 'stock' / f'{source.stem}_folded{end}') for end in ('.py', '.pth')]
+        models[name] = (config.load_config(str(source)).default_scope, *files)
+        printed[name] = done.stdout
+    images = [str(image) for image in sorted((folder / 'images').glob('*.*g'))[:2]]
     code = subprocess.run(
-        [sys.executable, '-W', 'ignore', '-c', WITHOUT_US, cfg.default_scope, *files, *images],
+        [sys.executable, '-W', 'ignore', '-c', WITHOUT_US, json.dumps([models, images])],
         cwd=folder,
         capture_output=True,
         text=True,
@@ -101,25 +94,41 @@ def test_stock_openmmlab_loads_what_fold_writes(folder, name):
         env={k: v for k, v in os.environ.items() if k != 'PYTHONPATH'} | {'OMP_NUM_THREADS': '1'},
     )
     assert code.returncode == 0, code.stderr[-3000:]
-    metrics = [line for line in code.stdout.splitlines() if line.startswith('metrics')]
-    assert len(metrics) == (name in LISTED)
-    for key, value in json.loads(metrics[0].partition(' ')[2]).items() if metrics else ():
-        original, folded = re.search(rf'^{key} +(\S+) +(\S+)$', done.stdout, re.MULTILINE).groups()
+    lines = [line for line in code.stdout.splitlines() if line.startswith('found ')]
+    results = {name: rest for name, *rest in (json.loads(line[6:]) for line in lines)}
+    return {name: (printed[name], models[name][1:], images, *results[name]) for name in models}
+
+
+@pytest.mark.parametrize('name', [*QUICK, *LISTED])
+def test_stock_openmmlab_loads_what_fold_writes(folder, folded, name):
+    """Predictions are those of the original."""
+    printed, files, images, found, metrics = folded[name]
+    written, weights = (Path(file) for file in files)
+    assert 'wsbcn_mm' not in written.read_text() and b'wsbcn_mm' not in weights.read_bytes()
+    assert 'largest relative error' in printed and str(weights) in printed
+    assert ('folded_layers' in written.read_text()) == (name in LISTED)
+    if name in LISTED:
+        beside = folder / 'stock/folded_layers.py'
+        assert 'wsbcn_mm' not in beside.read_text() and str(beside) in printed
+
+    assert (metrics is not None) == (name in LISTED)
+    for key, value in (metrics or {}).items():
+        original, folded = re.search(rf'^{key} +(\S+) +(\S+)$', printed, re.MULTILINE).groups()
         assert abs(value - float(original)) < 2e-3 and abs(value - float(folded)) < 1e-4
-    lines = [line for line in code.stdout.splitlines() if line.startswith('[')]
-    assert len(lines) == len(images) == 2
+    assert len(found) == len(images) == 2
+    cfg = config.load_config(str(QUICK.get(name, folder / f'{name}.py')))
     predictor = predict.Predictor(cfg, inference.load_model(cfg, str(folder / f'{name}.pth')))
-    for line, file in zip(lines, images):
-        sample, found = predictor(file)[1], json.loads(line)
+    for theirs, file in zip(found, images):
+        sample = predictor(Path(file))[1]
         if cfg.default_scope == 'mmseg':
-            same = np.asarray(found) == sample.pred_sem_seg.data.numpy()
+            same = np.asarray(theirs) == sample.pred_sem_seg.data.numpy()
             assert same.mean() > 0.999  # ties of two classes
             continue
         own = sample.pred_instances
-        assert len(own) == len(found[0]) > 0
-        np.testing.assert_allclose(found[0], own.bboxes.numpy(), atol=0.05)
-        np.testing.assert_allclose(found[1], own.scores.numpy(), atol=1e-3)
-        assert found[2] == own.labels.tolist()
+        assert len(own) == len(theirs[0]) > 0
+        np.testing.assert_allclose(theirs[0], own.bboxes.numpy(), atol=0.05)
+        np.testing.assert_allclose(theirs[1], own.scores.numpy(), atol=1e-3)
+        assert theirs[2] == own.labels.tolist()
 
 
 def test_fold_refuses_and_writes_nothing(folder):

@@ -13,7 +13,8 @@ from mmengine.config import Config
 from PIL import Image
 from torch import nn
 
-from tests.openmmlab.deploy.models import EACH, QUICK, tool
+from tests.openmmlab.deploy.models import EACH, QUICK
+from tests.tool import tool
 from wsbcn_mm import shapes
 from wsbcn_mm.openmmlab import config
 from wsbcn_mm.openmmlab.deploy import inference, predict
@@ -127,6 +128,10 @@ def test_files_with_one_result_are_named(tmp_path):
     assert predict.find_images(tmp_path, tmp_path / 'out') == [(tmp_path / 'a.png', Path('a.png'))]
     with pytest.raises(FileNotFoundError, match='no image in'):
         predict.find_images(tmp_path / 'out', tmp_path / 'out')
+    (tmp_path / 'b.NPY').write_bytes(b'x')  # what a loader of one's own reads
+    dataset = dict(type='BaseSegDataset', img_suffix='.npy', pipeline=[])
+    suffixes = predict.suffixes_of(Config(dict(test_dataloader=dict(dataset=dataset))))
+    assert len(predict.find_images(tmp_path, tmp_path / 'out', suffixes)) == 2
 
 
 def test_an_interrupted_run_leaves_no_half_file(tmp_path):
