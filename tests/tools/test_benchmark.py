@@ -20,6 +20,7 @@ from benchmark import bars, gate, host_time, output, peers, sections, timing
 from benchmark.settings import Skipped
 from torch import nn
 
+from tests.tool import tool
 from wsbcn_mm import (
     BatchChannelNorm2d,
     WSConv2d,
@@ -30,17 +31,12 @@ from wsbcn_mm import (
 from wsbcn_mm.backends import dispatched, eager, ops
 
 REPOSITORY = Path(__file__).parents[2]
-TOOL = REPOSITORY / 'tools/benchmark/benchmark_layers.py'
 CPU = torch.device('cpu')
 
 
 def run_tool(folder, *arguments):
-    done = subprocess.run(
-        [sys.executable, TOOL, '--device', 'cpu', '--quick', '-o', folder, *arguments],
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    quick = ('--device', 'cpu', '--quick', '-o', folder)
+    done = tool('benchmark/benchmark_layers.py', *quick, *arguments)
     assert done.returncode == 0, done.stderr
     return done, json.loads((folder / 'results.json').read_text())
 

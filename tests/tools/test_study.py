@@ -1,13 +1,12 @@
 """The study: a tiny grid runs and resumes, and the committed records make the tables and plots."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.tool import tool
 
 pytest.importorskip('mmseg', reason='the study builds its models with mmcv and mmseg')
 pytest.importorskip('sklearn', reason='the digits of the smallest task')
@@ -26,13 +25,7 @@ def import_from_tools(monkeypatch):
 
 
 def run_grid(*arguments):
-    return subprocess.run(
-        [sys.executable, str(STUDY / 'run_grid.py'), *map(str, arguments)],
-        timeout=300,
-        capture_output=True,
-        text=True,
-        env=dict(os.environ, OMP_NUM_THREADS='1'),
-    )
+    return tool('study/run_grid.py', *arguments)
 
 
 @pytest.fixture(scope='module')
