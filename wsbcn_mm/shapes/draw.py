@@ -49,7 +49,7 @@ Window = tuple[slice, slice]
 # ----------------------------------------------------------------------------------------------
 # Random helpers and coordinates
 # ----------------------------------------------------------------------------------------------
-def _log_uniform(rng: np.random.Generator, low: float, high: float, size: int | None = None) -> Any:
+def log_uniform(rng: np.random.Generator, low: float, high: float, size: int | None = None) -> Any:
     """A number; with ``size`` an array of them."""
     return np.exp(rng.uniform(np.log(low), np.log(high), size))
 
@@ -67,7 +67,7 @@ def _pixel_grid(width: int, height: int) -> tuple[np.ndarray, np.ndarray]:
     return x, y
 
 
-def _rotate(x: np.ndarray, y: np.ndarray, angle: float) -> tuple[np.ndarray, np.ndarray]:
+def rotate(x: np.ndarray, y: np.ndarray, angle: float) -> tuple[np.ndarray, np.ndarray]:
     cos, sin = np.cos(angle), np.sin(angle)
     return cos * x + sin * y, cos * y - sin * x
 
@@ -104,7 +104,7 @@ def _texture(
     Returns:
         Values in [0, 1], (H, W).
     """
-    u, v = _rotate(x, y, rng.uniform(0, 2 * np.pi))
+    u, v = rotate(x, y, rng.uniform(0, 2 * np.pi))
     if kind == 'plain':
         return np.zeros_like(u)
     if kind == 'gradient':
@@ -123,14 +123,14 @@ def _texture(
     return np.clip(0.5 + 2 * (wave_u + wave_v - 0.6), 0, 1)  # spots
 
 
-def _mix(first: np.ndarray, second: np.ndarray, share: np.ndarray) -> np.ndarray:
+def mix(first: np.ndarray, second: np.ndarray, share: np.ndarray) -> np.ndarray:
     return first + (second - first) * share[..., None]
 
 
 # ----------------------------------------------------------------------------------------------
 # Background and clutter
 # ----------------------------------------------------------------------------------------------
-def _background(width: int, height: int, rng: np.random.Generator) -> np.ndarray:
+def background(width: int, height: int, rng: np.random.Generator) -> np.ndarray:
     """Returns a textured background without hard edged areas, float (H, W, 3) in [0, 1].
 
     Its textures are soft or cross the whole image, so none of them can pass for an object.
@@ -142,9 +142,9 @@ def _background(width: int, height: int, rng: np.random.Generator) -> np.ndarray
     # Stripes are sharp: in full contrast they would hide objects better than nature does.
     spread = 0.3 if kind == 'stripes' else 0.5
     second = np.clip(first + rng.uniform(-spread, spread, 3), 0.03, 0.97)
-    period = _log_uniform(rng, 12, 50)
-    canvas = _mix(first, second, _texture(kind, x, y, period, rng))
-    grain = _texture('noise', x, y, _log_uniform(rng, 2.5, 9), rng) - 0.5
+    period = log_uniform(rng, 12, 50)
+    canvas = mix(first, second, _texture(kind, x, y, period, rng))
+    grain = _texture('noise', x, y, log_uniform(rng, 2.5, 9), rng) - 0.5
     canvas += rng.uniform(0.02, 0.14) * grain[..., None]
     return np.clip(canvas, 0, 1)
 
@@ -155,7 +155,7 @@ def _random_stroke(width: int, height: int, rng: np.random.Generator) -> np.ndar
     kind = rng.integers(4)
     if kind == 0:
         return start[None]
-    length = _log_uniform(rng, 8, 34)
+    length = log_uniform(rng, 8, 34)
     along = np.linspace(-0.5, 0.5, 24)
     if kind == 1:
         across = np.zeros_like(along)
@@ -163,7 +163,7 @@ def _random_stroke(width: int, height: int, rng: np.random.Generator) -> np.ndar
         across = rng.uniform(0.3, 1.4) * along**2
     else:
         across = 0.12 * np.sin(along * rng.uniform(9, 16) + rng.uniform(0, 6))
-    points = np.stack(_rotate(along * length, across * length, rng.uniform(0, 2 * np.pi)), axis=1)
+    points = np.stack(rotate(along * length, across * length, rng.uniform(0, 2 * np.pi)), axis=1)
     return start + points
 
 
@@ -181,10 +181,10 @@ def _paint_stroke(
     dx = x[:, left:right, None] - points[:, 0]
     dy = y[top:bottom, :, None] - points[:, 1]
     distance = np.sqrt((dx * dx + dy * dy).min(axis=2))
-    window[:] = _mix(window, colour, np.clip(radius + 0.5 - distance, 0, 1))
+    window[:] = mix(window, colour, np.clip(radius + 0.5 - distance, 0, 1))
 
 
-def _paint_clutter(canvas: np.ndarray, rng: np.random.Generator) -> None:
+def paint_clutter(canvas: np.ndarray, rng: np.random.Generator) -> None:
     """Paints distractors that belong to no class: all of them are thin or tiny."""
     height, width = canvas.shape[:2]
     for _ in range(rng.integers(0, 15)):
@@ -201,7 +201,7 @@ def _regular_points(count: int) -> np.ndarray:
     return np.stack([np.cos(angle), np.sin(angle)], axis=1)
 
 
-def _unit_outline(name: str, rng: np.random.Generator) -> np.ndarray:
+def unit_outline(name: str, rng: np.random.Generator) -> np.ndarray:
     """Returns the corners (N, 2) of a random member of a class, with half axes of about 1."""
     if name == 'ellipse':
         return _regular_points(64) * (1, rng.uniform(0.5, 1))
@@ -218,8 +218,7 @@ def _unit_outline(name: str, rng: np.random.Generator) -> np.ndarray:
         arm = rng.uniform(0.22, 0.36)
         quarter = np.array([(1, -arm), (1, arm), (arm, arm)])
         turned = [
-            np.stack(_rotate(quarter[:, 0], quarter[:, 1], -k * np.pi / 2), axis=1)
-            for k in range(4)
+            np.stack(rotate(quarter[:, 0], quarter[:, 1], -k * np.pi / 2), axis=1) for k in range(4)
         ]
         return np.concatenate(turned) * (1, rng.uniform(0.75, 1))
     raise ValueError(f'no outline for the class {name!r}; the classes are {CLASSES}')
@@ -229,10 +228,10 @@ def random_outline(class_id: int, width: int, height: int, rng: np.random.Genera
     """Returns the corners (N, 2), in pixels, of a random object of the class."""
     short = min(width, height)
     low, high = _LONG_SIDE
-    long_side = _log_uniform(rng, min(low, 0.3 * short), min(high, 0.6 * short))
-    corners = _unit_outline(CLASSES[class_id], rng) * (long_side / 2)
+    long_side = log_uniform(rng, min(low, 0.3 * short), min(high, 0.6 * short))
+    corners = unit_outline(CLASSES[class_id], rng) * (long_side / 2)
     x, y = corners.T
-    corners = np.stack(_rotate(x, y, rng.uniform(0, 2 * np.pi)), axis=1)
+    corners = np.stack(rotate(x, y, rng.uniform(0, 2 * np.pi)), axis=1)
     return corners + rng.uniform(0, 1, 2) * (width, height)
 
 
@@ -268,7 +267,7 @@ def rasterise(corners: np.ndarray) -> tuple[int, int, np.ndarray]:
     return int(left), int(top), fine.mean(axis=(1, 3))
 
 
-def _clip_window(
+def clip_window(
     left: int, top: int, coverage: np.ndarray, width: int, height: int
 ) -> tuple[Window, np.ndarray]:
     """Returns the part of a window that is inside the image, as slices, and its coverage."""
@@ -319,9 +318,9 @@ def paint_object(
     kind = _TEXTURES[rng.integers(len(_TEXTURES))]
     if rng.random() < _OWN_TEXTURE_SHARE:
         kind = _OWN_TEXTURES[class_id]
-    period = _log_uniform(rng, 5, 14)
+    period = log_uniform(rng, 5, 14)
     share = _texture(kind, x[:, window[1]], y[window[0]], period, rng)
-    area[:] = _mix(area, _mix(first, second, share), coverage)
+    area[:] = mix(area, mix(first, second, share), coverage)
 
 
 def _place_objects(canvas: np.ndarray, count: int, rng: np.random.Generator) -> Instances:
@@ -337,7 +336,7 @@ def _place_objects(canvas: np.ndarray, count: int, rng: np.random.Generator) -> 
         for _ in range(_PLACEMENT_TRIES):
             class_id = int(rng.integers(len(CLASSES)))
             left, top, whole = rasterise(random_outline(class_id, width, height, rng))
-            window, coverage = _clip_window(left, top, whole, width, height)
+            window, coverage = clip_window(left, top, whole, width, height)
             covers = coverage > 0.5
             full = int((whole > 0.5).sum())
             if covers.sum() < max(MIN_VISIBLE_PIXELS, _MIN_INSIDE_SHARE * full):
@@ -375,21 +374,21 @@ def _blur(image: np.ndarray, sigma: float) -> np.ndarray:
     return image
 
 
-def _photograph(scene: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def photograph(scene: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Returns the scene as a random camera in random light sees it, uint8 (H, W, 3).
 
     Gain, contrast, gamma, cast, blur and noise are drawn once an image and range widely, so that
     the mean and the spread of one image say little about those of another.
     """
-    contrast = _log_uniform(rng, 0.7, 1.6)
-    gamma = _log_uniform(rng, 0.7, 1.4)
-    gain = _log_uniform(rng, 0.35, 1.6) * _log_uniform(rng, 0.8, 1.25, 3)
+    contrast = log_uniform(rng, 0.7, 1.6)
+    gamma = log_uniform(rng, 0.7, 1.4)
+    gain = log_uniform(rng, 0.35, 1.6) * log_uniform(rng, 0.8, 1.25, 3)
     mean = scene.mean()
     image = np.clip(mean + contrast * (scene - mean), 0, None) ** gamma * gain
     if rng.random() < 0.5:
         image = _blur(image, rng.uniform(0.4, 1.0))
     # A dark image needs less noise than a bright one, else its objects would drown in it.
-    noise = _log_uniform(rng, 0.004, 0.035) * (0.3 + image.mean())
+    noise = log_uniform(rng, 0.004, 0.035) * (0.3 + image.mean())
     image = np.clip(image + noise * rng.standard_normal(image.shape), 0, None)
     # A soft shoulder instead of a hard clip: bright images keep their objects visible.
     image = image / (1 + image**3) ** (1 / 3)
@@ -461,10 +460,10 @@ def draw_image(
     width, height = checked_size(size)
     seed = checked_int('seed', seed, 0)
     rng = np.random.default_rng(np.random.SeedSequence([seed, SPLITS.index(split), index]))
-    canvas = _background(width, height, rng)
-    _paint_clutter(canvas, rng)
+    canvas = background(width, height, rng)
+    paint_clutter(canvas, rng)
     count = int(rng.integers(_MIN_OBJECTS, _MAX_OBJECTS + 1))
     if index % EMPTY_EVERY == EMPTY_OFFSET:
         count = 0
     instances = _place_objects(canvas, count, rng)
-    return _photograph(canvas, rng), instances
+    return photograph(canvas, rng), instances

@@ -1,9 +1,7 @@
 """The data set as files, in the layouts of COCO and Pascal VOC, and a sheet to look at."""
 
 import io
-import json
 import os
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from wsbcn_mm.shapes.draw import (
     checked_size,
     draw_image,
 )
+from wsbcn_mm.shapes.folder import draw_once, write_json
 
 PALETTE = ((0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0), (0, 0, 128), (128, 0, 128))
 """RGB colours of the VOC masks, background first: the first colours of Pascal VOC's palette."""
@@ -69,14 +68,10 @@ def _semantic_png(instances: Instances, width: int, height: int) -> Image.Image:
     return picture
 
 
-def _jpeg_bytes(image: np.ndarray) -> bytes:
+def jpeg_bytes(image: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, 'JPEG', quality=92, subsampling=0)
     return buffer.getvalue()
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content) + '\n', encoding='utf-8')
 
 
 def _write_split(
@@ -92,7 +87,7 @@ def _write_split(
         image_id = FIRST_ID[split] + index
         name = f'{image_id:012d}'
         image, instances = draw_image(split, index, (width, height), parameters['seed'])
-        jpeg = _jpeg_bytes(image)
+        jpeg = jpeg_bytes(image)
         (coco / f'{split}2017' / f'{name}.jpg').write_bytes(jpeg)
         (voc / 'JPEGImages' / f'{name}.jpg').write_bytes(jpeg)
         _semantic_png(instances, width, height).save(voc / 'SegmentationClass' / f'{name}.png')
@@ -109,7 +104,7 @@ def _write_split(
         for class_id, mask in instances:
             annotations.append(_annotation(len(annotations) + 1, image_id, class_id, mask))
         report()
-    _write_json(
+    write_json(
         coco / 'annotations' / f'instances_{split}2017.json',
         {
             'info': {'description': f'wsbcn_mm shapes, {split}', 'version': str(VERSION)},
@@ -125,10 +120,10 @@ def _write_split(
     return names
 
 
-def _write_dataset(
+def _write(
     folder: Path, parameters: dict[str, Any], progress: Callable[[int, int], None] | None
 ) -> None:
-    """Writes the whole data set into a new folder, its stamp last."""
+    """Writes the whole data set into a new folder."""
     voc = folder / 'VOCdevkit' / 'VOC2012'
     lists = voc / 'ImageSets' / 'Segmentation'
     for path in (
@@ -155,34 +150,6 @@ def _write_dataset(
         (lists / f'{split}.txt').write_text('\n'.join(names) + '\n', encoding='utf-8')
         all_names += names
     (lists / 'trainval.txt').write_text('\n'.join(all_names) + '\n', encoding='utf-8')
-    _write_json(folder / STAMP, parameters)
-
-
-def _is_there(root: Path, parameters: dict[str, Any]) -> bool:
-    """Returns whether the very data set is at `root`; raises if something else is."""
-    if not root.exists():
-        return False
-    if not root.is_dir():
-        raise ValueError(f'root must be a folder, but {root} is a file; name another root')
-    stamp = root / STAMP
-    if not stamp.exists():
-        if any(root.iterdir()):
-            raise ValueError(
-                f'root must be absent, empty or a shapes data set, but {root} has files and no '
-                f'{STAMP}; nothing was touched. Name another root, or move these files away'
-            )
-        return False
-    try:
-        found = json.loads(stamp.read_text(encoding='utf-8'))
-    except ValueError:
-        found = 'something that is not JSON'
-    if found != parameters:
-        raise ValueError(
-            f'root must hold the shapes data set with {parameters}, but {stamp} says {found}; '
-            'nothing was touched. Name another root, ask for the parameters that are there, or '
-            f'delete {root} to have it drawn anew'
-        )
-    return True
 
 
 def draw_dataset(
@@ -196,10 +163,7 @@ def draw_dataset(
 ) -> Path:
     """Draws the data set, unless it is there already.
 
-    Several processes may call this at once, such as the ranks of a distributed run: each draws
-    into a temporary folder beside `root` and renames it, the first to finish wins, and the others
-    drop theirs. An interrupted call leaves no `root`. If it was killed outright, a folder
-    `.NAME.drawing-*` may stay beside `root`; nothing reads it, and it may be deleted.
+    Several processes may call this at once, see `wsbcn_mm.shapes.folder.draw_once`.
 
     Args:
         root: Folder of the data set. The module's docstring shows the layout below it.
@@ -226,24 +190,7 @@ def draw_dataset(
         'size': [width, height],
         'seed': checked_int('seed', seed, 0),
     }
-    root = Path(root)
-    if _is_there(root, parameters):
-        return root
-    target = root.resolve()  # a link to an empty folder: the rename must meet the folder itself
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(
-        prefix=f'.{target.name}.drawing-', dir=target.parent
-    ) as temporary:
-        # One level deeper, as the temporary folder itself is readable by its owner only.
-        fresh = Path(temporary) / 'dataset'
-        _write_dataset(fresh, parameters, progress)
-        try:
-            os.rename(fresh, target)
-        except OSError:
-            # Most likely another process was first. Then its data set must be the right one.
-            if not _is_there(root, parameters):
-                raise
-    return root
+    return draw_once(root, STAMP, parameters, lambda folder: _write(folder, parameters, progress))
 
 
 # ----------------------------------------------------------------------------------------------

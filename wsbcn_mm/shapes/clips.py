@@ -1,0 +1,249 @@
+"""Clips in which how a shape moves is the class: no single frame tells.
+
+Every clip shows a random scene with one shape that goes left, right, up or down, turns clockwise or
+counter-clockwise, grows or shrinks. Places, angles and sizes in a frame are distributed alike in
+all classes, and of each pair of classes one is the other played backwards: whoever sees one frame
+can only guess, one in eight.
+
+Layout below the root, in MMAction2's formats::
+
+    ROOT/clips.json                            stamp: format version and parameters
+    ROOT/{train,val}_videos.txt                lines "train/000000.mp4 LABEL"
+    ROOT/{train,val}_frames.txt                lines "train/000000 FRAMES LABEL"
+    ROOT/videos/{train,val}/%06d.mp4
+    ROOT/frames/{train,val}/%06d/img_%05d.jpg  counted from 1
+
+From the shell::
+
+    python -m wsbcn_mm.shapes --clips data/clips
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from wsbcn_mm.shapes.draw import (
+    CLASSES,
+    MAX_IMAGES,
+    SPLITS,
+    background,
+    checked_int,
+    checked_size,
+    checked_split,
+    clip_window,
+    log_uniform,
+    mix,
+    paint_clutter,
+    paint_object,
+    photograph,
+    random_outline,
+    rasterise,
+    rotate,
+    unit_outline,
+)
+from wsbcn_mm.shapes.files import jpeg_bytes
+from wsbcn_mm.shapes.folder import draw_once
+
+MOTIONS = (
+    *('left', 'right', 'up', 'down'),
+    *('clockwise', 'counter-clockwise', 'growing', 'shrinking'),
+)
+"""Class names; a label is an index into them."""
+
+MIRRORED = {0: 1, 1: 0, 4: 5, 5: 4}
+"""The label of a clip that is flipped from left to right, where it is another one."""
+
+FRAMES = 16
+VERSION = 1
+NUM_TRAIN, NUM_VAL = 480, 160
+SIZE = (64, 64)
+STAMP = 'clips.json'
+
+_MOVERS = ('rectangle', 'triangle', 'star', 'cross')  # an ellipse may be round: turning is unseen
+_PATH = 0.4  # of the side: how far a shape goes to either side of the middle of its way
+_TURN = 1.3  # radians, likewise; less than half a symmetry of any of them per sampled frame
+_GROWTH = 0.55  # logarithm of the size, likewise
+
+
+def draw_clip(
+    split: str, index: int, size: Sequence[int] = SIZE, seed: int = 0
+) -> tuple[np.ndarray, int]:
+    """Draws one clip.
+
+    The same arguments always give the same clip, however many the data set has.
+
+    Args:
+        split: 'train' or 'val'.
+        index: Number of the clip in its split, from 0.
+        size: Width and height in pixels, each at least 48.
+        seed: Seed of the data set, at least 0.
+
+    Returns:
+        Frames as uint8 RGB of shape (16, height, width, 3), before compression, and the label, an
+        index into `MOTIONS`.
+
+    Raises:
+        ValueError: An argument is out of its range.
+    """
+    split = checked_split(split)
+    index = checked_int('index', index, 0, MAX_IMAGES - 1)
+    width, height = checked_size(size)
+    seed = checked_int('seed', seed, 0)
+    rng = np.random.default_rng(np.random.SeedSequence([seed, SPLITS.index(split), index, FRAMES]))
+    label = index % len(MOTIONS)
+    scene = background(width, height, rng)
+    paint_clutter(scene, rng)
+    if rng.random() < 0.7:
+        _paint_still(scene, rng)
+    outline = unit_outline(_MOVERS[rng.integers(len(_MOVERS))], rng)
+    colour = _colour_apart(scene.mean((0, 1)), rng)
+    camera = int(rng.integers(2**32))
+    frames = [
+        photograph(_with_object(scene, corners, colour), np.random.default_rng(camera))
+        for corners in path_of(outline, label, width, height, rng)
+    ]
+    return np.stack(frames), label
+
+
+def _paint_still(scene: np.ndarray, rng: np.random.Generator) -> None:
+    """An object that stays where it is; the moving one passes in front of it."""
+    height, width = scene.shape[:2]
+    kind = int(rng.integers(len(CLASSES)))
+    left, top, coverage = rasterise(random_outline(kind, width, height, rng))
+    window, visible = clip_window(left, top, coverage, width, height)
+    if (visible > 0.5).any():
+        paint_object(scene, window, visible, kind, rng)
+
+
+def _colour_apart(other: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    return max(rng.uniform(0.03, 0.97, (6, 3)), key=lambda c: float(np.linalg.norm(c - other)))
+
+
+def path_of(
+    outline: np.ndarray, label: int, width: int, height: int, rng: np.random.Generator
+) -> list[np.ndarray]:
+    """The corners of the shape in each frame.
+
+    Place, angle and size lie at a random point of a random way in every clip. The class' own
+    one of them goes along its way, from the one end to the other; the others stay.
+    """
+    motion = MOTIONS[label]
+    speed = rng.uniform(0.75, 1) * (
+        1 if motion in ('right', 'down', 'clockwise', 'growing') else -1
+    )
+    along = np.linspace(-speed, speed, FRAMES)
+    stays = {name: np.full(FRAMES, rng.uniform(-1, 1)) for name in ('way', 'angle', 'size')}
+    sideways = rng.random() < 0.5
+    if motion in ('left', 'right', 'up', 'down'):
+        stays['way'], sideways = along, motion in ('left', 'right')
+    elif motion in ('growing', 'shrinking'):
+        stays['size'] = along
+    else:
+        stays['angle'] = along
+    short = min(width, height)
+    middle = np.array((width, height)) / 2 + rng.uniform(-0.1, 0.1, 2) * short
+    direction = np.array((sideways, not sideways)) * _PATH * short
+    start, scale = rng.uniform(0, 2 * np.pi), log_uniform(rng, 0.15, 0.2) * short
+    corners = []
+    for way, angle, size in zip(stays['way'], stays['angle'], stays['size']):
+        # y points down: a negative angle of `rotate`'s is seen as clockwise.
+        x, y = rotate(*outline.T * scale * np.exp(_GROWTH * size), start - _TURN * angle)
+        corners.append(np.stack([x, y], axis=1) + middle + direction * way)
+    return corners
+
+
+def _with_object(scene: np.ndarray, corners: np.ndarray, colour: np.ndarray) -> np.ndarray:
+    height, width = scene.shape[:2]
+    frame = scene.copy()
+    window, coverage = clip_window(*rasterise(corners), width, height)
+    frame[window] = mix(frame[window], np.broadcast_to(colour, frame[window].shape), coverage)
+    return frame
+
+
+# ----------------------------------------------------------------------------------------------
+# Files
+# ----------------------------------------------------------------------------------------------
+def draw_clips(
+    root: str | os.PathLike[str] = 'data/clips',
+    num_train: int = NUM_TRAIN,
+    num_val: int = NUM_VAL,
+    size: Sequence[int] = SIZE,
+    seed: int = 0,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> Path:
+    """Draws the clips, unless they are there already.
+
+    Several processes may call this at once, see `wsbcn_mm.shapes.folder.draw_once`. Needs OpenCV,
+    which mmcv brings.
+
+    Args:
+        root: Folder of the data set. The module's docstring shows the layout below it.
+        num_train: Number of clips for training, at least 1. The classes take turns.
+        num_val: Number of clips for validation, at least 1.
+        size: Width and height of the frames in pixels, each at least 48 and even.
+        seed: Seed of all clips, at least 0.
+        progress: Called after each clip with the number of clips done and their total.
+
+    Returns:
+        `root` as a Path.
+
+    Raises:
+        ValueError: An argument is out of its range; or `root` holds a data set with other
+            parameters or of another version, or files which are none.
+        OSError: The folder cannot be written.
+    """
+    width, height = checked_size(size)
+    if width % 2 or height % 2:
+        raise ValueError(f'size must be even for a video, got {width} x {height}')
+    parameters = {
+        'format': 'wsbcn_mm clips',
+        'version': VERSION,
+        'num_train': checked_int('num_train', num_train, 1, MAX_IMAGES),
+        'num_val': checked_int('num_val', num_val, 1, MAX_IMAGES),
+        'size': [width, height],
+        'seed': checked_int('seed', seed, 0),
+    }
+    return draw_once(root, STAMP, parameters, lambda folder: _write(folder, parameters, progress))
+
+
+def _write(
+    folder: Path, parameters: dict[str, Any], progress: Callable[[int, int], None] | None
+) -> None:
+    counts = {split: parameters[f'num_{split}'] for split in SPLITS}
+    done = 0
+    for split, count in counts.items():
+        videos, frames = folder / 'videos' / split, folder / 'frames' / split
+        videos.mkdir(parents=True)
+        lines: dict[str, list[str]] = {'videos': [], 'frames': []}
+        for index in range(count):
+            name = f'{index:06d}'
+            clip, label = draw_clip(split, index, parameters['size'], parameters['seed'])
+            write_video(videos / f'{name}.mp4', clip)
+            (frames / name).mkdir(parents=True)
+            for number, frame in enumerate(clip, 1):
+                (frames / name / f'img_{number:05d}.jpg').write_bytes(jpeg_bytes(frame))
+            lines['videos'].append(f'{split}/{name}.mp4 {label}\n')
+            lines['frames'].append(f'{split}/{name} {len(clip)} {label}\n')
+            done += 1
+            if progress is not None:
+                progress(done, sum(counts.values()))
+        for kind, text in lines.items():
+            (folder / f'{split}_{kind}.txt').write_text(''.join(text), encoding='utf-8')
+
+
+def write_video(path: Path, frames: np.ndarray) -> None:
+    """Writes frames, uint8 RGB (N, H, W, 3), as MPEG-4 at 8 frames a second."""
+    import cv2
+
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*'mp4v'), 8.0, frames.shape[2:0:-1])
+    if not writer.isOpened():
+        raise OSError(
+            f'{path}: this OpenCV cannot write MPEG-4 videos\n  pip install opencv-python'
+        )
+    for frame in frames:
+        writer.write(np.ascontiguousarray(frame[..., ::-1]))
+    writer.release()
