@@ -227,7 +227,8 @@ def _pairs_of(model: nn.Module) -> Iterator[tuple[str, str]]:
 def _pairs_in(parent: nn.Module) -> Iterator[tuple[str, str]]:
     children = [(name, child) for name, child in parent._modules.items() if child is not None]
     order = getattr(parent, 'order', None)
-    if isinstance(order, tuple) and 'conv' in order and 'norm' in order:  # mmcv's ConvModule
+    conv_module = isinstance(order, tuple) and 'conv' in order and 'norm' in order
+    if isinstance(order, tuple) and conv_module:  # mmcv's
         if order.index('norm') != order.index('conv') + 1:
             return
     elif isinstance(parent, nn.Sequential):
@@ -242,6 +243,12 @@ def _pairs_in(parent: nn.Module) -> Iterator[tuple[str, str]]:
             norm = _behind(name, child, later)
             if norm is not None:
                 yield name, norm
+        elif conv_module and name == 'conv':
+            # What it takes for one: a shift in front of a convolution, a sequence of two of them.
+            inside = [(n, m) for n, m in child.named_modules() if is_conv(m)]
+            norm = _behind(name, inside[-1][1], later) if inside else None
+            if norm is not None:
+                yield f'{name}.{inside[-1][0]}', norm
 
 
 def _flat(sequential: nn.Sequential, prefix: str = '') -> Iterator[tuple[str, nn.Module]]:

@@ -11,6 +11,7 @@ NOT_LAYERS = {
     'num_classes',
     'init_cfg',
     'pretrained',
+    'pretrained2d',
     'train_cfg',
     'test_cfg',
     'data_preprocessor',

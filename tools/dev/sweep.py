@@ -1,7 +1,7 @@
 """Converts one upstream config and sees what comes of it: built, audited, trained, read back.
 
 `examine` is what tools/dev/sweep_upstream.py calls for every config that the installed
-mmdet and mmseg ship, and what a sample of them goes through in the tests.
+packages ship, and what a sample of them goes through in the tests.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def examine(source: str, run: bool = True, written: Path | None = None) -> dict[
     """Converts a config and records what happens, as a dict for JSON.
 
     Args:
-        source: ``mmdet::...`` or ``mmseg::...``.
+        source: Such as ``mmdet::...``.
         run: Build, initialise, train a step and evaluate the network, original and converted, see
             `trial.try_network`.
         written: Write the config to this file and read it back.

@@ -1,4 +1,4 @@
-"""Converts every config that the installed mmdet and mmseg ship, and tabulates what comes of it.
+"""Converts every config that the installed hosts ship, and tabulates what comes of it.
 
 Each config is converted, built, audited, written and read back; with --run, the first config of
 every different network is also built, initialised, trained a step and evaluated, as shipped and
@@ -19,11 +19,17 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # also from a clone not installed
 
 
+# A package of a config's scope each.
+HOSTS = ['mmdet', 'mmseg', 'mmpretrain', 'mmaction']
+
+
 def parse_args() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('-o', '--out', default='work_dirs/sweep.jsonl', help='JSON lines')
-    parser.add_argument('--packages', nargs='+', default=['mmdet', 'mmseg'])
+    parser.add_argument(
+        '--packages', nargs='+', default=['mmdet', 'mmseg', 'mmpretrain', 'mmaction']
+    )
     parser.add_argument(
         '--run',
         action='store_true',

@@ -6,6 +6,7 @@ a model takes those that it knows.
 
 import copy
 import functools
+import importlib
 import math
 import re
 from collections.abc import Callable
@@ -21,8 +22,9 @@ from mmengine.structures import InstanceData, PixelData
 from torch import Tensor
 
 from wsbcn_mm.layers import WeightStandardized
-from wsbcn_mm.openmmlab.config import type_name
+from wsbcn_mm.openmmlab.config import model_of, type_name
 from wsbcn_mm.openmmlab.conversion import probe
+from wsbcn_mm.openmmlab.deploy import clips
 from wsbcn_mm.openmmlab.deploy.settings import dicts, drop_pretrained
 from wsbcn_mm.openmmlab.errors import first_line
 from wsbcn_mm.structure import trace
@@ -30,6 +32,7 @@ from wsbcn_mm.structure import trace
 STAGES = ('built', 'initialised', 'trained', 'evaluated')
 OK, NOT_REACHED = 'ok', 'not reached'
 SIZES = (64, 256, 512)  # pixels of an image: the next where one is too small
+SIZES_OF_CLIPS = (64, 112, 224)
 
 
 @dataclass
@@ -62,11 +65,12 @@ def try_network(cfg: Config, images: int) -> Trial:
         images: In the batch of the step and of the evaluation.
     """
     cfg = copy.deepcopy(cfg)
-    drop_pretrained(cfg.model)
+    cfg.model = model_of(cfg)
     _in_small(cfg)
     trial = Trial()
     probe.register_hosts(cfg)
     with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
+        drop_pretrained(cfg.model)
         model = _stage(trial, 'built', lambda: revert_sync_batchnorm(MODELS.build(cfg.model)))
         if model is None:
             return trial
@@ -122,7 +126,8 @@ def _sizes(cfg: Config) -> list[int]:
     """Those to try; a vision transformer may know positions of one size alone."""
     own = (cfg.model.get('backbone') or {}).get('img_size')
     own = own[0] if isinstance(own, (list, tuple)) else own
-    return [SIZES[0], own] if own else list(SIZES)
+    sizes = SIZES_OF_CLIPS if cfg.get('default_scope') == 'mmaction' else SIZES
+    return [sizes[0], own] if own else list(sizes)
 
 
 # ---- step and evaluation -----------------------------------------------------------------------
@@ -162,14 +167,20 @@ def _evaluate(model: Any, data: dict[str, Any]) -> None:
 
 
 def batch(cfg: Config, images: int, size: int) -> dict[str, Any]:
-    """What a data loader gives: random images, and annotations of every kind."""
+    """What a data loader gives: random images or clips, and annotations of every kind."""
+    scope = cfg.get('default_scope')
     channels = (cfg.model.get('backbone') or {}).get('in_channels', 3)
     generator = torch.Generator().manual_seed(0)
     inputs = [
         torch.randint(0, 256, (channels, size, size), generator=generator, dtype=torch.uint8)
         for _ in range(images)
     ]
-    if cfg.get('default_scope') == 'mmdet':
+    if scope == 'mmaction':
+        frames = [image.permute(1, 2, 0).numpy() for image in inputs]
+        inputs = [clips.inputs_of(cfg, frame) for frame in frames]
+    if scope in ('mmaction', 'mmpretrain'):
+        samples = [_label(scope) for _ in range(images)]
+    elif scope == 'mmdet':
         stride, masks = _stride_of_classes(cfg), _has_masks(cfg)
         samples = [_detection(size, stride, masks) for _ in range(images)]
     else:
@@ -231,6 +242,11 @@ def _detection(size: int, stride: int, with_masks: bool) -> Any:
     sample.proposals = InstanceData(bboxes=boxes)
     sample.gt_sem_seg = PixelData(sem_seg=_pixels(size)[:, ::stride, ::stride].byte())
     return sample
+
+
+def _label(scope: str) -> Any:
+    kind = dict(mmaction='ActionDataSample', mmpretrain='DataSample')[scope]
+    return getattr(importlib.import_module(f'{scope}.structures'), kind)().set_gt_label(1)
 
 
 def _segmentation(size: int) -> Any:

@@ -1,4 +1,4 @@
-"""Turns a config of MMDetection or MMSegmentation into one that trains with WS + BCN.
+"""Turns a config of an OpenMMLab host into one that trains with WS + BCN.
 
 The architecture stays: BN, SyncBN and GN become BCN where they stand, and the convolutions in front
 of them become WSConv2d. What has no norm (RPN, FPN and towers of many detectors) stays plain. The
@@ -170,6 +170,9 @@ def _replace_checkpoints(
         if pretrained is not None and not (kept is not None and node.path == kept[:-1]):
             dropped.append(pretrained)
             conversion.set((*node.path, 'pretrained'), None, 'weights of other layers')
+        if (init is not None or pretrained is not None) and node.get('pretrained2d'):
+            # MMAction2 would look for the weights of a 2d network, without a file.
+            conversion.set((*node.path, 'pretrained2d'), False, 'no checkpoint of 2d layers')
     if checkpoint is not None:
         if target is None:
             target = next((place for place in places if place[-1] == 'backbone'), None)

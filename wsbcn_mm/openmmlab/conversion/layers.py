@@ -24,6 +24,7 @@ from wsbcn_mm.openmmlab.registry import CONV_FOR, CONV_NAMED, CONVERTED, NORM_FO
 from wsbcn_mm.structure import followers, num_channels, standardizable
 
 NORM_LAYERS = (nn.modules.batchnorm._NormBase, nn.GroupNorm)
+ANY_AXES = ('SyncBN', 'MMSyncBN', 'SyncBatchNorm', 'GN', 'GroupNorm')  # one class for 1d to 3d
 
 
 class NothingToConvert(ValueError):
@@ -39,6 +40,7 @@ class Part:
         norm_place: Where its norm_cfg stands.
         old_norm: What it is.
         widths: Of all norms of the node.
+        axes: Numbers of axes of the convolutions in front of them.
         old_conv: Its conv_cfg.
         standardize: Whether its conv_cfg becomes WS.
         own_kind: What they are called, where conv_cfg has no name for their WS form.
@@ -49,6 +51,7 @@ class Part:
     norm_place: Place
     old_norm: dict
     widths: set[int]
+    axes: set[int]
     old_conv: dict | None = None
     standardize: bool = False
     own_kind: str = ''
@@ -133,7 +136,15 @@ def _build_converted(conversion: Conversion) -> nn.Module:
 def _parts(conversion: Conversion, nodes: list[Node], conv: str) -> list[Part]:
     model = probe.build(conversion.cfg)
     owner = probe.owners(model)
-    behind_convs = {name for follower in followers(model) for name in follower.norms}
+    behind_convs: set[str] = set()
+    axes: dict[Place, set[int]] = {}
+    plain: set[Place] = (
+        set()
+    )  # nodes with a convolution in front of a norm that can be standardized
+    for follower in followers(model):
+        behind_convs |= set(follower.norms)
+        for norm in follower.norms:
+            axes.setdefault(owner[norm], set()).add(follower.conv.weight.dim() - 2)
     widths: dict[Place, set[int]] = {}
     has_conv: set[Place] = set()  # nodes with a norm behind a convolution
     for name, module in model.named_modules(remove_duplicate=False):
@@ -156,7 +167,7 @@ def _parts(conversion: Conversion, nodes: list[Node], conv: str) -> list[Part]:
             if kind == 'BN1d' and node.path not in has_conv:
                 conversion.left.append(f'{dotted(place)}: BN1d without a convolution in front')
                 continue
-            part = Part(node, place, old, widths[node.path])
+            part = Part(node, place, old, widths[node.path], axes.get(node.path, set()))
             if conv != 'none' and place == (*node.path, 'norm_cfg'):
                 _plan_conv(part)
             parts.append(part)
@@ -211,8 +222,12 @@ def _new_norm(part: Part, norm: str) -> dict[str, Any]:
     if norm == 'GN':
         return dict(type='GN', num_groups=auto_groups(math.gcd(*part.widths)))
     groups = {auto_groups(width) for width in part.widths}
+    kind = type_name(part.old_norm)
+    new = NORM_FOR[kind]
+    if kind in ANY_AXES and len(part.axes) == 1:  # which norm it is the convolutions tell
+        new = f'BCN{max(part.axes)}d'
     return dict(
-        type=NORM_FOR[type_name(part.old_norm)],
+        type=new,
         num_groups=groups.pop() if len(groups) == 1 else 'auto',
     )
 

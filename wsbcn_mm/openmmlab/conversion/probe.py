@@ -21,6 +21,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope, Registry
 from torch import Tensor, nn
 
+from wsbcn_mm.openmmlab.config import HOSTS
 from wsbcn_mm.openmmlab.conversion.changes import Place, dotted
 from wsbcn_mm.openmmlab.errors import first_line
 from wsbcn_mm.openmmlab.registry import CONVERTED
@@ -71,7 +72,7 @@ class NoModel(ValueError):
 def register_hosts(cfg: Config) -> None:
     """Imports the models of the config's packages, so that their names are known."""
     scope = cfg.get('default_scope')
-    if scope in ('mmdet', 'mmseg', 'mmpretrain'):
+    if scope in HOSTS:
         importlib.import_module(f'{scope}.models')
 
 
@@ -96,7 +97,7 @@ def _nodes(value: Any, path: Place, scope: str | None) -> Iterator[Node]:
     if isinstance(value, dict):
         scope = value.get('_scope_', scope)
         name = value.get('type')
-        kind = _class_of(value.get('kind') if name == CONVERTED else name, scope)
+        kind = class_of(value.get('kind') if name == CONVERTED else name, scope)
         if kind is not None:
             yield Node(path, value, kind, constructor_defaults(kind))
         for key, item in value.items():
@@ -107,7 +108,8 @@ def _nodes(value: Any, path: Place, scope: str | None) -> Iterator[Node]:
             yield from _nodes(item, (*path, i), scope)
 
 
-def _class_of(kind: Any, scope: str | None) -> type | None:
+def class_of(kind: Any, scope: str | None) -> type | None:
+    """The class of a module's ``type``; None where it names none."""
     if isinstance(kind, str):
         with MODELS.switch_scope_and_registry(scope) as registry:
             kind = registry.get(kind)

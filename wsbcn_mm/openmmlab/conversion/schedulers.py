@@ -22,6 +22,8 @@ from mmengine.config import Config
 from mmengine.optim.scheduler.momentum_scheduler import MomentumSchedulerMixin
 from mmengine.registry import PARAM_SCHEDULERS, DefaultScope
 
+from wsbcn_mm.openmmlab.config import HOSTS
+
 STEPS = 64  # of a trial run
 SHAPE_TOLERANCE = 0.05  # of the range: most schedulers reach their end one step before it
 
@@ -39,7 +41,7 @@ def scheduler_class(cfg: Config, scheduler: Mapping[str, Any]) -> type:
     kind = scheduler['type']
     if isinstance(kind, str):
         scope = cfg.get('default_scope')
-        if scope in ('mmdet', 'mmseg', 'mmpretrain'):
+        if scope in HOSTS:
             importlib.import_module(f'{scope}.engine')
         with DefaultScope.overwrite_default_scope(scope):
             kind = PARAM_SCHEDULERS.get(kind)
