@@ -79,8 +79,8 @@ def cpu_kernels() -> dict:
 setup(
     name='wsbcn_mm',
     version=re.search(r"'(.+)'", (ROOT / 'wsbcn_mm' / 'version.py').read_text())[1],
-    description='Weight Standardization and Batch-Channel Normalization for MMDetection and '
-    'MMSegmentation: training with 1-2 images per GPU',
+    description='Weight Standardization and Batch-Channel Normalization for MMDetection, '
+    'MMSegmentation, MMPretrain and MMAction2: training with 1-2 images per GPU',
     long_description=(ROOT / 'README.md').read_text(),
     long_description_content_type='text/markdown',
     license='Apache-2.0',
@@ -97,7 +97,7 @@ setup(
     include_package_data=False,
     entry_points=dict(console_scripts=['wsbcn-mm=wsbcn_mm.command:main']),
     install_requires=['torch>=2.6'],  # wsbcn_mm/compat.py says up to which it was tested
-    extras_require={'openmmlab': pins('openmmlab'), 'dev': pins('dev')},
+    extras_require={name: pins(name) for name in ('openmmlab', 'classification', 'video', 'dev')},
     classifiers=[
         'Intended Audience :: Science/Research',
         'Programming Language :: C++',

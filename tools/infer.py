@@ -1,9 +1,10 @@
-"""Runs a model on an image or a folder of images and writes what it finds.
+"""Runs a model on an image, a video or a folder of them and writes what it finds.
 
 Detection: DIR/predictions.json (COCO format with scores, masks as RLE); segmentation:
-DIR/masks/*.png (class numbers, with a palette). Pictures in DIR/pictures. The model is folded
-first. Files that are no readable image are named and passed over; the exit status is then 1. One
-image is in memory at a time.
+DIR/masks/*.png (class numbers, with a palette); classification of images and videos:
+DIR/predictions.json and .csv (the best classes with their scores). Pictures in DIR/pictures. The
+model is folded first. Files that cannot be read are named and passed over; the exit status is then
+1. One image is in memory at a time.
 """
 
 import argparse
@@ -18,7 +19,7 @@ def parse_args() -> argparse.Namespace:
     from wsbcn_mm.openmmlab import command_line
 
     parser = command_line.parser_of(__doc__)
-    parser.add_argument('source', type=Path, help='image file, or folder (searched at any depth)')
+    parser.add_argument('source', type=Path, help='image, video, or folder (searched at any depth)')
     parser.add_argument('-o', '--output', type=Path, required=True, metavar='DIR', help='folder')
     parser.add_argument('--no-fold', action='store_true', help='run the model as it was trained')
     parser.add_argument('--no-pictures', action='store_true', help='write predictions alone')
@@ -34,6 +35,12 @@ def parse_args() -> argparse.Namespace:
         metavar='FILE',
         help='COCO annotation file of these images: its ids are used, for an evaluation',
     )
+    parser.add_argument(
+        '--top-k',
+        type=int,
+        default=5,
+        help='classification: how many classes of each file are written; default: %(default)s',
+    )
     parser.add_argument('--device', help='default: the GPU where there is one')
     return parser.parse_args()
 
@@ -46,7 +53,7 @@ def main() -> None:
     with command_line.errors_in_one_line():
         failed = infer(args)
     if failed:
-        sys.exit(f'{len(failed)} files could not be read as images:\n  ' + '\n  '.join(failed))
+        sys.exit(f'{len(failed)} files could not be read:\n  ' + '\n  '.join(failed))
 
 
 def infer(args: argparse.Namespace) -> list[str]:
@@ -57,23 +64,30 @@ def infer(args: argparse.Namespace) -> list[str]:
     from wsbcn_mm.layers.standardization import weights_do_not_change
     from wsbcn_mm.openmmlab import config
     from wsbcn_mm.openmmlab.compat import DataError
-    from wsbcn_mm.openmmlab.deploy import inference, predict
+    from wsbcn_mm.openmmlab.deploy import inference, labels, predict
 
+    if args.top_k < 1:
+        raise ValueError(f'--top-k must be at least 1\n  got {args.top_k}')
     cfg = config.load_config(args.config, args.cfg_options)
+    scope = config.scope_of(cfg)
     images = predict.find_images(args.source, args.output, predict.suffixes_of(cfg))
     if args.no_fold:
         model = inference.load_model(cfg, args.checkpoint)
     else:
-        image = inference.random_image(512, 512)  # some models take no smaller one
+        # Some detectors and segmenters take no smaller one.
+        side = 224 if scope in labels.SCOPES else 512
+        image = inference.random_image(side, side)
         planned = inference.load_planned(cfg, args.checkpoint, image)
         print(planned.plan)
         model = planned.folded()
     predictor = predict.Predictor(cfg, model.to(args.device or get_device()))
     args.output.mkdir(parents=True, exist_ok=True)
-    coco = None
-    if config.scope_of(cfg) == 'mmdet':
+    writer: predict.CocoWriter | labels.LabelWriter | None = None
+    if scope == 'mmdet':
         file = args.output / 'predictions.json'
-        coco = predict.CocoWriter(file, predictor.meta['classes'], args.annotations)
+        writer = predict.CocoWriter(file, predictor.meta['classes'], args.annotations)
+    elif predictor.gives_labels:
+        writer = labels.LabelWriter(args.output, predictor.meta['classes'], args.top_k)
     failed, complete = [], False
     progress = ProgressBar(len(images), file=sys.stderr)
     try:
@@ -85,8 +99,8 @@ def infer(args: argparse.Namespace) -> list[str]:
                 except DataError:
                     failed.append(str(path))
                     continue
-                if coco is not None:
-                    coco.add(name.as_posix(), sample, image.shape[:2])
+                if writer is not None:
+                    writer.add(name.as_posix(), sample, image.shape[:2])
                 else:
                     mask = args.output / 'masks' / name.with_suffix('.png')
                     predict.write_mask(mask, sample, predictor.meta.get('palette'))
@@ -96,9 +110,10 @@ def infer(args: argparse.Namespace) -> list[str]:
         complete = True
     finally:
         print(file=sys.stderr)  # the bar has no end of line
-        if coco is not None:
-            coco.close(complete)
-    print(f'{len(images) - len(failed)} images: {args.output}')
+        if writer is not None:
+            writer.close(complete)
+    what = 'videos' if scope == 'mmaction' else 'images'
+    print(f'{len(images) - len(failed)} {what}: {args.output}')
     return failed
 
 

@@ -96,7 +96,7 @@ elif ! "$venv/bin/python" -c 'import mmcv._ext' 2>/dev/null; then
     source tools/mmcv_wheel.sh
 fi
 
-say 'installing mmengine, mmdet, mmsegmentation and wsbcn_mm (compiles its CPU kernels: half a minute)'
+say 'installing mmengine, mmdet, mmsegmentation, mmpretrain, mmaction2 and wsbcn_mm (compiles its CPU kernels: half a minute)'
 # What is there already in another form: the CUDA build of torch has brought the triton that it was
 # made for, mmcv without its ops is another package.
 present='^$'
@@ -104,6 +104,8 @@ present='^$'
 [ "$ops" = mmcv ] || present="$present|^mmcv"
 grep -hvE "$present" requirements/openmmlab.txt requirements/dev.txt >"$venv/wsbcn-requirements.txt"
 pip install -q -r "$venv/wsbcn-requirements.txt" -c "$constraints" >&2
+# A few megabytes; why without what they ask for: see the files.
+pip install -q --no-deps -r requirements/classification.txt -r requirements/video.txt >&2
 # WSBCN_BUILD: here a failed build of the kernels is an error, not a slower package.
 WSBCN_BUILD=1 pip install -q --no-deps --no-build-isolation --use-pep517 -e . >&2
 echo "$stamp" >"$venv/wsbcn-ready"

@@ -21,8 +21,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--work-dir', help='folder of the metrics')
     parser.add_argument(
         '--out',
-        help='detection: dump the predictions to this .pkl file; segmentation: write the predicted '
-        'masks to this folder',
+        help='dump the predictions to this .pkl file; segmentation: write the predicted masks to '
+        'this folder',
     )
     parser.add_argument('--show', action='store_true', help='show the pictures in a window')
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""Trains a detector or a segmenter: the arguments of MMDetection's tool of the same name."""
+"""Trains the model of a config: the arguments of MMDetection's tool of the same name."""
 
 from __future__ import annotations
 

@@ -137,6 +137,28 @@ def guess_source(state: dict[str, Tensor]) -> str:
     return 'openmmlab-gn-ws'
 
 
+def name_in_mmaction(name: str, target: str, shifted: bool) -> str:
+    """The name that a tensor of a backbone has in MMAction2's networks, whose layers are modules.
+
+    ``layer1.0.conv2.weight`` is ``layer1.0.conv2.conv.weight`` there, and ``layer1.0.bcn2.weight``
+    is ``layer1.0.conv2.bcn.weight``.
+
+    Args:
+        name: In OpenMMLab's layout: what `convert_state` gives.
+        target: One of `TARGETS`.
+        shifted: Of `ResNetTSM` up to 50 layers: the first convolution of each block is inside of a
+            temporal shift.
+    """
+    norm = 'bcn' if target == 'bcn-ws' else 'gn'
+    name = re.sub(r'(^|\.)conv(\d)\.(weight|bias)$', r'\1conv\2.conv.\3', name)
+    name = re.sub(r'(^|\.)(bcn|gn)(\d)\.', r'\1conv\3.\2.', name)
+    name = name.replace('.downsample.0.', '.downsample.conv.')
+    name = name.replace('.downsample.1.', f'.downsample.{norm}.')
+    if shifted:
+        name = re.sub(r'^(layer\d\.\d+\.conv1\.conv)\.', r'\1.net.', name)
+    return name
+
+
 def _kind(source: str) -> str:
     if source in ('authors-bcn', 'bcn-ws'):
         return source

@@ -18,7 +18,7 @@ COMMANDS = {
     'audit': ('analysis_tools/audit.py', 'what is wrong for 1-2 images per GPU'),
     'find-lr': ('analysis_tools/find_lr.py', 'a learning rate for your data and batch'),
     'diagnose': ('analysis_tools/diagnose.py', 'why a model trains well or badly'),
-    'fold': ('model_converters/fold.py', 'a model for stock MMDetection or MMSegmentation'),
+    'fold': ('model_converters/fold.py', 'a model for the stock host'),
     'export': ('model_converters/export_onnx.py', 'a model as ONNX'),
     'backends': (None, 'which kernels can be used here, and why not'),
 }

@@ -41,7 +41,7 @@ def test_an_unreadable_image_is_named(picture, content):
     with pytest.raises(compat.DataError) as error:
         pipeline(dict(img_path=str(picture)))
     assert f'reading {picture} failed' in str(error.value)
-    assert 'restore the file, or take the image out' in str(error.value)
+    assert 'restore the file, or take it out' in str(error.value)
 
 
 @pytest.mark.parametrize('content', [b'', b'\x89PNG\r\n\x1a\nbroken off'])

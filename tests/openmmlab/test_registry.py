@@ -28,7 +28,7 @@ NORMS = {
 }
 
 
-@pytest.fixture(params=['mmengine', 'mmdet', 'mmseg', 'mmpretrain'])
+@pytest.fixture(params=['mmengine', 'mmdet', 'mmseg', 'mmpretrain', 'mmaction'])
 def models(request):
     """The MODELS registry of a package, with the package's scope as the current one."""
     package = request.param

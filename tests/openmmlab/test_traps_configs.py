@@ -33,11 +33,12 @@ from wsbcn_mm import BatchChannelNorm2d
 from wsbcn_mm.layers import WeightStandardized
 
 CONFIGS = Path(__file__).resolve().parents[2] / 'configs'
-# imagenet: those inherit from mmpretrain, see test_imagenet_configs.py.
+# Those of mmpretrain and mmaction: test_imagenet_configs.py, test_recognition.py.
+OTHERS = ('imagenet', 'tsm', 'quick_resnet', 'quick_tsm')
 FILES = sorted(
     f
     for f in CONFIGS.rglob('*.py')
-    if not {'_base_', 'imagenet'} & set(f.relative_to(CONFIGS).parts)
+    if not any(part.startswith(('_base_', *OTHERS)) for part in f.relative_to(CONFIGS).parts)
 )
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 

@@ -13,7 +13,22 @@ import matplotlib.pyplot as plt
 from PIL import Image
 
 # What is worth a line of the table and a curve: key in scalars.json -> what people call it.
-METRICS = {'coco/bbox_mAP': 'bbox mAP', 'coco/segm_mAP': 'segm mAP', 'mIoU': 'mIoU'}
+METRICS = {
+    'coco/bbox_mAP': 'bbox mAP',
+    'coco/segm_mAP': 'segm mAP',
+    'mIoU': 'mIoU',
+    'acc/top1': 'top-1 accuracy',  # of MMAction2
+    'accuracy/top1': 'top-1 accuracy',  # of MMPretrain
+}
+PERCENT = ('mIoU', 'accuracy/top1')
+# What to train on data of one's own, by metric: a config, and where its data lie.
+NEXT = {
+    'bbox mAP': ('configs/mask_rcnn/mask-rcnn_r50_fpn_ws-bcn_8xb1-scratch-6x_coco.py', 'data/coco'),
+    'mIoU': (
+        'configs/deeplabv3/deeplabv3_r101_ws-bcn_16xb1-scratch-50e_voc12-513x513.py',
+        'data/VOCdevkit',
+    ),
+}
 
 
 def read_scalars(work_dir: Path) -> list[dict]:
@@ -29,9 +44,12 @@ def read_scalars(work_dir: Path) -> list[dict]:
 
 
 def metrics_of(record: dict) -> dict[str, float]:
-    """Metrics by name; mmseg gives mIoU in percent, the table is in shares of one."""
-    found = {name: record[key] for key, name in METRICS.items() if key in record}
-    return {name: value / 100 if name == 'mIoU' else value for name, value in found.items()}
+    """Metrics by name, in shares of one; some hosts give them in percent."""
+    return {
+        name: record[key] / 100 if key in PERCENT else record[key]
+        for key, name in METRICS.items()
+        if key in record
+    }
 
 
 def plot_curves(scalars: list[dict], target: Path, steps_per_epoch: float) -> None:
@@ -64,6 +82,7 @@ def picture_sheet(folder: Path, target: Path, count: int = 8, columns: int = 2) 
     files = sorted(file for file in folder.iterdir() if file.suffix in ('.png', '.jpg'))[:count]
     pictures = [Image.open(file).convert('RGB') for file in files]
     width, height = pictures[0].size
+    columns = 1 if width > 4 * height else columns  # the frames of a clip
     rows = -(-len(pictures) // columns)
     sheet = Image.new('RGB', (columns * (width + 6) - 6, rows * (height + 6) - 6), 'white')
     for i, picture in enumerate(pictures):
@@ -130,19 +149,12 @@ def main() -> None:
     rows.append(('checkpoint', str(Path(checkpoint))))
     width = max(len(name) for name, _ in rows)
     print('\n' + '\n'.join(f'  {name:<{width}}  {value}' for name, value in rows))
-    detection = any('mAP' in name for name, _ in rows)
-    config, data = (
-        ('configs/mask_rcnn/mask-rcnn_r50_fpn_ws-bcn_8xb1-scratch-6x_coco.py', 'data/coco')
-        if detection
-        else (
-            'configs/deeplabv3/deeplabv3_r101_ws-bcn_16xb1-scratch-50e_voc12-513x513.py',
-            'data/VOCdevkit',
-        )
-    )
-    print(
-        f'\nYour own data, in the standard layout at {data}:\n'
-        f'  {sys.executable} tools/train.py {config} --auto-scale-lr'
-    )
+    for name, (config, data) in NEXT.items():
+        if any(name == row for row, _ in rows):
+            print(
+                f'\nYour own data, in the standard layout at {data}:\n'
+                f'  {sys.executable} tools/train.py {config} --auto-scale-lr'
+            )
 
 
 if __name__ == '__main__':

@@ -31,6 +31,12 @@ def parse_args() -> argparse.Namespace:
         default='',
         help="convert the tensors alone whose names start so, without it: 'backbone.' of a model",
     )
+    parser.add_argument(
+        '--names',
+        choices=('openmmlab', 'mmaction', 'mmaction-tsm'),
+        default='openmmlab',
+        help="mmaction: those of MMAction2's ResNet; mmaction-tsm: of its ResNetTSM",
+    )
     parser.add_argument('-v', '--verbose', action='store_true', help='print every tensor')
     return parser.parse_args()
 
@@ -53,7 +59,7 @@ def print_tensors(done: 'Conversion', every: bool) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Reads, converts, says what became of the tensors, writes."""
-    from wsbcn_mm.checkpoint_layouts import convert_state
+    from wsbcn_mm.checkpoint_layouts import convert_state, name_in_mmaction
     from wsbcn_mm.openmmlab import files
     from wsbcn_mm.openmmlab.checkpoints import read_checkpoint, state_dict_of
 
@@ -72,6 +78,10 @@ def run(args: argparse.Namespace) -> None:
             f'{len(done.left)} of {len(state)} tensors were not converted, see above; nothing was '
             f'written{hint}'
         )
+    new = done.state
+    if args.names != 'openmmlab':
+        shifted = args.names == 'mmaction-tsm'
+        new = {name_in_mmaction(key, args.to, shifted): value for key, value in new.items()}
     meta = dict(
         formula=done.formula,
         affine=done.affine,
@@ -79,7 +89,7 @@ def run(args: argparse.Namespace) -> None:
         converted_from=args.source,
         converted_to=args.to,
     )
-    files.save_atomically(dict(meta=meta, state_dict=done.state), args.out)
+    files.save_atomically(dict(meta=meta, state_dict=new), args.out)
     print(
         f'{args.out}: {len(done.moved)} tensors moved, {len(done.added)} new, '
         f'{len(done.dropped)} dropped'

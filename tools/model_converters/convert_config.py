@@ -1,4 +1,4 @@
-"""Turns a config of MMDetection or MMSegmentation into one that trains with WS + BCN."""
+"""Turns a config of an OpenMMLab host into one that trains with WS + BCN."""
 
 import argparse
 import sys

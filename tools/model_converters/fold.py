@@ -1,4 +1,4 @@
-"""Turns a trained model with WS and BCN into one that stock MMDetection or MMSegmentation load.
+"""Turns a trained model with WS and BCN into one that the stock host loads.
 
 Writes DST/<config>_folded.py and DST/<config>_folded.pth, without any import of wsbcn_mm. Where
 settings of stock layers can express the model, those: convolutions with constant weights, BatchNorm
@@ -65,7 +65,8 @@ def read_images(args: argparse.Namespace, cfg: Config) -> dict[str, Any]:
             raise FileNotFoundError(f'no image {path}')
     read = Reader(cfg)
     loaded = {path: read(path)[0] for path in args.images}
-    return {path: image.reshape(*image.shape[:2], -1) for path, image in loaded.items()}
+    # A grey image has no axis of channels; a video has frames.
+    return {p: i[..., None] if i.ndim == 2 else i for p, i in loaded.items()}
 
 
 def main() -> None:

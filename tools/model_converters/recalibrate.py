@@ -52,10 +52,11 @@ def run(args: argparse.Namespace) -> None:
     init_default_scope(cfg.get('default_scope') or config.scope_of(cfg))
     dataset = recalibration.training_images_as_tested(cfg)
 
-    for part in (cfg.model, cfg.model.get('backbone') or {}):  # all weights come from the file
+    cfg_model = config.model_of(cfg)
+    for part in (cfg_model, cfg_model.get('backbone') or {}):  # all weights come from the file
         part.pop('init_cfg', None)
         part.pop('pretrained', None)
-    model = MODELS.build(cfg.model).to(recalibration.device())
+    model = MODELS.build(cfg_model).to(recalibration.device())
     # A converted ImageNet file has the keys of a backbone alone.
     backbone = hasattr(model, 'backbone') and not any(k.startswith('backbone.') for k in state)
     target = model.backbone if backbone else model

@@ -231,7 +231,9 @@ _NORM_DOC = """Batch-Channel Normalization over {shape} inputs (arXiv 1911.09738
         device, dtype: As in torch.
 
     Shape: {shape}, N >= 0; the output has shape, dtype and memory format of the input. float16 and
-    bfloat16 are computed in float32. N = 0 gives an empty result and touches nothing.
+    bfloat16 are computed in float32. N = 0 gives an empty result and touches nothing. Where a
+    network puts the frames of a clip to the batch (2d networks for video), each frame is a sample
+    of stage 2; in 3d networks a sample is a clip, and its statistics are over time as well.
 
     A value that is not finite never enters the running statistics: that channel leaves the update
     out, and `wsbcn_mm.estimates.skipped_updates` counts it.

@@ -210,10 +210,10 @@ def resume_from(cfg: Config, checkpoint: str) -> list[str]:
 
 
 def draw_pictures(cfg: Config, show: bool, show_dir: str | None, wait_time: float) -> None:
-    """Turns on the visualization hook of detection or segmentation.
+    """Turns on the visualization hook of the config.
 
     Raises:
-        ValueError: the config has no such hook.
+        ValueError: the config has no such hook, or one that cannot draw.
     """
     hook = (cfg.get('default_hooks') or {}).get('visualization')
     if hook is None:
@@ -221,6 +221,18 @@ def draw_pictures(cfg: Config, show: bool, show_dir: str | None, wait_time: floa
             '--show and --show-dir need default_hooks.visualization in the config, such as '
             "dict(type='DetVisualizationHook') or dict(type='SegVisualizationHook')"
         )
+    if config.type_name(hook) == 'VisualizationHook':
+        if config.scope_of(cfg) == 'mmaction':
+            raise ValueError(
+                "--show and --show-dir: MMAction2's hook draws the inputs of 3d networks alone\n"
+                '  tools/infer.py draws frames with the predicted classes'
+            )
+        hook.update(enable=True, interval=1, show=show)  # of MMPretrain
+        if show:
+            hook['wait_time'] = wait_time
+        if show_dir:
+            hook['out_dir'] = str(Path(cfg.work_dir) / show_dir)
+        return
     hook['draw'] = True
     if 'Seg' in hook['type']:  # every image; MMSegmentation would draw every fiftieth
         hook.setdefault('interval', 1)
@@ -254,7 +266,7 @@ def keep_predictions(cfg: Config, out: str) -> None:
 
     Args:
         cfg: Changed in place.
-        out: Segmentation: a folder of masks. Otherwise: a .pkl file.
+        out: Segmentation: a folder of masks. Otherwise: a .pkl file of all predictions.
 
     Raises:
         ValueError: not a .pkl file where one is expected.
@@ -271,8 +283,11 @@ def keep_predictions(cfg: Config, out: str) -> None:
         writers[0]['output_dir'], writers[0]['keep_results'] = out, True
         return
     if not out.endswith(('.pkl', '.pickle')):
-        raise ValueError(f'--out must name a .pkl file for detection\n  got {out}')
+        raise ValueError(f'--out must name a .pkl file, except for segmentation\n  got {out}')
     # Without a default scope (in pure Python) a name must say where it is registered.
-    dump = dict(type='DumpDetResults' if cfg.get('default_scope') else 'mmdet.DumpDetResults')
+    if scope == 'mmdet':
+        dump = dict(type='DumpDetResults' if cfg.get('default_scope') else 'mmdet.DumpDetResults')
+    else:
+        dump = dict(type='mmengine.DumpResults')
     dump['out_file_path'] = out
     cfg.test_evaluator = [*evaluators, dump]

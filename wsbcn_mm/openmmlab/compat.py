@@ -10,6 +10,8 @@ Each function names the gap, and does nothing where it is not there:
 - `checkpoints.guard_loaders`: a checkpoint that is damaged, or would run code, is refused with its
   name and what to do, from disk or from an address.
 - `name_the_file_of_a_failed_transform`: an unreadable image or mask is an error without a name.
+- `stand_ins.apply`: a module that MMAction2's wheel lacks; torchvision, which MMPretrain imports
+  for a few transforms.
 - `torchvision_ops.apply`: mmcv without compiled operators, where the user asks for torchvision's.
 - `say_where_no_image_is`: a data set that found nothing fails in numpy.
 - `fuse_standardized_weights`: mmcv's fuse_conv_bn would fold a BatchNorm into the raw weight.
@@ -27,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from wsbcn_mm.layers import WeightStandardized
-from wsbcn_mm.openmmlab import checkpoints, torchvision_ops
+from wsbcn_mm.openmmlab import checkpoints, stand_ins, torchvision_ops
 
 # import name -> (oldest version that works, how to get the one we test with)
 PACKAGES = {
@@ -36,6 +38,11 @@ PACKAGES = {
     'mmdet': ('3.0.0', 'pip install mmdet==3.3.0'),
     'mmseg': ('1.0.0', 'pip install mmsegmentation==1.2.2 ftfy regex'),
     'mmpretrain': ('1.0.0', 'pip install mmpretrain==1.2.0'),
+    # Its wheel asks for opencv-contrib-python, another opencv over the one that is there.
+    'mmaction': (
+        '1.0.0',
+        "pip install --no-deps mmaction2==1.2.0; pip install decord einops 'importlib_metadata<8'",
+    ),
 }
 
 
@@ -46,6 +53,7 @@ def apply() -> None:
     checkpoints.guard_loaders()
     name_the_file_of_a_failed_transform()
     say_where_no_image_is()
+    stand_ins.apply()
     if find_spec('mmcv') is not None:
         torchvision_ops.apply()
         fuse_standardized_weights()
@@ -114,7 +122,7 @@ class DataError(RuntimeError):
 
 
 def name_the_file_of_a_failed_transform() -> None:
-    """Adds to an error in a data pipeline which image and annotation it was about."""
+    """Adds to an error in a data pipeline which file and annotation it was about."""
     from mmengine.dataset.base_dataset import Compose
 
     original = Compose.__call__
@@ -127,13 +135,13 @@ def name_the_file_of_a_failed_transform() -> None:
         except DataError:
             raise
         except Exception as error:
-            names = ('img_path', 'seg_map_path')
+            names = ('img_path', 'seg_map_path', 'filename', 'frame_dir')
             files = [str(data[n]) for n in names if isinstance(data, dict) and data.get(n)]
             if not files:
                 raise
             raise DataError(
                 f'reading {" or ".join(files)} failed: {type(error).__name__}: {error}\n'
-                '  restore the file, or take the image out of the dataset'
+                '  restore the file, or take it out of the dataset'
             ) from error
 
     call.names_the_file = True  # type: ignore[attr-defined]

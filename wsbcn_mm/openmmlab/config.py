@@ -1,6 +1,7 @@
 """Configs: found, read, and the one walk over what their datasets wrap."""
 
 import ast
+import copy
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -13,7 +14,8 @@ from mmengine.registry import DATASETS
 from wsbcn_mm.openmmlab import compat
 from wsbcn_mm.openmmlab.errors import first_line
 
-PACKAGE_OF_SCOPE = {'mmdet': 'mmdet', 'mmseg': 'mmseg', 'mmpretrain': 'mmpretrain'}
+# Detection, segmentation, classification of images, of videos: a config's scope is a package.
+HOSTS = ('mmdet', 'mmseg', 'mmpretrain', 'mmaction')
 PRETRAINED = ('Pretrained', 'PretrainedInit')  # the initialisation from a file
 
 
@@ -34,9 +36,8 @@ def load_config(path: str, options: dict | None = None) -> Config:
     cfg = read_config(file)
     if options:
         cfg.merge_from_dict(options)
-    package = PACKAGE_OF_SCOPE.get(cfg.get('default_scope'))
-    if package is not None:
-        compat.require(package)
+    if cfg.get('default_scope') in HOSTS:
+        compat.require(cfg.default_scope)
     if not isinstance(cfg.get('model'), dict):
         raise ValueError(
             f'{path} has no model: no top-level `model = dict(type=...)`\n'
@@ -129,8 +130,8 @@ def foreign_config(text: str) -> Config:
     if not isinstance(model, dict):
         raise ValueError('the config has no model')
     scope = cfg.get('default_scope') or str(model.get('type')).partition('.')[0]
-    if scope not in PACKAGE_OF_SCOPE:
-        raise ValueError(f'the config is of none of {", ".join(PACKAGE_OF_SCOPE)}: {scope!r}')
+    if scope not in HOSTS:
+        raise ValueError(f'the config is of none of {", ".join(HOSTS)}: {scope!r}')
     compat.require(scope)
     import_module(f'{scope}.models')
     known = {name for registry in vars(registries).values() for name in _registered(registry)}
@@ -176,18 +177,18 @@ def type_name(cfg: object) -> str:
 
 
 def scope_of(cfg: Config) -> str:
-    """``'mmdet'`` or ``'mmseg'``.
+    """One of `HOSTS`.
 
     Raises:
-        ValueError: the config is of neither.
+        ValueError: the config is of none.
     """
     model = cfg.get('model') or {}
     scope = cfg.get('default_scope')
     if scope is None:  # a config in pure Python has types such as mmdet.models.RetinaNet
         scope = str(model.get('kind') or model.get('type')).partition('.')[0]
-    if scope not in ('mmdet', 'mmseg'):
+    if scope not in HOSTS:
         raise ValueError(
-            'a config of MMDetection or MMSegmentation is needed\n  got default_scope '
+            f'a config of {", ".join(HOSTS)} is needed\n  got default_scope '
             f'{cfg.get("default_scope")!r}, model {model.get("type")!r}'
         )
     return scope
@@ -199,6 +200,17 @@ def use_scope(cfg: Config) -> str:
     import_module(f'{scope}.utils').register_all_modules(init_default_scope=False)
     registries.init_default_scope(scope)
     return scope
+
+
+def model_of(cfg: Config) -> Any:
+    """The config of the model as a Runner builds it; a copy.
+
+    MMPretrain's configs have ``data_preprocessor`` beside the model.
+    """
+    model = copy.deepcopy(cfg.model)
+    if cfg.get('data_preprocessor') is not None:
+        model.setdefault('data_preprocessor', copy.deepcopy(cfg.data_preprocessor))
+    return model
 
 
 def find_config(source: str) -> tuple[Path, str | None]:
@@ -224,7 +236,7 @@ def find_config(source: str) -> tuple[Path, str | None]:
             near = compat.near_names(source, ours, Path('configs'), Path(source).parent)
             raise FileNotFoundError(f'no config file {source}{near}')
         return Path(source), None
-    known = (*PACKAGE_OF_SCOPE, 'wsbcn_mm')
+    known = (*HOSTS, 'wsbcn_mm')
     if package not in known:
         raise ValueError(
             f'{source!r} names no known package\n  expected '

@@ -10,9 +10,7 @@ from mmengine.config import Config
 from mmengine.device import get_device
 
 from wsbcn_mm.openmmlab.checkpoints import check_checkpoint, is_address
-from wsbcn_mm.openmmlab.config import PRETRAINED, dataset_class, datasets_of, type_name
-
-HOSTS = ('mmengine', 'mmdet', 'mmseg', 'mmpretrain')
+from wsbcn_mm.openmmlab.config import HOSTS, PRETRAINED, dataset_class, datasets_of, type_name
 
 # By what the name of the dataset's class holds.
 LAYOUTS = {
@@ -79,7 +77,7 @@ def _reads_as_the_host(cfg: Config, dataset: dict) -> bool:
     if backend not in ('local', 'disk'):
         return False
     kind = dataset_class(cfg, dataset)
-    return kind is None or kind.__module__.partition('.')[0] in HOSTS
+    return kind is None or kind.__module__.partition('.')[0] in ('mmengine', *HOSTS)
 
 
 def _files_of(dataset: dict) -> Iterator[str]:

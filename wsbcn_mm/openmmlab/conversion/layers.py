@@ -138,9 +138,6 @@ def _parts(conversion: Conversion, nodes: list[Node], conv: str) -> list[Part]:
     owner = probe.owners(model)
     behind_convs: set[str] = set()
     axes: dict[Place, set[int]] = {}
-    plain: set[Place] = (
-        set()
-    )  # nodes with a convolution in front of a norm that can be standardized
     for follower in followers(model):
         behind_convs |= set(follower.norms)
         for norm in follower.norms:

@@ -1,1 +1,1 @@
-"""The drawn data set, registered with MMDetection and MMSegmentation."""
+"""The drawn data set, registered with the hosts."""

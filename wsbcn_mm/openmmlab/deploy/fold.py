@@ -97,7 +97,7 @@ def _compare(
 ) -> None:
     x = preprocess(planned.model, planned.cfg, image)
     parts = tensor_parts(planned.model, x)
-    print(f'{name}, {image.shape[0]}x{image.shape[1]}: {", ".join(p.name for p in parts)}')
+    print(f'{name}, {image.shape[-3]}x{image.shape[-2]}: {", ".join(p.name for p in parts)}')
     others = {kind: tensor_parts(candidate, x) for kind, candidate in candidates.items()}
     errors = {kind: relative_error(parts, other) for kind, other in others.items()}
     for kind, error in errors.items():

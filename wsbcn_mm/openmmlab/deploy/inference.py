@@ -3,9 +3,9 @@
 `load_planned` is the one way to a loaded model whose folding is planned.
 """
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -19,13 +19,22 @@ from wsbcn_mm import folding
 from wsbcn_mm.layers.standardization import standardize_once_per_forward
 from wsbcn_mm.openmmlab import checkpoints, config
 from wsbcn_mm.openmmlab.config import scope_of
+from wsbcn_mm.openmmlab.deploy import clips
 from wsbcn_mm.openmmlab.deploy.parts import features_alone, image_function, tensor_parts
+
+# What a host calls the sample that belongs to an input.
+SAMPLES = {
+    'mmdet': 'DetDataSample',
+    'mmseg': 'SegDataSample',
+    'mmpretrain': 'DataSample',
+    'mmaction': 'ActionDataSample',
+}
 
 
 def build_model(cfg: Config) -> Any:
     """The model of a config, as a test run builds it, in evaluation mode."""
     config.use_scope(cfg)
-    model = revert_sync_batchnorm(MODELS.build(copy.deepcopy(cfg.model)))
+    model = revert_sync_batchnorm(MODELS.build(config.model_of(cfg)))
     model.eval()
     return model
 
@@ -132,22 +141,26 @@ def batch_of(cfg: Config, image: np.ndarray, channels: int = 3) -> dict[str, Any
 
     Args:
         cfg: The config.
-        image: (H, W, C).
+        image: (H, W, C); for MMAction2 also the frames of a video, (T, H, W, C).
         channels: How many the model takes; those of the image are repeated or left out.
     """
-    image = image[..., [i % image.shape[2] for i in range(channels)]]
-    size = tuple(image.shape[:2])
+    image = image[..., [i % image.shape[-1] for i in range(channels)]]
+    size = tuple(image.shape[-3:-1])
     meta = dict(img_id=0, img_path='', img_shape=size, ori_shape=size, scale_factor=(1.0, 1.0))
-    if scope_of(cfg) == 'mmdet':
-        from mmdet.structures import DetDataSample as Sample
+    scope = scope_of(cfg)
+    if scope == 'mmaction':
+        tensor = clips.inputs_of(cfg, image)
     else:
-        from mmseg.structures import SegDataSample as Sample
-    tensor = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
-    return dict(inputs=[tensor], data_samples=[Sample(metainfo=meta)])
+        tensor = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+    sample = getattr(import_module(f'{scope}.structures'), SAMPLES[scope])
+    return dict(inputs=[tensor], data_samples=[sample(metainfo=meta)])
 
 
 def preprocess(model: Any, cfg: Config, image: np.ndarray) -> Tensor:
-    """The normalised and padded image that enters the backbone, (1, 3, H, W)."""
+    """The normalised and padded image that enters the model, (1, 3, H, W).
+
+    Of MMAction2's a clip: (1, T, 3, H, W), or (1, 1, 3, T, H, W) in 3d networks.
+    """
     batch = batch_of(cfg, image, channels_of(model))
     weight = next(p for p in model.parameters() if p.is_floating_point())
     return model.data_preprocessor(batch, False)['inputs'].to(weight)
@@ -164,7 +177,7 @@ def run_on(cfg: Config, image: np.ndarray) -> Callable[[nn.Module], object]:
         try:
             return run_parts(model)
         except RuntimeError as error:
-            size = f'{image.shape[0]}x{image.shape[1]}'
+            size = 'x'.join(map(str, image.shape[-3:-1]))
             raise ValueError(
                 f'the model does not run on an image of {size}\n  {error}\n  try another size'
             ) from error

@@ -16,6 +16,7 @@ import torch
 from mmengine.config import Config
 from torch import Tensor, nn
 
+from wsbcn_mm.openmmlab import config
 from wsbcn_mm.openmmlab.deploy.parts import Part
 
 CONVS = ('Conv', 'ConvTranspose')
@@ -27,7 +28,7 @@ class NotExportable(ValueError):
 
 
 class _GroupNormInMeans(nn.Module):
-    """GroupNorm of a (N, C, H, W) map with a mean per axis.
+    """GroupNorm of a (N, C, H, W) or (N, C, D, H, W) map with a mean per axis.
 
     One mean over a long row in float32, which is what onnxruntime's InstanceNormalization takes,
     loses a digit on large maps.
@@ -45,10 +46,13 @@ class _GroupNormInMeans(nn.Module):
         x = x.reshape(shape)
         if norm.weight is None:
             return x
-        return x * norm.weight.view(-1, 1, 1) + norm.bias.view(-1, 1, 1)
+        ones = [1] * (len(shape) - 2)
+        return x * norm.weight.view(-1, *ones) + norm.bias.view(-1, *ones)
 
     def _mean(self, x: Tensor) -> Tensor:
-        return x.mean(4, keepdim=True).mean(3, keepdim=True).mean(2, keepdim=True)
+        for axis in range(x.ndim - 1, 1, -1):
+            x = x.mean(axis, keepdim=True)
+        return x
 
 
 def _exportable(module: nn.Module, opset: int) -> nn.Module:
@@ -78,18 +82,18 @@ def export_part(
         opset: Below 21 a GroupNorm is written out in means, which every runtime has, and which
             onnxruntime computes as exactly as torch; from 21 on it is one GroupNormalization,
             ten times less exact there.
-        dynamic: Leave batch size, height and width open. The number of RoIs always is.
+        dynamic: Leave batch size, height and width open (not the frames of a clip). The number of
+            RoIs always is.
         metadata: Written into the file, values as JSON; how to prepare an image, names of classes.
     """
     import onnx
 
-    auto, static = torch.export.Dim.AUTO, torch.export.Dim.STATIC
+    auto, static, x = torch.export.Dim.AUTO, torch.export.Dim.STATIC, part.input
     shapes: tuple[Any, ...] | None
     if part.input_name == 'roi_features':
         shapes = ((auto, static, static, static),)
     else:
-        shapes = ((auto, static, auto, auto),) if dynamic else None
-    x = part.input
+        shapes = ((auto, *[static] * (x.ndim - 3), auto, auto),) if dynamic else None
     if shapes and x.shape[0] == 1:
         x = torch.cat([x, x])  # torch takes a size of 1 for a constant
     # Torch's remarks about itself: deprecations, and torchvision, which is not used, is missing.
@@ -187,11 +191,13 @@ def check_results(part: Part, path: str | Path, tolerance: float = 1e-4) -> floa
 
 def metadata_of(cfg: Config, model: nn.Module) -> dict:
     """How to prepare an image for ``image.onnx``, and the classes."""
-    settings = cfg.model.get('data_preprocessor') or {}
+    settings = config.model_of(cfg).get('data_preprocessor') or {}
+    # MMAction2's frames are RGB when they reach the preprocessor, everybody else's images BGR.
+    turned = bool(settings.get('bgr_to_rgb') or settings.get('to_rgb'))
     return dict(
         mean=list(settings.get('mean') or ()),
         std=list(settings.get('std') or ()),
-        channel_order='RGB' if settings.get('bgr_to_rgb') else 'BGR',
+        channel_order='BGR' if turned == (config.scope_of(cfg) == 'mmaction') else 'RGB',
         pad_size_divisor=settings.get('pad_size_divisor', 1),
         classes=list((getattr(model, 'dataset_meta', None) or {}).get('classes', ())),
     )

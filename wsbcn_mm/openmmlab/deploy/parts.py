@@ -63,13 +63,15 @@ def _named(value: Any, prefix: str = '') -> Iterator[tuple[str, Tensor]]:
 
 @torch.no_grad()
 def tensor_parts(model: Any, image: Tensor) -> list[Part]:
-    """The tensor parts of a detector or segmenter, see the module.
+    """The tensor parts of a model, see the module.
 
     ====================== =======================================================================
     part                   computes
     ====================== =======================================================================
-    ``image``              segmenter: class scores at the size of the image; detector: feature maps
-                           and what the dense head (RPN, RetinaNet, ...) makes of them
+    ``image``              classifier: class scores; segmenter: class scores at the size of the
+                           image; detector: feature maps and what the dense head (RPN, RetinaNet,
+                           ...) makes of them
+    ``clip``               recognizer of MMAction2: class scores of a clip
     ``bbox_head``          class scores and box deltas of RoI features, RoI models only; with a
                            number for every stage of a cascade
     ``mask_head``          masks of RoI features
@@ -80,6 +82,8 @@ def tensor_parts(model: Any, image: Tensor) -> list[Part]:
         model: Built from a config; in evaluation mode.
         image: What `inference.preprocess` returns.
     """
+    if hasattr(model, 'cls_head'):
+        return [_part('clip', model, image_function(model), image, 'clip')]
     parts = [_part('image', model, image_function(model), image)]
     if hasattr(model, 'decode_head'):
         auxiliary = getattr(model, 'auxiliary_head', None)
@@ -116,7 +120,11 @@ def _part(
 
 
 def image_function(model: Any) -> Function:
-    """What the part ``image`` of a model computes."""
+    """What the part ``image`` (or ``clip``) of a model computes."""
+    if hasattr(model, 'cls_head'):
+        return _recognize
+    if isinstance(getattr(model, 'head', None), nn.Module):  # MMPretrain's
+        return _classify
     if hasattr(model, 'decode_head'):
         return _segment
     if hasattr(model, 'roi_head') or hasattr(model, 'rpn_head'):
@@ -125,6 +133,14 @@ def image_function(model: Any) -> Function:
     from mmdet.models.detectors import SingleStageDetector
 
     return _features_and_head if isinstance(model, SingleStageDetector) else features_alone
+
+
+def _classify(model: Any, x: Tensor) -> dict[str, Any]:
+    return dict(scores=model(x))
+
+
+def _recognize(model: Any, x: Tensor) -> dict[str, Any]:
+    return dict(scores=model.extract_feat(x, stage='head')[0])
 
 
 def _has_learned_proposals(model: Any) -> bool:

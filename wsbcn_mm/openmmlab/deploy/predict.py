@@ -1,4 +1,4 @@
-"""From image files to predictions in files, one image after the other."""
+"""From files of images or videos to predictions in files, one after the other."""
 
 import copy
 import inspect
@@ -23,6 +23,7 @@ from wsbcn_mm.openmmlab.config import (
     type_name,
     use_scope,
 )
+from wsbcn_mm.openmmlab.deploy import clips, labels
 from wsbcn_mm.openmmlab.errors import first_line
 
 SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.ppm', '.pgm', '.tif', '.tiff', '.webp')
@@ -54,7 +55,8 @@ def find_images(
         and output.resolve() not in file.resolve().parents
     ]
     if not files:
-        raise FileNotFoundError(f'no image in {source} ({", ".join(suffixes)})')
+        what = 'video' if suffixes == clips.SUFFIXES else 'image'
+        raise FileNotFoundError(f'no {what} in {source} ({", ".join(suffixes)})')
     seen: dict[Path, Path] = {}
     for file in files:
         other = seen.setdefault(file.with_suffix(''), file)
@@ -64,13 +66,15 @@ def find_images(
 
 
 def suffixes_of(cfg: Config) -> tuple[str, ...]:
-    """What names of images end with: the usual ones, and what the config's test data say."""
+    """What names of images (of MMAction2: videos) end with; the config's test data may say more."""
+    if scope_of(cfg) == 'mmaction':
+        return clips.SUFFIXES
     own = (dataset.get('img_suffix') for dataset in datasets_of_test(cfg))
     return tuple(dict.fromkeys((*SUFFIXES, *(s.lower() for s in own if s))))
 
 
 class Reader:
-    """Reads image files as the config's test data are read: by its own test pipeline.
+    """Reads files as the config's test data are read: by its own test pipeline.
 
     What loads ground truth is left out of it. Everything else stays as the config says it: how many
     channels and bits, whether EXIF counts, sizes, normalisation.
@@ -92,6 +96,11 @@ class Reader:
                 'the test data are read in different ways: their parts have pipelines of their own'
                 '\n  name one of them: --cfg-options test_dataloader.dataset=...'
             )
+        self._clips = scope_of(cfg) == 'mmaction'
+        if self._clips:
+            load, prepare = clips.reading_steps(self.dataset['pipeline'])
+            self._load, self._prepare = Compose(load), Compose(prepare)
+            return
         steps = [copy.deepcopy(s) for s in self.dataset['pipeline'] if not _loads_truth(s)]
         if not steps or 'Load' not in type_name(steps[0]):
             found = type_name(steps[0]) if steps else 'nothing'
@@ -106,10 +115,16 @@ class Reader:
     def __call__(self, path: str | Path) -> tuple[np.ndarray, dict[str, Any]]:
         """The image as it was loaded, and what a data loader makes of it.
 
+        Of a video the frames that were sampled, (T, H, W, 3) in RGB.
+
         Raises:
-            DataError: this is no readable image.
+            DataError: this is no readable image or video.
             ValueError: the pipeline does not take it.
         """
+        if self._clips:
+            data = self._load(clips.info_of(path))
+            frames = np.stack(data['imgs'])
+            return frames, pseudo_collate([self._prepare(data)])
         data = self._load({**copy.deepcopy(self._info), 'img_path': str(path)})
         if data is None:  # ignore_empty
             raise DataError(f'{path} is empty')
@@ -141,8 +156,10 @@ def reduces_zero_label(cfg: Config, dataset: dict[str, Any]) -> bool:
     return False
 
 
-def classes_of(cfg: Config, model: Any) -> dict[str, Any]:
+def classes_of(cfg: Config, model: Any, required: bool = True) -> dict[str, Any]:
     """Names and colours of the classes: the checkpoint's, else those of the config's dataset.
+
+    Where they are not ``required`` and nobody knows them, ``classes`` is None.
 
     The names are in the order of the labels. In COCO's layout that is the order of the annotation
     file, whatever that of the names in the config is.
@@ -154,6 +171,8 @@ def classes_of(cfg: Config, model: Any) -> dict[str, Any]:
     kind = dataset_class(cfg, dataset)
     if not meta or 'classes' not in meta:
         meta = _meta_of(getattr(kind, 'METAINFO', {}), dataset.get('metainfo') or {})
+    if not meta.get('classes') and not required:
+        return {**meta, 'classes': None}
     if 'classes' not in meta:
         raise ValueError(
             "neither the checkpoint nor the config's dataset knows the names of the classes\n"
@@ -201,8 +220,11 @@ class Predictor:
 
     def __init__(self, cfg: Config, model: Any) -> None:
         self.model = model
-        self.meta = classes_of(cfg, model)
+        self.gives_labels = scope_of(cfg) in labels.SCOPES
+        self.meta = classes_of(cfg, model, required=not self.gives_labels)
         self._read = Reader(cfg)
+        if self.gives_labels:
+            return
         kind = 'DetLocalVisualizer' if scope_of(cfg) == 'mmdet' else 'SegLocalVisualizer'
         if kind == 'SegLocalVisualizer' and not self.meta.get('palette'):
             self.meta['palette'] = _colours(len(self.meta['classes']))
@@ -223,16 +245,22 @@ class Predictor:
         """
         image, batch = self._read(path)
         sample = self.model.test_step(batch)[0].cpu()
-        if not any(name in sample for name in ('pred_instances', 'pred_sem_seg')):
+        if not any(name in sample for name in ('pred_instances', 'pred_sem_seg', 'pred_score')):
             raise ValueError(
-                f'the model predicts {", ".join(sample.keys()) or "nothing"}, and boxes, masks and '
-                'class maps are what is written here\n  panoptic results: tools/test.py with '
-                "--cfg-options test_evaluator.outfile_prefix=DIR/panoptic writes COCO's format"
+                f'the model predicts {", ".join(sample.keys()) or "nothing"}, and boxes, masks, '
+                'class maps and scores of classes are what is written here\n  panoptic results: '
+                'tools/test.py with --cfg-options test_evaluator.outfile_prefix=DIR/panoptic '
+                "writes COCO's format"
             )
         return image, sample
 
     def draw(self, image: np.ndarray, sample: Any, path: Path, threshold: float) -> None:
         """A picture of the predictions on the image as it was loaded."""
+        if self.gives_labels:
+            frames = image if image.ndim == 4 else displayable(image)[None]
+            found = labels.best(sample, self.meta['classes'], 3)
+            labels.draw(frames, [f'{e["class"]}  {e["score"]:.2f}' for e in found], path)
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         scores = dict(pred_score_thr=threshold) if 'pred_instances' in sample else {}
         self._visualizer.add_datasample(

@@ -1,4 +1,4 @@
-"""A trained model as checkpoint and config that stock MMDetection or MMSegmentation load.
+"""A trained model as checkpoint and config that the stock host loads.
 
 Stock blocks build their convolutions without bias in front of a norm, and no config can change
 that. But a ``conv_cfg`` may name any registered layer, mmcv's ConvModule too: one that holds a
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from wsbcn_mm.folding import Plan
 from wsbcn_mm.layers import BatchChannelNorm, WeightStandardized
 from wsbcn_mm.openmmlab.config import PRETRAINED, type_name
+from wsbcn_mm.openmmlab.conversion import probe
 from wsbcn_mm.openmmlab.registry import CONV_NAMED, MICRO_BN_NAMED, NORM_NAMED
 from wsbcn_mm.structure import is_conv
 
@@ -194,12 +195,20 @@ def drop_pretrained(model: dict) -> None:
     model.pop('pretrained', None)
     for part in dicts(model):
         init = part.get('init_cfg')
-        if isinstance(init, dict) and type_name(init) in PRETRAINED:
+        from_init = isinstance(init, dict) and type_name(init) in PRETRAINED
+        if from_init:
             part['init_cfg'] = None
+        if isinstance(part.get('pretrained'), str):
+            part['pretrained'] = None
+        elif not from_init:
+            continue
+        kind = probe.class_of(part.get('type'), None)
+        if kind is not None and probe.constructor_defaults(kind).get('pretrained2d'):
+            part['pretrained2d'] = False  # networks of MMAction2 would look for 2d weights
 
 
 def _replace_dataset(dataset: dict) -> None:
-    """The drawn datasets are in COCO's and VOC's layout: stock classes read what was drawn."""
+    """The drawn datasets are in public layouts: stock classes read what was drawn."""
     if dataset.get('type') == 'ShapesCocoDataset':
         from wsbcn_mm.openmmlab.datasets.shapes_coco import ShapesCocoDataset
 
@@ -215,6 +224,13 @@ def _replace_dataset(dataset: dict) -> None:
             img_suffix='.jpg',
             seg_map_suffix='.png',
         )
+    elif dataset.get('type') == 'ShapesPicturesDataset':
+        dataset.update(type='CustomDataset')
+    elif dataset.get('type') == 'ShapesClipsDataset':
+        from wsbcn_mm.openmmlab.datasets.shapes_clips import ShapesClipsDataset
+
+        classes = list(ShapesClipsDataset.METAINFO['classes'])
+        dataset.update(type='VideoDataset', metainfo=dict(classes=classes))
 
 
 # ----------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from mmengine.dist import get_dist_info
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.registry import HOOKS
+from torch import nn
 from torch.utils.data import DataLoader
 
 from wsbcn_mm.checks import check_choice
@@ -54,8 +55,11 @@ class EstimatesHook(Hook):
             counter stay.
         scale: What the rate in the config is the weight of. ``'images'``: of a single image; a step
             with several, of all ranks where they share their estimates, has a larger rate, so that
-            as many images are remembered. ``'ranks'``: of a step of one rank. None: of the whole
-            step.
+            as many images are remembered. Of a video a 2d network takes the frames of a clip as
+            samples (its group stage, too, has statistics of each frame): they are the images here,
+            clips times frames. A 3d network takes a clip as one sample, its time is an axis as
+            height and width are: clips are counted. ``'ranks'``: of a step of one rank. None: of
+            the whole step.
         interval: Iterations between looks at what was left out; each waits for the device once.
 
     Raises:
@@ -91,8 +95,9 @@ class EstimatesHook(Hook):
         compiled = bool(runner.cfg.get('compile'))
         batch = self._images_per_rank(runner.train_dataloader) if self.scale == 'images' else 1
         world = get_dist_info()[1]
-        # Layer, its rate, images per step, updates that its estimates have seen, and the tensor
-        # that holds the rate of compiled code.
+        self._has_clips = self.scale == 'images' and takes_clips(self._model)
+        # Layer, its rate, images per step (clips, of a network for videos), updates that its
+        # estimates have seen, and the tensor that holds the rate of compiled code.
         self._layers: list[
             tuple[BatchChannelNorm, Any, float, int | None, torch.Tensor | None]
         ] = []
@@ -132,7 +137,9 @@ class EstimatesHook(Hook):
         if self.schedule == 'lr':
             group = runner.optim_wrapper.param_groups[0]
             ratio = group['lr'] / group.get('initial_lr', group['lr'])
+        frames = samples_of_a_clip(data_batch) if self._has_clips else 1
         for layer, rate, images, seen, tensor in self._layers:
+            images *= frames
             goal = rate_of_step(rate, images, None, ratio)
             now = goal if seen is None else rate_of_step(rate, images, seen + done, ratio)
             if tensor is not None:
@@ -174,6 +181,30 @@ class EstimatesHook(Hook):
             runner.logger,
             logging.WARNING,
         )
+
+
+def takes_clips(model: nn.Module) -> bool:
+    """Whether a model is a recognizer of MMAction2, whose inputs are clips of frames."""
+    return any(
+        kind.__name__ == 'BaseRecognizer' and kind.__module__.startswith('mmaction.')
+        for kind in type(model).__mro__
+    )
+
+
+def samples_of_a_clip(batch: dict) -> int:
+    """How many samples a video of a batch is for the layers of MMAction2's networks.
+
+    They put the first axis of each input to the batch: frames (T, C, H, W) in 2d networks, crops of
+    the clip (1, C, T, H, W) in 3d ones.
+
+    Args:
+        batch: What the data loader gives; ``inputs`` with a tensor for each video, in a dict where
+            there are several modalities.
+    """
+    inputs = batch['inputs']
+    if isinstance(inputs, dict):
+        inputs = next(iter(inputs.values()))
+    return len(inputs[0])
 
 
 @HOOKS.register_module()

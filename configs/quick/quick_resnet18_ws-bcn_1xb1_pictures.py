@@ -1,0 +1,91 @@
+# A ResNet-18 that classifies pictures with WS + BCN at one image per step, small enough for two CPU
+# cores: the embedded pictures of one shape each (drawn on first use), from scratch, minutes.
+_base_ = ['mmpretrain::_base_/default_runtime.py', '../_base_/norms/ws-bcn.py']
+custom_imports = dict(imports=['wsbcn_mm', 'wsbcn_mm.openmmlab.datasets.shapes_pictures'])
+
+model = dict(
+    type='ImageClassifier',
+    data_preprocessor=dict(
+        num_classes=5,
+        mean=[123.675, 116.28, 103.53],
+        std=[58.395, 57.12, 57.375],
+        to_rgb=True,
+    ),
+    backbone=dict(
+        type='ResNet_CIFAR',  # a 3x3 stem: the images are small
+        depth=18,
+        base_channels=32,
+        stem_channels=32,
+        num_stages=3,
+        strides=(2, 2, 2),
+        dilations=(1, 1, 1),
+        out_indices=(2,),
+        norm_cfg={{_base_.norm}},
+        conv_cfg={{_base_.conv}},
+    ),
+    neck=dict(type='GlobalAveragePooling'),
+    head=dict(type='LinearClsHead', num_classes=5, in_channels=128, topk=(1,)),
+)
+
+train_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='RandomFlip', prob=0.5),
+    dict(type='PackInputs'),
+]
+test_pipeline = [dict(type='LoadImageFromFile'), dict(type='PackInputs')]
+train_dataloader = dict(
+    batch_size=1,
+    num_workers=0,  # a worker would take one of two cores from the training
+    persistent_workers=False,
+    sampler=dict(type='DefaultSampler', shuffle=True),
+    dataset=dict(
+        type='ShapesPicturesDataset',
+        data_root='data/pictures',
+        data_prefix='train',
+        pipeline=train_pipeline,
+    ),
+)
+val_dataloader = dict(
+    batch_size=20,
+    num_workers=0,
+    persistent_workers=False,
+    sampler=dict(type='DefaultSampler', shuffle=False),
+    dataset=dict(
+        type='ShapesPicturesDataset',
+        data_root='data/pictures',
+        data_prefix='val',
+        pipeline=test_pipeline,
+    ),
+)
+test_dataloader = val_dataloader
+val_evaluator = dict(type='Accuracy', topk=(1,))
+test_evaluator = val_evaluator
+
+max_epochs = 2  # 4,000 steps of one image
+train_cfg = dict(by_epoch=True, max_epochs=max_epochs, val_interval=1)
+val_cfg = dict()
+test_cfg = dict()
+optim_wrapper = dict(
+    type='OptimWrapper',
+    optimizer=dict(type='SGD', lr=0.02, momentum=0.9, weight_decay=1e-4),
+    paramwise_cfg=dict(norm_decay_mult=0.0),
+    clip_grad=dict(max_norm=10),
+)
+param_scheduler = [
+    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=100),
+    dict(
+        type='PolyLR',
+        power=0.9,
+        eta_min=0.0002,
+        begin=0,
+        end=max_epochs,
+        by_epoch=True,
+        convert_to_iter_based=True,
+    ),
+]
+auto_scale_lr = dict(enable=False, base_batch_size=1)
+default_hooks = dict(
+    logger=dict(interval=100),
+    checkpoint=dict(type='CheckpointHook', interval=1, max_keep_ckpts=1),
+)
+randomness = dict(seed=0)

@@ -1,0 +1,2 @@
+# TSM R50 with BatchNorm on Something-Something V1, one clip per GPU.
+_base_ = ['../_base_/models/tsm_bn.py', '../_base_/regimes/sthv1_8xb1.py']
