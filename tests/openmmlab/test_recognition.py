@@ -140,7 +140,7 @@ def test_a_recognizer_is_folded_and_exported(cfg, trained, tmp_path):
     _, checkpoint = trained
     image = inference.random_image(64, 64)
     planned = inference.load_planned(cfg, checkpoint, image)
-    assert len(planned.plan.folds) == 12 and not planned.plan.left
+    assert len(planned.plan.folds) == 13 and not planned.plan.left
     files = fold.write_folded(planned, checkpoint, tmp_path, 'f', {'noise': image}, None, False)
     stock = Config.fromfile(files[1])
     assert 'wsbcn' not in stock.pretty_text.lower().replace('quick_tsm_r18_ws-bcn', '')

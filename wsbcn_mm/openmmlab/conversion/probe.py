@@ -97,7 +97,7 @@ def _nodes(value: Any, path: Place, scope: str | None) -> Iterator[Node]:
     if isinstance(value, dict):
         scope = value.get('_scope_', scope)
         name = value.get('type')
-        kind = class_of(value.get('kind') if name == CONVERTED else name, scope)
+        kind = _class_of(value.get('kind') if name == CONVERTED else name, scope)
         if kind is not None:
             yield Node(path, value, kind, constructor_defaults(kind))
         for key, item in value.items():
@@ -108,8 +108,7 @@ def _nodes(value: Any, path: Place, scope: str | None) -> Iterator[Node]:
             yield from _nodes(item, (*path, i), scope)
 
 
-def class_of(kind: Any, scope: str | None) -> type | None:
-    """The class of a module's ``type``; None where it names none."""
+def _class_of(kind: Any, scope: str | None) -> type | None:
     if isinstance(kind, str):
         with MODELS.switch_scope_and_registry(scope) as registry:
             kind = registry.get(kind)

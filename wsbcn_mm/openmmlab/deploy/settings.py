@@ -29,7 +29,6 @@ from torch import Tensor, nn
 from wsbcn_mm.folding import Plan
 from wsbcn_mm.layers import BatchChannelNorm, WeightStandardized
 from wsbcn_mm.openmmlab.config import PRETRAINED, type_name
-from wsbcn_mm.openmmlab.conversion import probe
 from wsbcn_mm.openmmlab.registry import CONV_NAMED, MICRO_BN_NAMED, NORM_NAMED
 from wsbcn_mm.structure import is_conv
 
@@ -202,8 +201,9 @@ def drop_pretrained(model: dict) -> None:
             part['pretrained'] = None
         elif not from_init:
             continue
-        kind = probe.class_of(part.get('type'), None)
-        if kind is not None and probe.constructor_defaults(kind).get('pretrained2d'):
+        with MODELS.switch_scope_and_registry(None) as registry:
+            kind = registry.get(str(part.get('type')))
+        if kind is not None and 'pretrained2d' in inspect.signature(kind).parameters:
             part['pretrained2d'] = False  # networks of MMAction2 would look for 2d weights
 
 
