@@ -312,6 +312,12 @@ def datasets_of_test(cfg: Config) -> list[dict]:
     )
 
 
+def prefixes_of(dataset: dict) -> dict[str, Any]:
+    """The folders of a dataset's config by what lies in them; MMPretrain may give one alone."""
+    prefix = dataset.get('data_prefix') or {}
+    return dict(img_path=prefix) if isinstance(prefix, str) else prefix
+
+
 def dataset_class(cfg: Config, dataset: dict) -> type | None:
     """The class of a dataset; None where its name is not known."""
     name = dataset.get('type')

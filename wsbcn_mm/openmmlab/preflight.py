@@ -10,7 +10,14 @@ from mmengine.config import Config
 from mmengine.device import get_device
 
 from wsbcn_mm.openmmlab.checkpoints import check_checkpoint, is_address
-from wsbcn_mm.openmmlab.config import HOSTS, PRETRAINED, dataset_class, datasets_of, type_name
+from wsbcn_mm.openmmlab.config import (
+    HOSTS,
+    PRETRAINED,
+    dataset_class,
+    datasets_of,
+    prefixes_of,
+    type_name,
+)
 
 # By what the name of the dataset's class holds.
 LAYOUTS = {
@@ -87,7 +94,7 @@ def _files_of(dataset: dict) -> Iterator[str]:
         yield os.path.join(root, dataset['ann_file'])
     steps = dataset.get('pipeline') or []
     with_masks = not steps or any('Annotations' in type_name(step) for step in steps)
-    for key, folder in (dataset.get('data_prefix') or {}).items():
+    for key, folder in prefixes_of(dataset).items():
         # Testing without masks works: nobody reads that folder then.
         if folder and isinstance(folder, str) and (with_masks or 'seg_map' not in key):
             yield os.path.join(root, folder).rstrip('/')

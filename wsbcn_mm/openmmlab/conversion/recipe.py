@@ -17,7 +17,7 @@ from typing import Any
 
 from mmengine.config import Config
 
-from wsbcn_mm.openmmlab.config import PRETRAINED, inner_datasets, type_name
+from wsbcn_mm.openmmlab.config import PRETRAINED, inner_datasets, prefixes_of, type_name
 from wsbcn_mm.openmmlab.conversion import schedulers
 from wsbcn_mm.openmmlab.conversion.changes import Setting
 from wsbcn_mm.openmmlab.conversion.probe import Node
@@ -141,7 +141,9 @@ def training_images(cfg: Config) -> int | None:
     root, names = dataset.get('data_root') or '', dataset.get('ann_file') or ''
     file = Path(root, names)
     if not names or not file.is_file():
-        folder = Path(root, (dataset.get('data_prefix') or {}).get('img_path') or '')
+        if isinstance(dataset.get('data_prefix'), str):  # folders of classes may hold millions
+            return None
+        folder = Path(root, prefixes_of(dataset).get('img_path') or '')
         suffix = dataset.get('img_suffix', '.jpg')  # the default of BaseSegDataset
         found = 0 if names or not folder.is_dir() else sum(1 for _ in folder.rglob(f'*{suffix}'))
         return found or None
