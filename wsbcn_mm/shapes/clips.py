@@ -150,7 +150,8 @@ def path_of(
     corners = []
     for way, angle, size in zip(stays['way'], stays['angle'], stays['size']):
         # y points down: a negative angle of `rotate`'s is seen as clockwise.
-        x, y = rotate(*outline.T * scale * np.exp(_GROWTH * size), start - _TURN * angle)
+        x, y = outline.T * scale * np.exp(_GROWTH * size)
+        x, y = rotate(x, y, start - _TURN * angle)
         corners.append(np.stack([x, y], axis=1) + middle + direction * way)
     return corners
 

@@ -75,7 +75,8 @@ def draw_picture(
     paint_clutter(canvas, rng)
     short = min(width, height)
     outline = unit_outline(CLASSES[class_id], rng) * log_uniform(rng, 0.2, 0.4) * short
-    turned = np.stack(rotate(*outline.T, rng.uniform(0, 2 * np.pi)), axis=1)
+    x, y = outline.T
+    turned = np.stack(rotate(x, y, rng.uniform(0, 2 * np.pi)), axis=1)
     middle = np.array((width, height)) / 2 + rng.uniform(-0.15, 0.15, 2) * short
     window, coverage = clip_window(*rasterise(turned + middle), width, height)
     paint_object(canvas, window, coverage, int(rng.integers(len(CLASSES))), rng)
