@@ -67,9 +67,10 @@ def find_images(
 
 def suffixes_of(cfg: Config) -> tuple[str, ...]:
     """What names of images (of MMAction2: videos) end with; the config's test data may say more."""
-    if scope_of(cfg) == 'mmaction':
+    datasets = datasets_of_test(cfg)
+    if any(type_name(step).endswith('Decode') for step in datasets[0]['pipeline']):
         return clips.SUFFIXES
-    own = (dataset.get('img_suffix') for dataset in datasets_of_test(cfg))
+    own = (dataset.get('img_suffix') for dataset in datasets)
     return tuple(dict.fromkeys((*SUFFIXES, *(s.lower() for s in own if s))))
 
 
