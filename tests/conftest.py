@@ -7,12 +7,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 
 from wsbcn_mm import backends
+from wsbcn_mm.backends import autograd, cpu
+from wsbcn_mm.layers import scopes
 
 
 @pytest.fixture(autouse=True)
@@ -100,6 +102,35 @@ def backend(request, device: torch.device) -> Iterator[str]:
         pytest.skip(reason)
     with backends.use_backend(name):
         yield name
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """What is standardized, in order: the number of weights of each operator call."""
+    seen: list[int] = []
+    one, many = autograd.weight_standardize, scopes.Together
+
+    def counted_one(*arguments: Any) -> torch.Tensor:
+        seen.append(1)
+        return one(*arguments)
+
+    def counted_many(weights: list[torch.Tensor], *arguments: Any) -> scopes.Together:
+        seen.append(len(weights))
+        return many(weights, *arguments)
+
+    monkeypatch.setattr(autograd, 'weight_standardize', counted_one)
+    monkeypatch.setattr(scopes, 'Together', counted_many)
+    if cpu.entries is not None:
+        usual = cpu.entries.weight_standardize
+
+        def counted_usual(*arguments: Any) -> torch.Tensor | None:
+            result: torch.Tensor | None = usual(*arguments)
+            if result is not None:
+                seen.append(1)
+            return result
+
+        monkeypatch.setattr(cpu.entries, 'weight_standardize', counted_usual)
+    return seen
 
 
 class Distributions(NamedTuple):

@@ -2,9 +2,8 @@
 
 import pytest
 
-import wsbcn_mm
 from wsbcn_mm import backends
-from wsbcn_mm.layers import scopes, standardization
+from wsbcn_mm.layers import standardization
 
 
 @pytest.fixture(autouse=True)
@@ -28,22 +27,3 @@ def backend(request):
     else:
         with backends.use_backend('eager'):
             yield
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    """What is standardized, in order: the number of weights of each operator call."""
-    seen = []
-    one, many = wsbcn_mm.backends.autograd.weight_standardize, scopes.Together
-
-    def counted_one(*arguments):
-        seen.append(1)
-        return one(*arguments)
-
-    def counted_many(weights, *arguments):
-        seen.append(len(weights))
-        return many(weights, *arguments)
-
-    monkeypatch.setattr(wsbcn_mm.backends.autograd, 'weight_standardize', counted_one)
-    monkeypatch.setattr(scopes, 'Together', counted_many)
-    return seen

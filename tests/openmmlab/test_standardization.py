@@ -11,26 +11,7 @@ from torch import nn
 import wsbcn_mm
 from tests.openmmlab.tiny import make_runner
 from wsbcn_mm import reference
-from wsbcn_mm.layers import scopes, standardization
-
-
-@pytest.fixture
-def counted(monkeypatch):
-    """The number of weights of each operator call."""
-    calls = []
-    one, many = wsbcn_mm.backends.autograd.weight_standardize, scopes.Together
-
-    def counted_one(*arguments):
-        calls.append(1)
-        return one(*arguments)
-
-    def counted_many(weights, *arguments):
-        calls.append(len(weights))
-        return many(weights, *arguments)
-
-    monkeypatch.setattr(wsbcn_mm.backends.autograd, 'weight_standardize', counted_one)
-    monkeypatch.setattr(scopes, 'Together', counted_many)
-    return calls
+from wsbcn_mm.layers import standardization
 
 
 class Accepts(BaseMetric):
@@ -76,13 +57,13 @@ def runner_with(tmp_path, witness, *hooks):
     return runner
 
 
-def test_validation_of_an_average(tmp_path, counted):
+def test_validation_of_an_average(tmp_path, calls):
     """EMAHook exchanges weights through .data in front of the first image, and after the last."""
     witness = Witness()
     runner = runner_with(tmp_path, witness, dict(type='EMAHook', momentum=0.5))
     runner.train()
     assert witness.seen == 6
-    assert counted == [1] * 2 * (2 + 1)  # of both epochs: two steps, and the whole validation
+    assert calls == [1] * 2 * (2 + 1)  # of both epochs: two steps, and the whole validation
     assert not torch.equal(witness.weights[0], witness.weights[-1])
     assert not torch.equal(witness.weights[-1], runner.model.conv.weight)  # the average
     assert standardization.open_scopes() == 0
@@ -99,16 +80,16 @@ def test_a_loop_that_fails_leaves_nothing(tmp_path):
     assert standardization.open_scopes() == 0
 
 
-def test_with_estimates_hook_alone_steps_share(tmp_path, counted):
+def test_with_estimates_hook_alone_steps_share(tmp_path, calls):
     runner = make_runner(tmp_path, custom_hooks=[dict(type='EstimatesHook')])
     seen = []
     runner.model.conv.register_forward_hook(lambda *_: seen.append(standardization.open_scopes()))
     runner.train()
     assert seen == [1, 1]
-    assert counted == [1, 1]
+    assert calls == [1, 1]
 
 
-def test_the_shared_head_of_retinanet_standardizes_each_weight_once(counted):
+def test_the_shared_head_of_retinanet_standardizes_each_weight_once(calls):
     pytest.importorskip('mmdet')
     from mmdet.models.dense_heads import RetinaHead
     from mmdet.utils import register_all_modules
@@ -127,10 +108,10 @@ def test_the_shared_head_of_retinanet_standardizes_each_weight_once(counted):
     levels = [torch.randn(1, 8, size, size) for size in (8, 4, 4, 2, 2)]
     undo = wsbcn_mm.standardize_once_per_forward(head)
     shared = head(levels)
-    assert sum(counted) == 4  # two convolutions for classes, two for boxes
-    assert len(counted) == 1
-    counted.clear()
+    assert sum(calls) == 4  # two convolutions for classes, two for boxes
+    assert len(calls) == 1
+    calls.clear()
     undo()
     head(levels)
-    assert counted == [1] * 4 * 5
+    assert calls == [1] * 4 * 5
     assert all(y.requires_grad for ys in shared for y in ys)
