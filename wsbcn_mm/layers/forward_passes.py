@@ -71,29 +71,30 @@ class ForwardPasses(nn.GroupNorm):
                 return None
             if self.sync == 'forward' or recomputation.possible():
                 return None
+        parameters, buffers = self._parameters, bn._buffers
         try:
-            parameters, buffers = self._parameters, bn._buffers
+            running = buffers['running_mean'], buffers['running_var']
             if rate is not None:
                 tracked = buffers['num_batches_tracked']
-            output: Tensor | None = entries.batch_channel_norm(
-                input,
-                self.num_groups,
-                buffers['running_mean'],
-                buffers['running_var'],
-                self._counts,
-                tracked,
-                parameters['batch_weight'],
-                parameters['batch_bias'],
-                parameters['weight'],
-                parameters['bias'],
-                rate,
-                self.eps,
-                rate is not None and self.mode == 'batch',
-                self._dims[0],
-                self._dims[-1],
-            )
+            inner = parameters['batch_weight'], parameters['batch_bias']
+            outer = parameters['weight'], parameters['bias']
         except KeyError:  # somebody keeps them elsewhere: parametrized, pruned, replicated
             return None
+        from_batch = rate is not None and self.mode == 'batch'
+        output: Tensor | None = entries.batch_channel_norm(
+            input,
+            self.num_groups,
+            *running,
+            self._counts,
+            tracked,
+            *inner,
+            *outer,
+            rate,
+            self.eps,
+            from_batch,
+            self._dims[0],
+            self._dims[-1],
+        )
         return output
 
     def _forward_checked(self, input: Tensor) -> Tensor:
