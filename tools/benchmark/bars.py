@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 
 from benchmark import host_time
+from benchmark.detectors import FROZEN
 from benchmark.sections import HELD
 from benchmark.timing import BANDWIDTH_BYTES
 
@@ -45,9 +46,10 @@ def _host(results: dict) -> list[dict]:
 
 def _host_of(what: str, found: dict) -> list[dict]:
     ratios = found.get('ratios', {})
+    limits = dict(host_time.OURS, BCN=1.0) if what == 'cuda' else host_time.OURS
     bars = [
         _bar(f'host time, {what}: {name} / GN, forward + backward', ratios.get(name), limit)
-        for name, limit in host_time.OURS.items()
+        for name, limit in limits.items()
     ]
     return bars + [
         _bar(f'host time, {what}: what {name} adds to conv / GN', ratios.get(name), limit)
@@ -125,22 +127,42 @@ def _cuda(results: dict) -> list[dict]:
     for dtype in DTYPES:
         for layout in LAYOUTS:
             ratios = {
-                r['peers']['BCN']['both']['ratio']: tuple(r['shape'])
+                r['peers']['BCN']['gpu']['both']['ratio']: tuple(r['shape'])
                 for r in norms
                 if (r['dtype'], r['layout']) == (dtype, layout)
             }
             worst = _worst(ratios)
             where = '' if worst is None else f', worst shape {ratios[worst]}'
-            what = f'CUDA, {dtype}, {layout}: BCN / GN, forward + backward{where}'
+            what = f'CUDA, {dtype}, {layout}: kernels of BCN / GN, forward + backward{where}'
             bars.append(_bar(what, worst, 1.00))
     shares = [r['share_of_copy_bandwidth']['both'] for r in norms if r['bytes'] > BANDWIDTH_BYTES]
     what = 'CUDA: share of copy bandwidth, tensors over 256 MB, worst'
     bars.append(_bar(what, _worst(shares, min), 0.85, at_least=True))
     shares = [r['ws_share']['alone'] for r in backbones if r['dtype'] != 'float32']
     bars.append(_bar('CUDA: share of WS in an AMP step, R50, 800x1333', _worst(shares), 0.02))
-    peaks = [
-        r['training']['WS + BCN']['peak'] / r['training']['conv + GN']['peak'] for r in backbones
-    ]
-    what = 'CUDA: peak memory of a step, R50 WS + BCN / conv + GN, worst'
-    bars.append(_bar(what, _worst(peaks), 1.01))
+    for what, other, limit in (
+        ('wall', 'conv + GN', 0.80),
+        ('wall', 'conv + BN', 1.05),
+        ('launches', 'conv + GN', 1.00),
+        ('peak', 'conv + GN', 1.01),
+        ('peak', 'conv + GN', 0.50),
+    ):
+        rows = backbones
+        if limit == 0.50:
+            rows = [row for row in rows if row['dtype'] != 'float32']
+        worst = _worst(_step_ratio(row['training'], what, other) for row in rows)
+        kind = ', AMP' if limit == 0.50 else ''
+        bars.append(_bar(f'CUDA: R50 step, WS + BCN / {other}, {what}{kind}, worst', worst, limit))
+    detectors = (results.get('detector') or []) if counts else []
+    for other, limit in (('GN', 0.95), (FROZEN, 1.05)):
+        steps = [row['peers'] for row in detectors]
+        worst = _worst(s['WS + BCN']['step']['ms'] / s[other]['step']['ms'] for s in steps)
+        bars.append(_bar(f'CUDA: Mask R-CNN step, WS + BCN / {other}, wall, worst', worst, limit))
     return bars
+
+
+def _step_ratio(training: dict, what: str, other: str) -> float:
+    ours, theirs = training['WS + BCN'], training[other]
+    if what == 'wall':
+        return ours['both']['ms'] / theirs['both']['ms']
+    return ours[what] / theirs[what]

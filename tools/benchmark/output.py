@@ -63,18 +63,23 @@ def _host_table(found: dict) -> Lines:
 
 def norm(rows: list[dict]) -> Lines:
     """Times per phase, then memory and bandwidth, for every dtype and layout."""
-    yield 'Peers: ' + '; '.join(f'{name}: {what}' for name, what in NORMS.items()) + '.'
+    if not rows:
+        return
+    names = list(rows[0]['peers'])
+    yield 'Peers: ' + '; '.join(f'{name}: {NORMS[name]}' for name in names) + '.'
     for kind in _kinds(rows):
         chosen = _of_kind(rows, kind)
-        for phase in PHASES:
+        if 'gpu' in chosen[0]['peers']['GN']:
+            yield from _gpu_norms(chosen, names, kind)
+        for phase in PHASES if 'gpu' not in chosen[0]['peers']['GN'] else ['both']:
             title = 'forward + backward' if phase == 'both' else phase
             yield f'\n### Norms, {" ".join(kind)}, {title}: ratio to GN (ms ±IQR)\n'
             cells = [
                 [_shape(row), _time(row['peers']['GN'][phase])]
-                + [_ratio(row['peers'][name][phase]) for name in list(NORMS)[1:]]
+                + [_ratio(row['peers'][name][phase]) for name in names[1:]]
                 for row in chosen
             ]
-            yield table(['shape', *NORMS], cells)
+            yield table(['shape', *names], cells)
         yield f'\n### Norms, {" ".join(kind)}: memory, and BCN against the copy bandwidth\n'
         yield (
             'Saved: bytes kept for the backward pass by norm and in-place ReLU, in multiples of '
@@ -87,12 +92,30 @@ def norm(rows: list[dict]) -> Lines:
             [
                 'shape',
                 'MB',
-                *[f'saved {name}' for name in NORMS],
+                *[f'saved {name}' for name in names],
                 'peak BCN / GN',
                 *[f'share {phase}' for phase in PHASES],
             ],
             [_memory_cells(row) for row in chosen],
         )
+
+
+def _gpu_norms(rows: list[dict], names: list[str], kind: tuple[str, str]) -> Lines:
+    """Both phases in one table."""
+    yield f'\n### Norms, {" ".join(kind)}, kernels alone (graph replay): ratio to GN (us)\n'
+    cells = [
+        [
+            _shape(row),
+            *[
+                f'{found["ratio"]:.2f} ({found["ms"] * 1e3:.1f})'
+                for phase in ('forward', 'both')
+                for found in [row['peers'][name]['gpu'][phase] for name in names]
+            ],
+        ]
+        for row in rows
+    ]
+    titles = [f'{name}, {phase}' for phase in ('forward', 'forward + backward') for name in names]
+    yield table(['shape', *titles], cells)
 
 
 def _memory_cells(row: dict) -> list[str]:
@@ -101,7 +124,7 @@ def _memory_cells(row: dict) -> list[str]:
     return [
         _shape(row),
         f'{row["bytes"] / 2**20:.1f}',
-        *[f'{peers[name]["saved"]:.2f}' for name in NORMS],
+        *[f'{found["saved"]:.2f}' for found in peers.values()],
         ' / '.join(peaks) or '-',
         *[f'{row["share_of_copy_bandwidth"][phase]:.0%}' for phase in PHASES],
     ]
@@ -130,15 +153,18 @@ def backbone(rows: list[dict]) -> Lines:
     """Times per size, dtype and layout."""
     for row in rows:
         yield f'\n### R50, 1 image, {_backbone_title(row)}: ratio to conv + GN (ms ±IQR)\n'
-        cells = []
-        for name, training in row['training'].items():
-            peak = f'{training["peak"] / 2**20:.0f}' if 'peak' in training else '-'
-            evaluation = row['evaluation'][name]['forward']
-            cells.append([name, _ratio(training['both']), _ratio(evaluation), peak])
-        for name in sorted(row['evaluation'].keys() - row['training'].keys()):  # weights held
-            cells.append([name, '-', _ratio(row['evaluation'][name]['forward']), '-'])
-        header = ['', 'training step', 'evaluation, forward', 'peak MB']
-        yield table(header, cells)
+        passes, cells = row['evaluation'], []
+        for name in dict.fromkeys((*row['training'], *sorted(passes))):
+            step = row['training'].get(name, {})
+            cells.append(
+                [
+                    name,
+                    _ratio(step['both']) if step else '-',
+                    _ratio(passes[name]['forward']) if name in passes else '-',
+                    *_gpu_cells(step),
+                ]
+            )
+        yield table(['', 'training step', 'evaluation, forward', *GPU_HEADER], cells)
         alone, difference = row['ws_share']['alone'], row['ws_share']['by_difference']
         yield (
             f'\nShare of WS in the WS + BCN step: {alone:.1%} (timed alone), {difference:.1%} '
@@ -146,14 +172,45 @@ def backbone(rows: list[dict]) -> Lines:
         )
 
 
+GPU_HEADER = ['host ms', 'kernels ms', 'launches', 'peak MB']
+
+
+def _gpu_cells(step: dict) -> list[str]:
+    """What is measured on a GPU alone, of a training step."""
+    if 'peak' not in step:
+        return ['-'] * len(GPU_HEADER)
+    host_time = f'{step["host_ms"]:.2f}' if 'host_ms' in step else '-'
+    rest = f'{step["kernels_ms"]:.2f}', f'{step["launches"]:.0f}', f'{step["peak"] / 2**20:.0f}'
+    return [host_time, *rest]
+
+
 def _backbone_title(row: dict) -> str:
     return f'{row["size"][0]}x{row["size"][1]}, {row["dtype"]}, {row["layout"]}'
 
 
-def detector(found: dict) -> Lines:
-    """One table."""
-    yield f'\n### Training step of {found["config"]}, 1 image: ratio to GN (ms ±IQR)\n'
-    yield table(['', 'step'], [[n, _ratio(p['step'])] for n, p in found['peers'].items()])
+def detector(rows: list[dict]) -> Lines:
+    """A table per dtype."""
+    for row in rows:
+        yield f'\n### Training step of {_detector_title(row)}: ratio to GN (ms ±IQR)\n'
+        cells = [[n, _ratio(p['step']), *_gpu_cells(p)] for n, p in row['peers'].items()]
+        yield table(['', 'step', *GPU_HEADER], cells)
+
+
+def _detector_title(row: dict) -> str:
+    size = f', {row["size"][0]}x{row["size"][1]}' if row['size'] else ''
+    return f'{row["config"]}, 1 image{size}, {row["dtype"]}'
+
+
+def whole(rows: list[dict]) -> Lines:
+    """One table; what raised says what."""
+    yield '\n### R50, 1 image, 800x1333, the network as a whole: ms\n'
+    names = list(rows[0]['peers']) if rows else []
+    cells = []
+    for row in rows:
+        found = [row['peers'][name] for name in names]
+        times = [f'{f["ms"]:.2f}' if 'ms' in f else f['error'] for f in found]
+        cells.append([f'{row["way"]}, {row["dtype"]}', *times])
+    yield table(['', *names], cells)
 
 
 def bars(rows: list[dict]) -> Lines:
@@ -203,7 +260,8 @@ def _draw_norms(rows: list[dict], results: dict, file: Path) -> None:
     """A column of bars per peer, a line per shape."""
     import matplotlib.pyplot as plt
 
-    names = list(NORMS)[1:]
+    names = list(rows[0]['peers'])[1:]
+    on_gpu = 'gpu' in rows[0]['peers']['GN']
     labels = [_shape(row) for row in rows]
     figure, axes = plt.subplots(
         1,
@@ -213,14 +271,18 @@ def _draw_norms(rows: list[dict], results: dict, file: Path) -> None:
         layout='constrained',
         figsize=(2 + 2.2 * len(names), 1.6 + 0.24 * len(rows)),
     )
-    columns = [[row['peers'][name]['both']['ratio'] for row in rows] for name in names]
+    columns = [
+        [(p['gpu'] if on_gpu else p)['both']['ratio'] for p in (row['peers'][name] for row in rows)]
+        for name in names
+    ]
     for axis, name, values in zip(axes, names, columns):
         title = f'{name}\n{textwrap.fill(NORMS[name], 28)}'
         _draw_bars(axis, title, labels, values, [name.startswith('BCN')] * len(values))
     _set_scale(axes[0], [value for values in columns for value in values])
     kind = f'{rows[0]["dtype"]} {rows[0]["layout"]}'
     figure.suptitle(
-        f'Norm, forward + backward, {kind}: time as a multiple of GroupNorm(32)\n'
+        f'Norm, forward + backward, {kind}: time {"of the kernels " if on_gpu else ""}'
+        'as a multiple of GroupNorm(32)\n'
         f'{_machine(results)}',
         fontsize=10,
     )
@@ -237,10 +299,9 @@ def _model_panels(results: dict) -> Iterator[tuple[str, dict[str, float]]]:
             ratios = {name: phases[phase]['ratio'] for name, phases in row[part].items()}
             what = 'training, forward + backward' if part == 'training' else 'evaluation, forward'
             yield f'R50 {_backbone_title(row)}\n{what}: multiple of conv + GN', ratios
-    if results.get('detector'):
-        peers = results['detector']['peers']
-        ratios = {name: phases['step']['ratio'] for name, phases in peers.items()}
-        yield 'Mask R-CNN (quick config), training step\nmultiple of GN', ratios
+    for row in results.get('detector') or []:
+        ratios = {name: phases['step']['ratio'] for name, phases in row['peers'].items()}
+        yield f'{_detector_title(row)}\ntraining step: multiple of GN', ratios
 
 
 def _draw_panels(panels: list[tuple[str, dict[str, float]]], results: dict, file: Path) -> None:

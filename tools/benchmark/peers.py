@@ -75,6 +75,10 @@ NORMS = {
 """The peers of the norm section and what they are; ratios are to the first."""
 
 
+ON_GPU = ('GN', 'BCN', 'BCN batch', 'BN')
+"""Those that are timed on a GPU, where there are more dtypes and layouts and less time."""
+
+
 def norms(channels: int, device: torch.device, dtype: torch.dtype) -> dict[str, nn.Module]:
     """One of each of `NORMS`, in training mode, for inputs of ``dtype``.
 
@@ -218,10 +222,29 @@ def batch_channel_norm(channels: int) -> nn.Module:
     return BatchChannelNorm2d(channels, NUM_GROUPS)
 
 
+class FrozenBatchNorm2d(nn.BatchNorm2d):
+    """As pretrained detectors have it: running estimates and parameters stay as they are."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> 'FrozenBatchNorm2d':
+        """Nothing."""
+        super().train(False)
+        return self
+
+
+FROZEN = 'conv + frozen BN'
+NOT_ON_GPU = ('WS + GN',)
+"""Of `backbones`: left out there, for time."""
+
+
 def backbones(width: int = 64) -> dict[str, Callable[[], nn.Module]]:
     """Makers of the ResNet-50s that are compared; ratios are to ``conv + GN``."""
     pairs: dict[str, tuple[Callable | None, Callable]] = {
         'conv + BN': (nn.Conv2d, nn.BatchNorm2d),
+        FROZEN: (nn.Conv2d, FrozenBatchNorm2d),
         'conv + GN': (nn.Conv2d, group_norm),
         'mmcv ConvWS + GN': (None if mmcv_missing() else mmcv_conv(), group_norm),
         'one-call WS + GN': (OneCallWSConv2d, group_norm),

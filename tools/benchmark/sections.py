@@ -1,23 +1,21 @@
-"""The sections: host time, norms alone, weight standardization alone, a backbone, a detector.
+"""Sections of the benchmark: norms alone, weight standardization alone, a backbone.
 
 Each takes `Settings` and returns what goes into results.json under its name; a `Skipped` says why
-there is nothing to return.
+there is nothing to return. Others: `host_time`, `detectors`, `whole`.
 """
 
 import contextlib
 import copy
 import functools
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmark import peers, timing
+from benchmark import gpu_timing, peers, timing
 from benchmark.gate import LAYOUTS
-from benchmark.host_time import host as host
-from benchmark.settings import Settings, Skipped, name_of, show_progress
+from benchmark.settings import Settings, name_of, show_progress
 from benchmark.timing import Case
 from wsbcn_mm import (
     WSConv2d,
@@ -26,9 +24,6 @@ from wsbcn_mm import (
     weights_do_not_change,
 )
 from wsbcn_mm.layers import WeightStandardized
-
-REPOSITORY = Path(__file__).resolve().parents[2]
-QUICK_CONFIG = REPOSITORY / 'configs/quick/quick_mask-rcnn_r18_fpn_ws-bcn_1xb1_shapes.py'
 
 # (N, C, H, W) of activations that a norm sees.
 SHAPES = (
@@ -65,7 +60,24 @@ SHAPES = (
     (1, 64, 40, 48),
     (1, 2048, 5, 6),
 )
-CUDA_SHAPES = ((8, 256, 200, 336),)  # over 256 MB in half precision too: out of every cache
+# On a GPU, where every dtype and layout is measured, fewer; the last is over 256 MB in half
+# precision too: out of every cache.
+CUDA_SHAPES = (
+    (1, 64, 400, 672),
+    (1, 64, 200, 304),
+    (1, 256, 200, 336),
+    (1, 512, 100, 168),
+    (1, 256, 50, 84),
+    (1, 1024, 50, 84),
+    (1, 512, 25, 42),
+    (1, 2048, 25, 42),
+    (512, 256, 7, 7),
+    (128, 256, 14, 14),
+    (2, 256, 200, 336),
+    (1, 2048, 33, 33),
+    (1, 64, 40, 48),
+    (8, 256, 200, 336),
+)
 QUICK_SHAPES = ((1, 64, 8, 8), (2, 64, 5, 6))
 HELD = ', weights held'  # in evaluation, within `weights_do_not_change`
 WIDTH, QUICK_WIDTH = 64, 32  # of the ResNet
@@ -81,9 +93,12 @@ PASSES = {'forward': 3, 'backward': 5, 'both': 8}
 
 
 def norm(settings: Settings) -> list[dict]:
-    """Every norm of `peers.NORMS` at every shape, dtype and layout."""
+    """Norms at every shape, dtype and layout: all of `peers.NORMS`, on a GPU the quick ones.
+
+    On a GPU also, as ``gpu``, the time of the kernels alone (`gpu_timing.replayed`).
+    """
     device = settings.device
-    shapes = SHAPES + (CUDA_SHAPES if device.type == 'cuda' else ())
+    shapes = CUDA_SHAPES if device.type == 'cuda' else SHAPES
     shapes = QUICK_SHAPES if settings.quick else shapes
     bandwidth = timing.copy_bandwidth(device, settings.repeats)
     show_progress(f'copy bandwidth {bandwidth / 1e9:.1f} GB/s')
@@ -107,6 +122,8 @@ def _time_norms(settings, shape, dtype, layout, bandwidth) -> dict:
     )
     x = (x + 1).requires_grad_()
     modules = peers.norms(shape[1], device, dtype)
+    if device.type == 'cuda':
+        modules = {name: modules[name] for name in peers.ON_GPU}
     cases = {name: _norm_case(module, x, cotangent) for name, module in modules.items()}
     times: Any = timing.round_robin(cases, device, settings.repeats)
     timing.add_ratios(times, 'GN')
@@ -115,11 +132,20 @@ def _time_norms(settings, shape, dtype, layout, bandwidth) -> dict:
         times[name]['saved'] = timing.saved_bytes(_then_relu(module, x), module) / size
         if device.type == 'cuda':
             times[name]['peak'] = timing.peak_bytes(cases[name]) / size
+            times[name]['gpu'] = gpu_timing.replayed(cases[name], settings.repeats)
+    found = times['BCN']
+    if device.type == 'cuda':
+        timing.add_ratios({name: phases['gpu'] for name, phases in times.items()}, 'GN')
+        found = dict(found['gpu'], backward=_difference(found['gpu']))
     share = {
-        phase: passes * size / (times['BCN'][phase]['ms'] / 1e3) / bandwidth
+        phase: passes * size / (found[phase]['ms'] / 1e3) / bandwidth
         for phase, passes in PASSES.items()
     }
     return dict(bytes=size, peers=times, copy_bandwidth=bandwidth, share_of_copy_bandwidth=share)
+
+
+def _difference(phases: dict) -> dict:
+    return {'ms': phases['both']['ms'] - phases['forward']['ms']}
 
 
 def _norm_case(module: nn.Module, x: Tensor, cotangent: Tensor) -> Case:
@@ -265,6 +291,8 @@ def backbone(settings: Settings) -> list[dict]:
     for layout in settings.layouts:
         models = {}
         makers = peers.backbones(QUICK_WIDTH if settings.quick else WIDTH)
+        if device.type == 'cuda':
+            makers = {n: make for n, make in makers.items() if n not in peers.NOT_ON_GPU}
         for name, make in makers.items():
             torch.manual_seed(0)
             models[name] = make().to(device)
@@ -298,12 +326,14 @@ def _time_backbones(settings, models, size, dtype, layout) -> dict:
     step, without = training['WS + BCN']['both']['ms'], training['conv + BCN']['both']['ms']
     row['ws_share'] = {'alone': alone['ms'] / step, 'by_difference': 1 - without / step}
     if device.type == 'cuda':
-        for name, model in models.items():
-            own = sum(t.numel() * t.element_size() for t in model.state_dict().values())
-            training[name]['peak'] = own + timing.peak_bytes(steps[name])
+        for name in models:
+            training[name]['peak'] = timing.peak_bytes(steps[name])
+            training[name]['host_ms'] = gpu_timing.host(steps[name], settings.repeats)
+            training[name] |= gpu_timing.launched(steps[name])
 
-    passes = {n: _evaluation(m.eval(), image, dtype) for n, m in models.items()}
-    held = {n: copy.deepcopy(m) for n, m in models.items() if ws_layers(m)}
+    compared = {n: m for n, m in models.items() if n != peers.FROZEN}  # is conv + BN there
+    passes = {n: _evaluation(m.eval(), image, dtype) for n, m in compared.items()}
+    held = {n: copy.deepcopy(m) for n, m in compared.items() if ws_layers(m)}
     passes |= {f'{n}{HELD}': _evaluation(m, image, dtype) for n, m in held.items()}
     with contextlib.ExitStack() as scopes:
         for model in held.values():
@@ -346,90 +376,3 @@ def _evaluation(model: nn.Module, image: Tensor, dtype: torch.dtype) -> Case:
             return model(image)
 
     return Case(forward)
-
-
-# ----------------------------------------------------------------------------------------------
-# Detector
-
-
-def detector(settings: Settings) -> dict:
-    """A training step of the quick config's Mask R-CNN on one drawn image, in float32.
-
-    As the runner does it: losses, backward pass, gradient clipping, AdamW. The learning rate is 0,
-    so that every step is the same step.
-    """
-    from wsbcn_mm.openmmlab import compat
-
-    try:
-        compat.require('mmengine', 'mmcv', 'mmdet')
-    except ImportError as error:
-        raise Skipped(str(error).replace('\n', ';')) from None
-    group_norm = dict(type='GN', num_groups=16, requires_grad=True)
-    if not settings.begins('detector'):
-        raise Skipped('no time was left')
-    variants: dict[str, dict] = {
-        'GN': dict(norm_cfg=group_norm, conv_cfg=None),
-        'mmcv ConvWS + GN': dict(norm_cfg=group_norm, conv_cfg=dict(type='ConvWS')),
-        'WS + BCN': {},  # the config as it is
-    }
-    cases: dict[str, Case] = {}
-    for name, layers in variants.items():
-        show_progress(f'detector: builds {name}')
-        cases[name] = _detector_step(layers, settings.device)
-    show_progress(f'detector: {settings.repeats} steps of each')
-    times = timing.round_robin(cases, settings.device, settings.repeats, warm_up=1)
-    timing.add_ratios(times, 'GN')
-    times = {name: {'step': phases['forward']} for name, phases in times.items()}
-    return dict(config=QUICK_CONFIG.name, peers=times)
-
-
-def _detector_step(layers: dict, device: torch.device) -> Case:
-    from mmdet.registry import MODELS
-    from mmdet.utils import register_all_modules
-    from mmengine.logging import MMLogger
-    from mmengine.optim import build_optim_wrapper
-
-    from wsbcn_mm.openmmlab.config import load_config
-
-    register_all_modules()
-    MMLogger.get_current_instance().setLevel('WARNING')  # it writes to stdout
-    cfg = load_config(str(QUICK_CONFIG))
-    _replace(cfg.model, layers)
-    cfg.optim_wrapper.optimizer.lr = 0.0
-    torch.manual_seed(0)
-    model = MODELS.build(cfg.model).to(device).train()
-    optimizer = build_optim_wrapper(model, cfg.optim_wrapper)
-    sample, data = _drawn_sample(), {}
-
-    def prepare() -> None:
-        torch.manual_seed(0)  # heads sample at random
-        data.update(copy.deepcopy(sample))  # models edit their data
-
-    return Case(lambda: model.train_step(data, optimizer), prepare=prepare)
-
-
-def _replace(cfg: dict, values: dict) -> None:
-    """Sets the given keys wherever a config has them."""
-    for key, value in list(cfg.items()):
-        if key in values:
-            cfg[key] = values[key]
-        elif isinstance(value, dict):
-            _replace(value, values)
-
-
-def _drawn_sample() -> dict:
-    import numpy as np
-    from mmdet.structures import DetDataSample
-    from mmdet.structures.mask import BitmapMasks
-    from mmengine.structures import InstanceData
-
-    from wsbcn_mm import shapes
-
-    image, instances = shapes.draw_image('train', 0)
-    size = image.shape[:2]
-    masks = BitmapMasks(np.stack([mask for _, mask in instances]).astype(np.uint8), *size)
-    labels = torch.tensor([label for label, _ in instances])
-    sample = DetDataSample(metainfo=dict(img_shape=size, ori_shape=size, scale_factor=(1.0, 1.0)))
-    sample.gt_instances = InstanceData(masks=masks, bboxes=masks.get_bboxes('hbox'), labels=labels)
-    bgr = np.ascontiguousarray(image[..., ::-1].transpose(2, 0, 1))
-    return dict(inputs=[torch.from_numpy(bgr)], data_samples=[sample])

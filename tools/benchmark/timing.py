@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 PHASES = ('forward', 'backward', 'both')
 BANDWIDTH_BYTES = 256 * 2**20
-_SAMPLE_MS = 5.0  # a sample is at least about this long: many calls where one takes microseconds
+# A sample is at least about this long: many calls where one takes microseconds. On a GPU longer, so
+# that the host's first steps ahead of it weigh as little as they do in training.
+_SAMPLE_MS = {'cpu': 5.0, 'cuda': 60.0}
 _MAX_CALLS = 50
 
 
@@ -115,7 +117,7 @@ def round_robin(
         calls[name] = 1
         if repeats > 1:
             expected = _sample(case, clock, 1)['both']
-            calls[name] = max(1, min(_MAX_CALLS, round(_SAMPLE_MS / expected)))
+            calls[name] = max(1, min(_MAX_CALLS, round(_SAMPLE_MS[device.type] / expected)))
     samples: dict[str, dict[str, list[float]]]
     samples = {name: {phase: [] for phase in PHASES} for name in cases}
     order, generator = list(cases), random.Random(0)

@@ -191,11 +191,24 @@ def test_bad_arguments_are_refused(both):
 @pytest.mark.skipif(DEVICE != 'cpu', reason='of a driver that does not launch')
 def test_an_error_of_the_driver_is_an_error(monkeypatch):
     driver = drivers.Driver()
-    driver.result = 700
+    driver.results = [700]
     drivers.use(driver, monkeypatch)
     with pytest.raises(RuntimeError, match='could not launch the kernel standardize .*error 700'):
         drivers.call('standardize', rand(4, 3), 1e-5, 'paper', torch.float32)
     torch.ops.wsbcn_mm.reset_launcher.default()
+
+
+@pytest.mark.skipif(DEVICE != 'cpu', reason='of a driver that does not launch')
+def test_a_thread_without_a_context_gets_one(monkeypatch):
+    driver, asked = drivers.Driver(), []
+    drivers.use(driver, monkeypatch)
+    addresses = variants.addresses
+    monkeypatch.setattr(variants, 'addresses', lambda: asked.append(1) or addresses())
+    driver.results = [0, 201]  # CUDA_ERROR_INVALID_CONTEXT, after one that succeeds
+    for _ in range(2):
+        drivers.call('standardize', rand(4, 3), 1e-5, 'paper', torch.float32)
+    torch.ops.wsbcn_mm.reset_launcher.default()
+    assert driver.error is None and len(driver.launches) == 3 and len(asked) == 2
 
 
 def test_a_kernel_with_unknown_parameters_is_refused():

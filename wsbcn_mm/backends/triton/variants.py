@@ -56,10 +56,15 @@ def _address(library: str, function: str) -> int:
 
 
 def launcher() -> list[int]:
-    """What the launcher must know, in the order of `Settings` in host/launch.cpp."""
+    """What the launcher must know, in the order of `Settings` in host/launch.cpp.
+
+    Gives the calling thread the context of the current device, as any call of CUDA's runtime does.
+    """
     # Not at the top: Triton is imported when there is the first tensor of a GPU.
     from wsbcn_mm.backends.triton import cuts, weights
 
+    if torch.cuda.is_initialized():
+        torch.cuda.mem_get_info()
     return [
         *addresses(),
         cuts.TILE,

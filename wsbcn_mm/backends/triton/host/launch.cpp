@@ -23,6 +23,9 @@ using LaunchKernel = int (*)(void* function, unsigned grid_x, unsigned grid_y, u
 // aoti_torch_get_current_cuda_stream of torch; 0: no error.
 using CurrentStream = int32_t (*)(int32_t device, void** stream);
 
+// What it returns in a thread that has not used the device yet.
+constexpr int INVALID_CONTEXT = 201;
+
 std::atomic<int64_t> launches_so_far{0};
 
 // What Python knows, in the order in which `launcher` of triton/variants.py returns it.
@@ -47,12 +50,8 @@ c10::OperatorHandle python(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "");
 }
 
-// Python is asked at the first use: there may be no GPU, and then Triton is not imported.
-Settings current() {
-  {
-    std::lock_guard<std::mutex> guard(mutex);
-    if (settings) return *settings;
-  }
+// Asks Python, which also gives the calling thread the context of the current device.
+Settings ask_launcher() {
   static const auto launcher = python("wsbcn_mm::launcher");
   torch::jit::Stack stack;
   launcher.callBoxed(stack);
@@ -63,6 +62,15 @@ Settings current() {
   settings.emplace();
   std::memcpy(&*settings, values.data(), sizeof(Settings));
   return *settings;
+}
+
+// Python is asked at the first use: there may be no GPU, and then Triton is not imported.
+Settings current() {
+  {
+    std::lock_guard<std::mutex> guard(mutex);
+    if (settings) return *settings;
+  }
+  return ask_launcher();
 }
 
 bool is_wide(int64_t number) {
@@ -191,8 +199,15 @@ void start(const char* kernel, Grid grid, c10::Device device, const Arguments& a
   }
   ++launches_so_far;
   if (s.launch == nullptr) return;
-  const int error = s.launch(variant.function, grid.x, grid.y, 1, variant.threads, 1, 1,
-                             variant.shared, stream, parameters.data(), nullptr);
+  const auto launch = [&] {
+    return s.launch(variant.function, grid.x, grid.y, 1, variant.threads, 1, 1, variant.shared,
+                    stream, parameters.data(), nullptr);
+  };
+  int error = launch();
+  if (error == INVALID_CONTEXT) {
+    ask_launcher();
+    error = launch();
+  }
   TORCH_CHECK(error == 0, "the driver could not launch the kernel ", kernel, " on ", device,
               ": CUDA error ", error);
 }
