@@ -147,7 +147,7 @@ def _cuda(results: dict) -> list[dict]:
         ('peak', 'conv + GN', 1.01),
         ('peak', 'conv + GN', 0.50),
     ):
-        rows = backbones
+        rows = [row for row in backbones if what in ('wall', *row['training']['WS + BCN'])]
         if limit == 0.50:
             rows = [row for row in rows if row['dtype'] != 'float32']
         worst = _worst(_step_ratio(row['training'], what, other) for row in rows)

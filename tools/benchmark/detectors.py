@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmark import gpu_timing, timing
+from benchmark import timing
 from benchmark.settings import Settings, Skipped, name_of, show_progress
 from benchmark.timing import Case
 
@@ -84,7 +84,6 @@ def detector(settings: Settings) -> list[dict]:
         if on_gpu:
             for name, case in cases.items():
                 found[name]['peak'] = timing.peak_bytes(case)
-                found[name] |= gpu_timing.launched(case)
         config = variants['WS + BCN'].config.name
         rows.append(dict(config=config, size=size, dtype=name_of(dtype), peers=found))
     if not rows:

@@ -1,11 +1,11 @@
 """What only a GPU can tell: the time of its kernels without the host, launches, the host's time."""
 
+import ctypes
 import statistics
 import time
 from collections.abc import Callable
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from benchmark.timing import Case, Clock, summary
 
@@ -34,16 +34,21 @@ def replayed(case: Case, repeats: int) -> dict[str, dict]:
 
 
 def _replay(call: Callable[[], None], repeats: int) -> dict:
-    graph = captured(call, _CAPTURED_CALLS)
+    return _replayed(captured(call, _CAPTURED_CALLS), repeats, _CAPTURED_CALLS)
+
+
+def _replayed(graph: torch.cuda.CUDAGraph, repeats: int, calls: int) -> dict:
     clock, samples = Clock(torch.device('cuda')), []
     for _ in range(repeats + 1):
         start = clock.mark()
         graph.replay()
-        samples.append(clock.ms(start, clock.mark()) / _CAPTURED_CALLS)
+        samples.append(clock.ms(start, clock.mark()) / calls)
     return summary(samples[1:])
 
 
-def captured(call: Callable[[], None], calls: int = 1) -> torch.cuda.CUDAGraph:
+def captured(
+    call: Callable[[], None], calls: int = 1, keep_graph: bool = False
+) -> torch.cuda.CUDAGraph:
     """A CUDA graph of so many calls; what is compiled or tuned at the first ones is not in it."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -52,27 +57,32 @@ def captured(call: Callable[[], None], calls: int = 1) -> torch.cuda.CUDAGraph:
             call()
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
+    graph = torch.cuda.CUDAGraph(keep_graph=True) if keep_graph else torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(calls):
             call()
     return graph
 
 
-def launched(case: Case) -> dict[str, float]:
-    """Milliseconds of all kernels and copies of one call, and how many there are."""
-    calls = 2
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        for _ in range(calls):
-            case.prepare()
-            case.backward(case.forward())
-        torch.cuda.synchronize()
-    events = [event for event in profiler.key_averages() if event.self_device_time_total > 0]
-    return dict(
-        kernels_ms=sum(event.self_device_time_total for event in events) / 1e3 / calls,
-        launches=sum(event.count for event in events) / calls,
-    )
+def launched(case: Case, repeats: int) -> dict[str, float]:
+    """Milliseconds of all kernels and copies of one call, by replay, and how many there are.
+
+    Not by torch's profiler: once it has run in a process, every later launch takes longer.
+    """
+
+    def call() -> None:
+        case.prepare()
+        case.backward(case.forward())
+
+    graph = captured(call, keep_graph=hasattr(torch.cuda.CUDAGraph, 'raw_cuda_graph'))
+    found = dict(kernels_ms=_replayed(graph, repeats, 1)['ms'])
+    if hasattr(graph, 'raw_cuda_graph'):  # torch 2.8 and later
+        number = ctypes.c_size_t()
+        nodes = ctypes.CDLL('libcuda.so.1').cuGraphGetNodes
+        error = nodes(ctypes.c_void_p(graph.raw_cuda_graph()), None, ctypes.byref(number))
+        assert error == 0, f'cuGraphGetNodes: CUDA error {error}'
+        found['launches'] = number.value
+    return found
 
 
 def host(case: Case, repeats: int) -> float:

@@ -179,9 +179,9 @@ def _gpu_cells(step: dict) -> list[str]:
     """What is measured on a GPU alone, of a training step."""
     if 'peak' not in step:
         return ['-'] * len(GPU_HEADER)
-    host_time = f'{step["host_ms"]:.2f}' if 'host_ms' in step else '-'
-    rest = f'{step["kernels_ms"]:.2f}', f'{step["launches"]:.0f}', f'{step["peak"] / 2**20:.0f}'
-    return [host_time, *rest]
+    formats = {'host_ms': '.2f', 'kernels_ms': '.2f', 'launches': '.0f'}  # a detector has none
+    cells = [f'{step[name]:{how}}' if name in step else '-' for name, how in formats.items()]
+    return [*cells, f'{step["peak"] / 2**20:.0f}']
 
 
 def _backbone_title(row: dict) -> str:

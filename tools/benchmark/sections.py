@@ -329,7 +329,7 @@ def _time_backbones(settings, models, size, dtype, layout) -> dict:
         for name in models:
             training[name]['peak'] = timing.peak_bytes(steps[name])
             training[name]['host_ms'] = gpu_timing.host(steps[name], settings.repeats)
-            training[name] |= gpu_timing.launched(steps[name])
+            training[name] |= gpu_timing.launched(steps[name], settings.repeats)
 
     compared = {n: m for n, m in models.items() if n != peers.FROZEN}  # is conv + BN there
     passes = {n: _evaluation(m.eval(), image, dtype) for n, m in compared.items()}
