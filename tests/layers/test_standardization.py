@@ -73,7 +73,7 @@ def test_a_shared_layer_is_standardized_once_per_pass(calls, backend):
 
 def test_a_chunk_holds_a_few_megabytes(calls, monkeypatch):
     model = net(5)
-    monkeypatch.setattr(scopes, 'CHUNK_BYTES', 2 * model[0].weight.nbytes)
+    monkeypatch.setattr(scopes, 'ON_CPU', 2 * model[0].weight.nbytes)
     model(X)
     assert calls == [2, 2, 1]
 
@@ -87,7 +87,7 @@ def test_chunks_follow_the_order_of_use(calls, monkeypatch):
 
     model = Backwards(*net(4, attached=False))
     wsbcn_mm.standardize_once_per_forward(model)
-    monkeypatch.setattr(scopes, 'CHUNK_BYTES', 2 * model[0].weight.nbytes)
+    monkeypatch.setattr(scopes, 'ON_CPU', 2 * model[0].weight.nbytes)
     model(X)
     calls.clear()
     model(X)  # knows the order of the first pass

@@ -72,7 +72,7 @@ def test_a_quick_run_writes_everything(tmp_path):
     row = results['backbone'][0]
     assert set(row['training']) == set(peers.backbones())
     held = {f'{name}{sections.HELD}' for name in ('WS + GN', 'WS + BCN')}
-    assert set(row['evaluation']) == set(peers.backbones()) | held
+    assert set(row['evaluation']) == (set(peers.backbones()) | held) - {peers.FROZEN}
     assert set(row['ws_share']) == {'alone', 'by_difference'}
     wanted = {*host_time.OURS, *host_time.CONVOLUTIONS}
     assert wanted <= set(results['host']['ratios'])
@@ -91,7 +91,8 @@ def test_a_quick_run_writes_everything(tmp_path):
 def test_a_quick_run_of_the_detector(tmp_path):
     pytest.importorskip('mmdet')
     done, results = run_tool(tmp_path, '--only', 'detector')
-    assert set(results['detector']['peers']) == {'GN', 'mmcv ConvWS + GN', 'WS + BCN'}
+    (row,) = results['detector']
+    assert set(row['peers']) == {'GN', 'mmcv ConvWS + GN', 'WS + BCN'}
     assert 'INFO' not in done.stdout  # mmengine's log
 
 
@@ -99,7 +100,7 @@ def test_a_section_that_cannot_run_is_named_with_the_reason(tmp_path, capsys, mo
     def skips(settings):
         raise Skipped('no such thing here')
 
-    monkeypatch.setattr(sections, 'detector', skips)
+    monkeypatch.setitem(benchmark_layers.SECTIONS, 'detector', skips)
     benchmark_layers.main(['--device', 'cpu', '--quick', '--only', 'detector', '-o', str(tmp_path)])
     assert 'Not measured: detector: no such thing here' in capsys.readouterr().out
     results = json.loads((tmp_path / 'results.json').read_text())
@@ -121,7 +122,7 @@ def test_when_the_time_is_over_nothing_more_begins(tmp_path, capsys):
     arguments = ['--device', 'cpu', '--quick', '--seconds', '0', '-o', str(tmp_path)]
     benchmark_layers.main([*arguments, '--only', 'norm', 'ws'])
     out = capsys.readouterr().out
-    assert 'No time was left for norm (1, 64, 8, 8) float32 nchw, norm (2, ' in out
+    assert 'No time was left for ws float32, norm (1, 64, 8, 8) float32 nchw, norm (2, ' in out
     results = json.loads((tmp_path / 'results.json').read_text())
     assert results['norm'] == results['ws'] == [] and len(results['left_out']) == 3
 
@@ -386,23 +387,46 @@ def test_bars_on_cuda():
         norm_row([2, 64, 8, 8], 1.2),
         norm_row([1, 64, 8, 8], 0.8, dtype='float16', **share),
     ]
+    for row in rows:  # the time of the kernels counts, whatever the host takes
+        found = row['peers']['BCN']
+        found['gpu'], found['both'] = dict(both=found['both']), dict(ratio=5.0)
+
+    def step(ms, peak, launches):
+        return dict(both=dict(ms=ms), peak=peak, launches=launches)
+
     backbone = dict(
         size=[800, 1333],
         dtype='float16',
         layout='nchw',
         ws_share=dict(alone=0.03),
-        training={'WS + BCN': dict(peak=100), 'conv + GN': dict(peak=100)},
+        training={
+            'WS + BCN': step(10, 45, 900),
+            'conv + GN': step(13, 100, 1000),
+            'conv + BN': step(9, 45, 800),
+        },
+    )
+    detector = dict(
+        peers={
+            name: dict(step=dict(ms=ms))
+            for name, ms in {'WS + BCN': 98, 'GN': 100, 'frozen BN': 95}.items()
+        }
     )
     results = dict(machine=dict(device='cuda', threads=2), settings=dict(quick=False))
-    results |= dict(norm=rows, backbone=[backbone])
+    results |= dict(norm=rows, backbone=[backbone], detector=[detector])
     found = verdicts(results)
-    kind = 'BCN / GN, forward + backward'
+    kind = 'kernels of BCN / GN, forward + backward'
     assert found[f'CUDA, float32, nchw: {kind}, worst shape (2, 64, 8, 8)'] is False
     assert found[f'CUDA, float16, nchw: {kind}, worst shape (1, 64, 8, 8)'] is True
     assert found[f'CUDA, bfloat16, nchw: {kind}'] is None
     assert found['CUDA: share of copy bandwidth, tensors over 256 MB, worst'] is True
     assert found['CUDA: share of WS in an AMP step, R50, 800x1333'] is False
-    assert found['CUDA: peak memory of a step, R50 WS + BCN / conv + GN, worst'] is True
+    r50 = 'CUDA: R50 step, WS + BCN /'
+    assert found[f'{r50} conv + GN, wall, worst'] is True
+    assert found[f'{r50} conv + BN, wall, worst'] is False
+    assert found[f'{r50} conv + GN, launches, worst'] is True
+    assert found[f'{r50} conv + GN, peak, AMP, worst'] is True
+    assert found['CUDA: Mask R-CNN step, WS + BCN / GN, wall, worst'] is False
+    assert found['CUDA: Mask R-CNN step, WS + BCN / frozen BN, wall, worst'] is True
     assert all(met is None for bar, met in found.items() if bar.startswith('CPU'))
 
 

@@ -14,6 +14,7 @@ import torch
 from benchmark import timing
 from benchmark.settings import Settings, Skipped, name_of, show_progress
 from benchmark.timing import Case
+from wsbcn_mm import standardize_once_per_forward
 
 CONFIGS = Path(__file__).resolve().parents[2] / 'configs'
 QUICK_CONFIG = CONFIGS / 'quick/quick_mask-rcnn_r18_fpn_ws-bcn_1xb1_shapes.py'
@@ -105,7 +106,9 @@ def _build(variant: Variant, device: torch.device) -> tuple[Any, Any]:
     cfg.model.backbone.init_cfg = None  # nothing is downloaded
     cfg.optim_wrapper.optimizer.lr = 0.0
     torch.manual_seed(0)
-    return MODELS.build(cfg.model).to(device).train(), cfg
+    model = MODELS.build(cfg.model).to(device).train()
+    standardize_once_per_forward(model)  # as a hook of every config does
+    return model, cfg
 
 
 def _step(model: Any, cfg: Any, sample: dict, dtype: torch.dtype) -> Case:

@@ -16,7 +16,7 @@ def main(repeats: int) -> None:
     """Measures what `host_time.measured` measures."""
     from benchmark.host_time import measured
 
-    vars(variants).update(load=lambda *_: [1, 32, 0, 0], addresses=lambda: (0, 0))
+    vars(variants).update(load=lambda *_: [1, 32, 0, 0], addresses=lambda: (0, 0, 0))
     torch.ops.wsbcn_mm.register_launcher.default(True)
     before = torch.ops.wsbcn_mm.launches.default()
     found = measured(Settings(torch.device('cpu'), [torch.float32], ['nchw'], repeats, False))

@@ -98,8 +98,9 @@ def norm(settings: Settings) -> list[dict]:
     On a GPU also, as ``gpu``, the time of the kernels alone (`gpu_timing.replayed`).
     """
     device = settings.device
-    shapes = CUDA_SHAPES if device.type == 'cuda' else SHAPES
-    shapes = QUICK_SHAPES if settings.quick else shapes
+    shapes: Sequence[tuple[int, ...]] = CUDA_SHAPES if device.type == 'cuda' else SHAPES
+    if settings.quick:
+        shapes = QUICK_SHAPES
     bandwidth = timing.copy_bandwidth(device, settings.repeats)
     show_progress(f'copy bandwidth {bandwidth / 1e9:.1f} GB/s')
     kinds = [(d, layout) for d in settings.dtypes for layout in settings.layouts]
@@ -320,7 +321,8 @@ def _time_backbones(settings, models, size, dtype, layout) -> dict:
     steps = {n: _training_step(m.train(), image, dtype) for n, m in models.items()}
     # In the same rounds: what our WS takes of a step.
     steps['WS alone'] = standardizing(models['WS + BCN'], dtype)
-    training = timing.round_robin(steps, device, settings.repeats)
+    training: dict[str, dict[str, Any]]
+    training = dict(timing.round_robin(steps, device, settings.repeats))
     alone = training.pop('WS alone')['both']
     timing.add_ratios(training, 'conv + GN')
     step, without = training['WS + BCN']['both']['ms'], training['conv + BCN']['both']['ms']

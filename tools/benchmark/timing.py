@@ -66,7 +66,7 @@ class Clock:
 
 
 def _sample(case: Case, clock: Clock, calls: int) -> dict[str, float]:
-    """Milliseconds of one call, the mean over ``calls``."""
+    """Milliseconds of one call, the median over ``calls``."""
     marks = []
     clock.synchronize()
     for _ in range(calls):
@@ -77,8 +77,8 @@ def _sample(case: Case, clock: Clock, calls: int) -> dict[str, float]:
         case.backward(result)
         marks.append((start, middle, clock.mark()))
         del result  # not while the next call is timed
-    forward = sum(clock.ms(start, middle) for start, middle, _ in marks) / calls
-    both = sum(clock.ms(start, end) for start, _, end in marks) / calls
+    forward = statistics.median(clock.ms(start, middle) for start, middle, _ in marks)
+    both = statistics.median(clock.ms(start, end) for start, _, end in marks)
     return {'forward': forward, 'backward': both - forward, 'both': both}
 
 

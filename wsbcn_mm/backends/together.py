@@ -34,21 +34,31 @@ class Together:
         eps: As in `wsbcn_mm.functional.weight_standardize`, and checked there.
         formula: Likewise.
         dtype: Of the results.
+        one_pass: Whether a backward pass ends what the results hold for.
+
+    Attributes:
+        states: What the results hold for, as the extension says it; None where it does not.
     """
 
     def __init__(
-        self, weights: Sequence[Tensor], eps: float, formula: str, dtype: torch.dtype
+        self,
+        weights: Sequence[Tensor],
+        eps: float,
+        formula: str,
+        dtype: torch.dtype,
+        one_pass: bool,
     ) -> None:
         self._weights, self._eps, self._formula = list(weights), eps, formula
         self._backend = backends.select(self._weights[0])
         self._by_node = autograd.has_nodes(self._backend)
         self._results: list[Tensor]
-        usual: list[Tensor] | None = None
+        self.states: list[object] | None = None
+        usual: tuple[list[Tensor], list[object]] | None = None
         if self._by_node and backends.forced() is None:
             assert cpu.entries is not None
-            usual = cpu.entries.weight_standardize_all(self._weights, eps, formula)
-        if usual is not None and usual[0].dtype is dtype:
-            self._results = usual
+            usual = cpu.entries.weight_standardize_all(self._weights, eps, formula, one_pass)
+        if usual is not None and usual[0][0].dtype is dtype:
+            self._results, self.states = usual
         elif self._by_node:
             self._results = torch.ops.wsbcn_mm.weight_standardize_all.default(
                 self._weights, eps, formula, dtype

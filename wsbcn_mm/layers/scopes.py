@@ -18,14 +18,18 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from wsbcn_mm import backends, compat
-from wsbcn_mm.backends import cpu
+from wsbcn_mm import backends, compat, distributed
+from wsbcn_mm.backends import cpu, triton
 from wsbcn_mm.backends.together import Together, backward_calls, is_dense
 from wsbcn_mm.layers import optimizer_steps
 
-CHUNK_BYTES = 4 * 2**20
-"""What one operator call standardizes. The gradients of a chunk are there when the last of them is:
-the buckets of DistributedDataParallel, 25 MB, shall not have to wait for each other."""
+ON_CPU = 4 * 2**20
+"""Bytes that a call standardizes on a CPU: they stay in its cache for the convolutions."""
+OVER_RANKS = 16 * 2**20
+"""Elsewhere, where there are several processes: the gradients of a chunk are there when the last
+of them is, and the buckets of DistributedDataParallel, 25 MB, shall not wait for each other."""
+ALONE = 256 * 2**20
+"""Where there is one process: on a GPU a call costs more than its work."""
 
 
 class Layer(Protocol):
@@ -169,7 +173,7 @@ class Scope:
 
     def get(self, layer: Any, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """The standardized weight of one of the layers."""
-        if not _is_plain(weight):
+        if not _is_plain(weight) or (not self._one_pass and _is_captured(weight)):
             return computed(layer, weight, dtype)
         context = (
             dtype,
@@ -201,11 +205,14 @@ class Scope:
         chunk = self._chunk(layer, weight, table)
         if len(chunk) == 1:
             value = layer.standardize(weight, dtype)
-            table[layer] = _Result(layer, weight, self._one_pass, lambda: value)
+            state = _state_of(weight, self._one_pass)
+            table[layer] = _Result(layer, weight, state, lambda: value)
             return
-        together = Together(list(chunk.values()), layer.eps, layer.formula, dtype)
-        for index, (member, of_member) in enumerate(chunk.items()):
-            result = _Result(member, of_member, self._one_pass, partial(together.take, index))
+        weights = list(chunk.values())
+        together = Together(weights, layer.eps, layer.formula, dtype, self._one_pass)
+        states = together.states or [_state_of(each, self._one_pass) for each in weights]
+        for index, (member, state) in enumerate(zip(chunk, states)):
+            result = _Result(member, weights[index], state, partial(together.take, index))
             table[member] = self._held[member] = result
 
     def _chunk(self, layer: Any, weight: Tensor, table: dict[Any, _Result]) -> dict[Any, Tensor]:
@@ -215,13 +222,14 @@ class Scope:
         size = 0 if place is None else _joins(layer, weight, layer, weight)
         if place is None or not size:
             return chunk
+        limit = _most_bytes(weight)
         for member in self._order[place + 1 :]:
             own = _own_weight(member)
             more = 0 if own is None or member in table else _joins(layer, weight, member, own)
             if own is None or not more:
                 continue
             size += more
-            if size > CHUNK_BYTES:
+            if size > limit:
                 break
             chunk[member] = own
         return chunk
@@ -236,6 +244,13 @@ class Scope:
         self._used = {}
 
 
+def _most_bytes(weight: Tensor) -> int:
+    """Of one chunk."""
+    if weight.device.type == 'cpu':
+        return ON_CPU
+    return OVER_RANKS if distributed.world_size() > 1 else ALONE
+
+
 _PLAIN = (nn.Parameter, Tensor)
 
 
@@ -246,11 +261,15 @@ def _own_weight(layer: Any) -> Tensor | None:
 
 
 def _is_plain(weight: Tensor) -> bool:
-    """Whether a weight is a tensor whose changes torch counts."""
+    """Whether a weight is a tensor whose changes torch counts, and what holds for it is known."""
     if type(weight) not in _PLAIN or weight.is_inference():
         return False
-    # What a graph captures is computed when the graph runs.
-    return not (weight.is_cuda and torch.cuda.is_current_stream_capturing())
+    return triton.HAS_NODES or not _is_captured(weight)
+
+
+def _is_captured(weight: Tensor) -> bool:
+    """Whether what is computed now is computed when a graph runs, again and again."""
+    return weight.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _joins(layer: Any, weight: Tensor, other: Any, of_other: Tensor) -> int:
@@ -282,7 +301,7 @@ def _state_of(weight: Tensor, one_pass: bool) -> object:
         weight: A plain tensor.
         one_pass: Whether a backward pass ends it.
     """
-    if weight.is_cuda and torch.cuda.is_current_stream_capturing():
+    if not triton.HAS_NODES and _is_captured(weight):
         return None
     if cpu.entries is not None:
         return cpu.entries.state(weight, one_pass)
@@ -305,18 +324,18 @@ class _Result:
     Args:
         layer: Whose.
         weight: Of what.
-        one_pass: Whether a backward pass ends it.
+        state: See `_state_of`.
         taken: Gives the result; called when it is used for the first time.
     """
 
     __slots__ = ('_backend', '_eps', '_formula', '_state', '_steps', 'taken', 'value', 'weight')
 
     def __init__(
-        self, layer: Any, weight: Tensor, one_pass: bool, taken: Callable[[], Tensor]
+        self, layer: Any, weight: Tensor, state: object, taken: Callable[[], Tensor]
     ) -> None:
         self.value: Tensor | None = None
         self.taken, self.weight = taken, weight
-        self._state = _state_of(weight, one_pass)
+        self._state = state
         self._steps = optimizer_steps.count()
         self._backend = backends.forced()
         self._eps, self._formula = layer.eps, layer.formula

@@ -9,11 +9,11 @@ A scope is what a model's outermost forward pass opens and closes (`standardize_
     wsbcn_mm.standardize_once_per_forward(model)  # once, after the model was built
 
 Inside it, the first use of a weight standardizes it together with those that were used after it
-the last time, up to a few MB: one operator call, one node of autograd's graph. Another use of the
-weight gets the same result. **When the forward pass ends, by an exception too, the results are
-forgotten:** whatever then changes the weights, the next pass computes with them as they are.
-`standardized_once` is a scope as a block, `weights_do_not_change` a longer one, which its caller
-vouches for.
+the last time, up to a few MB on a CPU and all of them on a GPU: one operator call, one node of
+autograd's graph. Another use of the weight gets the same result. **When the forward pass ends, by
+an exception too, the results are forgotten:** whatever then changes the weights, the next pass
+computes with them as they are. `standardized_once` is a scope as a block, `weights_do_not_change` a
+longer one, which its caller vouches for.
 
 Within a scope a result is used again only for the very tensor it was computed from, and only while
 nothing that torch counts says otherwise: an edit in place, a step of an optimizer, other memory, a
@@ -22,8 +22,8 @@ writes into weights through ``.data`` between two uses of a layer is beyond that
 
 A scope belongs to the thread that opened it and to the layers of its model. What runs elsewhere
 computes for itself: replicas of DataParallel, what activation checkpointing repeats in the backward
-pass, code under torch.compile, traces, function transforms, CUDA graphs. Nothing is stored in a
-model: copies and pickles know nothing of results.
+pass, code under torch.compile, traces, function transforms. What a CUDA graph captures is shared
+within that capture. Nothing is stored in a model: copies and pickles know nothing of results.
 """
 
 from __future__ import annotations

@@ -105,5 +105,5 @@ def call(operator, *arguments):
 def use(driver, monkeypatch):
     """Puts a driver behind the launcher, until the test ends."""
     monkeypatch.setattr(variants, 'load', driver.load)
-    monkeypatch.setattr(variants, 'addresses', lambda: (driver.address, 0))
+    monkeypatch.setattr(variants, 'addresses', lambda: (driver.address, 0, 0))
     torch.ops.wsbcn_mm.reset_launcher.default()

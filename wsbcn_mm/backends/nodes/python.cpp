@@ -144,24 +144,82 @@ PyObject* weight_standardize_or_none(PyObject*, PyObject* const* arguments, Py_s
   END_HANDLE_TH_ERRORS
 }
 
-// weight_standardize_all(weights, eps, formula): the list of results, or None.
+// Whatever a standardized weight depends on, but for eps, formula and the writes that torch does
+// not count.
+struct State {
+  const void *tensor, *data;
+  int64_t version, size, stream, capture, graph_task, backward_calls;
+  int8_t requires_grad, grad_mode, inference_mode, dtype, result_dtype;
+};
+
+// Its bytes are equal as long as a result holds; nothing where it cannot be known.
+std::optional<State> state_of(const Tensor& weight, bool one_pass) {
+  if (weight.is_inference() || weight.layout() != at::kStrided || weight.is_meta()) return {};
+  State state;
+  std::memset(&state, 0, sizeof state);  // what lies between the values is compared too
+  state.tensor = weight.unsafeGetTensorImpl();
+  state.data = weight.has_storage() ? weight.storage().data() : nullptr;
+  state.version = weight._version();
+  state.size = c10::get_hash(weight.sizes(), weight.strides(), weight.storage_offset());
+  if (weight.is_cuda()) {
+    state.stream = c10::impl::getDeviceGuardImpl(at::kCUDA)->getStream(weight.device()).id();
+    if (gpu::is_registered()) {
+      const std::optional<int64_t> capture = gpu::capture_on(weight.device());
+      if (!capture) return {};
+      state.capture = *capture;
+    }
+  }
+  state.graph_task = torch::autograd::get_current_graph_task_id();
+  state.backward_calls = one_pass ? backward_calls() : 0;
+  state.requires_grad = weight.requires_grad();
+  state.grad_mode = at::GradMode::is_enabled();
+  state.inference_mode = c10::InferenceMode::is_enabled();
+  state.dtype = static_cast<int8_t>(weight.scalar_type());
+  state.result_dtype = static_cast<int8_t>(dtype_for(weight));
+  return state;
+}
+
+PyObject* bytes_of(const State& state) {
+  return PyBytes_FromStringAndSize(reinterpret_cast<const char*>(&state), sizeof state);
+}
+
+// state(weight, one_pass): the bytes of its state, or None.
+PyObject* state_or_none(PyObject*, PyObject* const* arguments, Py_ssize_t number) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(number == 2, "expected 2 arguments\n  got ", number);
+  OptionalTensor weight;
+  if (!read(arguments[0], weight) || !weight || !nothing_unusual()) Py_RETURN_NONE;
+  const std::optional<State> state = state_of(*weight, arguments[1] == Py_True);
+  if (!state) Py_RETURN_NONE;
+  return bytes_of(*state);
+  END_HANDLE_TH_ERRORS
+}
+
+// weight_standardize_all(weights, eps, formula, one_pass): a list of results and a list of the
+// states that they hold for, or None.
 PyObject* weight_standardize_all_or_none(PyObject*, PyObject* const* arguments, Py_ssize_t number) {
   HANDLE_TH_ERRORS
-  TORCH_CHECK_TYPE(number == 3 && PyList_CheckExact(arguments[0]),
-                   "expected a list and 2 other arguments");
+  TORCH_CHECK_TYPE(number == 4 && PyList_CheckExact(arguments[0]),
+                   "expected a list and 3 other arguments");
   const double eps = PyFloat_AsDouble(arguments[1]);
   Py_ssize_t length = 0;
   const char* const formula = PyUnicode_AsUTF8AndSize(arguments[2], &length);
   if (PyErr_Occurred()) return nullptr;
+  const bool one_pass = arguments[3] == Py_True;
   const Py_ssize_t count = PyList_GET_SIZE(arguments[0]);
   std::vector<Tensor> weights;
+  std::vector<State> states;
   weights.reserve(count);
+  states.reserve(count);
   for (Py_ssize_t k = 0; k < count; ++k) {
     OptionalTensor weight;
     if (!read(PyList_GET_ITEM(arguments[0], k), weight) || !weight || !is_of_ours(*weight)) {
       Py_RETURN_NONE;
     }
+    const std::optional<State> state = state_of(*weight, one_pass);
+    if (!state) Py_RETURN_NONE;
     weights.push_back(std::move(*weight));
+    states.push_back(*state);
   }
   if (weights.empty() || !nothing_unusual()) Py_RETURN_NONE;
   std::vector<Tensor> w_hats;
@@ -171,49 +229,15 @@ PyObject* weight_standardize_all_or_none(PyObject*, PyObject* const* arguments, 
     w_hats = weight_standardize_all(weights, eps, {formula, static_cast<size_t>(length)},
                                     dtype_for(weights[0]));
   }
-  PyObject* const result = PyList_New(count);
+  PyObject *const results = PyList_New(count), *const their_states = PyList_New(count);
   for (Py_ssize_t k = 0; k < count; ++k) {
-    PyList_SET_ITEM(result, k, THPVariable_Wrap(std::move(w_hats[k])));
+    PyList_SET_ITEM(results, k, THPVariable_Wrap(std::move(w_hats[k])));
+    PyList_SET_ITEM(their_states, k, bytes_of(states[k]));
   }
-  return result;
-  END_HANDLE_TH_ERRORS
-}
-
-// Whatever a standardized weight depends on, but for eps, formula and the writes that torch does
-// not count.
-struct State {
-  const void *tensor, *data;
-  int64_t version, size, stream, graph_task, backward_calls;
-  int8_t requires_grad, grad_mode, inference_mode, dtype, result_dtype;
-};
-
-// state(weight, one_pass) -> bytes, equal as long as a result holds; None where it cannot be known.
-PyObject* state_or_none(PyObject*, PyObject* const* arguments, Py_ssize_t number) {
-  HANDLE_TH_ERRORS
-  TORCH_CHECK_TYPE(number == 2, "expected 2 arguments\n  got ", number);
-  OptionalTensor given;
-  if (!read(arguments[0], given) || !given || !nothing_unusual() || given->is_inference() ||
-      given->layout() != at::kStrided || given->is_meta()) {
-    Py_RETURN_NONE;
-  }
-  const Tensor& weight = *given;
-  State state;
-  std::memset(&state, 0, sizeof state);  // what lies between the values is compared too
-  state.tensor = weight.unsafeGetTensorImpl();
-  state.data = weight.has_storage() ? weight.storage().data() : nullptr;
-  state.version = weight._version();
-  state.size = c10::get_hash(weight.sizes(), weight.strides(), weight.storage_offset());
-  if (weight.is_cuda()) {
-    state.stream = c10::impl::getDeviceGuardImpl(at::kCUDA)->getStream(weight.device()).id();
-  }
-  state.graph_task = torch::autograd::get_current_graph_task_id();
-  state.backward_calls = arguments[1] == Py_True ? backward_calls() : 0;
-  state.requires_grad = weight.requires_grad();
-  state.grad_mode = at::GradMode::is_enabled();
-  state.inference_mode = c10::InferenceMode::is_enabled();
-  state.dtype = static_cast<int8_t>(weight.scalar_type());
-  state.result_dtype = static_cast<int8_t>(dtype_for(weight));
-  return PyBytes_FromStringAndSize(reinterpret_cast<const char*>(&state), sizeof state);
+  PyObject* const both = PyTuple_Pack(2, results, their_states);
+  Py_DECREF(results);
+  Py_DECREF(their_states);
+  return both;
   END_HANDLE_TH_ERRORS
 }
 
@@ -248,7 +272,7 @@ PyMethodDef methods[] = {
     {"weight_standardize", reinterpret_cast<PyCFunction>(weight_standardize_or_none), METH_FASTCALL,
      "The result, or None where something is unusual."},
     {"weight_standardize_all", reinterpret_cast<PyCFunction>(weight_standardize_all_or_none),
-     METH_FASTCALL, "The results, or None where something is unusual."},
+     METH_FASTCALL, "Results and states, or None where something is unusual."},
     {"state", reinterpret_cast<PyCFunction>(state_or_none), METH_FASTCALL,
      "What a standardized weight depends on, or None where something is unusual."},
     {"joins", reinterpret_cast<PyCFunction>(joins), METH_FASTCALL,

@@ -77,6 +77,16 @@ bool is_ours(const Tensor& grad, const Tensor& weight) {
          grad.is_non_overlapping_and_dense() && !grad.is_inference();
 }
 
+bool have_one_dtype(const variable_list& grads) {
+  std::optional<at::ScalarType> dtype;
+  for (const Tensor& grad : grads) {
+    if (!grad.defined()) continue;
+    if (dtype && *dtype != grad.scalar_type()) return false;
+    dtype = grad.scalar_type();
+  }
+  return true;
+}
+
 std::atomic<int64_t> backward_calls_so_far{0};
 
 // Where Python reads it, as a plain number.
@@ -124,6 +134,8 @@ struct Standardize : torch::autograd::Function<Standardize> {
     variable_list used_grads, used_weights, out;
     std::vector<int64_t> offsets;
     std::vector<size_t> places;
+    // The kernels of a GPU read what the convolutions of autocast give.
+    const bool reads_any = weights[0].is_cuda() && have_one_dtype(grads);
     for (size_t k = 0; k < weights.size(); ++k) {
       const Tensor& weight = weights[k];
       if (!grads[k].defined()) continue;
@@ -145,7 +157,7 @@ struct Standardize : torch::autograd::Function<Standardize> {
         out.push_back(result_like(weight, weight.scalar_type()));
         const bool fits = grads[k].scalar_type() == weight.scalar_type() &&
                           grads[k].strides() == weight.strides();
-        if (!fits) grads[k] = out.back().copy_(grads[k]);
+        if (!fits && !reads_any) grads[k] = out.back().copy_(grads[k]);
       }
       used_grads.push_back(std::move(grads[k]));
     }

@@ -38,12 +38,17 @@ def install() -> bool:
 
 
 @functools.cache
-def addresses() -> tuple[int, int]:
-    """Addresses of the driver's cuLaunchKernel, and of torch's that knows the current stream."""
-    streams = Path(torch.__file__).parent / 'lib' / 'libtorch_cuda.so'
+def addresses() -> tuple[int, int, int]:
+    """Addresses of what starts a kernel, knows the current stream, and knows what captures it.
+
+    The first and the last are of the driver, the second is torch's.
+    """
+    driver, torch_cuda = 'libcuda.so.1', Path(torch.__file__).parent / 'lib' / 'libtorch_cuda.so'
     return (
-        _address('libcuda.so.1', 'cuLaunchKernel'),
-        _address(str(streams), 'aoti_torch_get_current_cuda_stream'),
+        _address(driver, 'cuLaunchKernel'),
+        _address(str(torch_cuda), 'aoti_torch_get_current_cuda_stream'),
+        # The second form takes more, which the first does not look at.
+        _address(driver, 'cuStreamGetCaptureInfo_v2') or _address(driver, 'cuStreamGetCaptureInfo'),
     )
 
 

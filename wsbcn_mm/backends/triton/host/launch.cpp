@@ -13,6 +13,8 @@
 #include <unordered_map>
 #include <vector>
 
+#include "register.h"
+
 namespace wsbcn::gpu {
 namespace {
 
@@ -22,6 +24,9 @@ using LaunchKernel = int (*)(void* function, unsigned grid_x, unsigned grid_y, u
                              void* stream, void** parameters, void** extra);
 // aoti_torch_get_current_cuda_stream of torch; 0: no error.
 using CurrentStream = int32_t (*)(int32_t device, void** stream);
+// cuStreamGetCaptureInfo of the driver; the last three may be null.
+using CaptureInfo = int (*)(void* stream, int* status, uint64_t* id, void** graph,
+                            const void** dependencies, size_t* number);
 
 // What it returns in a thread that has not used the device yet.
 constexpr int INVALID_CONTEXT = 201;
@@ -32,9 +37,10 @@ std::atomic<int64_t> launches_so_far{0};
 struct Settings {
   LaunchKernel launch;   // none: nothing is launched, which measures all but the driver
   CurrentStream stream;  // none: everything on stream 0
+  CaptureInfo capture;   // none: nothing is captured
   Limits limits;
 };
-static_assert(sizeof(Settings) == sizeof(int64_t) * 11);
+static_assert(sizeof(Settings) == sizeof(int64_t) * 12);
 
 struct Variant {
   void* function;
@@ -163,6 +169,17 @@ TORCH_LIBRARY_IMPL(wsbcn_mm, CompositeExplicitAutograd, library) {
 
 Limits limits() {
   return current().limits;
+}
+
+std::optional<int64_t> capture_on(c10::Device device) {
+  const Settings s = current();
+  void* stream = nullptr;
+  int status = 0;
+  uint64_t id = 0;
+  if (s.capture == nullptr || s.stream == nullptr) return 0;
+  if (s.stream(device.index(), &stream) != 0) return std::nullopt;
+  if (s.capture(stream, &status, &id, nullptr, nullptr, nullptr) != 0) return std::nullopt;
+  return status == 0 ? 0 : static_cast<int64_t>(id);
 }
 
 Pointer read(const Tensor& tensor) {

@@ -13,6 +13,7 @@
 #include "cuts.h"
 #include "memory.h"
 #include "operators.h"
+#include "register.h"
 
 namespace wsbcn::gpu {
 namespace {
@@ -81,8 +82,8 @@ void start_one(const char* kernel, const Tensor& weight, std::initializer_list<P
           {"num_warps", warps(block_size)}}});
 }
 
-// See `row_of_program` in triton/jit/weights.py. Kept: a copy to the device would not be captured
-// in a graph.
+// See `row_of_program` in triton/jit/weights.py. Kept, and not made while a graph is captured, which a
+// copy to the device would end: undefined then.
 Tensor table_of(TensorList weights, at::IntArrayRef offsets, int64_t count) {
   static std::mutex mutex;
   static auto& tables = *new std::map<std::vector<int64_t>, Tensor>;
@@ -100,14 +101,15 @@ Tensor table_of(TensorList weights, at::IntArrayRef offsets, int64_t count) {
   for (const auto& part : {first, lengths, places}) key.insert(key.end(), part.begin(), part.end());
   std::lock_guard<std::mutex> guard(mutex);
   Tensor& table = tables[key];
-  if (!table.defined()) {
+  if (!table.defined() && capture_on(device) == 0) {
     const at::ArrayRef<int64_t> values(key.data() + 2, key.size() - 2);
     table = at::tensor(values, at::kLong).view({3, count}).to(device);
   }
   return table;
 }
 
-void start_many(const char* kernel, TensorList weights, std::vector<Pointer> pointers,
+// False where that cannot be.
+bool start_many(const char* kernel, TensorList weights, std::vector<Pointer> pointers,
                 int64_t tuples, at::IntArrayRef offsets, const Tensor& mean, const Tensor& sigma,
                 double eps, std::string_view formula) {
   const int64_t count = pointers.size() / tuples;
@@ -122,6 +124,7 @@ void start_many(const char* kernel, TensorList weights, std::vector<Pointer> poi
   });
   const int64_t block_size = block(longest, limits().weights_tile);
   const Tensor table = table_of(weights, offsets, count);
+  if (!table.defined()) return false;
   pointers.insert(pointers.end(), {read(table), written(mean), written(sigma)});
   start(kernel, {rows}, weights[0].device(),
         {pointers,
@@ -133,6 +136,7 @@ void start_many(const char* kernel, TensorList weights, std::vector<Pointer> poi
           {"num_warps", warps(2 * block_size, 4)}},
          tuples,
          count});
+  return true;
 }
 
 // As many as a launch takes, filled up to a power of two: few numbers to compile for.
@@ -160,19 +164,22 @@ void standardize_all(TensorList weights, double eps, std::string_view formula, T
   const size_t most = limits().weights_at_once;
   for (size_t first = 0; first < weights.size(); first += most) {
     const size_t number = std::min(most, weights.size() - first);
-    if (number == 1) {
-      start_one("standardize", weights[first],
-                {read(weights[first]), written(out[first]), part_of(mean, offsets[first]),
-                 part_of(sigma, offsets[first])},
-                eps, formula);
-      continue;
+    if (number > 1) {
+      const TensorList part = weights.slice(first, number);
+      std::vector<Pointer> pointers;
+      append(pointers, part, reading);
+      append(pointers, out.slice(first, number), writing);
+      if (start_many("standardize_many", part, std::move(pointers), 2,
+                     at::IntArrayRef(offsets).slice(first, number), mean, sigma, eps, formula)) {
+        continue;
+      }
     }
-    const TensorList part = weights.slice(first, number);
-    std::vector<Pointer> pointers;
-    append(pointers, part, reading);
-    append(pointers, out.slice(first, number), writing);
-    start_many("standardize_many", part, std::move(pointers), 2,
-               at::IntArrayRef(offsets).slice(first, number), mean, sigma, eps, formula);
+    for (size_t k = first; k < first + number; ++k) {
+      start_one("standardize", weights[k],
+                {read(weights[k]), written(out[k]), part_of(mean, offsets[k]),
+                 part_of(sigma, offsets[k])},
+                eps, formula);
+    }
   }
 }
 
@@ -198,20 +205,23 @@ void standardize_all_backward(TensorList grads, TensorList weights, at::IntArray
   const size_t most = limits().weights_at_once;
   for (size_t first = 0; first < weights.size(); first += most) {
     const size_t number = std::min(most, weights.size() - first);
-    if (number == 1) {
-      start_one("standardize_backward", weights[first],
-                {read(all_grads[first]), read(weights[first]), written(out[first]),
-                 part_of(mean, offsets[first]), part_of(sigma, offsets[first])},
-                eps, formula);
-      continue;
+    if (number > 1) {
+      const TensorList part = weights.slice(first, number);
+      std::vector<Pointer> pointers;
+      append(pointers, all_grads.slice(first, number), reading);
+      append(pointers, part, reading);
+      append(pointers, out.slice(first, number), writing);
+      if (start_many("standardize_many_backward", part, std::move(pointers), 3,
+                     offsets.slice(first, number), mean, sigma, eps, formula)) {
+        continue;
+      }
     }
-    const TensorList part = weights.slice(first, number);
-    std::vector<Pointer> pointers;
-    append(pointers, all_grads.slice(first, number), reading);
-    append(pointers, part, reading);
-    append(pointers, out.slice(first, number), writing);
-    start_many("standardize_many_backward", part, std::move(pointers), 3,
-               offsets.slice(first, number), mean, sigma, eps, formula);
+    for (size_t k = first; k < first + number; ++k) {
+      start_one("standardize_backward", weights[k],
+                {read(all_grads[k]), read(weights[k]), written(out[k]), part_of(mean, offsets[k]),
+                 part_of(sigma, offsets[k])},
+                eps, formula);
+    }
   }
 }
 
