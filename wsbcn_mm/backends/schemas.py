@@ -122,6 +122,19 @@ SCHEMAS = (
 )
 
 
+ENTRIES = (
+    'batch_channel_norm(x, num_groups, running_mean, running_var, counts, num_batches_tracked, '
+    'batch_weight, batch_bias, weight, bias, rate, eps, from_batch, least_dim, most_dim)',
+    'weight_standardize(weight, eps, formula)',
+    'weight_standardize_all(weights, eps, formula, one_pass) -> results, states',
+    'state(weight, one_pass)',
+    'joins(weight, other)',
+    'join(w_hat, weight)',
+)
+"""What layers call directly; see nodes/python.cpp."""
+
+
 def mark() -> bytes:
-    """What compiled kernels of these operators contain."""
-    return b'wsbcn_mm schemas ' + hashlib.sha256('\n'.join(SCHEMAS).encode()).hexdigest().encode()
+    """What compiled kernels of these operators and entries contain."""
+    text = '\n'.join(SCHEMAS + ENTRIES).encode()
+    return b'wsbcn_mm schemas ' + hashlib.sha256(text).hexdigest().encode()
