@@ -28,7 +28,10 @@ def import_launch():
         if DEVICE == 'cpu' and isinstance(language.sum, JITFunction):
             reason = 'triton was imported before it could be told to interpret: run this file alone'
             pytest.skip(reason, allow_module_level=True)
+        from tests.backends.triton import interpreter
         from wsbcn_mm.backends.triton import launch
+
+        interpreter.patch_once_per_launch()
     return launch
 
 

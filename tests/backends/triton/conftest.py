@@ -16,7 +16,7 @@ CUTS = {
     'held': {},
     'shared out': dict(HELD_AT_ONCE=0, HOLDING=6),
     'passes': dict(HELD=0, HELD_BACKWARD=0),
-    'small tiles': dict(HELD=0, HELD_BACKWARD=0, TILE=16, REDUCING=24, APPLYING=32),
+    'small tiles': dict(HELD=0, HELD_BACKWARD=0, TILE=16, REDUCING=12, APPLYING=16),
 }
 
 

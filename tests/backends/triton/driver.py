@@ -9,10 +9,13 @@ from typing import Any, NamedTuple
 
 import torch
 
+from tests.backends.triton import interpreter
 from wsbcn_mm.backends.carriers import Affine, Running, Statistics, flat_rate
 from wsbcn_mm.backends.ops import OPERATORS
 from wsbcn_mm.backends.schemas import SCHEMAS
 from wsbcn_mm.backends.triton import variants
+
+interpreter.patch_once_per_launch()
 
 NAMESPACE = 'wsbcn_mm_launcher'
 _library = torch.library.Library(NAMESPACE, 'DEF')

@@ -88,10 +88,10 @@ def tensors(values):
 
 # An even and an odd one, in one position, in several chunks where tiles are small.
 SHAPES = [
-    ((2, 6, 3, 5), 3),
+    ((2, 3, 3, 7), 3),
     ((1, 4, 6, 4), 2),
-    ((3, 8, 1, 1), 4),
-    ((5, 6), 3),
+    ((3, 4, 1, 1), 2),
+    ((2, 6), 3),
     ((2, 2, 2, 3, 2), 1),
 ]
 CUTS = ['held', 'shared out', 'passes', 'small tiles']
@@ -111,10 +111,13 @@ def test_every_operator_of_bcn(shape, groups, both):
         y, *found = both(operator, x, groups, running, affine, rate, 1e-3)
         statistics, grad = Statistics(*found), rand(*shape, dtype=x.dtype)
         both('normalize_backward', grad, x, groups, statistics, affine, 1e-3, mode == 'batch')
-        both('normalize', x, groups, *statistics[:4], affine, 1e-3)
-        (alone,) = both('evaluate', x, groups, running, affine, 1e-3)
-        assert mode != 'evaluate' or torch.equal(alone, y)
-        both('row_moments', x)
+        if mode == 'estimate':
+            both('row_moments', x)
+        elif mode == 'batch':
+            both('normalize', x, groups, *statistics[:4], affine, 1e-3)
+        else:
+            (alone,) = both('evaluate', x, groups, running, affine, 1e-3)
+            assert torch.equal(alone, y)
 
 
 @pytest.mark.parametrize('cut', ['held', 'small tiles'], indirect=True)
@@ -162,10 +165,10 @@ def test_another_size_of_image_compiles_nothing(both, monkeypatch):
     asked = []
     load = variants.load
     monkeypatch.setattr(variants, 'load', lambda *a: asked.append(a) or load(*a))
-    for height in (5, 6, 7):
+    for height in (13, 14, 16):
         x = make_input((1, 2, height, 16), dtype=torch.float32)
         both('normalize_with_estimates', x, 1, make_running(2), make_affine(2, 1), 0.1, 1e-5)
-        if height == 5:
+        if height == 13:
             first = len(asked)
     assert len(asked) == first > 0
 
