@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+from tests.tool import leave_configs_unformatted
 from wsbcn_mm import backends
 from wsbcn_mm.backends import autograd, cpu
 from wsbcn_mm.layers import scopes
@@ -41,8 +42,16 @@ def root() -> Path:
 
 def pytest_collection_finish() -> None:
     """Takes all that was imported so far out of the garbage collector's rounds: they are many."""
+    leave_configs_unformatted()
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture
+def formatted_configs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets mmengine format the configs that it writes, as it does outside of the tests."""
+    yapf_api = pytest.importorskip('yapf.yapflib.yapf_api', reason='mmengine formats with it')
+    monkeypatch.setattr('mmengine.config.config.FormatCode', yapf_api.FormatCode)
 
 
 DTYPES = {str(d).removeprefix('torch.'): d for d in (torch.float64, torch.float32)}

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.ranks import in_two_ranks
 from wsbcn_mm import BatchChannelNorm1d, BatchChannelNorm2d, WSConv2d, reference
 from wsbcn_mm.estimates import skipped_updates, synchronize_estimates
 from wsbcn_mm.layers.standardization import standardize_once_per_forward
@@ -292,22 +293,15 @@ CASES = (
 )
 
 
-def rank_main(rank, folder):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        'gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2
-    )
-    found = {case.__name__: case(rank) for case in CASES}
-    torch.save(found, f'{folder}/{rank}.pt')
-    torch.distributed.destroy_process_group()
+def all_cases(rank):
+    torch.distributed.init_process_group('gloo')
+    return {case.__name__: case(rank) for case in CASES}
 
 
 @pytest.fixture(scope='module')
-def ranks(tmp_path_factory):
+def ranks():
     """What each of the two ranks found, by case."""
-    folder = tmp_path_factory.mktemp('ranks')
-    torch.multiprocessing.spawn(rank_main, (str(folder),), nprocs=2)
-    return [torch.load(folder / f'{rank}.pt', weights_only=False) for rank in (0, 1)]
+    return in_two_ranks(all_cases)
 
 
 def interleaved(a, b):

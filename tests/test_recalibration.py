@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.ranks import in_two_ranks
 from wsbcn_mm import BatchChannelNorm1d, BatchChannelNorm2d, WSConv2d
 from wsbcn_mm.recalibration import recalibrate, set_statistics
 
@@ -235,29 +236,24 @@ def test_bad_arguments():
         recalibrate(net, images(1), tolerance=-1)
 
 
-def in_two_ranks(rank, folder):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        'gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2
-    )
-    batches = images(7)
+def unequal_shares(rank):
+    torch.distributed.init_process_group('gloo')
+    batches, found = images(7), {}
     for name, share in dict(
         uneven=batches[:5] if rank == 0 else batches[5:], empty=batches if rank == 1 else []
     ).items():
         net = Net(3)
         done = recalibrate(net, share, passes=5, tolerance=0)
-        torch.save((done, buffers(net)), f'{folder}/{name}{rank}.pt')
-    torch.distributed.destroy_process_group()
+        found[name] = done, buffers(net)
+    return found
 
 
-def test_two_ranks_with_unequal_shares_equal_one_process(tmp_path):
-    torch.multiprocessing.spawn(in_two_ranks, (str(tmp_path),), nprocs=2)
+def test_two_ranks_with_unequal_shares_equal_one_process():
+    ranks = in_two_ranks(unequal_shares)
     net = Net(3)
     recalibrate(net, images(7), passes=5, tolerance=0)
     for name in ('uneven', 'empty'):
-        (done, first), (_, second) = (
-            torch.load(tmp_path / f'{name}{rank}.pt', weights_only=False) for rank in (0, 1)
-        )
+        (done, first), (_, second) = (rank[name] for rank in ranks)
         assert_equal(first, second, rtol=0, atol=0)
         assert_equal(first, buffers(net), rtol=1e-9, atol=1e-9)
         assert done.samples == {f'norms.{i}': 7 for i in range(3)}

@@ -16,7 +16,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# Two layers, two passes: the line about missing kernels must come once.
+NAME = 'mask-rcnn_r50_fpn_ws-bcn_4xb2-2x_coco'
+# Two layers, two passes: the line about missing kernels must come once. Then, where there is mmdet,
+# a config that inherits from the installed ones by name.
 USE = """
 import torch, warnings, wsbcn_mm
 with warnings.catch_warnings(record=True) as said:
@@ -26,6 +28,17 @@ with warnings.catch_warnings(record=True) as said:
             y = norm(torch.randn(1, 4, 3, 3))
 print(wsbcn_mm.__file__)
 print(*[str(w.message) for w in said if 'wsbcn_mm' in str(w.message)], sep='|')
+try:
+    import mmdet
+except ImportError:
+    raise SystemExit
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+cfg = Config.fromfile('mine.py')
+init_default_scope('mmdet')
+with torch.device('meta'):
+    model = MODELS.build(cfg.model)
+print(type(model).__name__, type(model.backbone.norm1).__name__)
 """
 
 
@@ -87,12 +100,27 @@ def test_metadata(metadata):
     assert {'openmmlab', 'dev'} <= set(metadata.get_all('Provides-Extra'))
 
 
-def test_a_wheel_without_kernels_says_so_once(installed, tmp_path):
-    used = run('-c', USE, folder=tmp_path, PYTHONPATH=str(installed))
+@pytest.fixture(scope='module')
+def printed(installed, tmp_path_factory):
+    """By a process that uses what was installed, from a folder of its own."""
+    folder = tmp_path_factory.mktemp('outside')
+    (folder / 'mine.py').write_text(
+        f"_base_ = 'wsbcn_mm::mask_rcnn/{NAME}.py'\nmodel = dict(backbone=dict(init_cfg=None))\n"
+    )
+    used = run('-W', 'ignore', '-c', USE, folder=folder, PYTHONPATH=str(installed))
     assert used.returncode == 0, used.stderr[-2000:]
-    file, said = used.stdout.splitlines()
+    return used.stdout.splitlines()
+
+
+def test_a_wheel_without_kernels_says_so_once(installed, printed):
+    file, said, *_ = printed
     assert Path(file).is_relative_to(installed)
     assert 'the CPU kernels are not compiled' in said and '|' not in said
+
+
+def test_a_config_outside_inherits_from_the_installed_package(printed):
+    pytest.importorskip('mmdet', reason='the config inherits from mmdet')
+    assert printed[-1] == 'MaskRCNN BatchChannelNorm2d'
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@
 """
 
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
@@ -12,15 +11,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tests import test_distributed as cases
+from tests.ranks import in_two_ranks
 
 
-def run(rank, folder):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        'gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2
-    )
-    torch.save(cases.case_nets(rank), f'{folder}/{rank}.pt')
-    torch.distributed.destroy_process_group()
+def run(rank):
+    torch.distributed.init_process_group('gloo')
+    return cases.case_nets(rank)
 
 
 def error(found, expected):
@@ -29,9 +25,7 @@ def error(found, expected):
 
 
 def main():
-    with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(run, (folder,), nprocs=2)
-        ranks = [torch.load(f'{folder}/{i}.pt', weights_only=False) for i in (0, 1)]
+    ranks = in_two_ranks(run)
     print('| mode | dtype | outputs | gradient of x | weights | estimates | ranks equal |')
     print('|---|---|---|---|---|---|---|')
     for dtype in (torch.float64, torch.float32):

@@ -146,7 +146,7 @@ def test_a_good_one_comes_in_by_every_address(evil, address, monkeypatch):
 # ---- texts in a checkpoint ---------------------------------------------------------------------
 
 
-def test_a_config_in_a_checkpoint_is_read_as_data():
+def test_a_config_in_a_checkpoint_is_read_as_data(formatted_configs):
     """All forms that mmengine writes (``Config.pretty_text``)."""
     cfg = config.Config(
         dict(

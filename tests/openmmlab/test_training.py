@@ -7,7 +7,6 @@ pytest.importorskip('mmdet', reason='the model has a ResNet of mmdet')
 import functools
 import itertools
 import logging
-import os
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from mmengine.runner import Runner
 from torch import nn
 
 import wsbcn_mm.openmmlab  # noqa: F401
+from tests.ranks import in_two_ranks
 from wsbcn_mm import BatchChannelNorm2d
 from wsbcn_mm.estimates import layers_of, rate_of_step
 from wsbcn_mm.recalibration import recalibrate
@@ -317,12 +317,8 @@ def test_the_rate_follows_the_learning_rate(tmp_path):
 
 
 def two_ranks(rank, folder):
-    os.environ.update(RANK=str(rank), WORLD_SIZE='2', LOCAL_RANK=str(rank))
-    torch.set_num_threads(1)
     logging.disable(logging.WARNING)
-    torch.distributed.init_process_group(
-        'gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2
-    )
+    torch.distributed.init_process_group('gloo')
     wrapper = dict(
         type='MMDistributedDataParallel',
         device_ids=None,
@@ -346,15 +342,12 @@ def two_ranks(rank, folder):
             weights=dict(model.named_parameters()),
             rates=runner.message_hub.get_scalar('train/bcn_rate').data[0].tolist(),
         )
-    torch.save(found, f'{folder}/{rank}.pt')
-    torch.distributed.destroy_process_group()
+    return found
 
 
-def test_two_ranks_with_unused_parameters_end_with_the_same_estimates(tmp_path, monkeypatch):
+def test_two_ranks_with_unused_parameters_end_with_the_same_estimates(tmp_path):
     """DistributedDataParallel with a branch that only rank 0's images take; validation apart."""
-    monkeypatch.setattr(torch.cuda, 'set_device', lambda *_: None)
-    torch.multiprocessing.spawn(two_ranks, (str(tmp_path),), nprocs=2)
-    first, second = (torch.load(tmp_path / f'{i}.pt', weights_only=False) for i in (0, 1))
+    first, second = in_two_ranks(two_ranks, str(tmp_path))
     for name in ('plain', 'precise'):
         for kind in ('statistics', 'weights'):
             for key, value in first[name][kind].items():

@@ -182,7 +182,7 @@ def test_boxes_are_those_of_test_py(kind, tmp_path):
     evaluator = dict(type='CocoMetric', ann_file=str(tmp_path / 'a.json'), metric='bbox')
     cfg, checkpoint = write_config(tmp_path, 'mask_rcnn', dataset, evaluator, channels)
     run('test', cfg, checkpoint, '--work-dir', tmp_path / 'w', '--out', tmp_path / 'tested.pkl')
-    given = ('--annotations', tmp_path / 'a.json', '--no-fold')
+    given = ('--annotations', tmp_path / 'a.json', '--no-fold', '--no-pictures')
     run('infer', cfg, checkpoint, tmp_path / 'images', '-o', tmp_path / 'found', *given)
     found = json.loads((tmp_path / 'found/predictions.json').read_text())['annotations']
     with (tmp_path / 'tested.pkl').open('rb') as file:

@@ -24,6 +24,17 @@ def import_from_tools(monkeypatch):
     monkeypatch.syspath_prepend(str(STUDY))
 
 
+@pytest.fixture(scope='module', autouse=True)
+def few_images_for_statistics():
+    """A grid of the tests averages over 16 images after each run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(STUDY))
+        from experiments import loop
+
+        patch.setattr(loop, 'CALIBRATION_IMAGES', 16)
+        yield
+
+
 def run_grid(*arguments):
     return tool('study/run_grid.py', *arguments)
 
@@ -167,9 +178,13 @@ def test_unfinished_searches_and_divergence_are_shown(smoke, tmp_path):
     assert 'diverged' in text
 
 
-def test_tables_and_plots_regenerate_from_the_committed_records(tmp_path):
+def test_tables_and_plots_regenerate_from_the_committed_records(tmp_path, monkeypatch):
+    """Pictures in the coarsest grain: that they are drawn is what is seen here."""
     import make_report
+    from matplotlib.figure import Figure
 
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, 'savefig', lambda self, target, **_: save(self, target, dpi=10))
     make_report.main(['-o', str(tmp_path)])
     committed = ROOT / 'docs/study'
     assert (tmp_path / 'tables.md').read_text() == (committed / 'tables.md').read_text()

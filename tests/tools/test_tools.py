@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.ranks import in_two_ranks
 from tests.tool import tool
 from wsbcn_mm import shapes
 
@@ -101,37 +102,34 @@ def test_train_and_test(folder):
     assert (work / 'epoch_2.pth').exists()
 
 
+def train(rank, folder, options):
+    arguments = '--work-dir', folder / 'distributed', '--launcher', 'pytorch', *options
+    done = tool('train.py', ROOT / QUICK, *arguments, cwd=folder)
+    return done.returncode, done.stderr[-3000:]
+
+
 def test_two_processes_on_the_cpu(folder):
     """mmengine alone asks CUDA for its device and fails; 4 images are 2 steps of 2 processes."""
-    work = folder / 'distributed'
     options = [*SHORT, 'default_hooks.logger.interval=1']
-    done = run(
-        folder,
-        'bash',
-        ROOT / 'tools/dist_train.sh',
-        ROOT / QUICK,
-        2,
-        '--work-dir',
-        work,
-        *options,
-        PORT='29631',
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    records = scalars(work)
+    for code, said in in_two_ranks(train, folder, options):
+        assert code == 0, said
+    records = scalars(folder / 'distributed')
     assert [r['step'] for r in records if 'loss' in r] == [1, 2]
     assert {'coco/bbox_mAP', 'coco/segm_mAP'} <= set(records[-1])
 
 
-def test_the_script_for_testing_starts_test_py(folder):
-    """In as many processes as it says; that they evaluate together is seen in training."""
+@pytest.mark.parametrize('name, files', [('train', ['a.py']), ('test', ['a.py', 'b.pth'])])
+def test_the_scripts_for_several_processes_start_the_tools(folder, name, files):
+    """In as many processes as they say."""
     python = folder / 'python'
     python.write_text('#!/bin/sh\necho "$@"\n')
     python.chmod(0o755)
-    arguments = ('config.py', 'model.pth', 2, '--out', 'a b')
-    done = run(folder, 'bash', ROOT / 'tools/dist_test.sh', *arguments, WSBCN_PYTHON=str(python))
+    arguments = *files, 2, '--cfg-options', 'a b'
+    script = ROOT / f'tools/dist_{name}.sh'
+    done = run(folder, 'bash', script, *arguments, WSBCN_PYTHON=str(python))
     assert done.returncode == 0, done.stderr
     assert '-m torch.distributed.run' in done.stdout and '--nproc_per_node=2' in done.stdout
-    command = 'test.py config.py model.pth --out a b --launcher pytorch'
+    command = f'{name}.py {" ".join(files)} --cfg-options a b --launcher pytorch'
     assert done.stdout.strip().endswith(f'tools/{command}')
 
 

@@ -327,7 +327,7 @@ def test_wrong_names_and_configs_without_a_model(tmp_path):
 # ---- writing -----------------------------------------------------------------------------------
 
 
-def test_a_written_child_is_short_and_reads_back(tmp_path):
+def test_a_written_child_is_short_and_reads_back(tmp_path, formatted_configs):
     conversion = convert_config(MASK_RCNN)
     text = write_config(conversion, tmp_path / 'deep' / 'mine.py')
     assert f'_base_ = {MASK_RCNN!r}' in text and len(text.splitlines()) < 40

@@ -3,8 +3,17 @@
 import pytest
 
 
-@pytest.fixture(scope='session', params=['mask_rcnn', 'deeplabv3'])
-def trained(request):
+@pytest.fixture(scope='package', autouse=True)
+def one_block_per_stage():
+    """Networks of 18 layers are half as deep here: exporters take their time for every layer."""
+    from tests.openmmlab.deploy.models import one_block_per_stage
+
+    with one_block_per_stage():
+        yield
+
+
+@pytest.fixture(scope='package', params=['mask_rcnn', 'deeplabv3'])
+def trained(request, one_block_per_stage):
     """The quick model of one kind, its config and its plan; not to be changed."""
     import torch
 
@@ -20,8 +29,8 @@ def trained(request):
     return cfg, model, plan
 
 
-@pytest.fixture(scope='session')
-def folder(tmp_path_factory):
+@pytest.fixture(scope='package')
+def folder(tmp_path_factory, one_block_per_stage):
     """Random models as checkpoints, and a few drawn images."""
     import torch
     from PIL import Image

@@ -1,14 +1,18 @@
 """The models that tests of deployment fold: two of the quick configs, two that must list layers."""
 
+import contextlib
 import importlib.util
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 pytest.importorskip('mmdet', reason='detectors are built from it')
 pytest.importorskip('mmseg', reason='segmenters are built from it')
 
+import mmdet.models.backbones.resnet
+import mmseg.models.backbones.resnet
 from torch import nn
 
 from wsbcn_mm import shapes
@@ -75,6 +79,16 @@ test_dataloader = dict(dataset=dict(
     pipeline={{{{_base_.test_pipeline}}}}))
 """,
 }
+
+
+@contextlib.contextmanager
+def one_block_per_stage():
+    with contextlib.ExitStack() as patches:
+        for host in (mmdet, mmseg):
+            resnet = host.models.backbones.resnet
+            short = {18: (resnet.BasicBlock, (1, 1, 1, 1))}
+            patches.enter_context(mock.patch.dict(resnet.ResNet.arch_settings, short))
+        yield
 
 
 def as_trained(model):

@@ -40,9 +40,13 @@ else:
     raise AssertionError('wsbcn_mm can be imported: this would show nothing')
 import json
 from pathlib import Path
-import mmdet.apis, mmseg.apis
+import mmdet.apis, mmengine.config.config, mmseg.apis
 from mmengine.config import Config
 from mmengine.runner import Runner
+
+for resnet in (mmdet.models.backbones.resnet, mmseg.models.backbones.resnet):  # as in conftest.py
+    resnet.ResNet.arch_settings[18] = (resnet.BasicBlock, (1, 1, 1, 1))
+mmengine.config.config.FormatCode = lambda text, **_: (text, True)  # as in tool.py
 
 models, images = json.loads(sys.argv[1])
 for name, (scope, config, checkpoint) in models.items():
