@@ -1,5 +1,7 @@
 """What the matrix of configs has to hold, by the names of its files, and its models in small."""
 
+import functools
+import json
 import re
 from itertools import product
 from pathlib import Path
@@ -9,6 +11,7 @@ from mmdet.models.backbones import ResNet as DetResNet
 from mmdet.models.backbones import ResNeXt as DetResNeXt
 from mmdet.structures import DetDataSample
 from mmdet.structures.mask import BitmapMasks
+from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.structures import InstanceData, PixelData
 from mmseg.models.backbones import ResNet as SegResNet
@@ -135,6 +138,24 @@ def build(cfg):
     """The model of a config."""
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
         return MODELS.build(cfg.model)
+
+
+@functools.cache
+def load(file):
+    return Config.fromfile(file)
+
+
+@functools.cache
+def _built(text, scope):
+    model = Config(json.loads(text))
+    with torch.device('meta'):
+        return build(Config(dict(model=model, default_scope=scope)))
+
+
+def built(file):
+    """The model at full size, without memory; configs with the same model share one."""
+    cfg = load(file)
+    return _built(json.dumps(cfg.model.to_dict(), sort_keys=True), cfg.default_scope)
 
 
 def detection_sample(height, width, masks):

@@ -11,7 +11,6 @@ pytest.importorskip('mmcv', reason='layers are built by mmcv')
 pytest.importorskip('mmdet', reason='half of the configs inherit from mmdet')
 pytest.importorskip('mmseg', reason='half of the configs inherit from mmseg')
 
-import functools
 import json
 
 import torch
@@ -22,30 +21,13 @@ from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
 from tests.openmmlab import matrix
+from tests.openmmlab.matrix import built, load
 from wsbcn_mm import BatchChannelNorm2d, WSConv2d
 from wsbcn_mm.openmmlab.conversion import recipe
 from wsbcn_mm.openmmlab.layers import MicroBatchNorm2d
 
 FILES = sorted(f for f in matrix.CONFIGS.rglob('*.py') if f.parent.name in matrix.FOLDERS.values())
 each = pytest.mark.parametrize('file', FILES, ids=lambda f: f.stem)
-
-
-@functools.cache
-def load(file):
-    return Config.fromfile(file)
-
-
-@functools.cache
-def build_by(text, scope):
-    model = Config(json.loads(text))
-    with torch.device('meta'):
-        return matrix.build(Config(dict(model=model, default_scope=scope)))
-
-
-def built(file):
-    """The model at full size, without memory; configs with the same model share one."""
-    cfg = load(file)
-    return build_by(json.dumps(cfg.model.to_dict(), sort_keys=True), cfg.default_scope)
 
 
 def test_the_matrix_is_complete():

@@ -12,8 +12,6 @@ pytest.importorskip('mmdet', reason='half of the configs inherit from mmdet')
 pytest.importorskip('mmseg', reason='half of the configs inherit from mmseg')
 
 import ast
-import functools
-import json
 from collections import Counter
 from pathlib import Path
 
@@ -29,6 +27,8 @@ from mmengine.structures import InstanceData, PixelData
 from mmseg.structures import SegDataSample
 from torch import nn
 
+from tests.openmmlab import matrix
+from tests.openmmlab.matrix import load
 from wsbcn_mm import BatchChannelNorm2d
 from wsbcn_mm.layers import WeightStandardized
 
@@ -53,28 +53,10 @@ ALL, OURS = each(), each('ws-bcn')
 DETECTION, SEGMENTATION = each('ws-bcn', 'mask-rcnn'), each('ws-bcn', 'deeplabv3')
 
 
-@functools.cache
-def load(file):
-    return Config.fromfile(file)
-
-
-@functools.cache
-def build_by(text, scope):
-    model = Config(json.loads(text))
-    with DefaultScope.overwrite_default_scope(scope), torch.device('meta'):
-        return MODELS.build(model)
-
-
-def build(file):
-    """The model at full size, without memory; configs with the same model share one."""
-    cfg = load(file)
-    return build_by(json.dumps(cfg.model.to_dict(), sort_keys=True), cfg.default_scope)
-
-
 @pytest.fixture(scope='module', params=FILES, ids=lambda f: f.stem)
 def built(request):
     """A config and its model; built once, whatever the number of tests."""
-    return load(request.param), build(request.param)
+    return load(request.param), matrix.built(request.param)
 
 
 WITH_BCN = [f for f in FILES if 'ws-bcn' in f.name]
@@ -83,7 +65,7 @@ WITH_BCN = [f for f in FILES if 'ws-bcn' in f.name]
 @pytest.fixture(scope='module', params=WITH_BCN, ids=lambda f: f.stem)
 def ours(request):
     """Likewise, of the configs with WS + BCN."""
-    return load(request.param), build(request.param)
+    return load(request.param), matrix.built(request.param)
 
 
 def walk(value):
@@ -271,7 +253,7 @@ def test_trap_18_pretrained_is_off_and_the_stem_is_plain(file):
     model = load(file).model
     assert model.pretrained is None
     assert model.backbone.type == 'ResNet'
-    assert not build(file).backbone.deep_stem
+    assert not matrix.built(file).backbone.deep_stem
 
 
 @DETECTION

@@ -9,13 +9,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tests.backends.triton import interpreter
 from wsbcn_mm.backends.carriers import Affine, Running, Statistics, flat_rate
 from wsbcn_mm.backends.ops import OPERATORS
 from wsbcn_mm.backends.schemas import SCHEMAS
 from wsbcn_mm.backends.triton import variants
-
-interpreter.patch_once_per_launch()
 
 NAMESPACE = 'wsbcn_mm_launcher'
 _library = torch.library.Library(NAMESPACE, 'DEF')
@@ -107,6 +104,9 @@ def call(operator, *arguments):
 
 def use(driver, monkeypatch):
     """Puts a driver behind the launcher, until the test ends."""
+    from tests.backends.triton import interpreter  # Triton, which must know that it interprets
+
+    interpreter.patch_once_per_launch()
     monkeypatch.setattr(variants, 'load', driver.load)
     monkeypatch.setattr(variants, 'addresses', lambda: (driver.address, 0, 0))
     torch.ops.wsbcn_mm.reset_launcher.default()
