@@ -23,6 +23,11 @@ x = torch.randn(2, 3, 16, 20, requires_grad=True)
 rois = torch.tensor([[0, 1.5, 2, 30, 40], [1, 0, 0, 64, 60.0]])
 y = RoIAlign(7, 0.25, 0)(x, rois)
 y.square().sum().backward()
+half = x.detach().bfloat16().requires_grad_()  # torchvision itself has no backward pass in it
+RoIAlign(7, 0.25, 0)(half, rois).square().sum().backward()
+most = float(x.grad.abs().max())
+assert half.grad.dtype == torch.bfloat16
+torch.testing.assert_close(half.grad.float(), x.grad, rtol=0.05, atol=0.05 * most)
 corners = torch.rand(50, 2) * 40
 boxes = torch.cat([corners, corners + torch.rand(50, 2) * 30], 1)
 kept = nms(boxes, torch.rand(50), 0.4)[1]

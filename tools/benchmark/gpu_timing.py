@@ -57,6 +57,9 @@ def captured(
             call()
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
+    # Autograd's thread holds the last node of the last call for a moment: that of a parameter,
+    # which would then be captured together with a stream that is not.
+    time.sleep(0.02)
     graph = torch.cuda.CUDAGraph(keep_graph=True) if keep_graph else torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(calls):

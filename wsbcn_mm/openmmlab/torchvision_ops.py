@@ -102,10 +102,13 @@ class Operators(ModuleType):
     ) -> None:
         """RoIAlign into ``output``, (number of rois, C, aligned_height, aligned_width).
 
+        bfloat16 is computed in float32: torchvision has no backward pass in it.
+
         Raises:
             ValueError: maximum pooling.
         """
         size, samples = _arguments(settings)
+        input = _computable(input)
         rois = rois.to(input.dtype)
         output.copy_(torch.ops.torchvision.roi_align(input, rois, *size, *samples))
 
@@ -115,10 +118,15 @@ class Operators(ModuleType):
     ) -> None:
         """The gradient of `roi_align_forward` for its input, into ``grad_input``."""
         size, samples = _arguments(settings)
-        grad, rois = grad.contiguous(), rois.to(grad.dtype)
+        grad = _computable(grad).contiguous()
+        rois = rois.to(grad.dtype)
         shape = grad_input.shape
         backward = torch.ops.torchvision._roi_align_backward
         grad_input.copy_(backward(grad, rois, *size, *shape, *samples))
+
+
+def _computable(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype == torch.bfloat16 else tensor
 
 
 def _arguments(settings: dict[str, Any]) -> tuple[tuple[float, int, int], tuple[int, bool]]:
