@@ -233,6 +233,7 @@ def bars(rows: list[dict]) -> Lines:
 # Charts
 
 _OURS, _OTHERS = '#1b7837', '#9a9a9a'
+OURS = ('WS', 'WS + GN', 'conv + BCN', 'WS + BCN')
 
 
 def draw(results: dict, folder: Path) -> list[Path]:
@@ -315,7 +316,7 @@ def _draw_panels(panels: list[tuple[str, dict[str, float]]], results: dict, file
         axis.set_axis_off()
     everything = [value for _, ratios in panels for value in ratios.values()]
     for axis, (title, ratios) in zip(grid.flat, panels):
-        ours = [name in ('WS', 'WS + GN', 'conv + BCN', 'WS + BCN') for name in ratios]
+        ours = [name.partition(',')[0] in OURS for name in ratios]
         _draw_bars(axis, title, list(ratios), list(ratios.values()), ours)
         _set_scale(axis, everything)  # one scale: panels are compared
     figure.suptitle(_machine(results), fontsize=10)
