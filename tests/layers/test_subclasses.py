@@ -133,6 +133,18 @@ def test_it_is_the_ws_convolution_where_there_is_one(groups):
         torch.testing.assert_close(layer.denominators(), same.denominators())
 
 
+def test_what_a_forward_keeps_on_its_layer_stays():
+    class Remembers(nn.Conv2d):
+        def forward(self, x):
+            self.last, self.padding = x.shape, (1, 1)
+            return super().forward(x)
+
+    layer = standardized_copy(Remembers(3, 4, 3))
+    assert layer(torch.randn(1, 3, 6, 6)).shape[2:] == (6, 6)
+    assert layer.last == (1, 3, 6, 6) and layer.padding == (1, 1)
+    assert type(layer.weight) is nn.Parameter
+
+
 @pytest.mark.parametrize(
     'kind, does',
     [

@@ -32,7 +32,14 @@ class StandardizedSubclass(WeightStandardized):
         if compat.is_traced_by_fx(args[0]):
             return self.as_leaf(*args, **kwargs)
         self._check_device(args[0])
-        return self.plain_class.forward(self._with(self.standardized_weight()), *args, **kwargs)
+        view = self._with(self.standardized_weight())
+        before = dict(view.__dict__)
+        try:
+            return self.plain_class.forward(view, *args, **kwargs)
+        finally:  # what it keeps on itself, it keeps
+            for name, value in view.__dict__.items():
+                if name not in before or before[name] is not value:
+                    self.__dict__[name] = value
 
     def _with(self, weight: Tensor) -> _ConvNd:
         """This layer as one of ``plain_class`` with another weight; shares all the rest."""
