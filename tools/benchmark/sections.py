@@ -103,7 +103,7 @@ def norm(settings: Settings) -> list[dict]:
         shapes = QUICK_SHAPES
     bandwidth = timing.copy_bandwidth(device, settings.repeats)
     show_progress(f'copy bandwidth {bandwidth / 1e9:.1f} GB/s')
-    kinds = [(d, layout) for d in settings.dtypes for layout in settings.layouts]
+    kinds = [(d, layout) for layout in settings.layouts for d in settings.dtypes]
     rows: list[dict] = []
     for dtype, layout in kinds:
         for shape in shapes:
