@@ -136,3 +136,13 @@ def assert_equal(actual, expected, tolerance=1e-10):
 
 def oracle_error(outputs, oracle):
     return {k: (outputs[k].double() - oracle[k]).abs().max() for k in oracle}
+
+
+def of_far_rows(formula):
+    """Rows whose deviation is a thirty-thousandth of their mean, and what is specified."""
+    weight = (100 + 0.003 * rand(6, 64)).float()
+    g = rand(6, 64)
+    exact_weight = weight.double().requires_grad_()
+    w_hat = reference.weight_standardize(exact_weight, 1e-8, formula)
+    (grad,) = torch.autograd.grad(w_hat, exact_weight, g)
+    return dict(weight=weight, g=g.float(), w_hat=w_hat.detach(), grad=grad)

@@ -10,6 +10,7 @@ from tests.functional.cases import (
     assert_equal,
     exact,
     make_input,
+    of_far_rows,
     oracle_error,
     rand,
 )
@@ -107,3 +108,15 @@ def test_ws_stays_accurate_in_float32_at_mean_1000(formula):
     expected = reference.weight_standardize(weight.double(), 1e-5, formula)
     actual = weight_standardize(weight, 1e-5, formula)
     assert (actual - expected).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize('formula', FORMULAS)
+def test_ws_of_rows_far_from_zero(formula):
+    """The mean, rounded to float32, would be off by a five-hundredth of the deviation."""
+    case = of_far_rows(formula)
+    weight = case['weight'].requires_grad_()
+    w_hat = weight_standardize(weight, 1e-8, formula)
+    (grad,) = torch.autograd.grad(w_hat, weight, case['g'])
+    for found, expected in ((w_hat, case['w_hat']), (grad, case['grad'])):
+        error = (found.detach().double() - expected).abs().max() / expected.abs().max()
+        assert error < 1e-5

@@ -176,6 +176,7 @@ def standardize(
     dims, per_row = list(range(1, w.dim())), (-1, *[1] * (w.dim() - 1))
     mean = w.mean(dims)
     w = w - mean.view(per_row)
+    w = w - w.mean(dims, keepdim=True)  # what the mean lost when it was rounded
     freedom = weight[0].numel() - (0 if formula == 'paper' else 1)
     variance = w.square().sum(dims) / freedom
     sigma = variance.sqrt() if formula == 'std_eps' else (variance + eps).sqrt()
@@ -217,6 +218,7 @@ def standardize_backward(
     grad: Tensor, weight: Tensor, mean: Tensor, sigma: Tensor, eps: float, formula: str
 ) -> Tensor:
     w = weight.flatten(1).to(mean.dtype) - mean[:, None]
+    w = w.sub_(w.mean(1, keepdim=True))
     g = grad.flatten(1).to(mean.dtype)
     denominator = _denominator(sigma, eps, formula)
     freedom = w.size(1) if formula == 'paper' else w.size(1) - 1

@@ -16,6 +16,7 @@ from tests.backends.triton.cases import (
     make_input,
     rand,
 )
+from tests.functional.cases import of_far_rows
 from wsbcn_mm import reference
 from wsbcn_mm.backends.ops import accumulation_dtype
 from wsbcn_mm.backends.triton import weights as weights_module
@@ -103,6 +104,16 @@ def test_ws_of_a_constant_row(formula, cut):
     dw = launch.standardize_backward(grad, weight, mean, sigma, 1e-4, formula)
     centred = double(grad) - double(grad).mean(1, keepdim=True)
     assert_close(dw, centred / denominator[:, None], torch.float32, 'grad')
+
+
+@pytest.mark.parametrize('formula', FORMULAS)
+def test_ws_of_rows_far_from_zero(formula):
+    case = of_far_rows(formula)
+    weight, g = case['weight'].to(DEVICE), case['g'].to(DEVICE)
+    w_hat, mean, sigma = launch.standardize(weight, 1e-8, formula, torch.float32)
+    dw = launch.standardize_backward(g, weight, mean, sigma, 1e-8, formula)
+    assert_close(w_hat, case['w_hat'].to(DEVICE), torch.float32, 'w_hat')
+    assert_close(dw, case['grad'].to(DEVICE), torch.float32, 'grad')
 
 
 # ----------------------------------------------------------------------------------------------

@@ -22,6 +22,9 @@ using at::TensorList;
 
 constexpr int64_t kGrain = 16384;
 
+// In standard deviations.
+constexpr double kLargeMean = 8;
+
 enum class Formula { paper, var_eps, std_eps };
 
 Formula parse(std::string_view name) {
@@ -181,10 +184,18 @@ void standardize_all_backward(TensorList grads, TensorList weights, at::IntArray
           double sum_g, sum_gw;
           rows_dots(g, w, 1, n, &means[at], &sum_g, &sum_gw);
           const double s = sigmas[at], d = kind == Formula::std_eps ? s + eps : s;
+          // What the mean lost when it was rounded; where it is small, nothing that can be seen.
+          double rest = 0;
+          if (std::abs(means[at]) > kLargeMean * s) {
+            double centre, variance;
+            rows_moments(w, 1, n, &centre, &variance);
+            rest = centre - means[at];
+          }
           const double freedom = kind == Formula::paper ? n : n - 1;
           const double scale = s > 0 ? 1 / (freedom * s * d * d) : 0;
-          const A of_g = static_cast<A>(1 / d), of_w = static_cast<A>(-scale * sum_gw);
-          const A offset = static_cast<A>(-sum_g / (n * d));
+          const A of_g = static_cast<A>(1 / d);
+          const A of_w = static_cast<A>(-scale * (sum_gw - rest * sum_g));
+          const A offset = static_cast<A>(-sum_g / (n * d) - of_w * rest);
           rows_gradient(g, w, to[k] + i * n, 1, n, &means[at], &of_g, &of_w, &offset);
         });
       });

@@ -51,6 +51,8 @@ def standardize_row(
     ACC: tl.constexpr = mean.dtype.element_ty
     length = multiple(length, VECTOR)
     lane = tl.arange(0, BLOCK)
+    # Around the first value: where the mean is large, its own rounding would be seen.
+    origin = tl.load(weight + o * length).to(ACC)
 
     lane_mean = tl.zeros([BLOCK], ACC)
     squares = tl.zeros([BLOCK], ACC)
@@ -59,7 +61,7 @@ def standardize_row(
         mask = start + lane < length
         value = tl.load(weight + o * length + start + lane, mask, other=0.0).to(ACC)
         seen += 1.0
-        lane_mean, squares = welford(value, mask, seen, lane_mean, squares)
+        lane_mean, squares = welford(value - origin, mask, seen, lane_mean, squares)
     count = lane_counts(lane, 0, length, BLOCK).to(ACC)
     centre, variance = union(lane, count, lane_mean, squares, 0)
     variance *= length.to(ACC) / freedom_of(length, FORMULA).to(ACC)
@@ -67,7 +69,7 @@ def standardize_row(
         deviation = tl.sqrt(variance)
     else:
         deviation = tl.sqrt(variance + eps)
-    tl.store(mean, centre)
+    tl.store(mean, origin + centre)
     tl.store(sigma, deviation)
 
     factor = 1.0 / denominator_of(deviation, eps, FORMULA)
@@ -75,7 +77,8 @@ def standardize_row(
         mask = start + lane < length
         place = o * length + start + lane
         value = tl.load(weight + place, mask, other=0.0).to(ACC)
-        tl.store(w_hat + place, ((value - centre) * factor).to(w_hat.dtype.element_ty), mask)
+        value = (value - origin - centre) * factor
+        tl.store(w_hat + place, value.to(w_hat.dtype.element_ty), mask)
 
 
 @triton.jit
@@ -100,26 +103,30 @@ def standardize_row_backward(
     lane = tl.arange(0, BLOCK)
 
     sum_g = tl.zeros([BLOCK], ACC)
+    sum_w = tl.zeros([BLOCK], ACC)
     sum_gw = tl.zeros([BLOCK], ACC)
     for start in range(0, length, BLOCK):
         mask = start + lane < length
         place = o * length + start + lane
         g = tl.load(grad + place, mask, other=0.0).to(ACC)
         value = tl.load(weight + place, mask, other=0.0).to(ACC)
+        value = tl.where(mask, value - centre, 0.0)
         sum_g += g
-        sum_gw += g * (value - centre)  # 0 outside: g is
+        sum_w += value
+        sum_gw += g * value
     mean_g = tl.sum(sum_g, 0) / length.to(ACC)
+    rest = tl.sum(sum_w, 0) / length.to(ACC)  # what the mean lost when it was rounded
     freedom = freedom_of(length, FORMULA).to(ACC)
     k = 1.0 / (freedom * deviation * denominator * denominator)
     k = tl.where(deviation > 0, k, 0.0)  # a constant row's standard deviation has no gradient
-    slope = k * tl.sum(sum_gw, 0)
+    slope = k * (tl.sum(sum_gw, 0) - rest * tl.sum(sum_g, 0))
 
     for start in range(0, length, BLOCK):
         mask = start + lane < length
         place = o * length + start + lane
         g = tl.load(grad + place, mask, other=0.0).to(ACC)
         value = tl.load(weight + place, mask, other=0.0).to(ACC)
-        result = (g - mean_g) / denominator - slope * (value - centre)
+        result = (g - mean_g) / denominator - slope * (value - centre - rest)
         tl.store(dw + place, result.to(dw.dtype.element_ty), mask)
 
 
