@@ -72,7 +72,7 @@ def test_errors_that_are_not_about_a_file_stay_as_they_are():
 
 def test_damaged_annotations_are_found(tmp_path):
     good, bad, odd = (tmp_path / f'{name}.json' for name in ('good', 'bad', 'odd'))
-    good.write_text(json.dumps(dict(images=[])))
+    good.write_text(json.dumps(dict(images=[], categories=[])))
     bad.write_text(json.dumps(dict(images=list(range(1000))))[:500])
     odd.write_text('[]')
     cfg = Config(
@@ -144,7 +144,7 @@ def test_an_error_besides_damaged_annotations_is_not_swallowed(tmp_path):
     ) as e:
         run(lambda: 1 / 0)
     assert isinstance(e.value.__cause__, ZeroDivisionError)
-    path.write_text('{"images": []}')
+    path.write_text('{"images": [], "categories": []}')
     with pytest.raises(ZeroDivisionError):
         run(lambda: 1 / 0)
     with pytest.raises(json.JSONDecodeError):

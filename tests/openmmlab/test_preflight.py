@@ -124,14 +124,41 @@ def test_mixed_precision_without_a_gpu_is_one_sentence(monkeypatch):
     preflight.check_amp(cfg)
 
 
-@pytest.mark.parametrize('key', preflight.ANNOTATION_KEYS)
-def test_annotations_that_lack_a_key_are_named_after_a_failure(key, tmp_path):
-    whole = dict(id=5, image_id=1, category_id=1, bbox=[0, 0, 2, 2], area=4, iscrowd=0)
-    part = {name: value for name, value in whole.items() if name != key}
+WHOLE = dict(
+    images=[dict(id=4, file_name='a.png', height=2, width=2)],
+    annotations=[dict(id=5, image_id=4, category_id=1, bbox=[0, 0, 2, 2.5], area=4, iscrowd=0)],
+    categories=[dict(id=1, name='disc')],
+)
+
+
+def said_of(text, tmp_path):
+    """What is said after a failure, of an annotation file with this text."""
     path = tmp_path / 'a.json'
+    path.write_bytes(text if isinstance(text, bytes) else json.dumps(text).encode())
     cfg = Config(dict(test_dataloader=dict(dataset=dict(type='CocoDataset', ann_file=str(path)))))
-    for annotations, found in ([whole], 0), ([whole, part], 1):
-        path.write_text(json.dumps(dict(images=[], annotations=annotations)))
-        lines = preflight.damaged_annotations(cfg, 'test_dataloader')
-        assert len(lines) == found
-    assert f'1 annotations without {key!r} (first id 5)' in lines[0]
+    return preflight.damaged_annotations(cfg, 'test_dataloader')
+
+
+def test_annotations_that_lack_something_are_named_after_a_failure(tmp_path):
+    assert said_of(WHOLE, tmp_path) == []
+    assert said_of({k: v for k, v in WHOLE.items() if k != 'annotations'}, tmp_path) == []
+    for name, keys in preflight.ENTRIES.items():
+        (entry,) = WHOLE[name]
+        assert entry.keys() == keys.keys()
+        for key in keys:
+            part = {k: v for k, v in entry.items() if k != key}
+            (line,) = said_of({**WHOLE, name: [entry, part]}, tmp_path)
+            first = 'number 1' if key == 'id' else f'id {entry["id"]}'
+            assert f'has 1 {name} without {key!r} (first {first})\n  add it: ' in line
+    (line,) = said_of({k: v for k, v in WHOLE.items() if k != 'categories'}, tmp_path)
+    assert "has no list 'categories'" in line
+    (line,) = said_of(b'\xef\xbb\xbf' + json.dumps(WHOLE).encode(), tmp_path)
+    assert 'is damaged: Unexpected UTF-8 BOM' in line
+
+
+@pytest.mark.parametrize('box', [None, [0, 0, 2], ['0', '0', '2', '2'], [0, 0, float('nan'), 2]])
+def test_boxes_that_are_none_are_named_after_a_failure(box, tmp_path):
+    annotation = dict(WHOLE['annotations'][0], bbox=box)
+    (line,) = said_of({**WHOLE, 'annotations': [*WHOLE['annotations'], annotation]}, tmp_path)
+    assert 'has 1 annotations whose bbox is not [x, y, width, height]' in line
+    assert f'number 1: {box!r}' in line

@@ -1,10 +1,12 @@
 """What a run needs, looked at before anything expensive starts; what was wrong, after it failed."""
 
 import json
+import math
 import os
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from mmengine.config import Config
 from mmengine.device import get_device
@@ -156,12 +158,23 @@ def check_amp(cfg: Config) -> None:
 
 
 # What mmdet and pycocotools read of every annotation, and what belongs there.
-ANNOTATION_KEYS = {
-    'image_id': 'the id of its image',
-    'category_id': 'the id of its category',
-    'bbox': '[x, y, width, height]',
-    'area': 'that of the mask, or width * height of the box',
-    'iscrowd': '0',
+# By the list of a COCO file that holds them: what every entry has, and what to write there.
+ENTRIES = {
+    'images': {
+        'id': 'a number of its own',
+        'file_name': 'its file, below data_prefix',
+        'height': 'in pixels',
+        'width': 'in pixels',
+    },
+    'annotations': {
+        'id': 'a number of its own',
+        'image_id': 'the id of its image',
+        'category_id': 'the id of its category',
+        'bbox': '[x, y, width, height]',
+        'area': 'that of the mask, or width * height of the box',
+        'iscrowd': '0',
+    },
+    'categories': {'id': 'a number of its own', 'name': 'that of the class'},
 }
 
 
@@ -175,7 +188,7 @@ def damaged_annotations(cfg: Config, *loaders: str) -> list[str]:
         path = Path(dataset.get('data_root') or '', dataset.get('ann_file') or '')
         if path.suffix == '.json' and path.is_file():
             try:
-                content = json.loads(path.read_bytes())
+                content = json.loads(path.read_text('utf-8'))  # as pycocotools does
             except ValueError as error:
                 lines.append(f'{loader}: {path} is damaged: {error}')
                 continue
@@ -211,10 +224,34 @@ def _wrong_with(content: object) -> Iterator[str]:
     if not isinstance(content, dict):
         yield f'is damaged: a {type(content).__name__} instead of an object'
         return
-    for key, value in ANNOTATION_KEYS.items():
-        lacking = [a for a in content.get('annotations') or [] if key not in a]
-        if lacking:
-            yield (
-                f'has {len(lacking)} annotations without {key!r} (first id '
-                f'{lacking[0].get("id")})\n  add it: {value}'
-            )
+    for name, keys in ENTRIES.items():
+        entries = content.get(name)
+        if not isinstance(entries, list):
+            if entries is not None or name != 'annotations':  # images of a test may have none
+                yield f'has no list {name!r}'
+            continue
+        for key, value in keys.items():
+            yield from _lacking(name, entries, key, value)
+    boxes = [(i, a['bbox']) for i, a in enumerate(content.get('annotations') or []) if 'bbox' in a]
+    wrong = [(i, box) for i, box in boxes if not _is_box(box)]
+    if wrong:
+        yield (
+            f'has {len(wrong)} annotations whose bbox is not [x, y, width, height] in numbers\n'
+            f'  the first, number {wrong[0][0]}: {wrong[0][1]!r}'
+        )
+
+
+def _lacking(name: str, entries: list[Any], key: str, value: str) -> Iterator[str]:
+    lacking = [i for i, entry in enumerate(entries) if key not in entry]
+    if lacking:
+        number = entries[lacking[0]].get('id')
+        first = f'number {lacking[0]}' if number is None else f'id {number}'
+        yield f'has {len(lacking)} {name} without {key!r} (first {first})\n  add it: {value}'
+
+
+def _is_box(box: object) -> bool:
+    return (
+        isinstance(box, list)
+        and len(box) == 4
+        and all(isinstance(x, (int, float)) and math.isfinite(x) for x in box)
+    )
