@@ -118,9 +118,11 @@ def test_loading_is_complete_or_nothing_happens():
     assert (model.head.weight == 2).all() and (model.head.bias == 1).all()
 
 
-def fake_runner(model=None):
+def fake_runner(model=None, **cfg):
     return SimpleNamespace(
-        model=tiny_model() if model is None else model, logger=logging.getLogger('report')
+        model=tiny_model() if model is None else model,
+        logger=logging.getLogger('report'),
+        cfg=cfg,
     )
 
 
@@ -143,6 +145,47 @@ def test_the_hook_is_silent_when_all_is_filled(strict, caplog):
         CheckpointReportHook(strict).after_load_checkpoint(runner, dict(state_dict=state))
         CheckpointReportHook(strict).after_load_checkpoint(runner, state)  # a bare state dict
     assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    'change, words',
+    [
+        (lambda state: dict(state_dict={k.upper(): v for k, v in state.items()}), '100 %'),
+        (lambda state: dict(state_dict={k: v.numpy() for k, v in state.items()}), 'no tensors'),
+        (lambda state: dict(state_dict=None), 'no tensors'),
+        (lambda state: dict(ema_state_dict=state), 'no tensors'),
+        (lambda state: dict(optimizer=dict(state={})), 'no tensors'),
+    ],
+    ids=['other names', 'arrays', 'none', 'another key', 'optimizer'],
+)
+def test_what_fills_nothing_is_refused_in_training_too(change, words):
+    runner = fake_runner()
+    checkpoint = change(runner.model.state_dict())
+    with pytest.raises(CheckpointMismatch, match=words):
+        CheckpointReportHook().after_load_checkpoint(runner, checkpoint)
+
+
+def test_the_runner_finds_the_tensors_where_the_tools_find_them(tmp_path):
+    """Under `model`, and what is no tensor does not count as filled."""
+    file, state = tmp_path / 'a.pth', tiny_model(3.0).state_dict()
+    torch.save(dict(model=state), file)
+    hooks = [dict(type='CheckpointReportHook', strict=True)]
+    runner = make_runner(tmp_path / 'a', load_from=str(file), custom_hooks=hooks)
+    runner.load_or_resume()
+    assert torch.equal(runner.model.conv.weight, state['conv.weight'])
+    state['conv.weight'] = state['conv.weight'].numpy()
+    found = compare(tiny_model(), state)
+    assert found.missing == ['conv.weight'] and not found.complete
+
+
+def test_nothing_is_resumed_from_weights_alone():
+    runner = fake_runner(resume=True)
+    state = runner.model.state_dict()
+    for checkpoint in (state, dict(state_dict=state), dict(state_dict=state, meta=dict(iter=3))):
+        with pytest.raises(CheckpointMismatch, match='no state of a training'):
+            CheckpointReportHook().after_load_checkpoint(runner, dict(checkpoint))
+    whole = dict(state_dict=state, meta=dict(iter=3, epoch=1))
+    CheckpointReportHook().after_load_checkpoint(runner, whole)
 
 
 def test_the_strict_hook_raises():

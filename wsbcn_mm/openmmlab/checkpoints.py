@@ -245,7 +245,7 @@ def state_dict_of(checkpoint: dict, source: str | Path = 'the checkpoint') -> di
         source: Names it in the error.
 
     Raises:
-        ValueError: there are none.
+        CheckpointMismatch: there are none.
     """
     holder = holder_of_tensors(checkpoint)
     tensors = {
@@ -255,7 +255,9 @@ def state_dict_of(checkpoint: dict, source: str | Path = 'the checkpoint') -> di
     }
     if not tensors:
         keys = ', '.join(map(str, list(holder)[:6])) or 'none'
-        raise ValueError(f'{source} holds no tensors of a model by name\n  its keys: {keys}')
+        raise CheckpointMismatch(
+            f'{source} holds no tensors of a model by name\n  its keys: {keys}'
+        )
     return tensors
 
 
@@ -379,7 +381,7 @@ def _load(
         # of `state` here is not copied.
         for name in names[prefix[:-1]]:
             value = state.get(name)
-            if value is None:
+            if not isinstance(value, Tensor):  # torch passes over what is none
                 found.missing.append(name)
             elif value.shape != shapes[name]:
                 found.other_shape[name] = (value.shape, shapes[name])

@@ -143,11 +143,13 @@ class AtomicCheckpointHook(CheckpointHook):
 class CheckpointReportHook(Hook):
     """Reports what a loaded checkpoint leaves unfilled of the model's parameters and buffers.
 
-    Acts whenever the Runner loads a checkpoint: ``load_from``, ``resume`` and testing.
+    Acts whenever the Runner loads a checkpoint: ``load_from``, ``resume`` and testing. What fills
+    nothing, and what is resumed from without the state of a training, is `CheckpointMismatch`, a
+    ValueError, always. The Runner finds the tensors where the tools find them: under
+    ``state_dict`` or ``model``, or bare.
 
     Args:
-        strict: Raise `CheckpointMismatch`, a ValueError, instead of warning: testing a half-loaded
-            model measures nothing.
+        strict: Raise it instead of warning: testing a half-loaded model measures nothing.
     """
 
     def __init__(self, strict: bool = False) -> None:
@@ -155,11 +157,20 @@ class CheckpointReportHook(Hook):
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Compares before the Runner copies the tensors; see the class."""
-        state = checkpoint.get('state_dict', checkpoint)  # what the Runner takes
+        state_of_training = {'epoch', 'iter'} <= checkpoints.meta_of(checkpoint).keys()
+        if runner.cfg.get('resume') and not state_of_training:
+            raise CheckpointMismatch(
+                'the checkpoint holds no state of a training: no epoch and iter in its meta\n'
+                '  start from its weights: load_from without resume'
+            )
+        state = checkpoints.state_dict_of(checkpoint)
+        holder = checkpoints.holder_of_tensors(checkpoint)
+        if holder is not checkpoint:
+            checkpoint['state_dict'] = holder  # what the Runner takes
         found = checkpoints.compare(unwrapped(runner.model), state, checkpoint)
         if found.complete:
             return
-        if self.strict:
+        if self.strict or not found.filled:
             raise CheckpointMismatch(f'the checkpoint {found}')
         print_log(
             f'the checkpoint {found}\n  what is not filled starts from its initial values',
