@@ -1,8 +1,6 @@
 """Tests of the drawn data set: its contents, its files, and what happens when things go wrong."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +9,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
+from tests.ranks import in_two_ranks
 from wsbcn_mm import shapes
 from wsbcn_mm.shapes import draw, files
 from wsbcn_mm.shapes.__main__ import main
@@ -18,7 +17,6 @@ from wsbcn_mm.shapes.__main__ import main
 # pycocotools decodes masks in a way that numpy 2 warns about; nothing of ours.
 pytestmark = pytest.mark.filterwarnings('ignore:__array__ implementation:DeprecationWarning')
 
-REPOSITORY = Path(__file__).parents[1]
 SIZE = (96, 80)
 NUM_TRAIN, NUM_VAL = 60, 5
 
@@ -407,30 +405,13 @@ def test_winner_with_other_parameters_is_an_error(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ['shapes']
 
 
+def drawn(rank, root):
+    return str(shapes.draw_dataset(root, NUM_TRAIN, NUM_VAL, SIZE))
+
+
 def test_two_processes_at_once(dataset, tmp_path):
     root = tmp_path / 'shapes'
-    command = [
-        sys.executable,
-        '-m',
-        'wsbcn_mm.shapes',
-        str(root),
-        '--num-train',
-        str(NUM_TRAIN),
-        '--num-val',
-        str(NUM_VAL),
-        '--size',
-        *map(str, SIZE),
-    ]
-    processes = [
-        subprocess.Popen(
-            command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        for _ in range(2)
-    ]
-    for process in processes:
-        output, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors
-        assert output.startswith(f'{root}: {NUM_TRAIN} train, {NUM_VAL} val')
+    assert in_two_ranks(drawn, root) == [str(root)] * 2
     assert file_bytes(root) == file_bytes(dataset)
     assert [path.name for path in tmp_path.iterdir()] == ['shapes']
 
