@@ -78,6 +78,18 @@ def test_a_chunk_holds_a_few_megabytes(calls, monkeypatch):
     assert calls == [2, 2, 1]
 
 
+def test_a_chunk_on_a_gpu_is_the_model_unless_other_ranks_wait_for_gradients(calls, monkeypatch):
+    model = net(5)
+    monkeypatch.setattr(scopes, 'ON_CPU', scopes.ALONE)
+    model(X)
+    assert calls == [5]
+    elsewhere = conv().to('meta').weight
+    assert scopes.most_bytes(elsewhere) == scopes.ALONE
+    monkeypatch.setattr(scopes.distributed, 'world_size', lambda: 2)
+    assert scopes.most_bytes(elsewhere) == scopes.OVER_RANKS < 25 * 2**20  # a bucket of DDP
+    assert scopes.most_bytes(model[0].weight) == scopes.ON_CPU
+
+
 def test_chunks_follow_the_order_of_use(calls, monkeypatch):
     class Backwards(nn.Sequential):
         def forward(self, x):

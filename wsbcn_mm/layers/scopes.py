@@ -222,7 +222,7 @@ class Scope:
         size = 0 if place is None else _joins(layer, weight, layer, weight)
         if place is None or not size:
             return chunk
-        limit = _most_bytes(weight)
+        limit = most_bytes(weight)
         for member in self._order[place + 1 :]:
             own = _own_weight(member)
             more = 0 if own is None or member in table else _joins(layer, weight, member, own)
@@ -244,8 +244,8 @@ class Scope:
         self._used = {}
 
 
-def _most_bytes(weight: Tensor) -> int:
-    """Of one chunk."""
+def most_bytes(weight: Tensor) -> int:
+    """How much is standardized in one call together with this weight."""
     if weight.device.type == 'cpu':
         return ON_CPU
     return OVER_RANKS if distributed.world_size() > 1 else ALONE
