@@ -265,7 +265,11 @@ def test_averages_inside_a_transform_are_refused(momentum):
         grad(lambda p, b: functional_call(norm, (p, b), (X,)).sum())(*arguments)
 
 
-@pytest.mark.parametrize('scope', [contextlib.nullcontext, once_per_forward])
+@pytest.mark.parametrize(
+    'backend, scope',
+    [('eager', contextlib.nullcontext), ('kernels', once_per_forward)],
+    indirect=['backend'],
+)
 def test_compiled_autograd(backend, scope):
     """The whole backward pass as a graph: of forward passes that knew, and of compiled ones."""
     from torch._dynamo import compiled_autograd
