@@ -178,6 +178,14 @@ def test_the_runner_finds_the_tensors_where_the_tools_find_them(tmp_path):
     assert found.missing == ['conv.weight'] and not found.complete
 
 
+def test_weights_that_are_not_numbers_compute_nothing():
+    state = tiny_model().state_dict()
+    state['conv.weight'][0] = torch.nan
+    found = compare(tiny_model(), state)
+    assert found.not_numbers == ['conv.weight'] and not found.complete
+    assert 'fills all 9 tensors' in str(found) and 'NaN in the file: conv.weight' in str(found)
+
+
 def test_nothing_is_resumed_from_weights_alone():
     runner = fake_runner(resume=True)
     state = runner.model.state_dict()

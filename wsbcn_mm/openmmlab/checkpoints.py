@@ -282,6 +282,7 @@ class Comparison:
         missing: Names that it does not have.
         other_shape: Names that it has in another shape, with the shape there and the model's.
         left_over: Names in the state dict that the model has no place for.
+        not_numbers: Names of parameters that it fills with NaN.
         unlike: What is wrong where the checkpoint records other settings of the layers, with the
             lines of a config that mend it.
     """
@@ -290,12 +291,13 @@ class Comparison:
     missing: list[str] = field(default_factory=list)
     other_shape: dict[str, tuple[torch.Size, torch.Size]] = field(default_factory=dict)
     left_over: list[str] = field(default_factory=list)
+    not_numbers: list[str] = field(default_factory=list)
     unlike: list[str] = field(default_factory=list)
 
     @property
     def complete(self) -> bool:
         """Whether the model computes what the checkpoint's model did."""
-        return not (self.missing or self.other_shape or self.unlike)
+        return not (self.missing or self.other_shape or self.not_numbers or self.unlike)
 
     def __str__(self) -> str:
         unfilled = len(self.missing) + len(self.other_shape)
@@ -315,6 +317,9 @@ class Comparison:
             lines.append(f'left over in the file: {_some(self.left_over)}')
         if unfilled:
             lines.append('is it the checkpoint of another config (classes, norm, layers)?')
+        if self.not_numbers:
+            lines.append(f'NaN in the file: {_some(self.not_numbers)}')
+            lines.append('did its training diverge? take an earlier one')
         return '\n  '.join([*lines, *self.unlike])
 
 
@@ -375,6 +380,7 @@ def _load(
             names[name.rpartition('.')[0]].append(name)
             shapes[name] = value.shape
     found = Comparison(unlike=settings_unlike(model, checkpoint))
+    learned = {name for name, _ in model.named_parameters(remove_duplicate=False)}
 
     def look(_module: nn.Module, state: dict, prefix: str, *_: object) -> None:
         # Called for every module in turn, after whatever renames tensors for it. What is taken out
@@ -387,6 +393,8 @@ def _load(
                 found.other_shape[name] = (value.shape, shapes[name])
             else:
                 found.filled.append(name)
+                if name in learned and not value.is_meta and value.isnan().any():
+                    found.not_numbers.append(name)
                 if copy:
                     continue
             state.pop(name, None)
