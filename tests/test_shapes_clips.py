@@ -62,11 +62,7 @@ def test_a_single_frame_tells_nothing():
     found = np.array(by_class)  # (8, 400, 4)
     spread = found.reshape(-1, 4).std(0)
     means = np.abs(found.mean(1) - found.reshape(-1, 4).mean(0)) / spread
-    # The larger of left/right and up/down leaves the middle along one axis, the others along both.
-    assert (means[:, 2:] < 0.2).all(), means
-    for one, other in ((0, 1), (2, 3), (4, 5), (6, 7)):
-        difference = np.abs(found[one].mean(0) - found[other].mean(0)) / spread
-        assert (difference < 0.25).all(), (one, difference)
+    assert (means < 0.2).all(), means
 
 
 def test_clips_as_files(tmp_path):
@@ -76,7 +72,7 @@ def test_clips_as_files(tmp_path):
     assert lines == [f'train/{i:06d}.mp4 {i}' for i in range(3)]
     assert (root / 'val_frames.txt').read_text() == 'val/000000 16 0\n'
     expected, label = clips.draw_clip('train', 1)
-    assert label == 1 and expected.shape == (16, 64, 64, 3)
+    assert label == 1 and expected.shape == (16, 48, 48, 3)
     video, read = cv2.VideoCapture(str(root / 'videos/train/000001.mp4')), []
     while (frame := video.read())[0]:
         read.append(frame[1][..., ::-1])

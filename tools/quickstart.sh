@@ -4,6 +4,7 @@
 #   bash tools/quickstart.sh deeplabv3       DeepLabV3, mIoU
 #   bash tools/quickstart.sh classification  ResNet-18, top-1 accuracy
 #   bash tools/quickstart.sh tsm             a network for videos, top-1 accuracy
+#   bash tools/quickstart.sh single_frame    the same on single frames, which tell nothing
 #
 # Makes an environment (tools/setup_env.sh says how to choose another), draws the embedded dataset,
 # trains from scratch in minutes, evaluates, writes pictures and curves to work_dirs/quickstart_*.
@@ -16,8 +17,9 @@ case $model in
     deeplabv3) config=configs/quick/quick_deeplabv3_r18_ws-bcn_1xb1_shapes.py ;;
     classification) config=configs/quick/quick_resnet18_ws-bcn_1xb1_pictures.py ;;
     tsm) config=configs/quick/quick_tsm_r18_ws-bcn_1xb1_shapes.py ;;
+    single_frame) config=configs/quick/quick_tsm_r18_ws-bcn_1xb1_single-frame.py ;;
     *)
-        echo "usage: $0 [mask_rcnn|deeplabv3|classification|tsm], got '$model'" >&2
+        echo "usage: $0 [mask_rcnn|deeplabv3|classification|tsm|single_frame], got '$model'" >&2
         exit 2
         ;;
 esac
@@ -27,7 +29,7 @@ run() { echo "+ $*"; "$@"; }
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 
 case $model in
-    tsm) run "$python" -m wsbcn_mm.shapes --clips data/clips ;;
+    tsm | single_frame) run "$python" -m wsbcn_mm.shapes --clips data/clips ;;
     classification)
         if [ -d data/cifar10/train ]; then # class folders of real images, where they are
             config=configs/quick/quick_resnet18_ws-bcn_1xb1_cifar10.py
@@ -40,7 +42,7 @@ esac
 run "$python" tools/train.py "$config" --work-dir "$work"
 checkpoint=$(cat "$work/last_checkpoint")
 case $model in
-    tsm) # MMAction2's own hook cannot draw what 2d networks see
+    tsm | single_frame) # MMAction2's own hook cannot draw what 2d networks see
         run "$python" tools/test.py "$config" "$checkpoint" --work-dir "$work/test"
         run "$python" tools/infer.py "$config" "$checkpoint" data/clips/videos/val -o "$work/infer"
         ;;

@@ -5,6 +5,7 @@ _base_ = [
     'mmseg::_base_/models/deeplabv3_r50-d8.py',
     'mmseg::_base_/default_runtime.py',
     '../_base_/norms/ws-bcn.py',
+    '../_base_/regimes/quick_1xb1.py',
 ]
 custom_imports = dict(imports=['wsbcn_mm', 'wsbcn_mm.openmmlab.datasets.shapes_voc'])
 
@@ -64,10 +65,6 @@ test_pipeline = [
 ]
 prefix = dict(img_path='JPEGImages', seg_map_path='SegmentationClass')
 train_dataloader = dict(
-    batch_size=1,
-    num_workers=0,  # a worker would take one of two cores from the training
-    persistent_workers=False,
-    sampler=dict(type='DefaultSampler', shuffle=True),
     dataset=dict(
         type='ShapesVOCDataset',
         data_root=data_root,
@@ -77,10 +74,6 @@ train_dataloader = dict(
     ),
 )
 val_dataloader = dict(
-    batch_size=1,
-    num_workers=0,
-    persistent_workers=False,
-    sampler=dict(type='DefaultSampler', shuffle=False),
     dataset=dict(
         type='ShapesVOCDataset',
         data_root=data_root,
@@ -95,12 +88,8 @@ test_evaluator = val_evaluator
 
 max_epochs = 6  # 2,160 one-image steps
 train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=max_epochs, val_interval=2)
-val_cfg = dict(type='ValLoop')
-test_cfg = dict(type='TestLoop')
 optim_wrapper = dict(
-    type='OptimWrapper',
     optimizer=dict(type='SGD', lr=0.1, momentum=0.9, weight_decay=1e-4),
-    paramwise_cfg=dict(norm_decay_mult=0.0),
     clip_grad=dict(max_norm=10),
 )
 param_scheduler = [
@@ -115,7 +104,6 @@ param_scheduler = [
         convert_to_iter_based=True,
     ),
 ]
-auto_scale_lr = dict(enable=False, base_batch_size=1)
 log_processor = dict(by_epoch=True)
 default_hooks = dict(
     timer=dict(type='IterTimerHook'),

@@ -4,6 +4,7 @@ _base_ = [
     'mmdet::_base_/models/mask-rcnn_r50_fpn.py',
     'mmdet::_base_/default_runtime.py',
     '../_base_/norms/ws-bcn.py',
+    '../_base_/regimes/quick_1xb1.py',
 ]
 custom_imports = dict(imports=['wsbcn_mm', 'wsbcn_mm.openmmlab.datasets.shapes_coco'])
 
@@ -92,10 +93,6 @@ test_pipeline = [
     ),
 ]
 train_dataloader = dict(
-    batch_size=1,
-    num_workers=0,  # a worker would take one of two cores from the training
-    persistent_workers=False,
-    sampler=dict(type='DefaultSampler', shuffle=True),
     dataset=dict(
         type='ShapesCocoDataset',
         data_root=data_root,
@@ -106,11 +103,6 @@ train_dataloader = dict(
     ),
 )
 val_dataloader = dict(
-    batch_size=1,
-    num_workers=0,
-    persistent_workers=False,
-    drop_last=False,
-    sampler=dict(type='DefaultSampler', shuffle=False),
     dataset=dict(
         type='ShapesCocoDataset',
         data_root=data_root,
@@ -130,14 +122,10 @@ test_evaluator = val_evaluator
 
 max_epochs = 6  # 2,160 one-image steps
 train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=max_epochs, val_interval=2)
-val_cfg = dict(type='ValLoop')
-test_cfg = dict(type='TestLoop')
 optim_wrapper = dict(
-    type='OptimWrapper',
     # AdamW, because SGD needs more steps than minutes allow to tell the classes apart; its second
     # moments remember 50 steps, not 1,000: the first ones are much steeper than the rest.
     optimizer=dict(type='AdamW', lr=0.002, betas=(0.9, 0.98), weight_decay=0.02, fused=True),
-    paramwise_cfg=dict(norm_decay_mult=0.0),
     clip_grad=dict(max_norm=10),
 )
 param_scheduler = [
@@ -152,5 +140,4 @@ param_scheduler = [
         convert_to_iter_based=True,
     ),
 ]
-auto_scale_lr = dict(enable=False, base_batch_size=1)
 randomness = dict(seed=0)

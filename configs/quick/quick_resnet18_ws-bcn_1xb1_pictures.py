@@ -1,6 +1,10 @@
 # A ResNet-18 that classifies pictures with WS + BCN at one image per step, small enough for two CPU
 # cores: the embedded pictures of one shape each (drawn on first use), from scratch, minutes.
-_base_ = ['mmpretrain::_base_/default_runtime.py', '../_base_/norms/ws-bcn.py']
+_base_ = [
+    'mmpretrain::_base_/default_runtime.py',
+    '../_base_/norms/ws-bcn.py',
+    '../_base_/regimes/quick_1xb1.py',
+]
 custom_imports = dict(imports=['wsbcn_mm', 'wsbcn_mm.openmmlab.datasets.shapes_pictures'])
 
 model = dict(
@@ -34,10 +38,6 @@ train_pipeline = [
 ]
 test_pipeline = [dict(type='LoadImageFromFile'), dict(type='PackInputs')]
 train_dataloader = dict(
-    batch_size=1,
-    num_workers=0,  # a worker would take one of two cores from the training
-    persistent_workers=False,
-    sampler=dict(type='DefaultSampler', shuffle=True),
     dataset=dict(
         type='ShapesPicturesDataset',
         data_root='data/pictures',
@@ -47,9 +47,6 @@ train_dataloader = dict(
 )
 val_dataloader = dict(
     batch_size=20,
-    num_workers=0,
-    persistent_workers=False,
-    sampler=dict(type='DefaultSampler', shuffle=False),
     dataset=dict(
         type='ShapesPicturesDataset',
         data_root='data/pictures',
@@ -63,12 +60,8 @@ test_evaluator = val_evaluator
 
 max_epochs = 2  # 4,000 steps of one image
 train_cfg = dict(by_epoch=True, max_epochs=max_epochs, val_interval=1)
-val_cfg = dict()
-test_cfg = dict()
 optim_wrapper = dict(
-    type='OptimWrapper',
     optimizer=dict(type='SGD', lr=0.02, momentum=0.9, weight_decay=1e-4),
-    paramwise_cfg=dict(norm_decay_mult=0.0),
     clip_grad=dict(max_norm=10),
 )
 param_scheduler = [
@@ -83,7 +76,6 @@ param_scheduler = [
         convert_to_iter_based=True,
     ),
 ]
-auto_scale_lr = dict(enable=False, base_batch_size=1)
 default_hooks = dict(
     logger=dict(interval=100),
     checkpoint=dict(type='CheckpointHook', interval=1, max_keep_ckpts=1),

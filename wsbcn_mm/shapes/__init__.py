@@ -24,11 +24,11 @@ Every image depends on (seed, split, index, size) only. Shapes are rasterised wi
 no drawing library's version changes the masks. The JPEG bytes do depend on the JPEG library.
 """
 
+from wsbcn_mm.shapes.arguments import SPLITS
 from wsbcn_mm.shapes.draw import (
     CLASSES,
     MIN_VISIBLE_PIXELS,
     MIN_VISIBLE_SHARE,
-    SPLITS,
     draw_image,
 )
 from wsbcn_mm.shapes.files import (

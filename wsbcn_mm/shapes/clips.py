@@ -1,9 +1,9 @@
 """Clips in which how a shape moves is the class: no single frame tells.
 
-Every clip shows a random scene with one shape that goes left, right, up or down, turns clockwise or
-counter-clockwise, grows or shrinks. Places, angles and sizes in a frame are distributed alike in
-all classes, and of each pair of classes one is the other played backwards: whoever sees one frame
-can only guess, one in eight.
+A light shape on a darker ground goes left, right, up or down, turns clockwise or counter-clockwise,
+grows or shrinks, seen by a camera and in a light of the clip's own. Place, angle and size in a
+frame taken at random are distributed alike in all classes, and of each pair of classes one is the
+other played backwards: whoever sees one frame can only guess, one in eight.
 
 Layout below the root, in MMAction2's formats::
 
@@ -21,25 +21,15 @@ From the shell::
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from wsbcn_mm.shapes.arguments import Sample, Stamp
 from wsbcn_mm.shapes.draw import (
-    CLASSES,
-    MAX_IMAGES,
-    SPLITS,
-    background,
-    checked_int,
-    checked_size,
-    checked_split,
     clip_window,
     log_uniform,
     mix,
-    paint_clutter,
-    paint_object,
     photograph,
-    random_outline,
     rasterise,
     rotate,
     unit_outline,
@@ -57,15 +47,16 @@ MIRRORED = {0: 1, 1: 0, 4: 5, 5: 4}
 """The label of a clip that is flipped from left to right, where it is another one."""
 
 FRAMES = 16
-VERSION = 1
+VERSION = 2
 NUM_TRAIN, NUM_VAL = 480, 160
-SIZE = (64, 64)
+SIZE = (48, 48)
 STAMP = 'clips.json'
 
-_MOVERS = ('rectangle', 'triangle', 'star', 'cross')  # an ellipse may be round: turning is unseen
-_PATH = 0.4  # of the side: how far a shape goes to either side of the middle of its way
+_MOVERS = ('rectangle', 'triangle', 'cross')  # those that are seen to turn, in a few pixels too
+_PATH = 0.35  # of the shorter side: how far a shape goes to either side of the middle of its way
 _TURN = 1.3  # radians, likewise; less than half a symmetry of any of them per sampled frame
 _GROWTH = 0.55  # logarithm of the size, likewise
+_SIZE = (0.17, 0.22)  # half of a shape's side in the middle of its growth, of the shorter side
 
 
 def draw_clip(
@@ -88,18 +79,13 @@ def draw_clip(
     Raises:
         ValueError: An argument is out of its range.
     """
-    split = checked_split(split)
-    index = checked_int('index', index, 0, MAX_IMAGES - 1)
-    width, height = checked_size(size)
-    seed = checked_int('seed', seed, 0)
-    rng = np.random.default_rng(np.random.SeedSequence([seed, SPLITS.index(split), index, FRAMES]))
-    label = index % len(MOTIONS)
-    scene = background(width, height, rng)
-    paint_clutter(scene, rng)
-    if rng.random() < 0.7:
-        _paint_still(scene, rng)
+    sample = Sample.checked(split, index, size, seed)
+    width, height = sample.size
+    rng = sample.random(FRAMES)
+    label = sample.index % len(MOTIONS)
+    scene = _ground(width, height, rng)
     outline = unit_outline(_MOVERS[rng.integers(len(_MOVERS))], rng)
-    colour = _colour_apart(scene.mean((0, 1)), rng)
+    colour = np.clip(scene.mean((0, 1)) + rng.uniform(0.5, 0.7, 3), 0, 1)
     camera = int(rng.integers(2**32))
     frames = [
         photograph(_with_object(scene, corners, colour), np.random.default_rng(camera))
@@ -108,18 +94,14 @@ def draw_clip(
     return np.stack(frames), label
 
 
-def _paint_still(scene: np.ndarray, rng: np.random.Generator) -> None:
-    """An object that stays where it is; the moving one passes in front of it."""
-    height, width = scene.shape[:2]
-    kind = int(rng.integers(len(CLASSES)))
-    left, top, coverage = rasterise(random_outline(kind, width, height, rng))
-    window, visible = clip_window(left, top, coverage, width, height)
-    if (visible > 0.5).any():
-        paint_object(scene, window, visible, kind, rng)
-
-
-def _colour_apart(other: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    return max(rng.uniform(0.03, 0.97, (6, 3)), key=lambda c: float(np.linalg.norm(c - other)))
+def _ground(width: int, height: int, rng: np.random.Generator) -> np.ndarray:
+    """A dark colour that slowly becomes another, (H, W, 3)."""
+    first = rng.uniform(0.02, 0.3, 3)
+    second = np.clip(first + rng.uniform(-0.08, 0.08, 3), 0, 1)
+    angle = rng.uniform(0, 2 * np.pi)
+    x, y = np.linspace(-0.5, 0.5, width), np.linspace(-0.5, 0.5, height)[:, None]
+    share = np.clip(0.5 + np.cos(angle) * x + np.sin(angle) * y, 0, 1)
+    return first + (second - first) * share[..., None]
 
 
 def path_of(
@@ -127,32 +109,29 @@ def path_of(
 ) -> list[np.ndarray]:
     """The corners of the shape in each frame.
 
-    Place, angle and size lie at a random point of a random way in every clip. The class' own
-    one of them goes along its way, from the one end to the other; the others stay.
+    Place, angle and size lie somewhere on their ways in every clip. The class' own one of them
+    goes along its way, from the one end to the other; the others stay where a frame taken at
+    random would find them if they moved.
     """
     motion = MOTIONS[label]
-    speed = rng.uniform(0.75, 1) * (
-        1 if motion in ('right', 'down', 'clockwise', 'growing') else -1
-    )
-    along = np.linspace(-speed, speed, FRAMES)
-    stays = {name: np.full(FRAMES, rng.uniform(-1, 1)) for name in ('way', 'angle', 'size')}
-    sideways = rng.random() < 0.5
-    if motion in ('left', 'right', 'up', 'down'):
-        stays['way'], sideways = along, motion in ('left', 'right')
-    elif motion in ('growing', 'shrinking'):
-        stays['size'] = along
-    else:
-        stays['angle'] = along
+    ends = np.linspace(-1, 1, FRAMES)
+    values = {
+        name: np.full(FRAMES, rng.choice(ends) * rng.uniform(0.75, 1))
+        for name in ('x', 'y', 'angle', 'size')
+    }
+    own = ('x', 'y', 'angle', 'size')[label // 2]
+    forwards = motion in ('right', 'down', 'clockwise', 'growing')
+    values[own] = ends * rng.uniform(0.75, 1) * (1 if forwards else -1)
     short = min(width, height)
-    middle = np.array((width, height)) / 2 + rng.uniform(-0.1, 0.1, 2) * short
-    direction = np.array((sideways, not sideways)) * _PATH * short
-    start, scale = rng.uniform(0, 2 * np.pi), log_uniform(rng, 0.15, 0.2) * short
+    middle = np.array((width, height)) / 2
+    start, scale = rng.uniform(0, 2 * np.pi), log_uniform(rng, *_SIZE) * short
     corners = []
-    for way, angle, size in zip(stays['way'], stays['angle'], stays['size']):
+    for right, down, angle, size in zip(*(values[name] for name in ('x', 'y', 'angle', 'size'))):
         # y points down: a negative angle of `rotate`'s is seen as clockwise.
         x, y = outline.T * scale * np.exp(_GROWTH * size)
         x, y = rotate(x, y, start - _TURN * angle)
-        corners.append(np.stack([x, y], axis=1) + middle + direction * way)
+        place = middle + _PATH * short * np.array((right, down))
+        corners.append(np.stack([x, y], axis=1) + place)
     return corners
 
 
@@ -197,32 +176,21 @@ def draw_clips(
             parameters or of another version, or files which are none.
         OSError: The folder cannot be written.
     """
-    width, height = checked_size(size)
-    if width % 2 or height % 2:
-        raise ValueError(f'size must be even for a video, got {width} x {height}')
-    parameters = {
-        'format': 'wsbcn_mm clips',
-        'version': VERSION,
-        'num_train': checked_int('num_train', num_train, 1, MAX_IMAGES),
-        'num_val': checked_int('num_val', num_val, 1, MAX_IMAGES),
-        'size': [width, height],
-        'seed': checked_int('seed', seed, 0),
-    }
-    return draw_once(root, STAMP, parameters, lambda folder: _write(folder, parameters, progress))
+    stamp = Stamp.checked(('wsbcn_mm clips', VERSION), num_train, num_val, size, seed)
+    if stamp.size[0] % 2 or stamp.size[1] % 2:
+        raise ValueError('size must be even for a video, got {} x {}'.format(*stamp.size))
+    return draw_once(root, STAMP, stamp.json(), lambda folder: _write(folder, stamp, progress))
 
 
-def _write(
-    folder: Path, parameters: dict[str, Any], progress: Callable[[int, int], None] | None
-) -> None:
-    counts = {split: parameters[f'num_{split}'] for split in SPLITS}
+def _write(folder: Path, stamp: Stamp, progress: Callable[[int, int], None] | None) -> None:
     done = 0
-    for split, count in counts.items():
+    for split, count in stamp.counts.items():
         videos, frames = folder / 'videos' / split, folder / 'frames' / split
         videos.mkdir(parents=True)
         lines: dict[str, list[str]] = {'videos': [], 'frames': []}
         for index in range(count):
             name = f'{index:06d}'
-            clip, label = draw_clip(split, index, parameters['size'], parameters['seed'])
+            clip, label = draw_clip(split, index, stamp.size, stamp.seed)
             write_video(videos / f'{name}.mp4', clip)
             (frames / name).mkdir(parents=True)
             for number, frame in enumerate(clip, 1):
@@ -231,7 +199,7 @@ def _write(
             lines['frames'].append(f'{split}/{name} {len(clip)} {label}\n')
             done += 1
             if progress is not None:
-                progress(done, sum(counts.values()))
+                progress(done, sum(stamp.counts.values()))
         for kind, text in lines.items():
             (folder / f'{split}_{kind}.txt').write_text(''.join(text), encoding='utf-8')
 

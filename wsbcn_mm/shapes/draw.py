@@ -2,11 +2,12 @@
 
 import colorsys
 import functools
-import operator
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+
+from wsbcn_mm.shapes.arguments import Sample
 
 CLASSES = ('ellipse', 'rectangle', 'triangle', 'star', 'cross')
 """Class names. A class id counts from 0 here, from 1 in the COCO files and in the VOC masks."""
@@ -17,16 +18,11 @@ MIN_VISIBLE_SHARE = 0.55
 MIN_VISIBLE_PIXELS = 60
 """Every drawn object shows at least this many pixels."""
 
-SPLITS = ('train', 'val')
-
-MAX_IMAGES = 1_000_000
-
 # Real data has images without any object, and they are a classic cause of crashes. A fixed rhythm
 # rather than chance: also a tiny data set has some (images 1, 40, 79, ...).
 EMPTY_EVERY = 39
 EMPTY_OFFSET = 1
 
-_MIN_SIDE = 48
 _MIN_OBJECTS, _MAX_OBJECTS = 4, 8
 _PLACEMENT_TRIES = 40
 _MIN_INSIDE_SHARE = 0.6  # of a new object: the image's border hides more of a shape than a cover
@@ -396,41 +392,6 @@ def photograph(scene: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 # ----------------------------------------------------------------------------------------------
-# Arguments
-# ----------------------------------------------------------------------------------------------
-def checked_int(name: str, value: int, low: int, high: int | None = None) -> int:
-    expected = f'an integer of at least {low}' + (f' and at most {high}' if high else '')
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise ValueError(f'{name} must be {expected}, got {value!r}') from None
-    if number < low or (high is not None and number > high):
-        raise ValueError(f'{name} must be {expected}, got {number}')
-    return number
-
-
-def checked_size(size: Sequence[int]) -> tuple[int, int]:
-    try:
-        width, height = size
-    except (TypeError, ValueError):
-        raise ValueError(
-            f'size must be (width, height) in pixels, such as (192, 160), got {size!r}'
-        ) from None
-    return (
-        checked_int('size (width)', width, _MIN_SIDE),
-        checked_int('size (height)', height, _MIN_SIDE),
-    )
-
-
-def checked_split(split: str) -> str:
-    if split not in SPLITS:
-        raise ValueError(
-            f"split must be 'train' or 'val', got {split!r}; this data set has no other splits"
-        )
-    return split
-
-
-# ----------------------------------------------------------------------------------------------
 # Public: one image
 # ----------------------------------------------------------------------------------------------
 def draw_image(
@@ -455,15 +416,13 @@ def draw_image(
     Raises:
         ValueError: An argument is out of its range.
     """
-    split = checked_split(split)
-    index = checked_int('index', index, 0, MAX_IMAGES - 1)
-    width, height = checked_size(size)
-    seed = checked_int('seed', seed, 0)
-    rng = np.random.default_rng(np.random.SeedSequence([seed, SPLITS.index(split), index]))
+    sample = Sample.checked(split, index, size, seed)
+    width, height = sample.size
+    rng = sample.random()
     canvas = background(width, height, rng)
     paint_clutter(canvas, rng)
     count = int(rng.integers(_MIN_OBJECTS, _MAX_OBJECTS + 1))
-    if index % EMPTY_EVERY == EMPTY_OFFSET:
+    if sample.index % EMPTY_EVERY == EMPTY_OFFSET:
         count = 0
     instances = _place_objects(canvas, count, rng)
     return photograph(canvas, rng), instances

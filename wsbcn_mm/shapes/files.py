@@ -10,15 +10,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
 
-from wsbcn_mm.shapes.draw import (
-    CLASSES,
-    MAX_IMAGES,
-    SPLITS,
-    Instances,
-    checked_int,
-    checked_size,
-    draw_image,
-)
+from wsbcn_mm.shapes.arguments import Stamp, checked_int, checked_size
+from wsbcn_mm.shapes.draw import CLASSES, Instances, draw_image
 from wsbcn_mm.shapes.folder import draw_once, write_json
 
 PALETTE = ((0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0), (0, 0, 128), (128, 0, 128))
@@ -74,19 +67,17 @@ def jpeg_bytes(image: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def _write_split(
-    folder: Path, split: str, count: int, parameters: dict[str, Any], report: Callable[[], None]
-) -> list[str]:
+def _write_split(folder: Path, split: str, stamp: Stamp, report: Callable[[], None]) -> list[str]:
     """Draws one split into both layouts; returns its file names without suffix."""
     coco, voc = folder / 'coco', folder / 'VOCdevkit' / 'VOC2012'
-    width, height = parameters['size']
+    width, height = stamp.size
     names: list[str] = []
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    for index in range(count):
+    for index in range(stamp.counts[split]):
         image_id = FIRST_ID[split] + index
         name = f'{image_id:012d}'
-        image, instances = draw_image(split, index, (width, height), parameters['seed'])
+        image, instances = draw_image(split, index, (width, height), stamp.seed)
         jpeg = jpeg_bytes(image)
         (coco / f'{split}2017' / f'{name}.jpg').write_bytes(jpeg)
         (voc / 'JPEGImages' / f'{name}.jpg').write_bytes(jpeg)
@@ -120,9 +111,7 @@ def _write_split(
     return names
 
 
-def _write(
-    folder: Path, parameters: dict[str, Any], progress: Callable[[int, int], None] | None
-) -> None:
+def _write(folder: Path, stamp: Stamp, progress: Callable[[int, int], None] | None) -> None:
     """Writes the whole data set into a new folder."""
     voc = folder / 'VOCdevkit' / 'VOC2012'
     lists = voc / 'ImageSets' / 'Segmentation'
@@ -135,7 +124,7 @@ def _write(
         lists,
     ):
         path.mkdir(parents=True)
-    total = parameters['num_train'] + parameters['num_val']
+    total = sum(stamp.counts.values())
     done = 0
 
     def report() -> None:
@@ -145,8 +134,8 @@ def _write(
             progress(done, total)
 
     all_names = []
-    for split in SPLITS:
-        names = _write_split(folder, split, parameters[f'num_{split}'], parameters, report)
+    for split in stamp.counts:
+        names = _write_split(folder, split, stamp, report)
         (lists / f'{split}.txt').write_text('\n'.join(names) + '\n', encoding='utf-8')
         all_names += names
     (lists / 'trainval.txt').write_text('\n'.join(all_names) + '\n', encoding='utf-8')
@@ -181,16 +170,8 @@ def draw_dataset(
             parameters or of another version, or files which are not a shapes data set.
         OSError: The folder cannot be written.
     """
-    width, height = checked_size(size)
-    parameters = {
-        'format': 'wsbcn_mm shapes',
-        'version': VERSION,
-        'num_train': checked_int('num_train', num_train, 1, MAX_IMAGES),
-        'num_val': checked_int('num_val', num_val, 1, MAX_IMAGES),
-        'size': [width, height],
-        'seed': checked_int('seed', seed, 0),
-    }
-    return draw_once(root, STAMP, parameters, lambda folder: _write(folder, parameters, progress))
+    stamp = Stamp.checked(('wsbcn_mm shapes', VERSION), num_train, num_val, size, seed)
+    return draw_once(root, STAMP, stamp.json(), lambda folder: _write(folder, stamp, progress))
 
 
 # ----------------------------------------------------------------------------------------------

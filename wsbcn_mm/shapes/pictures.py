@@ -15,18 +15,13 @@ From the shell::
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from wsbcn_mm.shapes.arguments import Sample, Stamp
 from wsbcn_mm.shapes.draw import (
     CLASSES,
-    MAX_IMAGES,
-    SPLITS,
     background,
-    checked_int,
-    checked_size,
-    checked_split,
     clip_window,
     log_uniform,
     paint_clutter,
@@ -65,12 +60,10 @@ def draw_picture(
     Raises:
         ValueError: An argument is out of its range.
     """
-    split = checked_split(split)
-    index = checked_int('index', index, 0, MAX_IMAGES - 1)
-    width, height = checked_size(size)
-    seed = checked_int('seed', seed, 0)
-    rng = np.random.default_rng(np.random.SeedSequence([seed, SPLITS.index(split), index, 1]))
-    class_id = index % len(CLASSES)
+    sample = Sample.checked(split, index, size, seed)
+    width, height = sample.size
+    rng = sample.random(1)
+    class_id = sample.index % len(CLASSES)
     canvas = background(width, height, rng)
     paint_clutter(canvas, rng)
     short = min(width, height)
@@ -112,29 +105,21 @@ def draw_pictures(
             parameters or of another version, or files which are none.
         OSError: The folder cannot be written.
     """
-    parameters = {
-        'format': 'wsbcn_mm pictures',
-        'version': VERSION,
-        'num_train': checked_int('num_train', num_train, len(CLASSES), MAX_IMAGES),
-        'num_val': checked_int('num_val', num_val, len(CLASSES), MAX_IMAGES),
-        'size': list(checked_size(size)),
-        'seed': checked_int('seed', seed, 0),
-    }
-    return draw_once(root, STAMP, parameters, lambda folder: _write(folder, parameters, progress))
+    stamp = Stamp.checked(
+        ('wsbcn_mm pictures', VERSION), num_train, num_val, size, seed, len(CLASSES)
+    )
+    return draw_once(root, STAMP, stamp.json(), lambda folder: _write(folder, stamp, progress))
 
 
-def _write(
-    folder: Path, parameters: dict[str, Any], progress: Callable[[int, int], None] | None
-) -> None:
-    counts = {split: parameters[f'num_{split}'] for split in SPLITS}
+def _write(folder: Path, stamp: Stamp, progress: Callable[[int, int], None] | None) -> None:
     done = 0
-    for split, count in counts.items():
+    for split, count in stamp.counts.items():
         for name in CLASSES:
             (folder / split / name).mkdir(parents=True)
         for index in range(count):
-            picture, label = draw_picture(split, index, parameters['size'], parameters['seed'])
+            picture, label = draw_picture(split, index, stamp.size, stamp.seed)
             file = folder / split / CLASSES[label] / f'{index:06d}.jpg'
             file.write_bytes(jpeg_bytes(picture))
             done += 1
             if progress is not None:
-                progress(done, sum(counts.values()))
+                progress(done, sum(stamp.counts.values()))
