@@ -72,7 +72,7 @@ def test_clips_as_files(tmp_path):
     assert lines == [f'train/{i:06d}.mp4 {i}' for i in range(3)]
     assert (root / 'val_frames.txt').read_text() == 'val/000000 16 0\n'
     expected, label = clips.draw_clip('train', 1)
-    assert label == 1 and expected.shape == (16, 48, 48, 3)
+    assert label == 1 and expected.shape == (16, 64, 64, 3)
     video, read = cv2.VideoCapture(str(root / 'videos/train/000001.mp4')), []
     while (frame := video.read())[0]:
         read.append(frame[1][..., ::-1])
@@ -84,8 +84,8 @@ def test_clips_as_files(tmp_path):
     assert clips.draw_clips(root, 3, 1) == root  # is there
     with pytest.raises(ValueError, match='must hold the shapes data set'):
         clips.draw_clips(root, 4, 1)
-    with pytest.raises(ValueError, match='must be even'):
-        clips.draw_clips(tmp_path / 'odd', 3, 1, (65, 64))
+    with pytest.raises(ValueError, match='width of 64 or more'):
+        clips.draw_clips(tmp_path / 'odd', 3, 1, (48, 64))
 
 
 def test_pictures_in_a_folder_for_each_class(tmp_path, capsys):

@@ -39,6 +39,7 @@ train_pipeline = [
     dict(type='DecordInit'),
     dict(type='SampleFrames', clip_len=1, frame_interval=1, num_clips=frames),
     dict(type='DecordDecode'),
+    dict(type='Resize', scale=(48, 48), keep_ratio=False),
     # Left becomes right, and clockwise counter-clockwise.
     dict(type='Flip', flip_ratio=0.5, flip_label_map={0: 1, 1: 0, 4: 5, 5: 4}),
     dict(type='FormatShape', input_format='NCHW'),
@@ -48,6 +49,7 @@ test_pipeline = [
     dict(type='DecordInit'),
     dict(type='SampleFrames', clip_len=1, frame_interval=1, num_clips=frames, test_mode=True),
     dict(type='DecordDecode'),
+    dict(type='Resize', scale=(48, 48), keep_ratio=False),
     dict(type='FormatShape', input_format='NCHW'),
     dict(type='PackActionInputs'),
 ]

@@ -9,6 +9,7 @@ train_pipeline = [
     dict(type='DecordInit'),
     dict(type='SampleFrames', clip_len=1, frame_interval=1, num_clips=1),
     dict(type='DecordDecode'),
+    dict(type='Resize', scale=(48, 48), keep_ratio=False),
     dict(type='Flip', flip_ratio=0.5, flip_label_map={0: 1, 1: 0, 4: 5, 5: 4}),
     dict(type='FormatShape', input_format='NCHW'),
     dict(type='PackActionInputs'),
@@ -17,6 +18,7 @@ test_pipeline = [
     dict(type='DecordInit'),
     dict(type='SampleFrames', clip_len=1, frame_interval=1, num_clips=1, test_mode=True),
     dict(type='DecordDecode'),
+    dict(type='Resize', scale=(48, 48), keep_ratio=False),
     dict(type='FormatShape', input_format='NCHW'),
     dict(type='PackActionInputs'),
 ]

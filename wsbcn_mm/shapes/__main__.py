@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         type=int,
         nargs=2,
         metavar=('W', 'H'),
-        help='width and height in pixels, default: 192 160, clips 48 48, pictures 64 64',
+        help='width and height in pixels, default: 192 160, clips and pictures 64 64',
     )
     parser.add_argument('--seed', type=int, default=0, help='default: %(default)s')
     parser.add_argument(

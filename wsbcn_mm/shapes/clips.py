@@ -49,7 +49,7 @@ MIRRORED = {0: 1, 1: 0, 4: 5, 5: 4}
 FRAMES = 16
 VERSION = 2
 NUM_TRAIN, NUM_VAL = 480, 160
-SIZE = (48, 48)
+SIZE = (64, 64)
 STAMP = 'clips.json'
 
 _MOVERS = ('rectangle', 'triangle', 'cross')  # those that are seen to turn, in a few pixels too
@@ -164,7 +164,8 @@ def draw_clips(
         root: Folder of the data set. The module's docstring shows the layout below it.
         num_train: Number of clips for training, at least 1. The classes take turns.
         num_val: Number of clips for validation, at least 1.
-        size: Width and height of the frames in pixels, each at least 48 and even.
+        size: Width and height of the frames in pixels: the width at least 64 in steps of 16, the
+            height at least 48 and even.
         seed: Seed of all clips, at least 0.
         progress: Called after each clip with the number of clips done and their total.
 
@@ -177,8 +178,12 @@ def draw_clips(
         OSError: The folder cannot be written.
     """
     stamp = Stamp.checked(('wsbcn_mm clips', VERSION), num_train, num_val, size, seed)
-    if stamp.size[0] % 2 or stamp.size[1] % 2:
-        raise ValueError('size must be even for a video, got {} x {}'.format(*stamp.size))
+    width, height = stamp.size
+    if width % 16 or width < 64 or height % 2:
+        raise ValueError(
+            'size must have a width of 64 or more in steps of 16, which decord can read, and an '
+            f'even height, got {width} x {height}'
+        )
     return draw_once(root, STAMP, stamp.json(), lambda folder: _write(folder, stamp, progress))
 
 
