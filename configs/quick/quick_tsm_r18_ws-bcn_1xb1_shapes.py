@@ -27,8 +27,8 @@ model = dict(
         in_channels=512,
         num_segments=frames,
         dropout_ratio=0,
-        # With MMAction2's 0.001, for trained backbones, next to no gradient reaches this one, and no
-        # classifier of untrained features learns: no single frame tells.
+        # With MMAction2's 0.001, for trained backbones, next to no gradient reaches this one, and
+        # no classifier of untrained features learns: no single frame tells.
         init_std=0.03,
         topk=(1,),
     ),

@@ -1,5 +1,5 @@
-# The network of ..._shapes.py on one frame of each clip, taken at random: it can only guess, as motion
-# is the class.
+# The network of ..._shapes.py on one frame of each clip, taken at random: it can only guess, as
+# motion is the class.
 _base_ = './quick_tsm_r18_ws-bcn_1xb1_shapes.py'
 model = dict(
     backbone=dict(num_segments=1, is_shift=False),  # there is no other frame to take channels from
