@@ -15,12 +15,12 @@ train_cfg = dict(max_epochs=max_epochs)
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=100),
     dict(
-        type='PolyLR',
-        power=0.9,
-        eta_min=0.0002,
+        type='CosineAnnealingLR',
+        by_epoch=True,
         begin=0,
         end=max_epochs,
-        by_epoch=True,
+        T_max=max_epochs,
+        eta_min=1e-5,
         convert_to_iter_based=True,
     ),
 ]

@@ -60,19 +60,17 @@ test_evaluator = val_evaluator
 
 max_epochs = 2  # 4,000 steps of one image
 train_cfg = dict(by_epoch=True, max_epochs=max_epochs, val_interval=1)
-optim_wrapper = dict(
-    optimizer=dict(type='SGD', lr=0.02, momentum=0.9, weight_decay=1e-4),
-    clip_grad=dict(max_norm=10),
-)
+# AdamW, as for the other quick classifier: quick_tsm_r18_ws-bcn_1xb1_shapes.py says why.
+optim_wrapper = dict(optimizer=dict(type='AdamW', lr=0.001, weight_decay=0.05, fused=True))
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=100),
     dict(
-        type='PolyLR',
-        power=0.9,
-        eta_min=0.0002,
+        type='CosineAnnealingLR',
+        by_epoch=True,
         begin=0,
         end=max_epochs,
-        by_epoch=True,
+        T_max=max_epochs,
+        eta_min=1e-5,
         convert_to_iter_based=True,
     ),
 ]

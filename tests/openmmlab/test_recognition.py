@@ -209,6 +209,17 @@ def test_the_matrix_of_tsm(file):
     assert {id(p) for p in held} >= {id(p) for p in model.parameters()}
 
 
+def test_the_control_on_single_frames_is_the_same_network():
+    shapes = []
+    for file in (TSM, TSM.with_name('quick_tsm_r18_ws-bcn_1xb1_single-frame.py')):
+        cfg = config.load_config(str(file))
+        names = inference.build_model(cfg).state_dict()
+        shapes.append({name.replace('.net.', '.'): v.shape for name, v in names.items()})
+        for _, dataset in config.datasets_of(cfg, 'train_dataloader', 'test_dataloader'):
+            assert dataset.pipeline[1].num_clips == cfg.model.backbone.num_segments
+    assert shapes[0] == shapes[1]
+
+
 def test_weights_of_imagenet_under_the_names_of_mmaction():
     """Every tensor of a ResNet-50 of the other hosts has its place in a TSM."""
     other = importlib.import_module('mmpretrain.models').ResNet(
