@@ -42,11 +42,11 @@ def test_the_page_of_a_folder_of_configs(folder):
 
 def test_what_the_page_of_the_quick_configs_measured_stands_in_the_logs():
     rows = re.findall(r'^\| \[quick_.*$', page_of('quick'), re.MULTILINE)
-    assert len(rows) == 2
+    assert len(rows) == 3
     for row in rows:
         minutes, result, log = (cell.strip() for cell in row.strip('|').split('|')[2:])
         lines = (ROOT / 'configs/quick' / re.search(r'\((.*)\)', log)[1]).read_text()
-        for name, value in re.findall(r'([\w ]+) (0\.\d+)', result):
+        for name, value in re.findall(r'([\w -]+) (0\.\d+)', result):
             assert re.search(rf'^ *{name.strip()} +{value}$', lines, re.MULTILINE)
         assert re.search(rf'^ *training +{minutes}$', lines, re.MULTILINE)
 
