@@ -100,11 +100,10 @@ def normalize(
     if affine.bias is not None:
         shift = shift + reference.expand_groups(affine.bias.to(t.dtype), t.size(1))
     rows = _rows(x)
-    # Not in place: torch 2.11 compiles the gradient of a custom function that returns what an
-    # in-place operation returned to zeros.
+    # Not in place: see `_cast`.
     centred_rows = rows - _per_row(m, rows)
     y = torch.addcmul(_per_row(shift, rows), centred_rows, _per_row(scale * gain, rows))
-    y = y.to(x.dtype)
+    y = _cast(y, x.dtype)
     if x.dim() == 2:  # not a view: an in-place ReLU and reentrant checkpointing reject it
         y = y.squeeze(-1).clone()
     return y, group_mean, inv_group_std
@@ -180,8 +179,8 @@ def standardize(
     freedom = weight[0].numel() - (0 if formula == 'paper' else 1)
     variance = w.square().sum(dims) / freedom
     sigma = variance.sqrt() if formula == 'std_eps' else (variance + eps).sqrt()
-    # Not in place, as above.
-    return (w / _denominator(sigma, eps, formula).view(per_row)).to(dtype), mean, sigma
+    # Not in place: see `_cast`.
+    return _cast(w / _denominator(sigma, eps, formula).view(per_row), dtype), mean, sigma
 
 
 def standardize_all(
@@ -228,6 +227,15 @@ def standardize_backward(
     g = (g - g.mean(1, keepdim=True)).div_(denominator[:, None])
     g = g.sub_(w.mul_((k * dots)[:, None]))
     return torch.empty_like(weight).copy_(g.view(weight.shape))
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`Tensor.to`, but for a result that has the dtype already.
+
+    torch 2.11 compiles the gradient of a custom function to zeros where the function returns what
+    an operation returned as it got it: `to` without a change, or one in place.
+    """
+    return tensor if tensor.dtype is dtype else tensor.to(dtype)
 
 
 def _denominator(sigma: Tensor, eps: float, formula: str) -> Tensor:
