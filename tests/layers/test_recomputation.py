@@ -354,8 +354,13 @@ def test_compiled_code_that_repeats_a_layer_used_twice():
     net, expected = make('estimate'), make('estimate')
     found = run(compiled(checkpointed(lambda x: net(net(x)))), net)
     assert_same(found, run(lambda x: expected(expected(x)), expected))
-    with pytest.raises(RuntimeError, match='twice with the same input'):
-        run(compiled(checkpointed(lambda x: net(x) + net(x).square())), net)
+    net, expected = make('estimate'), make('estimate')
+    try:
+        found = run(compiled(checkpointed(lambda x: net(x) + net(x).square())), net)
+    except RuntimeError as error:
+        assert 'twice with the same input' in str(error)
+    else:  # the compiler of torch 2.11 repeats nothing here
+        assert_same(found, run(lambda x: expected(x) + expected(x).square(), expected))
 
 
 SAVED = {
