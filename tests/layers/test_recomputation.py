@@ -358,7 +358,8 @@ def test_compiled_code_that_repeats_a_layer_used_twice():
     try:
         found = run(compiled(checkpointed(lambda x: net(x) + net(x).square())), net)
     except RuntimeError as error:
-        assert 'twice with the same input' in str(error)
+        if 'twice with the same input' not in str(error):
+            raise
     else:  # the compiler of torch 2.11 repeats nothing here
         assert_same(found, run(lambda x: expected(x) + expected(x).square(), expected))
 
