@@ -1,5 +1,5 @@
 # As on the drawn pictures, on CIFAR-10 in a folder for each class: data/cifar10/{train,val}/CLASS/.
-# One epoch; 30,000 of the training images were there when it was measured.
+# One epoch. Not trained yet.
 _base_ = './quick_resnet18_ws-bcn_1xb1_pictures.py'
 model = dict(
     data_preprocessor=dict(num_classes=10),

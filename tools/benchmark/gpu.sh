@@ -68,13 +68,15 @@ part() {
 }
 
 # The launcher is C++: made in the tree, once, where it is not there yet.
-if "$python" -c 'from wsbcn_mm.backends import cpu; raise SystemExit(cpu.unavailable() is not None)'; then
+compiled() { "$python" -c 'from wsbcn_mm.backends import cpu; raise SystemExit(cpu.unavailable() is not None)'; }
+if compiled; then
     printf '\nThe compiled extension was there.\n' >>"$report"
 else
     WSBCN_BUILD=1 KEEP=3 part build 120 "$python" setup.py -q build_ext --inplace
-    [ $failed -eq 0 ] || {
+    if ! compiled; then  # it failed, or was not finished
+        failed=1
         printf '\n**Everything below is launched from Python, which takes several times as long.**\n' >>"$report"
-    }
+    fi
 fi
 
 workers=()

@@ -1,4 +1,4 @@
-"""The section ``whole``: a ResNet-50's step captured in a CUDA graph, and compiled by torch."""
+"""The section ``whole``: a ResNet-50 compiled by torch."""
 
 import gc
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmark import gpu_timing, peers, timing
+from benchmark import peers, timing
 from benchmark.settings import Settings, Skipped, name_of, show_progress
 from benchmark.timing import Case
 
@@ -16,26 +16,24 @@ NETWORKS = ('conv + GN', 'WS + BCN')
 
 
 def whole(settings: Settings) -> list[dict]:
-    """By dtype and network: a captured training step, compiled evaluation, compiled training.
+    """By network, in the first dtype: evaluation and training steps, compiled in several ways.
 
-    What raises is noted with its message and timed no further. Compiling comes last; it takes most
-    of the time.
+    What raises is noted with its message and timed no further.
     """
     if settings.device.type != 'cuda':
-        raise Skipped('CUDA graphs need a GPU')
+        raise Skipped('it takes minutes without a GPU')
+    dtype = settings.dtypes[0]
     ways: dict[str, Callable[..., Case]] = {
-        'training step, CUDA graph': _captured,
         'evaluation, compiled': _compiled_evaluation,
         'evaluation, compiled, reduce-overhead': _reduced_evaluation,
         'training step, compiled': _compiled_training,
     }
     rows: list[dict] = []
     for way, make in ways.items():
-        for dtype in settings.dtypes[:2] if make is _captured else settings.dtypes[:1]:
-            if not settings.begins(f'whole: {way}, {name_of(dtype)}'):
-                continue
-            found = {name: _timed(settings, make, name, dtype) for name in NETWORKS}
-            rows.append(dict(way=way, dtype=name_of(dtype), peers=found))
+        if not settings.begins(f'whole: {way}, {name_of(dtype)}'):
+            continue
+        found = {name: _timed(settings, make, name, dtype) for name in NETWORKS}
+        rows.append(dict(way=way, dtype=name_of(dtype), peers=found))
     return rows
 
 
@@ -48,15 +46,15 @@ def _timed(settings: Settings, make: Callable[..., Case], name: str, dtype: torc
         times = timing.round_robin({name: case}, settings.device, settings.repeats)
         return dict(ms=times[name]['both']['ms'])
     except Exception as error:  # noqa: BLE001  # whatever torch raises is the result
-        return dict(error=f'{type(error).__name__}: {str(error).splitlines()[0]}')
+        return dict(error=f'{type(error).__name__}: {str(error).partition(chr(10))[0]}')
     finally:
         torch._dynamo.reset()
         gc.collect()
         torch.cuda.empty_cache()
 
 
-def _image(network: nn.Module, size: tuple[int, int] = SIZE) -> Tensor:
-    return torch.randn(1, 3, *size, device=next(network.parameters()).device)
+def _image(network: nn.Module) -> Tensor:
+    return torch.randn(1, 3, *SIZE, device=next(network.parameters()).device)
 
 
 def _training(
@@ -71,11 +69,6 @@ def _training(
         torch.autograd.grad(loss, parameters)
 
     return step
-
-
-def _captured(network: nn.Module, dtype: torch.dtype) -> Case:
-    graph = gpu_timing.captured(_training(network, network.train(), _image(network), dtype))
-    return Case(graph.replay)
 
 
 def _compiled_training(network: nn.Module, dtype: torch.dtype) -> Case:

@@ -54,32 +54,17 @@ train_dataloader = dict(
     ),
 )
 val_dataloader = dict(
-    batch_size=1,
-    num_workers=4,
-    persistent_workers=True,
+    train_dataloader,
     sampler=dict(type='DefaultSampler', shuffle=False),
     dataset=dict(
-        type='RawframeDataset',
+        train_dataloader['dataset'],
         ann_file='data/sthv1/sthv1_val_list_rawframes.txt',
-        data_prefix=dict(img=root),
-        filename_tmpl=name,
         pipeline=val_pipeline,
         test_mode=True,
     ),
 )
 test_dataloader = dict(
-    batch_size=1,
-    num_workers=4,
-    persistent_workers=True,
-    sampler=dict(type='DefaultSampler', shuffle=False),
-    dataset=dict(
-        type='RawframeDataset',
-        ann_file='data/sthv1/sthv1_val_list_rawframes.txt',
-        data_prefix=dict(img=root),
-        filename_tmpl=name,
-        pipeline=test_pipeline,
-        test_mode=True,
-    ),
+    val_dataloader, dataset=dict(val_dataloader['dataset'], pipeline=test_pipeline)
 )
 val_evaluator = dict(type='AccMetric')
 test_evaluator = val_evaluator
