@@ -19,43 +19,16 @@ pytestmark = [
 ]
 
 TRAIN = """
-import copy, sys, threading
+import copy, threading
 import pytest, torch
-from torch import nn
 from tests.backends.triton import driver as drivers
+from tests.backends.triton.network import Network, train
 import wsbcn_mm
-from wsbcn_mm import BatchChannelNorm2d, WSConv2d, backends, reference
-from wsbcn_mm.backends.triton import variants
+from wsbcn_mm import backends
 
 driver = drivers.Driver()
 drivers.use(driver, pytest.MonkeyPatch())
 torch.manual_seed(0)
-
-
-class Network(nn.Module):
-    '''Convolutions of which one is used twice.'''
-
-    def __init__(self, mode):
-        super().__init__()
-        self.first, self.shared = WSConv2d(3, 4, 3), WSConv2d(4, 4, 3, padding=1)
-        self.norms = nn.ModuleList([BatchChannelNorm2d(4, 2, mode=mode) for _ in range(3)])
-
-    def forward(self, x):
-        for layer, norm in zip((self.first, self.shared, self.shared), self.norms):
-            x = norm(layer(x)).relu_()
-        return x
-
-
-def train(model, steps):
-    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    for x in steps:
-        optimizer.zero_grad()
-        model(x).square().mean().backward()
-        optimizer.step()
-    model.eval()
-    with torch.no_grad():
-        return model(steps[0])
-
 
 steps = [torch.randn(2, 3, size, 7, dtype=torch.float64) for size in (6, 8)]
 models = {mode: Network(mode).double() for mode in ('estimate', 'batch')}

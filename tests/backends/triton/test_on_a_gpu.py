@@ -5,11 +5,11 @@ import threading
 
 import pytest
 import torch
-from torch import nn
 
 import wsbcn_mm
 from tests.backends.triton.cases import DEVICE
-from wsbcn_mm import BatchChannelNorm2d, WSConv2d, backends
+from tests.backends.triton.network import Network, train
+from wsbcn_mm import BatchChannelNorm2d, backends
 from wsbcn_mm.backends import triton
 
 pytestmark = pytest.mark.skipif(DEVICE != 'cuda', reason='needs a GPU')
@@ -21,37 +21,12 @@ def allocator():
     torch.use_deterministic_algorithms(False)
 
 
-class Network(nn.Module):
-    """Convolutions of which one is used twice."""
-
-    def __init__(self, mode: str = 'estimate') -> None:
-        super().__init__()
-        self.first, self.shared = WSConv2d(3, 8, 3), WSConv2d(8, 8, 3, padding=1)
-        self.norms = nn.ModuleList([BatchChannelNorm2d(8, 4, mode=mode) for _ in range(3)])
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for layer, norm in zip((self.first, self.shared, self.shared), self.norms):
-            x = norm(layer(x)).relu_()
-        return x
-
-
 def network(mode: str = 'estimate', scope: bool = True) -> Network:
     torch.manual_seed(0)
     model = Network(mode).double().cuda()
     if scope:
         wsbcn_mm.standardize_once_per_forward(model)
     return model
-
-
-def train(model, steps):
-    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    for x in steps:
-        optimizer.zero_grad()
-        model(x).square().mean().backward()
-        optimizer.step()
-    model.eval()
-    with torch.no_grad():
-        return model(steps[0])
 
 
 def images(*sizes):
