@@ -96,11 +96,27 @@ def test_the_layers_are_those_of_the_published_checkpoints(file, load):
         assert {(m.mode, m.affine) for m in norms} == {('batch', 'group')}
 
 
+@pytest.fixture(scope='module')
+def imagenet(tmp_path_factory):
+    """Two pictures in ImageNet's layout; a list says their classes, as not all 1,000 are there."""
+    from PIL import Image
+
+    root = tmp_path_factory.mktemp('imagenet')
+    (root / 'meta').mkdir()
+    for label, name in enumerate(('n01440764', 'n01443537')):
+        (root / 'train' / name).mkdir(parents=True)
+        Image.new('RGB', (80, 70), (90 * label, 40, 160)).save(root / 'train' / name / '1.JPEG')
+        with (root / 'meta/train.txt').open('a') as file:
+            file.write(f'{name}/1.JPEG {label}\n')
+    return str(root)
+
+
 @each
-def test_one_training_step_and_one_inference(file, load, monkeypatch):
+def test_one_training_step_and_one_inference(file, load, imagenet, monkeypatch):
     from mmengine.optim import build_optim_wrapper
+    from mmengine.registry import DefaultScope
+    from mmengine.runner import Runner
     from mmpretrain.models.backbones import ResNet, ResNeXt
-    from mmpretrain.structures import DataSample
 
     for kind in (ResNet, ResNeXt):
         settings = {d: (block, (1, 1, 1, 1)) for d, (block, _) in kind.arch_settings.items()}
@@ -110,10 +126,13 @@ def test_one_training_step_and_one_inference(file, load, monkeypatch):
     model.init_weights()
     assert not model.backbone.layer1[0].norm3.weight.any()  # as the authors start
     optimizer = build_optim_wrapper(model, cfg.optim_wrapper)
-    data = dict(
-        inputs=torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8),
-        data_samples=[DataSample().set_gt_label(label) for label in (1, 5)],
-    )
+    loader = cfg.train_dataloader
+    loader.update(batch_size=2, num_workers=0, persistent_workers=False)
+    loader.dataset.data_root = imagenet
+    loader.dataset.pipeline[1].scale = 64
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        data = next(iter(Runner.build_dataloader(loader)))
+    assert {int(sample.gt_label) for sample in data['data_samples']} == {0, 1}
     before = model.backbone.conv1.weight.clone()
     data_preprocessor = model.data_preprocessor(data, training=True)
     assert data_preprocessor['inputs'].dtype == torch.float32
@@ -125,3 +144,21 @@ def test_one_training_step_and_one_inference(file, load, monkeypatch):
         predicted = model.test_step(data)
     assert len(predicted) == 2
     assert all(sample.pred_score.isfinite().all() for sample in predicted)
+
+
+@pytest.mark.parametrize('data, classes', [('pictures', 5), ('cifar10', 10)])
+def test_quick_classifiers(data, classes, load):
+    """They train at one image; the map of a single small picture is enough for their norms."""
+    cfg = load(CONFIGS / f'quick/quick_resnet18_ws-bcn_1xb1_{data}.py')
+    assert cfg.train_dataloader.batch_size == 1
+    model = build(cfg).train()
+    loss = model.head.loss(model.extract_feat(torch.randn(1, 3, 32, 32)), [label_of(classes - 1)])
+    loss['loss'].backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    assert model.head.fc.out_features == classes
+
+
+def label_of(label):
+    from mmpretrain.structures import DataSample
+
+    return DataSample().set_gt_label(label)

@@ -244,6 +244,7 @@ def test_weights_of_imagenet_under_the_names_of_mmaction():
         ('slowonly_r50', ('WSConv3d', 'BatchChannelNorm3d'), 53),
         ('i3d_r50', ('WSConv3d', 'BatchChannelNorm3d'), 53),
         ('r2plus1d_r34', ('WSConv3d', 'BatchChannelNorm3d'), 72),
+        ('trn_r50', ('WSConv2d', 'BatchChannelNorm2d'), 53),  # partial_bn
     ],
 )
 def test_networks_for_videos_convert(base, first, norms, tmp_path):
@@ -267,6 +268,13 @@ def test_a_3d_network_trains_and_folds(tmp_path):
     cfg = Config.fromfile(tmp_path / 'c.py')
     torch.manual_seed(0)
     model = inference.build_model(cfg).train()
+    names = list(model.state_dict())
+    model.init_weights()
+    last = [block.conv2 for block in model.backbone.layer4]
+    assert not any(conv.norm.weight.any() for conv in last)  # as the host starts, with a BN
+    assert list(model.state_dict()) == names and not any(hasattr(conv, 'bn') for conv in last)
+    for conv in last:  # else no gradient comes through yet
+        torch.nn.init.ones_(conv.norm.weight)
     inputs = torch.randn(2, 1, 3, 4, 32, 32)
     sample = importlib.import_module('mmaction.structures').ActionDataSample()
     loss = model(inputs, [sample.set_gt_label(1)] * 2, mode='loss')['loss_cls']

@@ -28,8 +28,15 @@ def write_report(path: Path, tables: str) -> None:
     path.write_text(f'{before}{BEGIN}\n\n{tables}\n{END}{after}')
 
 
-def report(records: dict[str, dict], total: int) -> str:
-    """The tables, in Markdown."""
+def report(records: dict[str, dict], total: int, stand_for: int | None = None) -> str:
+    """The tables, in Markdown.
+
+    Args:
+        records: By config.
+        total: How many configs were asked for.
+        stand_for: How many of them have the network of a record; those of records, if None.
+    """
+    stand_for = len(records) if stand_for is None else stand_for
     converted = [r for r in records.values() if r['outcome'] == 'converted']
     lines = [
         '| | configs | ' + ' | '.join(OUTCOMES) + ' | with a conv network | converted |',
@@ -37,7 +44,11 @@ def report(records: dict[str, dict], total: int) -> str:
     ]
     for package in sorted({name.partition('::')[0] for name in records}):
         lines.append(_row(package, [r for n, r in records.items() if n.startswith(package)]))
-    lines += [_row('all', list(records.values())), '', *_state(records, converted, total)]
+    lines += [
+        _row('all', list(records.values())),
+        '',
+        *_state(records, converted, total, stand_for),
+    ]
     lines += ['', '### Why', '', '| package | outcome | reason | configs |', '|---|---|---|--:|']
     why = Counter(
         (n.partition('::')[0], r['outcome'], _cell(r['reason']))
@@ -66,13 +77,16 @@ def report(records: dict[str, dict], total: int) -> str:
     return '\n'.join(lines) + '\n'
 
 
-def _state(records: dict[str, dict], converted: list[dict], total: int) -> list[str]:
+def _state(
+    records: dict[str, dict], converted: list[dict], total: int, stand_for: int
+) -> list[str]:
     """What was done, and what was not."""
     run, read_back = _runs(converted), sum(r.get('read_back', False) for r in converted)
     sizes = Counter(r['converted']['size'] for r in run if r['converted']['evaluated'] == OK)
     kinds = ', '.join(f'{n} at {size}x{size}' for size, n in sizes.most_common())
     return [
-        f'- Converted, built and audited: {len(records)} of {total} configs; audit clean on '
+        f'- Converted, built and audited: {len(records)} configs, which stand for {stand_for} of '
+        f'{total}; audit clean on '
         f'{sum(r["clean"] for r in converted)} of the {len(converted)} that were converted.',
         f'- Written and read back: {read_back} of them; always the same config (one that is not '
         'would count as failed).',

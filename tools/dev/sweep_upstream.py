@@ -2,12 +2,15 @@
 
 Each config is converted, built, audited, written and read back; with --run, the first config of
 every different network is also built, initialised, trained a step and evaluated, as shipped and
-converted. The first config of each folder comes first. Results go to a file of JSON lines as they
-come: run it again to go on where it stopped. The tables go between two marks of a Markdown file;
-what stands around them stays.
+converted. The first config of each folder comes first. With --networks, one config alone of those
+that are shipped with the same network is looked at: it stands for the others, which differ in data
+or schedule. Results go to a file of JSON lines as they come: run it again to go on where it
+stopped. The tables go between two marks of a Markdown file; what stands around them stays.
 """
 
 import argparse
+import functools
+import importlib
 import json
 import sys
 import tempfile
@@ -15,6 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # also from a clone not installed
 
@@ -34,6 +38,11 @@ def parse_args() -> argparse.Namespace:
         '--run',
         action='store_true',
         help='initialise, train a step and evaluate every different network',
+    )
+    parser.add_argument(
+        '--networks',
+        action='store_true',
+        help='one config of every different network alone',
     )
     parser.add_argument('--configs', nargs='+', default=[], help='these alone')
     parser.add_argument('--no-write', action='store_true', help='do not write and read back')
@@ -103,6 +112,30 @@ def jobs(
             yield name, True
 
 
+def represented(names: list[str]) -> dict[str, str]:
+    """Which config stands for each: the first whose network, as shipped, is the same.
+
+    A config that cannot be read stands for itself.
+    """
+    from mmengine.config import Config
+    from networks import network_of
+
+    from wsbcn_mm.openmmlab.config import find_config
+
+    # Every `_base_ = 'mmdet::...'` makes mmengine read a hundred metafiles again.
+    utils: Any = importlib.import_module('mmengine.config.utils')
+    utils.load = functools.cache(utils.load)
+    first: dict[str, str] = {}
+    result = {}
+    for name in names:
+        try:
+            network = network_of(Config.fromfile(find_config(name)[0]))
+        except Exception:  # noqa: BLE001  what is wrong with it, its examination says
+            network = name
+        result[name] = first.setdefault(network, name)
+    return result
+
+
 def main() -> None:
     """Sweeps, then writes the table where asked."""
     args = parse_args()
@@ -113,19 +146,29 @@ def main() -> None:
         n for p in args.packages for n in upstream_configs(p) if args.match in n
     ]
     names = family_by_family(names)
+    stands_for = represented(names) if args.networks else {name: name for name in names}
+    names = list(dict.fromkeys(stands_for.values()))
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     records = read(out)
-    print(f'{len(names)} configs, {sum(name not in records for name in names)} not seen yet')
+    unseen = sum(name not in records for name in names)
+    print(f'{len(names)} configs to stand for {len(stands_for)}, {unseen} not seen yet')
+    todo = jobs(records, names, args.run, args.again)
+    if args.networks and args.run:  # all at once
+        todo = ((name, True) for name, _ in jobs(records, names, False, args.again))
     end, worker = time.monotonic() + args.seconds, Worker()
     with tempfile.TemporaryDirectory() as folder, out.open('a') as file:
         if out.stat().st_size and not out.read_bytes().endswith(b'\n'):
             file.write('\n')
-        for name, run in jobs(records, names, args.run, args.again):
+        for name, run in todo:
             if time.monotonic() > end:
                 print(f'stopped after {args.seconds:.0f} s: run again to go on')
                 break
-            written = None if run or args.no_write else Path(folder) / 'converted.py'
+            written = (
+                None
+                if (run and not args.networks) or args.no_write
+                else Path(folder) / 'converted.py'
+            )
             record = worker.examine(name, run, written, args.timeout)
             records.setdefault(name, {}).update(record)
             file.write(json.dumps(record) + '\n')
@@ -135,7 +178,8 @@ def main() -> None:
     worker.stop()
     if args.report:
         known = {n: r for n, r in records.items() if n in set(names)}
-        write_report(Path(args.report), report(known, len(names)))
+        stand_for = sum(name in known for name in stands_for.values())
+        write_report(Path(args.report), report(known, len(stands_for), stand_for))
 
 
 if __name__ == '__main__':

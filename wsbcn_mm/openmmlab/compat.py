@@ -15,20 +15,25 @@ Each function names the gap, and does nothing where it is not there:
 - `torchvision_ops.apply`: mmcv without compiled operators, where the user asks for torchvision's.
 - `say_where_no_image_is`: a data set that found nothing fails in numpy.
 - `fuse_standardized_weights`: mmcv's fuse_conv_bn would fold a BatchNorm into the raw weight.
+- `initialise_norms_by_name`: MMAction2's 3d networks start the last norm of each branch at 0, and
+  ask for it as ``conv3.bn``, whatever norm it is.
 
 `require` tells the user what to install, with the command; `unwrapped` looks into the hosts'
 wrappers of a model.
 """
 
+import contextlib
 import difflib
+import functools
 import importlib
 import re
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from wsbcn_mm.layers import WeightStandardized
+from wsbcn_mm.layers import BatchChannelNorm, WeightStandardized
 from wsbcn_mm.openmmlab import checkpoints, stand_ins, torchvision_ops
 
 # import name -> (oldest version that works, how to get the one we test with)
@@ -57,6 +62,7 @@ def apply() -> None:
     if find_spec('mmcv') is not None:
         torchvision_ops.apply()
         fuse_standardized_weights()
+        initialise_norms_by_name()
 
 
 def find_packages_by_import_name() -> None:
@@ -192,6 +198,44 @@ def fuse_standardized_weights() -> None:
 
     _fuse_conv_bn.handles_standardized_weights = True  # type: ignore[attr-defined]
     module._fuse_conv_bn = _fuse_conv_bn  # type: ignore[attr-defined]
+
+
+def initialise_norms_by_name() -> None:
+    """Lets the BCN of a ConvModule be found as its ``bn`` while a model is initialised."""
+    from mmengine.model import BaseModule
+
+    original = BaseModule.init_weights
+    if getattr(original, 'names_norms', False):
+        return
+
+    @functools.wraps(original)
+    def init_weights(self):
+        with _named_bn(self):
+            return original(self)
+
+    init_weights.names_norms = True  # type: ignore[attr-defined]
+    BaseModule.init_weights = init_weights  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def _named_bn(model: Any) -> Iterator[None]:
+    from mmcv.cnn import ConvModule
+
+    named = []
+    for module in model.modules():
+        if (
+            isinstance(module, ConvModule)
+            and isinstance(module.norm, BatchChannelNorm)
+            and not hasattr(module, 'bn')
+        ):
+            # Beside its submodules: neither a parameter nor a name of the state dict is added.
+            module.__dict__['bn'] = module.norm
+            named.append(module)
+    try:
+        yield
+    finally:
+        for module in named:
+            del module.__dict__['bn']
 
 
 def unwrapped(model: Any) -> Any:

@@ -179,8 +179,9 @@ def _with_config_line(finding: Finding, nodes: dict[str, Node]) -> Finding:
         why = f'{finding.why}; {node.kind.__name__} takes no norm_cfg'
         fix = 'wsbcn_mm.convert.convert_model on the built model'
         return dataclasses.replace(finding, level='note', why=why, fix=fix)
-    if finding.code == 'frozen-estimates' and node.accepts('norm_eval'):
-        return dataclasses.replace(finding, fix=_line(f'{part}.norm_eval', 'False'))
+    if finding.code == 'frozen-estimates' and (frozen := recipe.frozen_norms(node)):
+        fix = '; '.join(_line(f'{part}.{key}', 'False') for key in frozen)
+        return dataclasses.replace(finding, fix=fix)
     if finding.code == 'ws-without-norm':
         return dataclasses.replace(finding, fix=_line(f'{part}.conv_cfg', 'None'))
     if finding.code == 'norm-without-ws' and node.accepts('conv_cfg'):

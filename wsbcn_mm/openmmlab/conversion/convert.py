@@ -45,8 +45,8 @@ def convert_config(
     - ``norm_cfg``: BN, SyncBN and GN become BCN, also where the norm is a default that the config
       does not show; 32 groups where they fit every width of the part, ``'auto'`` elsewhere.
     - ``conv_cfg``: WSConv2d where all convolutions that it reaches have a norm behind them.
-    - ``norm_eval=False``, and ``frozen_stages=-1`` unless a checkpoint is given: frozen random
-      weights and frozen estimates cannot learn.
+    - ``norm_eval=False`` (and of MMAction2 ``partial_bn``, ``bn_frozen``), and ``frozen_stages=-1``
+      unless a checkpoint is given: frozen random weights and frozen estimates cannot learn.
     - ``batch_size`` is set; the learning rate and the schedulers' own rates follow by the linear
       rule down to what was measured at one image (`recipe.least_rate`), ``auto_scale_lr`` with
       them, and all iterations that are counted, so that training sees as many images as before.
@@ -139,8 +139,8 @@ def _import_this_package(conversion: Conversion) -> None:
 
 def _unfreeze(conversion: Conversion, converted: list[Node], checkpoint: str | None) -> None:
     for node in converted:
-        if node.get('norm_eval'):
-            conversion.set((*node.path, 'norm_eval'), False, 'True freezes the estimates')
+        for key in recipe.frozen_norms(node):
+            conversion.set((*node.path, key), False, 'True freezes the estimates')
         if recipe.frozen_stages(node) is not None and checkpoint is None:
             place, why = (*node.path, 'frozen_stages'), 'random weights must not be frozen'
             conversion.set(place, recipe.nothing_frozen(node), why)

@@ -398,6 +398,11 @@ def frozen_stages(node: Node) -> int | None:
     return frozen if isinstance(frozen, int) and frozen > nothing_frozen(node) else None
 
 
+def frozen_norms(node: Node) -> list[str]:
+    """The arguments of a part by which it freezes statistics, where they are set."""
+    return [key for key in ('norm_eval', 'partial_bn', 'bn_frozen') if node.get(key)]
+
+
 def pretrained_init(node: Node) -> str | None:
     """The checkpoint of a part's own ``init_cfg=dict(type='Pretrained')``; None without one."""
     init = node.get('init_cfg')
