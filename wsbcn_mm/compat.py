@@ -59,17 +59,25 @@ def backward_pass() -> int:
     return torch._C._current_graph_task_id()
 
 
+TOP_HOOKS: Callable[[bool], Any] | None = getattr(
+    torch._C._autograd, '_top_saved_tensors_default_hooks', None
+)
+"""Tells which hooks on saved tensors are active; None before torch 2.8."""
+
+
 def saved_tensors_may_be_hooked() -> bool:
     """Whether `torch.autograd.graph.saved_tensors_hooks` are active in this thread.
 
     Before torch 2.8 it cannot be asked: True.
     """
-    top = getattr(torch._C._autograd, '_top_saved_tensors_default_hooks', None)
-    return top is None or top(True) is not None  # True: also while tracing
+    return TOP_HOOKS is None or TOP_HOOKS(True) is not None  # True: also while tracing
 
 
 CheckpointFrame = torch.utils.checkpoint._CheckpointFrame
 """What torch makes for one run of a part that is checkpointed without reentrance."""
+
+CHECKPOINT_FUNCTIONS = ('checkpoint', '_checkpoint_impl')
+"""Which of torch's functions run a part for the first time; the second one since torch 2.14."""
 
 CHECKPOINT_FILE = torch.utils.checkpoint.__file__
 """Where frames of torch's checkpointing on the interpreter's stack come from."""
@@ -80,8 +88,7 @@ def recording_checkpoint() -> object | None:
 
     Before torch 2.8 it cannot be asked: None.
     """
-    top = getattr(torch._C._autograd, '_top_saved_tensors_default_hooks', None)
-    hooks = None if top is None else top(True)
+    hooks = None if TOP_HOOKS is None else TOP_HOOKS(True)
     for cell in () if hooks is None else getattr(hooks[0], '__closure__', None) or ():
         if isinstance(cell.cell_contents, CheckpointFrame):
             return cell.cell_contents

@@ -200,19 +200,20 @@ def _places(frame: FrameType | None) -> Iterator[_Place]:
     caller: FrameType | None = None  # of what: the frame that was looked at before
     while frame is not None:
         code = frame.f_code
-        if code.co_name == 'checkpoint' and code.co_filename == compat.CHECKPOINT_FILE:
+        name, file = code.co_name, code.co_filename
+        if name in compat.CHECKPOINT_FUNCTIONS and file == compat.CHECKPOINT_FILE:
             generator = frame.f_locals.get('gen')
             inner = None if generator is None else generator.gi_frame
             for value in () if inner is None else inner.f_locals.values():
                 if isinstance(value, compat.CheckpointFrame):
                     hooked = None if value is hooked else hooked
                     yield _Place(value, None, True)
-        elif code.co_name == 'unpack_hook' and code.co_filename == compat.CHECKPOINT_FILE:
+        elif name == 'unpack_hook' and file == compat.CHECKPOINT_FILE:
             yield _Place(frame.f_locals['frame'], frame.f_locals['gid'], True)
-        elif code.co_name in ('forward', 'backward') and code.co_argcount:
+        elif name in ('forward', 'backward') and code.co_argcount:
             ctx = frame.f_locals.get(code.co_varnames[0])
             if isinstance(ctx, torch.autograd.function.FunctionCtx):
-                if code.co_name == 'forward':
+                if name == 'forward':
                     yield _Place(ctx, None, True)
                 # A reentrant checkpoint's own backward pass, after the repetition, is none.
                 elif caller is None or caller.f_code.co_filename != torch.autograd.__file__:

@@ -36,6 +36,16 @@ def freedom_of(length, FORMULA: tl.constexpr):
 
 
 @triton.jit
+def rounded(value, dtype: tl.constexpr):
+    """To float32 first, as torch does it: Triton 3.2 makes no bfloat16 of float64."""
+    if dtype == tl.bfloat16:
+        result = value.to(tl.float32).to(dtype)
+    else:
+        result = value.to(dtype)
+    return result
+
+
+@triton.jit
 def standardize_row(
     weight,  # (O, L)
     w_hat,  # (O, L)
@@ -78,7 +88,7 @@ def standardize_row(
         place = o * length + start + lane
         value = tl.load(weight + place, mask, other=0.0).to(ACC)
         value = (value - origin - centre) * factor
-        tl.store(w_hat + place, value.to(w_hat.dtype.element_ty), mask)
+        tl.store(w_hat + place, rounded(value, w_hat.dtype.element_ty), mask)
 
 
 @triton.jit
