@@ -8,6 +8,7 @@ import logging
 from types import SimpleNamespace
 
 import torch
+from mmengine.logging.history_buffer import HistoryBuffer
 from mmengine.model import MMDistributedDataParallel
 from mmengine.registry import HOOKS
 from torch import nn
@@ -232,6 +233,17 @@ def test_trap_16_the_runner_alone_says_nothing_and_ours_stops_it(tmp_path):
     with pytest.raises(CheckpointMismatch):
         runner.load_or_resume()
     assert torch.equal(runner.model.conv.weight, before)  # raised before anything was copied
+
+
+def test_a_log_is_read_again_after_others_have_taken_it_off_the_list_of_torch(tmp_path):
+    """As the mmengine of the fork does when it has read a file."""
+    log = HistoryBuffer()
+    log.update(0.5)
+    torch.save(dict(state_dict={}, log=log), tmp_path / 'log.pth')
+    with torch.serialization.safe_globals([HistoryBuffer]):
+        pass
+    assert HistoryBuffer not in torch.serialization.get_safe_globals()
+    assert checkpoints.read_checkpoint(tmp_path / 'log.pth')['log'].current() == 0.5
 
 
 def test_a_first_look_lists_what_is_there(tmp_path):

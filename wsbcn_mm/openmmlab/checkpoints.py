@@ -8,6 +8,7 @@ where training starts, it is said what was not (`wsbcn_mm.openmmlab.hooks.checkp
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import pickle
@@ -123,6 +124,7 @@ def _load_file(path: Path, map_location: Any, checksums: bool) -> object:
     try:
         # Mapped where the format allows it. Said, because the environment can change the default.
         mapped = zipfile.is_zipfile(path)
+        allow_checkpoint_globals()
         return torch.load(path, map_location=map_location, weights_only=True, mmap=mapped)
     except CheckpointRefused:  # inside of `code_refused`
         raise
@@ -191,6 +193,7 @@ def code_refused(source: object) -> Iterator[None]:
     original = torch.load
 
     def load(*args: Any, **kwargs: Any) -> Any:
+        allow_checkpoint_globals()
         try:  # said, because the environment can change the default of torch
             return original(*args, **{**kwargs, 'weights_only': True})
         except pickle.UnpicklingError as error:
@@ -201,7 +204,16 @@ def code_refused(source: object) -> Iterator[None]:
 
 
 def allow_checkpoint_globals() -> None:
-    """Puts what mmengine's own checkpoints hold, beside tensors, on torch's allow-list."""
+    """Puts what mmengine's own checkpoints hold, beside tensors, on torch's allow-list.
+
+    Before each file: the fork's mmengine takes some of it off the list when it has read one.
+    """
+    torch.serialization.add_safe_globals(checkpoint_globals())
+
+
+@functools.cache
+def checkpoint_globals() -> list[Any]:
+    """What mmengine's own checkpoints hold beside tensors."""
     import numpy as np
     from mmengine.logging.history_buffer import HistoryBuffer
 
@@ -210,9 +222,7 @@ def allow_checkpoint_globals() -> None:
     )
     # Statistics of the log, as numpy arrays and scalars of these types.
     dtypes = [type(np.dtype(kind)) for kind in ('f8', 'f4', 'f2', 'i8', 'i4', 'u1', '?')]
-    torch.serialization.add_safe_globals(
-        [HistoryBuffer, multiarray._reconstruct, multiarray.scalar, np.ndarray, np.dtype, *dtypes]
-    )
+    arrays = [multiarray._reconstruct, multiarray.scalar, np.ndarray, np.dtype, *dtypes]
 
     def history_buffer_method(owner: Any, name: str) -> Callable[..., Any]:
         # A pickled HistoryBuffer names its methods through getattr. The real getattr on the list
@@ -222,7 +232,7 @@ def allow_checkpoint_globals() -> None:
         raise pickle.UnpicklingError(f'a checkpoint may not ask for attribute {name!r} of {owner}')
 
     HistoryBuffer()  # fills the table of its methods
-    torch.serialization.add_safe_globals([(history_buffer_method, 'builtins.getattr')])
+    return [HistoryBuffer, *arrays, (history_buffer_method, 'builtins.getattr')]
 
 
 # ---- what is in one ----------------------------------------------------------------------------

@@ -6,6 +6,7 @@ pytest.importorskip('mmengine', reason="configs are mmengine's")
 pytest.importorskip('mmdet', reason='audits configs of mmdet')
 pytest.importorskip('mmseg', reason='audits configs of mmseg')
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -47,7 +48,12 @@ def found(source, **kwargs):
 
 @pytest.mark.parametrize('file', SAMPLE, ids=lambda f: f.stem)
 def test_our_own_configs_are_clean(file):
-    findings = audit(str(file))
+    try:
+        findings = audit(str(file))
+    except ModuleNotFoundError as error:  # the fork has two hosts
+        if all(find_spec(host) for host in ('mmdet', 'mmseg', 'mmpretrain', 'mmaction')):
+            raise
+        pytest.skip(str(error))
     assert not has_problems(findings), findings
 
 
