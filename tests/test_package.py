@@ -14,7 +14,7 @@ import wsbcn_mm
 
 REPOSITORY = Path(__file__).parents[1]
 PACKAGE = REPOSITORY / 'wsbcn_mm'
-OPENMMLAB = ('mmengine', 'mmcv', 'mmdet', 'mmseg')
+OPENMMLAB = ('mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain', 'mmaction')
 
 
 def run_python(code):

@@ -37,6 +37,36 @@ def seed():
 # Within a pass
 
 
+@pytest.mark.parametrize('of_layer', [True, False])
+def test_hooks_may_write_a_weight_before_its_use(of_layer):
+    model = nn.Sequential(conv(), nn.Sequential(conv()), conv())
+    plain = copy.deepcopy(model)
+    seen = []
+    for each in (model, plain):
+
+        def write(module, args, layer=each[1][0]):
+            layer.weight.data.mul_(torch.arange(1.0, 4.0, **FLOAT))
+
+        (each[1][0] if of_layer else each[1]).register_forward_pre_hook(write)
+    wsbcn_mm.standardize_once_per_forward(model)
+    for _ in range(2):
+        for each in (model, plain):
+            each.zero_grad()
+            y = each(X)
+            y.square().sum().backward()
+            seen.append([y, *(p.grad for p in each.parameters())])
+        for a, b in zip(seen.pop(), seen.pop()):
+            close(a, b)
+
+
+def test_a_model_inside_a_model_shares_all_the_same(calls):
+    model = nn.Sequential(conv(), nn.Sequential(conv()))
+    for each in (model, model[1]):
+        wsbcn_mm.standardize_once_per_forward(each)
+    model(X)
+    assert calls == [2]
+
+
 CHANGES = {
     'in place': lambda m: m[0].weight.detach().mul_(torch.arange(1.0, 4.0, **FLOAT)),
     'through a view': lambda m: m[0].weight.detach().view(-1)[3].fill_(7),

@@ -4,6 +4,7 @@ import argparse
 import json
 import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -17,6 +18,11 @@ matplotlib.use('Agg')
 import matplotlib.pyplot as plt  # noqa: E402
 from diagnosis_page import OTHER, THIS, plot_channels, plot_singularities  # noqa: E402
 from experiments import grid as grids  # noqa: E402
+from matplotlib.artist import Artist  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+
+Curve = tuple[list[int], list[float]]
 
 COLOURS = {
     'BN': '#7a7a7a',
@@ -26,6 +32,12 @@ COLOURS = {
     'BCN + WS (estimate)': '#0a6c74',
     'BCN + WS (batch)': '#6fb7bd',
     'BCN': '#3f7cac',
+    'BN, 8 micro-steps': '#a8a8a8',
+    'BCN + WS (estimate), 8 micro-steps': '#45979e',
+    'FRN + TLU': '#8a63a8',
+    'EvoNorm-S0': '#b08fc7',
+    'frozen BN, GN + WS in the head': '#d4798f',
+    'frozen BN, BCN + WS in the head': '#3d9aa1',
 }
 METRICS = {
     'test': 'test',
@@ -151,6 +163,7 @@ def singularity_table(study: Study, task: str, count: int) -> str:
 
 
 OURS = 'BCN + WS (estimate)'
+FROZEN = 'frozen BN, GN + WS in the head'
 
 
 def bars(study: Study) -> str:
@@ -161,7 +174,7 @@ def bars(study: Study) -> str:
     lines = ['| task | BCN + WS at 1 image against | difference | spread | |', '|---' * 5 + '|']
     for task in study.tasks() if OURS in study.grid['rows'] else ():
         ours = study.values(grids.Cell(task, OURS, 1), 'test')
-        for row, count in (('BN', 1), ('GN', 1), ('GN + WS', 1), ('BN', 8)):
+        for row, count in (('BN', 1), (FROZEN, 1), ('GN', 1), ('GN + WS', 1), ('BN', 8)):
             if row not in study.grid['rows']:
                 continue
             theirs = study.values(grids.Cell(task, row, count), 'test')
@@ -211,53 +224,122 @@ def main_rows(study: Study, task: str) -> list[str]:
     return [row for row in study.rows(task) if row in COLOURS]
 
 
-def plot_metric(study: Study, target: Path) -> None:
-    """Metric against images per step."""
-    tasks = [t for t in study.tasks() if len(study.columns(t)) > 1] or study.tasks()
+def panels(count: int) -> tuple[Figure, list[Axes]]:
+    """A figure with so many axes, three side by side."""
+    rows = -(-count // 3)
     figure, axes = plt.subplots(
-        1, len(tasks), figsize=(5 * len(tasks), 4.2), squeeze=False, constrained_layout=True
+        rows, min(count, 3), figsize=(13.5, 3.9 * rows), squeeze=False, layout='constrained'
     )
-    for axis, task in zip(axes[0], tasks):
-        for row in main_rows(study, task):
+    for axis in axes.flat[count:]:
+        axis.remove()
+    return figure, list(axes.flat[:count])
+
+
+def save(figure: Figure, target: Path) -> None:
+    """Writes a figure whose axes share their rows: one legend for all, below them."""
+    handles: dict[str, Artist] = {}
+    for axis in figure.axes:
+        handles.update({name: h for h, name in zip(*axis.get_legend_handles_labels())})
+    names = [name for name in COLOURS if name in handles]
+    legend = dict(loc='outside lower center', ncols=min(len(names), 7), frameon=False)
+    figure.legend([handles[name] for name in names], names, **legend)
+    figure.savefig(target, dpi=100)
+    plt.close(figure)
+
+
+def metric_of(study: Study, task: str) -> str:
+    """The name of what is reported."""
+    return next(r for c in study.of(task) for r in study.records(c))['metric']
+
+
+def plot_one_image(study: Study, target: Path) -> None:
+    """Mean and deviation of each row at one image per step, a panel for each task."""
+    tasks = [t for t in study.tasks() if 1 in study.columns(t)]
+    figure, axes = panels(len(tasks))
+    for axis, task in zip(axes, tasks):
+        found = {r: study.values(grids.Cell(task, r, 1), 'test') for r in main_rows(study, task)}
+        shown = [row for row in found if found[row]]
+        for place, row in enumerate(reversed(shown)):
+            values = found[row]
+            spread = statistics.stdev(values) if len(values) > 1 else 0.0
+            colour = COLOURS[row]
+            axis.errorbar(
+                statistics.mean(values), place, xerr=spread, fmt='o', color=colour, capsize=3
+            )
+            axis.plot(values, [place] * len(values), '|', color=colour, alpha=0.6)
+        axis.set_yticks(range(len(shown)), list(reversed(shown)), fontsize=8)
+        axis.set_ylim(-0.6, len(shown) - 0.4)
+        axis.margins(x=0.08)
+        axis.set(xlabel=f'{metric_of(study, task)}, test, %', title=task)
+        axis.grid(alpha=0.3)
+    figure.savefig(target, dpi=100)
+    plt.close(figure)
+
+
+def plot_metric(study: Study, target: Path) -> None:
+    """Metric against images per step, for the tasks that have several columns."""
+    tasks = [t for t in study.tasks() if len(study.columns(t)) > 1]
+    figure, axes = panels(len(tasks))
+    for axis, task in zip(axes, tasks):
+        rows, counts = main_rows(study, task), study.columns(task)
+        for number, row in enumerate(rows):
             points = []
-            for count in study.columns(task):
+            for count in counts:
                 values = study.values(grids.Cell(task, row, count), 'test')
                 if values:
                     spread = statistics.stdev(values) if len(values) > 1 else 0.0
-                    points.append((count, statistics.mean(values), spread))
-            axis.errorbar(*zip(*points), fmt='o-', color=COLOURS[row], capsize=3, label=row)
-        counts = study.columns(task)
+                    # Side by side, or the bars would hide each other.
+                    place = count * 2 ** (0.07 * (number - (len(rows) - 1) / 2))
+                    points.append((place, statistics.mean(values), spread))
+            if points:
+                x, y, yerr = zip(*points)
+                axis.errorbar(x, y, yerr=yerr, fmt='o-', color=COLOURS[row], capsize=2, label=row)
         axis.set_xscale('log', base=2)
-        axis.set_xticks(counts, counts)
+        axis.set_xticks(counts, [str(count) for count in counts])
         axis.minorticks_off()
-        metric = next(r for c in study.of(task) for r in study.records(c))['metric']
-        axis.set(xlabel='images per step', ylabel=f'{metric}, test, %', title=task)
+        axis.margins(x=0.1, y=0.08)
+        axis.set(xlabel='images per step', ylabel=f'{metric_of(study, task)}, test, %', title=task)
         axis.grid(alpha=0.3)
-    axes[0][0].legend(fontsize=8)
-    figure.savefig(target, dpi=110)
-    plt.close(figure)
+    save(figure, target)
 
 
-def plot_loss(study: Study, target: Path, count: int = 1) -> None:
-    """Training loss over the training, mean over the seeds."""
-    tasks = [t for t in study.tasks() if count in study.columns(t)]
-    figure, axes = plt.subplots(
-        1, len(tasks), figsize=(5 * len(tasks), 4.2), squeeze=False, constrained_layout=True
-    )
-    for axis, task in zip(axes[0], tasks):
-        for row in main_rows(study, task):
+def plot_along(study: Study, target: Path, of: Callable[[dict], Curve | None], label: str) -> None:
+    """What ``of`` takes from a record, along the training at one image: means over the seeds."""
+    tasks = [t for t in study.tasks() if 1 in study.columns(t)]
+    curves = {
+        (task, row): [
+            curve
+            for record in study.records(grids.Cell(task, row, 1))
             # Runs stop where they diverge: the others have all points.
-            records = study.records(grids.Cell(task, row, count))
-            curves = [r['curve'] for r in records if not r['diverged']]
-            if curves:
-                means = [statistics.mean(v) for v in zip(*(c['loss'] for c in curves))]
-                axis.plot(curves[0]['step'], means, color=COLOURS[row], label=row)
-        axis.set(xlabel='step', ylabel='training loss', title=f'{task}, {count} image per step')
+            if not record['diverged'] and (curve := of(record)) is not None
+        ]
+        for task in tasks
+        for row in main_rows(study, task)
+    }
+    tasks = [t for t in tasks if any(curves[t, row] for row in main_rows(study, t))]
+    figure, axes = panels(len(tasks))
+    for axis, task in zip(axes, tasks):
+        for row in main_rows(study, task):
+            if found := curves[task, row]:
+                means = [statistics.mean(v) for v in zip(*(values for _, values in found))]
+                axis.plot(found[0][0], means, color=COLOURS[row], label=row)
+        axis.set(xlabel='step', ylabel=label, title=f'{task}, 1 image per step')
         axis.set_ylim(0, None)
         axis.grid(alpha=0.3)
-    axes[0][0].legend(fontsize=8)
-    figure.savefig(target, dpi=110)
-    plt.close(figure)
+    save(figure, target)
+
+
+def loss_of(record: dict) -> Curve:
+    """Training loss of a run, averaged over parts of it."""
+    return record['curve']['step'], record['curve']['loss']
+
+
+def dead_channels_of(record: dict) -> Curve | None:
+    """Channels whose ReLU gives 0 for the whole batch, in percent."""
+    watched = record['singularities']
+    if 'dead_channels' not in watched:
+        return None
+    return watched['step'], [100 * value for value in watched['dead_channels']]
 
 
 TRACED = {
@@ -323,8 +405,10 @@ def main(arguments: list[str] | None = None) -> None:
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     text = tables(study)
+    plot_one_image(study, out / 'one_image.png')
     plot_metric(study, out / 'metric.png')
-    plot_loss(study, out / 'loss.png')
+    plot_along(study, out / 'loss.png', loss_of, 'training loss')
+    plot_along(study, out / 'dead_channels.png', dead_channels_of, 'dead channels, %')
     for path in sorted(Path(args.results).glob('trace_*.json')):
         record = json.loads(path.read_text())
         plot_trace(record, out / f'{path.stem}.png')

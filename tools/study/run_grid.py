@@ -2,11 +2,13 @@
 
 import argparse
 import functools
+import os
 import sys
 import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+WEIGHTS = HERE.parents[1] / 'work_dirs' / 'study' / 'pretrained'
 RESULTS = HERE.parents[1] / 'docs' / 'study' / 'results'
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]  # also from a clone not installed
 
@@ -20,14 +22,17 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--only', nargs='+', help='only these tasks')
     parser.add_argument('--minutes', type=float, help='start no run after this time')
     parser.add_argument('--threads', type=int, default=1, help='CPU threads; one process per core')
+    parser.add_argument('--device', default='cpu', help='cpu or cuda')
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs and reports one line a run."""
     args = parse_args(arguments)
+    if args.device == 'cpu':
+        os.environ['CUDA_VISIBLE_DEVICES'] = ''  # mmengine takes a GPU wherever it sees one
     import torch
-    from experiments import detection, loop, tasks
+    from experiments import detection, loop, pretrained, tasks
     from experiments import grid as grids
     from mmengine.logging import MMLogger
 
@@ -36,17 +41,19 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     try:
         grid = grids.load(HERE / 'grids' / 'smoke.yaml' if args.smoke else args.grid)
+        sources = {t['pretraining']['task'] for t in grid['tasks'].values() if 'pretraining' in t}
         report = functools.partial(print, flush=True)
         results = grids.Results(args.out or RESULTS)
         started, left = time.monotonic(), True
         while left:
-            left = False
+            left, busy = False, False
             for run in grids.missing_runs(grid, results):
                 if args.only and run['task'] not in args.only:
                     continue
                 if args.minutes and time.monotonic() - started > 60 * args.minutes:
                     return
                 with grids.Claim(results.path(run)) as mine:
+                    busy |= not mine
                     if not mine or results.get(run) is not None:
                         continue
                     print(
@@ -58,11 +65,21 @@ def main(arguments: list[str] | None = None) -> None:
                     if run['dataset'] in detection.DATASETS:
                         record = detection.run(run, report)
                     else:
-                        task = tasks.make(run['dataset'], run['arguments'])
-                        record = loop.run(task, run, report)
+                        task, weights = tasks.make(run['dataset'], run['arguments']), None
+                        if 'pretraining' in run:
+                            weights = pretrained.weights(
+                                run['pretraining'], WEIGHTS, report, args.device
+                            )
+                        keep = run['task'] in sources and pretrained.keeper(run, WEIGHTS)
+                        record = loop.run(
+                            task, run, report, None, weights, keep or None, args.device
+                        )
                     results.put(record)
                     left = True  # a finished search makes new runs
                     break
+            if busy and not left:  # also one of another process
+                time.sleep(1)
+                left = True
     except (ValueError, ImportError, FileNotFoundError) as error:
         sys.exit(f'error: {error}')
 

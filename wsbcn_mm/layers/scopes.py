@@ -32,6 +32,10 @@ ALONE = 256 * 2**20
 """Where there is one process: on a GPU a call costs more than its work."""
 
 
+HOOKS_THAT_WRITE_NO_WEIGHT: list[Callable[..., Any]] = []
+"""Forward pre-hooks of this package."""
+
+
 class Layer(Protocol):
     """What a scope has to know of a layer."""
 
@@ -123,6 +127,7 @@ class Scope:
         self._task = torch._C._current_graph_task_id()  # the backward pass that this is part of
         self._plan = _plan_of(model)
         self._order = self._plan.order(model, model.training)
+        self._hooked = self._plan.hooked()
         self._places = {layer: place for place, layer in enumerate(self._order)}
         self._training = model.training
         self._used: dict[Any, None] = {}
@@ -173,6 +178,8 @@ class Scope:
 
     def get(self, layer: Any, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """The standardized weight of one of the layers."""
+        if layer in self._hooked:
+            return computed(layer, weight, dtype)
         if not _is_plain(weight) or (not self._one_pass and _is_captured(weight)):
             return computed(layer, weight, dtype)
         context = (
@@ -225,7 +232,8 @@ class Scope:
         limit = most_bytes(weight)
         for member in self._order[place + 1 :]:
             own = _own_weight(member)
-            more = 0 if own is None or member in table else _joins(layer, weight, member, own)
+            left_out = member in table or member in self._hooked
+            more = 0 if own is None or left_out else _joins(layer, weight, member, own)
             if own is None or not more:
                 continue
             size += more
@@ -376,10 +384,31 @@ class Plan:
         fsdp = sys.modules.get('torch.distributed.fsdp')
         units = getattr(fsdp, 'FSDPModule', ())
         self._apart = any(isinstance(module, units) for module in model.modules())
+        layers = self.layers()
+        self._below = [
+            (weakref.ref(module), [weakref.ref(m) for m in module.modules() if m in layers])
+            for module in model.modules()
+            if module is not model
+        ]
 
     def layers(self) -> set[Any]:
         """All of them."""
         return {layer for ref in self._layers if (layer := ref()) is not None}
+
+    def hooked(self) -> set[Any]:
+        """Layers that have, or lie in a module that has, a forward pre-hook of somebody else.
+
+        It may write a weight through ``.data`` just before it is used. The model's own hooks run
+        before any use.
+        """
+        return {
+            layer
+            for of_module, below in self._below
+            if (module := of_module()) is not None
+            and any(map(_may_write, module._forward_pre_hooks.values()))
+            for ref in below
+            if (layer := ref()) is not None
+        }
 
     def order(self, model: nn.Module, training: bool) -> list[Any]:
         """Those that the last pass used, in the order of use; before that, all."""
@@ -392,6 +421,10 @@ class Plan:
     def remember(self, training: bool, used: list[Any]) -> None:
         """Notes what a pass used."""
         self._orders[training] = [weakref.ref(layer) for layer in used]
+
+
+def _may_write(hook: Callable[..., Any]) -> bool:
+    return all(hook is not known for known in HOOKS_THAT_WRITE_NO_WEIGHT)
 
 
 _plans: weakref.WeakKeyDictionary[nn.Module, Plan] = weakref.WeakKeyDictionary()

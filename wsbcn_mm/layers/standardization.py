@@ -40,7 +40,14 @@ from torch import Tensor, nn
 
 from wsbcn_mm import backends, compat
 from wsbcn_mm.backends import cpu
-from wsbcn_mm.layers.scopes import Scope, computed, drop_abandoned, open_here, scope_of
+from wsbcn_mm.layers.scopes import (
+    HOOKS_THAT_WRITE_NO_WEIGHT,
+    Scope,
+    computed,
+    drop_abandoned,
+    open_here,
+    scope_of,
+)
 
 # ----------------------------------------------------------------------------------------------
 # What a layer asks
@@ -213,6 +220,9 @@ def _before_forward(model: nn.Module, _args: Any) -> None:
             outer.entered += outer.is_of_a_pass() and outer.model() is model
             return
     open_here().append(scope)
+
+
+HOOKS_THAT_WRITE_NO_WEIGHT.append(_before_forward)
 
 
 def _after_forward(model: nn.Module, _args: Any, _output: Any) -> None:

@@ -214,7 +214,7 @@ def initialise_norms_by_name() -> None:
             return original(self)
 
     init_weights.names_norms = True  # type: ignore[attr-defined]
-    BaseModule.init_weights = init_weights  # type: ignore[method-assign]
+    BaseModule.init_weights = init_weights
 
 
 @contextlib.contextmanager

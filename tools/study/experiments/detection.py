@@ -64,7 +64,8 @@ def config(run: dict, folder: str | Path) -> Config:
     """The config of a run.
 
     The task's ``arguments``: ``root``, ``images`` (seen in training), ``val_images`` (choose the
-    learning rate), ``test_images`` (reported), for nuclei ``crop``.
+    learning rate), ``test_images`` (reported), for nuclei ``crop``; ``options`` of the config where
+    another network is wanted.
 
     Args:
         run: See `experiments.grid.spec`.
@@ -87,6 +88,7 @@ def config(run: dict, folder: str | Path) -> Config:
     for part, norm_cfg in norms:
         part.norm_cfg, part.conv_cfg = copy.deepcopy(norm_cfg), copy.deepcopy(run['conv'])
     arguments, count = run['arguments'], run['images_per_step']
+    cfg.merge_from_dict(arguments.get('options', {}))
     use = _use_nuclei if run['dataset'] == 'nuclei' else _use_shapes
     use(cfg, Path(arguments['root']), arguments, Path(folder))
     cfg.train_dataloader.batch_size = count

@@ -74,11 +74,15 @@ def seeds(grid: dict, task: str) -> list[int]:
 def spec(grid: dict, cell: Cell, lr: float, seed: int) -> dict:
     """All that defines a run."""
     task, row = grid['tasks'][cell.task], grid['rows'][cell.row]
-    norms = {
-        part: {k: task['num_groups'] if v == 'task' else v for k, v in row[part].items()}
-        for part in ('norm', 'roi_norm')
-        if part in row
-    }
+    norms = {part: _norm(task, row[part]) for part in ('norm', 'roi_norm') if part in row}
+    further = {key: row[key] for key in ('frozen', 'accumulate') if key in row}
+    if 'head' in row:
+        head = grid['rows'][row['head']]
+        further['head'] = dict(norm=_norm(task, head['norm']), conv=head.get('conv'))
+    if 'pretraining' in task:
+        before = task['pretraining']
+        source = Cell(before['task'], row.get('pretrained_as', cell.row), before['images_per_step'])
+        further['pretraining'] = spec(grid, source, before['lr'][source.row], before['seed'])
     return dict(
         task=cell.task,
         row=cell.row,
@@ -91,7 +95,12 @@ def spec(grid: dict, cell: Cell, lr: float, seed: int) -> dict:
         weight_decay=float(task['weight_decay']),
         conv=row.get('conv'),
         **norms,
+        **further,
     )
+
+
+def _norm(task: dict, norm: dict) -> dict:
+    return {k: task['num_groups'] if v == 'task' else v for k, v in norm.items()}
 
 
 def search_cell(grid: dict, cell: Cell) -> Cell:

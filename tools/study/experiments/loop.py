@@ -26,27 +26,36 @@ def run(
     spec: dict,
     report: Callable[[str], None] = lambda _: None,
     before_step: Callable[[int, nn.Module, Callable[[], Tensor]], None] | None = None,
+    weights: dict[str, Tensor] | None = None,
+    after: Callable[[nn.Module], None] | None = None,
+    device: str = 'cpu',
 ) -> dict:
     """Trains and evaluates once.
 
     Args:
         task: What is learned.
         spec: ``norm``, ``conv`` (mmcv configs), ``images_per_step``, ``lr`` (per image of a step:
-            the linear rule), ``seed``, ``epochs``, ``weight_decay``.
+            the linear rule), ``seed``, ``epochs``, ``weight_decay``; ``head`` (norm and conv),
+            ``frozen`` (the backbone's BatchNorms), ``accumulate`` (so many micro-steps of
+            ``images_per_step`` make an optimizer's step) where a row has them.
         report: Shows progress.
         before_step: Called with the number of the step, the model and what computes the loss of
             its batch.
+        weights: State dict with which the backbone begins.
+        after: Called with the trained model.
+        device: Where the model trains.
 
     Returns:
         The record: spec, curves, metrics; numbers and texts only. Metrics of a run whose loss
         became infinite or not a number are None.
     """
-    torch.manual_seed(spec['seed'])
     count = spec['images_per_step']
-    model = task.build(norm_config(spec['norm'], count), spec['conv'])
-    lr = spec['lr'] * count
-    decayed = [p for p in model.parameters() if p.dim() > 1]
-    rest = [p for p in model.parameters() if p.dim() <= 1]
+    model = build(task, spec, weights).to(device)
+    accumulate = spec.get('accumulate', 1)
+    lr = spec['lr'] * count * accumulate
+    learned = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p for p in learned if p.dim() > 1]
+    rest = [p for p in learned if p.dim() <= 1]
     optimizer = torch.optim.SGD(
         [dict(params=decayed, weight_decay=spec['weight_decay']), dict(params=rest)],
         lr,
@@ -59,14 +68,16 @@ def run(
     curve: dict[str, list[float]] = {'step': [], 'loss': []}
     watched: dict[str, list[float]] = {'step': []}
     started, cpu, losses, step, diverged = time.time(), time.process_time(), [], 0, False
-    model.train()
     for epoch in range(spec['epochs']):
         order = np.random.default_rng([spec['seed'], epoch]).permutation(task.num_train)[:per_epoch]
         rng = np.random.default_rng([spec['seed'], epoch, 1])
         for start in range(0, per_epoch, count):
-            images, targets = task.train_batch(order[start : start + count].tolist(), rng)
-            for group in optimizer.param_groups:
-                group['lr'] = lr * rate_factor(step / steps)
+            batch = task.train_batch(order[start : start + count].tolist(), rng)
+            images, targets = (part.to(device) for part in batch)
+            if step % accumulate == 0:
+                optimizer.zero_grad()
+                for group in optimizer.param_groups:
+                    group['lr'] = lr * rate_factor(step / steps)
             if before_step is not None:
                 before_step(step, model, functools.partial(task.loss, model, images, targets))
             watch = step % max(1, steps // 12) == 0 or step == steps - 1
@@ -78,9 +89,9 @@ def run(
                     watched.setdefault(name, []).append(value)
             else:
                 loss = task.loss(model, images, targets)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            (loss / accumulate).backward()
+            if (step + 1) % accumulate == 0:
+                optimizer.step()
             losses.append(loss.item())
             step += 1
             if step * CURVE_POINTS % steps < CURVE_POINTS or step == steps:
@@ -92,6 +103,8 @@ def run(
                 break
         if diverged:
             break
+    if after is not None:
+        after(model)
     record = dict(
         spec,
         metric=task.metric,
@@ -105,6 +118,24 @@ def run(
     report(f'{record["metrics"]} in {record["cpu_seconds"]:.1f} s')
     result: Any = plain(record)
     return result
+
+
+def build(task: Task, spec: dict, weights: dict[str, Tensor] | None) -> nn.Module:
+    """The model of a run, in training mode: see `run`."""
+    torch.manual_seed(spec['seed'])
+    count, head = spec['images_per_step'], spec.get('head')
+    if head is not None:
+        head = dict(head, norm=norm_config(head['norm'], count))
+    model = task.build(norm_config(spec['norm'], count), spec['conv'], head)
+    if weights is not None:
+        model.get_submodule('backbone').load_state_dict(weights)
+    if spec.get('frozen'):
+        backbone: Any = model.get_submodule('backbone')  # OpenMMLab's
+        backbone.norm_eval = True
+        for layer in backbone.modules():
+            if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+                layer.requires_grad_(False)
+    return model.train()
 
 
 def norm_config(norm: dict, images_per_step: int) -> dict:
@@ -139,7 +170,7 @@ def recalibrate(task: Task, model: nn.Module, spec: dict) -> bool:
 
     def forward() -> None:
         images, _ = task.train_batch(rng.integers(task.num_train, size=count).tolist(), rng)
-        model(images)
+        model(images.to(next(model.parameters()).device))
 
     return average_statistics(model, forward, CALIBRATION_IMAGES // count)
 
@@ -156,7 +187,10 @@ def average_statistics(model: nn.Module, forward: Callable[[], object], steps: i
     Returns:
         Whether the model has any.
     """
-    layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    model.train()  # frozen layers stay in evaluation
+    layers = [
+        m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training
+    ]
     if not layers:
         return False
     for layer in layers:
@@ -164,7 +198,6 @@ def average_statistics(model: nn.Module, forward: Callable[[], object], steps: i
         layer.momentum = None  # cumulative
     # The estimate mode normalises with the average so far: its first images must not spoil it.
     rounds = 2 if any(isinstance(m, BatchChannelNorm2d) for m in model.modules()) else 1
-    model.train()
     for _ in range(rounds):
         for layer in layers:
             assert layer.num_batches_tracked is not None
@@ -184,11 +217,13 @@ def circumstances(model: nn.Module, started: float, cpu: float) -> dict:
             wsbcn_mm=__version__, torch=torch.__version__, python=platform.python_version()
         ),
         threads=torch.get_num_threads(),
-        machine=_processor(),
+        machine=_machine(next(model.parameters()).device),
     )
 
 
-def _processor() -> str:
+def _machine(device: torch.device) -> str:
+    if device.type == 'cuda':
+        return torch.cuda.get_device_name(device)
     try:
         lines = Path('/proc/cpuinfo').read_text().splitlines()
         return next(line.split(':')[1].strip() for line in lines if line.startswith('model name'))

@@ -6,6 +6,7 @@ seed, the epoch and the image alone, so that every row and column of the grid se
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from mmseg.registry import MODELS
 from PIL import Image
 from torch import Tensor, nn
 
+from experiments.other_norms import give_activations
 from wsbcn_mm import shapes
 
 VOID = 255
@@ -33,8 +35,14 @@ class Task:
     num_train: int
     classes: int
 
-    def build(self, norm: dict, conv: dict | None) -> nn.Module:
-        """A model from scratch: images (N, C, H, W) to logits, with these norm and conv."""
+    def build(self, norm: dict, conv: dict | None, head: dict | None = None) -> nn.Module:
+        """A model from scratch: images (N, C, H, W) to logits, with these norm and conv.
+
+        Args:
+            norm: Of all layers.
+            conv: Of all layers.
+            head: ``norm`` and ``conv`` of the head, where the backbone has others.
+        """
         raise NotImplementedError
 
     def train_batch(self, indices: list[int], rng: np.random.Generator) -> tuple[Tensor, Tensor]:
@@ -48,6 +56,10 @@ class Task:
     def evaluate(self, model: nn.Module, split: str) -> float:
         """The metric on ``'val'`` (which chooses) or ``'test'`` (which reports)."""
         raise NotImplementedError
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
 
 
 class Block(nn.Module):
@@ -98,7 +110,8 @@ class Digits(Task):
         }
         self.num_train, self._blocks, self._width = num_train, blocks, width
 
-    def build(self, norm: dict, conv: dict | None) -> nn.Module:
+    def build(self, norm: dict, conv: dict | None, head: dict | None = None) -> nn.Module:
+        assert head is None
         stages, inputs = [], self._width
         for stage in range(3):
             outputs = self._width * 2**stage
@@ -107,8 +120,8 @@ class Digits(Task):
                 stages.append(Block(inputs, outputs, stride, norm, conv))
                 inputs = outputs
         stem = ConvModule(1, self._width, 3, 1, 1, norm_cfg=norm, conv_cfg=conv)
-        head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, self.classes)]
-        return nn.Sequential(stem, *stages, *head)
+        last = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, self.classes)]
+        return give_activations(nn.Sequential(stem, *stages, *last))
 
     def train_batch(self, indices: list[int], rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         images, labels = self._data['train']
@@ -122,8 +135,28 @@ class Digits(Task):
     def evaluate(self, model: nn.Module, split: str) -> float:
         images, labels = self._data[split]
         with torch.no_grad():
-            right = model(images).argmax(1) == labels
+            right = model(images.to(_device(model))).argmax(1).cpu() == labels
         return right.double().mean().item()
+
+
+def backbone(norm: dict, conv: dict | None, width: int, depth: int = 18) -> Any:
+    """ResNet of mmseg without its last stage, stride 8; 18: 4 x ``width`` channels, 50: 16 x."""
+    return MODELS.build(
+        dict(
+            type='mmseg.ResNet',
+            depth=depth,
+            stem_channels=2 * width,
+            base_channels=width,
+            num_stages=3,
+            strides=(1, 2, 1),
+            dilations=(1, 1, 2),
+            out_indices=(2,),
+            norm_eval=False,
+            init_cfg=None,
+            norm_cfg=norm,
+            conv_cfg=conv,
+        )
+    )
 
 
 class DeepLabV3(nn.Module):
@@ -133,28 +166,24 @@ class DeepLabV3(nn.Module):
     channel): there, and at every number of images, that branch has a plain convolution and no norm.
     """
 
-    def __init__(self, norm: dict, conv: dict | None, classes: int, width: int, head: int) -> None:
+    def __init__(
+        self,
+        norm: dict,
+        conv: dict | None,
+        classes: int,
+        width: int,
+        head: int,
+        of_head: dict | None = None,
+        depth: int = 18,
+    ) -> None:
         super().__init__()
-        layers = dict(norm_cfg=norm, conv_cfg=conv)
-        self.backbone = MODELS.build(
-            dict(
-                type='mmseg.ResNet',
-                depth=18,
-                stem_channels=2 * width,
-                base_channels=width,
-                num_stages=3,
-                strides=(1, 2, 1),
-                dilations=(1, 1, 2),
-                out_indices=(2,),
-                norm_eval=False,
-                init_cfg=None,
-                **layers,
-            )
-        )
+        self.backbone = backbone(norm, conv, width, depth)
+        inputs = 4 * width * (4 if depth >= 50 else 1)
+        of_head = of_head or dict(norm=norm, conv=conv)
         self.head = MODELS.build(
             dict(
                 type='mmseg.ASPPHead',
-                in_channels=4 * width,
+                in_channels=inputs,
                 in_index=0,
                 channels=head,
                 dilations=(1, 3, 6, 9),
@@ -162,11 +191,12 @@ class DeepLabV3(nn.Module):
                 dropout_ratio=0,
                 align_corners=False,
                 loss_decode=dict(type='mmseg.CrossEntropyLoss'),
-                **layers,
+                norm_cfg=of_head['norm'],
+                conv_cfg=of_head['conv'],
             )
         )
-        if norm['type'] in ('BN', 'IN'):
-            self.head.image_pool[1] = ConvModule(4 * width, head, 1)
+        if of_head['norm']['type'] in ('BN', 'IN'):
+            self.head.image_pool[1] = ConvModule(inputs, head, 1)
         self.backbone.init_weights()
         self.head.init_weights()
 
@@ -184,6 +214,7 @@ class Segmentation(Task):
         crop: Side of the square that a training step sees.
         width: Channels of the backbone's first stage.
         head: Channels of the head.
+        depth: 18 or 50.
     """
 
     metric = 'mIoU'
@@ -196,16 +227,19 @@ class Segmentation(Task):
         crop: int,
         width: int,
         head: int,
+        depth: int = 18,
     ) -> None:
         self._data = {name: [_load(*pair, size) for pair in s] for name, s in splits.items()}
         every = np.stack([image.reshape(-1, 3) for image, _ in self._data['train'][::8]])
         self._mean = torch.tensor(every.mean((0, 1)), dtype=torch.float32).view(3, 1, 1)
         self._std = torch.tensor(every.std((0, 1)), dtype=torch.float32).view(3, 1, 1)
         self.num_train, self.classes = len(self._data['train']), classes
-        self._crop, self._width, self._head = crop, width, head
+        self._crop, self._width, self._head, self._depth = crop, width, head, depth
 
-    def build(self, norm: dict, conv: dict | None) -> nn.Module:
-        return DeepLabV3(norm, conv, self.classes, self._width, self._head)
+    def build(self, norm: dict, conv: dict | None, head: dict | None = None) -> nn.Module:
+        return DeepLabV3(
+            norm, conv, self.classes, self._width, self._head, of_head=head, depth=self._depth
+        )
 
     def _tensor(self, images: list[np.ndarray]) -> Tensor:
         batch = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float().contiguous()
@@ -231,7 +265,8 @@ class Segmentation(Task):
         for image, mask in self._data[split]:
             target = torch.from_numpy(mask).long()
             with torch.no_grad():
-                logits = F.interpolate(model(self._tensor([image])), target.shape, mode='bilinear')
+                logits = model(self._tensor([image]).to(_device(model))).cpu()
+                logits = F.interpolate(logits, target.shape, mode='bilinear')
             known = target != VOID
             pairs = target[known] * self.classes + logits[0].argmax(0)[known]
             confusion += torch.bincount(pairs, minlength=len(confusion))
@@ -261,7 +296,9 @@ class CamVid(Segmentation):
         num_train: Training frames, evenly taken; None: all.
     """
 
-    def __init__(self, root: str, size=(160, 120), crop=96, width=32, head=48, num_train=None):
+    def __init__(
+        self, root: str, size=(160, 120), crop=96, width=32, head=48, num_train=None, depth=18
+    ):
         folder = Path(root)
         if not folder.is_dir():
             raise FileNotFoundError(f'CamVid in VOC layout is expected at {folder}')
@@ -272,7 +309,7 @@ class CamVid(Segmentation):
         )
         if num_train is not None:
             splits['train'] = splits['train'][:: len(splits['train']) // num_train][:num_train]
-        super().__init__(splits, 11, tuple(size), crop, width, head)
+        super().__init__(splits, 11, tuple(size), crop, width, head, depth)
 
 
 class Shapes(Segmentation):
@@ -282,7 +319,14 @@ class Shapes(Segmentation):
     """
 
     def __init__(
-        self, root='data/shapes', size=(96, 80), crop=80, width=32, head=48, num_train=360
+        self,
+        root='data/shapes',
+        size=(96, 80),
+        crop=80,
+        width=32,
+        head=48,
+        num_train=360,
+        depth=18,
     ):
         shapes.draw_dataset(root)
         root = Path(root) / 'VOCdevkit' / 'VOC2012'
@@ -292,10 +336,84 @@ class Shapes(Segmentation):
             val=val[: len(val) // 2],
             test=val[len(val) // 2 :],
         )
-        super().__init__(splits, 1 + len(shapes.CLASSES), tuple(size), crop, width, head)
+        super().__init__(splits, 1 + len(shapes.CLASSES), tuple(size), crop, width, head, depth)
 
 
-TASKS = {'digits': Digits, 'camvid': CamVid, 'shapes': Shapes}
+class Classifier(nn.Module):
+    """The backbone of `DeepLabV3`, average pooling and a linear layer."""
+
+    def __init__(self, norm: dict, conv: dict | None, classes: int, width: int) -> None:
+        super().__init__()
+        self.backbone = backbone(norm, conv, width)
+        self.backbone.init_weights()
+        self.head = nn.Linear(4 * width, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.backbone(images)[0].mean((2, 3)))
+
+
+class Cifar(Task):
+    """CIFAR-10 as folders of images, a folder for each class; crops of padded images, flips.
+
+    Args:
+        root: Has ``train``, ``val`` and ``test``.
+        width: Channels of the backbone's first stage.
+        num_train: Training images, the first of each class; None: all.
+    """
+
+    metric = 'accuracy'
+
+    def __init__(self, root: str, width: int = 16, num_train: int | None = None) -> None:
+        folder = Path(root)
+        if not folder.is_dir():
+            raise FileNotFoundError(f'CIFAR-10 as folders of images is expected at {folder}')
+        names = sorted(path.name for path in (folder / 'train').iterdir())
+        self._data = {}
+        for split in ('train', 'val', 'test'):
+            count = num_train // len(names) if num_train and split == 'train' else None
+            files = [
+                (file, label)
+                for label, name in enumerate(names)
+                for file in sorted((folder / split / name).iterdir())[:count]
+            ]
+            pixels = np.stack([np.asarray(Image.open(file).convert('RGB')) for file, _ in files])
+            images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+            self._data[split] = images, torch.tensor([label for _, label in files])
+        every = self._data['train'][0][::8].float()
+        self._mean, self._std = (f((0, 2, 3)).view(3, 1, 1) for f in (every.mean, every.std))
+        self.num_train, self.classes = len(self._data['train'][0]), len(names)
+        self._width = width
+
+    def build(self, norm: dict, conv: dict | None, head: dict | None = None) -> nn.Module:
+        assert head is None
+        return Classifier(norm, conv, self.classes, self._width)
+
+    def train_batch(self, indices: list[int], rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        images, labels = self._data['train']
+        side = images.shape[-1]
+        batch = F.pad((images[indices].float() - self._mean) / self._std, (4, 4, 4, 4))
+        crops = []
+        for image in batch:
+            top, left = rng.integers(0, 9, 2)
+            crop = image[:, top : top + side, left : left + side]
+            crops.append(crop.flip(2) if rng.integers(2) else crop)
+        return torch.stack(crops), labels[indices]
+
+    def loss(self, model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(model(images), targets)
+
+    def evaluate(self, model: nn.Module, split: str) -> float:
+        images, labels = self._data[split]
+        right = 0
+        with torch.no_grad():
+            for start in range(0, len(images), 100):
+                batch = (images[start : start + 100].float() - self._mean) / self._std
+                found = model(batch.to(_device(model))).argmax(1).cpu()
+                right += (found == labels[start : start + 100]).sum().item()
+        return right / len(images)
+
+
+TASKS = {'digits': Digits, 'camvid': CamVid, 'shapes': Shapes, 'cifar': Cifar}
 
 
 @functools.lru_cache(maxsize=4)
