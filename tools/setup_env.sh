@@ -48,6 +48,9 @@ fi
 base=${PYTHON:-python3}
 "$base" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null ||
     fail "Python 3.11 to 3.13 is needed, '$base' is $("$base" -V 2>&1)\n  name another: PYTHON=/path/to/python3.11 bash $0"
+# The source of mmcv 2.1.0 reads its version in a way that Python 3.13 has ended.
+[ "$ops" = torchvision ] || [ -n "${WSBCN_WHEELS:-}" ] || "$base" -c 'import sys; sys.exit(sys.version_info[:2] > (3, 12))' ||
+    fail "the ops of mmcv cannot be compiled with Python 3.13\n  name an older one: PYTHON=/path/to/python3.12 bash $0\n  take NMS and RoIAlign of torchvision: WSBCN_MMCV_OPS=torchvision bash $0\n  or a wheel of mmcv that you have: WSBCN_WHEELS=DIR bash $0"
 "$base" -c 'import ensurepip, venv' 2>/dev/null ||
     fail "'$base' cannot make virtual environments\n  on Debian or Ubuntu: apt-get install python3-venv"
 command -v "${CXX:-c++}" >/dev/null ||

@@ -45,6 +45,12 @@ def test_stops_at_once_and_says_why(tmp_path, environment, words):
     assert not made
 
 
+def test_python_3_13_cannot_compile_mmcv_and_that_is_said_first(tmp_path):
+    (tmp_path / 'sitecustomize.py').write_text('import sys\nsys.version_info = (3, 13, 0)\n')
+    done, made = setup_env(tmp_path, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 1 and 'WSBCN_MMCV_OPS=torchvision' in done.stderr and not made
+
+
 def test_a_given_python_is_used_as_it_is(tmp_path):
     pytest.importorskip('mmdet', reason='the given environment must be complete')
     done, made = setup_env(tmp_path, WSBCN_PYTHON=sys.executable)

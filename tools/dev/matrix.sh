@@ -2,9 +2,12 @@
 # Tests stacks of tools/dev/stacks.txt, each in an environment of its own, and writes their rows of
 # docs/versions.md:
 #
-#   bash tools/dev/matrix.sh [NAME...]   default: all
+#   bash tools/dev/matrix.sh [NAME...]               default: all
+#   bash tools/dev/matrix.sh --quickstart [NAME...]  instead of the tests the quickstart, as a user
+#                                                    runs it: everything made anew, nothing cached
 #
 #   WSBCN_STACKS=DIR   where environments, logs and results are kept (default: .stacks)
+#   WSBCN_WHEELS=DIR   where wheels of mmcv lie that need not be compiled
 #   WSBCN_KEEP=0       removes each environment afterwards: one with torch for CUDA takes 7 GB
 #   WSBCN_PAGE=FILE    the page whose rows are written (default: docs/versions.md)
 #   WSBCN_WORKERS=N    processes that test (default: one per core)
@@ -22,6 +25,8 @@ say() { echo "matrix: $*" >&2; }
 alone=(tests/functional tests/layers tests/backends tests/test_compat.py tests/test_golden.py tests/test_reference.py)
 hosted=(tests/openmmlab tests/tools)
 
+try=tests
+[ "${1:-}" != --quickstart ] || { try=quickstart; shift; }
 [ $# -gt 0 ] || set -- $(awk '!/^#/ {print $1}' "$root/tools/dev/stacks.txt")
 for name; do
     [ -n "$(stack "$name")" ] || { echo "error: no stack '$name' in tools/dev/stacks.txt" >&2; exit 1; }
@@ -36,23 +41,37 @@ find_python() {  # pyenv's shims start one version alone
     return 1
 }
 
-make_environment() {  # python torch numpy triton hosts
-    local base found
-    base=$(find_python "$1") || return 1
+pip() { venv/bin/python -m pip --disable-pip-version-check -q "$@"; }
+
+make_environment() {  # of the stack that was read
+    local base
+    base=$(find_python "$python") || return 1
     [ -x venv/bin/python ] || "$base" -m venv venv
-    pip() { venv/bin/python -m pip --disable-pip-version-check -q "$@"; }
     # As in tools/setup_env.sh: the CPU build where its index can be reached, else PyPI's for CUDA.
-    if ! venv/bin/python -c 'import sys, torch; sys.exit(not torch.__version__.startswith(sys.argv[1]))' "$2" 2>/dev/null; then
-        pip install --no-deps --retries 0 --extra-index-url https://download.pytorch.org/whl/cpu "torch==$2" || return 1
+    if ! venv/bin/python -c 'import sys, torch; sys.exit(not torch.__version__.startswith(sys.argv[1]))' "$torch" 2>/dev/null; then
+        pip install --no-deps --retries 0 --extra-index-url https://download.pytorch.org/whl/cpu "torch==$torch" || return 1
     fi
     # Not the pinned pytest and hypothesis, which want a newer Python.
-    pip install "torch==$2" "numpy==$3" "triton==$4" 'setuptools<81' wheel ninja psutil \
+    pip install "torch==$torch" "numpy==$numpy" "triton==$triton" 'setuptools<81' wheel ninja psutil \
         pytest pytest-xdist hypothesis || return 1
-    [ "$5" != - ] || return 0
+    [ "$hosts" != - ] || return 0
+    local pinned=()
+    if [ "$hosts" = openmmlab ] && [ "$vision" = - ]; then  # Triton: the CUDA build of torch has its own
+        grep -v '^triton' "$root/requirements/constraints.txt" >constraints.txt
+        pinned=(-c constraints.txt)
+    fi
+    cp "$root/requirements/$hosts.txt" hosts.txt
+    if [ "$vision" != - ]; then  # nothing is compiled
+        sed -i s/^mmcv==/mmcv-lite==/ hosts.txt
+        echo "torchvision==$vision" >>hosts.txt
+    fi
     # The ops of mmcv are compiled, unless WSBCN_WHEELS or pip's cache has them.
-    CFLAGS=-g0 CXXFLAGS=-g0 MMCV_WITH_OPS=1 pip install --no-build-isolation \
-        ${WSBCN_WHEELS:+--find-links "$WSBCN_WHEELS"} -r "$root/requirements/$5.txt" "numpy==$3" &&
-        pip install $(grep -oE '^(build|onnx[a-z]*|scikit-learn)==[^ ]*' "$root/requirements/dev.txt") "numpy==$3"
+    CFLAGS=-g0 CXXFLAGS=-g0 MMCV_WITH_OPS=1 pip install --no-build-isolation "${pinned[@]}" \
+        ${WSBCN_WHEELS:+--find-links "$WSBCN_WHEELS"} -r hosts.txt "torch==$torch" "numpy==$numpy" || return 1
+    [ "$try" = tests ] || return 0
+    pip install "${pinned[@]}" $(grep -oE '^(build|onnx[a-z]*|scikit-learn)==[^ ]*' "$root/requirements/dev.txt") "numpy==$numpy" || return 1
+    [ "$hosts" = fork ] ||  # requirements/fork.txt has neither
+        pip install --no-deps -r "$root/requirements/classification.txt" -r "$root/requirements/video.txt"
 }
 
 copy_tree() {  # so that the kernels of one stack are not found by another
@@ -60,32 +79,60 @@ copy_tree() {  # so that the kernels of one stack are not found by another
     (cd "$root" && git ls-files -z --cached --others --exclude-standard | tar --null -T - -cf -) | tar -C tree -xf -
 }
 
-failed=0 missing=0
-commit=$(git -C "$root" describe --always --dirty)  # before the page is written
-for name; do
-    read -r _ python torch numpy triton hosts <<<"$(stack "$name")"
-    mkdir -p "$stacks/$name" && cd "$stacks/$name"
-    say "$name: Python $python, torch $torch, hosts: $hosts; log: $stacks/$name/log"
-    if ! make_environment "$python" "$torch" "$numpy" "$triton" "$hosts" >log 2>&1; then
-        tail -n 3 log | cut -c 1-300 >&2
-        say "$name: cannot be made here"; missing=1; continue
-    fi
-    rm -f results.xml
-    copy_tree && cd tree
-    tests=("${alone[@]}")
+run_tests() {  # 0: passed, 1: some failed, else: they did not run
+    local tests=("${alone[@]}") status=0
     [ "$hosts" = - ] || tests=("${hosted[@]}")
-    status=0
+    rm -f ../results.xml
     {
         WSBCN_BUILD=1 ../venv/bin/python setup.py -q build_ext --inplace &&
             PYTHONPATH=$PWD OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} ../venv/bin/python -m pytest \
                 -p no:cacheprovider -n "${WSBCN_WORKERS:-$(nproc)}" --dist loadfile \
                 --junitxml ../results.xml "${tests[@]}"
     } >>../log 2>&1 || status=$?
-    [ $status -le 1 ] && [ -s ../results.xml ] || { tail -30 ../log >&2; say "$name: failed"; failed=1; continue; }
+    [ $status -le 1 ] && [ -s ../results.xml ] || return 2
     grep -E '^(FAILED|ERROR)|^=+ .* in [0-9.]+s|^[0-9]+ (passed|failed)' ../log >&2 || true
+    PYTHONPATH=$PWD ../venv/bin/python tools/dev/versions_page.py "$page" "$name" ../results.xml --commit "$commit" || return 2
+    return $status
+}
+
+run_quickstart() {  # started: when there was nothing yet
+    local ops=mmcv
+    [ "$vision" = - ] || ops=torchvision
+    {
+        WSBCN_BUILD=1 ../venv/bin/python setup.py -q build_ext --inplace &&
+            WSBCN_MMCV_OPS=$ops WSBCN_PYTHON=$(realpath -s ../venv/bin/python) bash tools/quickstart.sh
+    } >>../log 2>&1 || return 2
+    [ $ops = torchvision ] || ops="mmcv, $([ -n "${WSBCN_WHEELS:-}" ] && echo 'a wheel' || echo compiled)"
+    PYTHONPATH=$PWD ../venv/bin/python tools/dev/versions_page.py "$page" "$name" ../log --commit "$commit" \
+        --started "$started" --operators "$ops"
+}
+
+failed=0 missing=0
+commit=$(git -C "$root" describe --always --dirty)  # before the page is written
+for name; do
+    read -r _ python torch numpy triton hosts vision <<<"$(stack "$name")"
+    folder=$stacks/$name
+    if [ $try = quickstart ]; then
+        folder=$folder/quickstart
+        rm -rf "$folder"
+        export PIP_NO_CACHE_DIR=1
+        [ "$hosts" != - ] || hosts=openmmlab
+    else
+        vision=-
+    fi
+    mkdir -p "$folder" && cd "$folder"
+    say "$name: Python $python, torch $torch, hosts: $hosts; log: $folder/log"
+    started=$(date +%s)
+    if ! make_environment >log 2>&1; then
+        tail -n 3 log | cut -c 1-300 >&2
+        say "$name: cannot be made here"; missing=1; continue
+    fi
+    copy_tree && cd tree
+    status=0
+    run_$try || status=$?
     [ $status = 0 ] || failed=1
-    PYTHONPATH=$PWD ../venv/bin/python tools/dev/versions_page.py "$page" "$name" ../results.xml --commit "$commit"
-    cd "$stacks/$name"
+    [ $status -le 1 ] || { tail -30 ../log >&2; say "$name: failed"; continue; }
+    cd "$folder"
     [ "${WSBCN_KEEP:-1}" = 1 ] || rm -rf venv tree
 done
 exit $((failed ? 1 : missing ? 2 : 0))
