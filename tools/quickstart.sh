@@ -29,11 +29,16 @@ run() { echo "+ $*"; "$@"; }
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 
 case $model in
-    tsm | single_frame) run "$python" -m wsbcn_mm.shapes --clips data/clips ;;
+    tsm | single_frame)
+        shown=data/clips/videos/val
+        run "$python" -m wsbcn_mm.shapes --clips data/clips
+        ;;
     classification)
         if [ -d data/cifar10/train ]; then # class folders of real images, where they are
             config=configs/quick/quick_resnet18_ws-bcn_1xb1_cifar10.py
+            shown=data/cifar10/val
         else
+            shown=data/pictures/val
             run "$python" -m wsbcn_mm.shapes --pictures data/pictures
         fi
         ;;
@@ -42,9 +47,10 @@ esac
 run "$python" tools/train.py "$config" --work-dir "$work"
 checkpoint=$(cat "$work/last_checkpoint")
 case $model in
-    tsm | single_frame) # MMAction2's own hook cannot draw what 2d networks see
+    # MMAction2's own hook cannot draw what 2d networks see, and MMPretrain's writes over small pictures
+    tsm | single_frame | classification)
         run "$python" tools/test.py "$config" "$checkpoint" --work-dir "$work/test"
-        run "$python" tools/infer.py "$config" "$checkpoint" data/clips/videos/val -o "$work/infer"
+        run "$python" tools/infer.py "$config" "$checkpoint" "$shown" -o "$work/infer"
         ;;
     *) run "$python" tools/test.py "$config" "$checkpoint" --work-dir "$work/test" --show-dir pictures ;;
 esac

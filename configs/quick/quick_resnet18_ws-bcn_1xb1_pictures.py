@@ -77,6 +77,5 @@ param_scheduler = [
 default_hooks = dict(
     logger=dict(interval=100),
     checkpoint=dict(type='CheckpointHook', interval=1, max_keep_ckpts=1),
-    visualization=dict(rescale_factor=4),  # there is no room for words in 64 x 64 pixels
 )
 randomness = dict(seed=0)

@@ -118,6 +118,8 @@ def test_one_training_step_and_one_inference(file, load, imagenet, monkeypatch):
     from mmengine.runner import Runner
     from mmpretrain.models.backbones import ResNet, ResNeXt
 
+    from wsbcn_mm.openmmlab.hooks.data import check_dataset
+
     for kind in (ResNet, ResNeXt):
         settings = {d: (block, (1, 1, 1, 1)) for d, (block, _) in kind.arch_settings.items()}
         monkeypatch.setattr(kind, 'arch_settings', settings)
@@ -131,7 +133,9 @@ def test_one_training_step_and_one_inference(file, load, imagenet, monkeypatch):
     loader.dataset.data_root = imagenet
     loader.dataset.pipeline[1].scale = 64
     with DefaultScope.overwrite_default_scope('mmpretrain'):
-        data = next(iter(Runner.build_dataloader(loader)))
+        loader = Runner.build_dataloader(loader)
+    check_dataset(loader.dataset, model)  # of whose 1,000 names two are there twice
+    data = next(iter(loader))
     assert {int(sample.gt_label) for sample in data['data_samples']} == {0, 1}
     before = model.backbone.conv1.weight.clone()
     data_preprocessor = model.data_preprocessor(data, training=True)

@@ -78,8 +78,9 @@ def plot_curves(scalars: list[dict], target: Path, steps_per_epoch: float) -> No
 
 
 def picture_sheet(folder: Path, target: Path, count: int = 8, columns: int = 2) -> None:
-    """The first pictures of a folder in one PNG."""
-    files = sorted(file for file in folder.iterdir() if file.suffix in ('.png', '.jpg'))[:count]
+    """The first pictures of a folder and of those in it, by their names, in one PNG."""
+    found = [file for file in folder.rglob('*') if file.suffix in ('.png', '.jpg')]
+    files = sorted(found, key=lambda file: (file.name, file))[:count]
     pictures = [Image.open(file).convert('RGB') for file in files]
     width, height = pictures[0].size
     columns = 1 if width > 4 * height else columns  # the frames of a clip
@@ -103,9 +104,12 @@ def steps_per_epoch(scalars: list[dict]) -> float:
 
 
 def latest_pictures(work_dir: Path) -> Path | None:
-    """The folder that the last `test.py --show-dir` below the work dir filled."""
+    """The folder that the last `test.py --show-dir` or `infer.py` below the work dir filled."""
     files = [*work_dir.glob('**/pictures/**/*.png'), *work_dir.glob('**/pictures/**/*.jpg')]
-    return max(files, key=lambda file: file.stat().st_mtime).parent if files else None
+    if not files:
+        return None
+    last = max(files, key=lambda file: file.stat().st_mtime)
+    return next(folder for folder in last.parents if folder.name == 'pictures')
 
 
 def training_minutes(work_dir: Path) -> float:
