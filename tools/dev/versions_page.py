@@ -40,7 +40,7 @@ interface (2.4 and before) and the registration of operators (2.3 and before) ar
     """
 ## Quickstart
 What `bash tools/quickstart.sh` gives on a stack (Mask R-CNN on the CPU, an image per step), written
-by `bash tools/dev/matrix.sh --quickstart`; a stack without a row has not been run. It begins with an
+by `bash tools/dev/matrix.sh --quickstart`; a stack without a row was not run. It begins with an
 empty folder: the environment is made and everything downloaded or compiled that is needed. Minutes:
 *until it trains*, from the empty folder to the first line of the training log, after its first 50
 steps; *minutes*, all, predictions drawn. *operators*: whose NMS and RoIAlign; a wheel of mmcv was
