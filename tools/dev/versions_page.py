@@ -44,7 +44,7 @@ by `bash tools/dev/matrix.sh --quickstart`; a stack without a row was not run. I
 empty folder: the environment is made and everything downloaded or compiled that is needed. Minutes:
 *until it trains*, from the empty folder to the first line of the training log, after its first 50
 steps; *minutes*, all, predictions drawn. *operators*: whose NMS and RoIAlign; a wheel of mmcv was
-compiled before, which takes some 25 minutes more.
+compiled before, and its time is not in the row.
 
 """,
 )
