@@ -271,8 +271,9 @@ def test_batch_norms_that_follow_no_convolution():
         assert type(model[0]) is nn.Conv2d and type(model[2]) is BatchChannelNorm2d
         assert left(report) == {'0': 'no normalisation follows, by the structure alone'}
         model(torch.randn(1, 3, 9, 9))
-    linear = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8))
-    assert 'no convolution' in left(convert_model(linear))['1']
+    for norm in (nn.BatchNorm1d(8), nn.SyncBatchNorm(8)):  # of vectors
+        linear = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Flatten(), nn.Linear(3, 8), norm)
+        assert 'no convolution' in left(convert_model(linear))['3']
 
 
 def test_a_norm_with_an_activation_of_its_own():

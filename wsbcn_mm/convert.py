@@ -26,6 +26,7 @@ from wsbcn_mm.structure import (
     followers,
     is_conv,
     is_norm,
+    norms_of_vectors,
     num_channels,
     standardizable,
     torch_class,
@@ -295,12 +296,13 @@ def _dims_of_other_norms(
             if number > 2:
                 dims.setdefault(id(norm), number - 2)
     everywhere = {len(follower.conv.kernel_size) for follower in found}
-    for norm in model.modules():
+    vectors = norms_of_vectors(model)
+    for name, norm in model.named_modules():
         if isinstance(norm, nn.BatchNorm2d) or type(norm).__name__ == 'FrozenBatchNorm2d':
             dims.setdefault(id(norm), 2)
         elif isinstance(norm, nn.BatchNorm3d):
             dims.setdefault(id(norm), 3)
-        elif isinstance(norm, nn.SyncBatchNorm) and len(everywhere) == 1:
+        elif isinstance(norm, nn.SyncBatchNorm) and len(everywhere) == 1 and name not in vectors:
             dims.setdefault(id(norm), *everywhere)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 import math
 import re
 from collections import defaultdict
@@ -94,8 +95,12 @@ def standardizable(conv: _ConvNd) -> bool:
     It has a fan-in above 1 and is of torch's own kinds, or of a class that computes with its own
     weight.
     """
-    fan_in = conv.in_channels // conv.groups * math.prod(conv.kernel_size)
-    return fan_in > 1 and (torch_class(conv) is not None or computes_with_its_weight(conv))
+    return fan_in(conv) > 1 and (torch_class(conv) is not None or computes_with_its_weight(conv))
+
+
+def fan_in(conv: _ConvNd) -> int:
+    """Weights per output channel."""
+    return conv.in_channels // getattr(conv, 'groups', 1) * math.prod(conv.kernel_size)
 
 
 @torch.no_grad()
@@ -214,6 +219,22 @@ def followers(model: nn.Module, run: Callable[[], object] | None = None) -> list
 
 
 # ---- by structure ------------------------------------------------------------------------------
+
+
+def norms_of_vectors(model: nn.Module) -> set[str]:
+    """Names of the normalisations that are registered right behind a linear layer of their width.
+
+    They see one vector for each sample. The kind of a SyncBatchNorm or a GroupNorm does not tell.
+    """
+    found = set()
+    for prefix, parent in model.named_modules(remove_duplicate=False):
+        children = list(parent.named_children())
+        for (_, linear), (name, norm) in itertools.pairwise(children):
+            if not isinstance(linear, nn.Linear) or not is_norm(norm):
+                continue
+            if num_channels(norm) == linear.out_features:
+                found.add(f'{prefix}.{name}' if prefix else name)
+    return found
 
 
 def _pairs_of(model: nn.Module) -> Iterator[tuple[str, str]]:

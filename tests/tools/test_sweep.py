@@ -11,7 +11,7 @@ import json
 import sweep_upstream as tool
 from mmengine.config import Config
 from sweep import examine, upstream_configs
-from sweep_report import BEGIN, END, got_through, report, write_report
+from sweep_report import END, begin_of, got_through, report, write_report
 from trial import NOT_REACHED, OK, Trial, try_network
 
 from wsbcn_mm import BatchChannelNorm2d
@@ -137,12 +137,14 @@ def test_the_table_counts():
 
 def test_the_tables_leave_what_is_written_by_hand(tmp_path):
     file = tmp_path / 'a.md'
-    file.write_text(f'by hand\n{BEGIN}\nold\n{END}\nmore\n')
-    write_report(file, 'new')
-    assert file.read_text() == f'by hand\n{BEGIN}\n\nnew\n{END}\nmore\n'
+    one, other = begin_of(['mmdet']), begin_of(['mmdet', 'mmseg'])
+    file.write_text(f'by hand\n{one}\na\n{END}\n{other}\nold\n{END}\nmore\n')
+    write_report(file, 'new', ['mmdet', 'mmseg'])
+    left = f'by hand\n{one}\na\n{END}\n{other}\n\nnew\n{END}\nmore\n'
+    assert file.read_text() == left
     file.write_text('by hand')
     with pytest.raises(SystemExit, match='to write between'):
-        write_report(file, 'new')
+        write_report(file, 'new', ['mmdet'])
     assert file.read_text() == 'by hand'
 
 

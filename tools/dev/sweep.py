@@ -34,8 +34,9 @@ from wsbcn_mm.openmmlab.conversion.write import write_config
 from wsbcn_mm.openmmlab.errors import first_line
 
 OUTCOMES = ('converted', 'nothing to convert', 'needs', 'failed')
-# A BatchNorm of the original refuses single values, which one image of a small map gives.
-IMAGES = dict(original=2, converted=1)
+# A BatchNorm refuses single values, which one image of a small map gives. So does one that stays
+# in a converted network, behind a linear layer.
+IMAGES, IMAGES_WITH_BATCH_NORM = 1, 2
 
 
 def upstream_configs(package: str) -> list[str]:
@@ -103,8 +104,9 @@ def _examine(source: str, run: bool, written: Path | None) -> dict[str, Any]:
         write_config(conversion, written)  # which reads it back
         record['read_back'] = True
     if run:
-        for kind, cfg in (('original', conversion.original), ('converted', conversion.cfg)):
-            record[kind] = try_network(cfg, IMAGES[kind]).as_dict()
+        record['original'] = try_network(conversion.original, IMAGES_WITH_BATCH_NORM).as_dict()
+        images = IMAGES_WITH_BATCH_NORM if record['layers']['bn'] else IMAGES
+        record['converted'] = try_network(conversion.cfg, images).as_dict()
     return record
 
 

@@ -10,22 +10,28 @@ import torch
 from sweep import OUTCOMES
 from trial import OK, STAGES
 
-BEGIN = '<!-- from here on written by tools/dev/sweep_upstream.py --report -->'
 END = '<!-- up to here -->'
 
 
-def write_report(path: Path, tables: str) -> None:
+def begin_of(packages: list[str]) -> str:
+    """The mark in front of the tables of these packages: a page may have several."""
+    command = f'tools/dev/sweep_upstream.py --packages {" ".join(packages)} --report'
+    return f'<!-- from here on written by {command} -->'
+
+
+def write_report(path: Path, tables: str, packages: list[str]) -> None:
     """Replaces what stands between the two marks of a file, or writes a new file.
 
     Raises:
         SystemExit: the file is there and lacks the marks.
     """
-    text = path.read_text() if path.is_file() else f'{BEGIN}\n{END}\n'
-    before, begin, rest = text.partition(BEGIN)
+    mark = begin_of(packages)
+    text = path.read_text() if path.is_file() else f'{mark}\n{END}\n'
+    before, begin, rest = text.partition(mark)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        sys.exit(f'error: {path} has no lines {BEGIN!r} and {END!r} to write between')
-    path.write_text(f'{before}{BEGIN}\n\n{tables}\n{END}{after}')
+        sys.exit(f'error: {path} has no lines {mark!r} and {END!r} to write between')
+    path.write_text(f'{before}{mark}\n\n{tables}\n{END}{after}')
 
 
 def report(records: dict[str, dict], total: int, stand_for: int | None = None) -> str:
@@ -91,8 +97,9 @@ def _state(
         f'- Written and read back: {read_back} of them; always the same config (one that is not '
         'would count as failed).',
         f'- Different networks: {len({r["network"] for r in converted})}. Initialised, trained a '
-        f'step and evaluated on the CPU, as shipped with two images, converted with one: '
-        f'{len(run)}; all the way converted: {kinds or "none"}.',
+        f'step and evaluated on the CPU, as shipped with two images, converted with one (two where '
+        f'a BatchNorm stays, behind linear layers): {len(run)}; all the way converted: '
+        f'{kinds or "none"}.',
         '- WS convolutions that these steps saw without a norm behind them: '
         f'{sum(len(r["converted"]["without_norm"]) for r in run)}.',
         f'- Python {platform.python_version()}, torch {torch.__version__}.',

@@ -31,9 +31,7 @@ def parse_args() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('-o', '--out', default='work_dirs/sweep.jsonl', help='JSON lines')
-    parser.add_argument(
-        '--packages', nargs='+', default=['mmdet', 'mmseg', 'mmpretrain', 'mmaction']
-    )
+    parser.add_argument('--packages', nargs='+', default=HOSTS)
     parser.add_argument(
         '--run',
         action='store_true',
@@ -55,7 +53,9 @@ def parse_args() -> argparse.Namespace:
         default=[],
         help='repeat configs of these outcomes; with --run "not whole": what did not get through',
     )
-    parser.add_argument('--report', help='Markdown file: writes the tables between its two marks')
+    parser.add_argument(
+        '--report', help='Markdown file: writes the tables between the two marks for the packages'
+    )
     return parser.parse_args()
 
 
@@ -179,7 +179,8 @@ def main() -> None:
     if args.report:
         known = {n: r for n, r in records.items() if n in set(names)}
         stand_for = sum(name in known for name in stands_for.values())
-        write_report(Path(args.report), report(known, len(stands_for), stand_for))
+        tables = report(known, len(stands_for), stand_for)
+        write_report(Path(args.report), tables, args.packages)
 
 
 if __name__ == '__main__':

@@ -1,30 +1,25 @@
 """What a training does with a network: build it, initialise it, one step, one evaluation.
 
-With random images and made-up annotations of every kind (boxes, masks, classes of pixels, edges):
-a model takes those that it knows.
+With random images and made-up annotations, see `made_up_data`.
 """
 
 import copy
 import functools
-import importlib
 import math
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
+from made_up_data import batch
 from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, DefaultScope
-from mmengine.structures import InstanceData, PixelData
-from torch import Tensor
 
 from wsbcn_mm.layers import WeightStandardized
-from wsbcn_mm.openmmlab.config import model_of, type_name
+from wsbcn_mm.openmmlab.config import model_of
 from wsbcn_mm.openmmlab.conversion import probe
-from wsbcn_mm.openmmlab.deploy import clips
 from wsbcn_mm.openmmlab.deploy.settings import dicts, drop_pretrained
 from wsbcn_mm.openmmlab.errors import first_line
 from wsbcn_mm.structure import trace
@@ -32,7 +27,7 @@ from wsbcn_mm.structure import trace
 STAGES = ('built', 'initialised', 'trained', 'evaluated')
 OK, NOT_REACHED = 'ok', 'not reached'
 SIZES = (64, 256, 512)  # pixels of an image: the next where one is too small
-SIZES_OF_CLIPS = (64, 112, 224)
+SIZES_IN = dict(mmaction=(64, 112, 224), mmpretrain=(64, 224, 256))
 
 
 @dataclass
@@ -126,7 +121,7 @@ def _sizes(cfg: Config) -> list[int]:
     """Those to try; a vision transformer may know positions of one size alone."""
     own = (cfg.model.get('backbone') or {}).get('img_size')
     own = own[0] if isinstance(own, (list, tuple)) else own
-    sizes = SIZES_OF_CLIPS if cfg.get('default_scope') == 'mmaction' else SIZES
+    sizes = SIZES_IN.get(cfg.get('default_scope'), SIZES)
     return [sizes[0], own] if own else list(sizes)
 
 
@@ -158,102 +153,11 @@ def _train_step(model: Any, data: dict[str, Any]) -> list[str]:
 @torch.no_grad()
 def _evaluate(model: Any, data: dict[str, Any]) -> None:
     model.eval()
+    images = len(data['data_samples'])
+    if not hasattr(model, 'predict'):  # trained without labels: its features are what it is for
+        views = model.data_preprocessor(data, False)['inputs']
+        model(views[0] if isinstance(views, list) else views, mode='tensor')
+        return
     samples = model.test_step(data)
-    if len(samples) != len(data['inputs']):
-        raise RuntimeError(f'{len(samples)} results for {len(data["inputs"])} images')
-
-
-# ---- data --------------------------------------------------------------------------------------
-
-
-def batch(cfg: Config, images: int, size: int) -> dict[str, Any]:
-    """What a data loader gives: random images or clips, and annotations of every kind."""
-    scope = cfg.get('default_scope')
-    channels = (cfg.model.get('backbone') or {}).get('in_channels', 3)
-    generator = torch.Generator().manual_seed(0)
-    inputs = [
-        torch.randint(0, 256, (channels, size, size), generator=generator, dtype=torch.uint8)
-        for _ in range(images)
-    ]
-    if scope == 'mmaction':
-        frames = [image.permute(1, 2, 0).numpy() for image in inputs]
-        inputs = [clips.inputs_of(cfg, frame) for frame in frames]
-    if scope in ('mmaction', 'mmpretrain'):
-        samples = [_label(scope) for _ in range(images)]
-    elif scope == 'mmdet':
-        stride, masks = _stride_of_classes(cfg), _has_masks(cfg)
-        samples = [_detection(size, stride, masks) for _ in range(images)]
-    else:
-        samples = [_segmentation(size) for _ in range(images)]
-    return dict(inputs=inputs, data_samples=samples)
-
-
-def _meta(size: int) -> dict[str, Any]:
-    shape = (size, size)
-    return dict(
-        img_id=0,
-        img_path='',
-        img_shape=shape,
-        ori_shape=shape,
-        pad_shape=shape,
-        batch_input_shape=shape,
-        scale_factor=(1.0, 1.0),
-        flip=False,
-        flip_direction=None,
-        border=[0, size, 0, size],  # of CornerNet's kin
-    )
-
-
-def _pixels(size: int) -> Tensor:
-    """Two classes: one above, one below."""
-    classes = torch.zeros(1, size, size, dtype=torch.long)
-    classes[:, size // 2 :] = 1
-    return classes
-
-
-def _stride_of_classes(cfg: Config) -> int:
-    """Pixels of the image per pixel of the map of classes, where a detector learns one."""
-    scales = [s['scale_factor'] for s in _pipeline(cfg) if type_name(s) == 'SegRescale']
-    return round(1 / scales[0]) if scales else 1
-
-
-def _has_masks(cfg: Config) -> bool:
-    """Whether the training data have masks: some losses change where they are there."""
-    return any(s.get('with_mask') or 'Panoptic' in type_name(s) for s in _pipeline(cfg))
-
-
-def _pipeline(cfg: Config) -> list[dict[str, Any]]:
-    return list(dicts((cfg.get('train_dataloader') or {}).get('dataset') or {}))
-
-
-def _detection(size: int, stride: int, with_masks: bool) -> Any:
-    from mmdet.structures import DetDataSample
-    from mmdet.structures.mask import BitmapMasks
-
-    boxes = torch.tensor([[0.1, 0.1, 0.6, 0.7], [0.3, 0.5, 0.9, 0.9]]) * size
-    masks = np.zeros((2, size, size), np.uint8)
-    for mask, (x1, y1, x2, y2) in zip(masks, boxes.int().tolist()):
-        mask[y1:y2, x1:x2] = 1
-    sample = DetDataSample(metainfo=_meta(size))
-    sample.gt_instances = InstanceData(bboxes=boxes, labels=torch.zeros(2, dtype=torch.long))
-    if with_masks:
-        sample.gt_instances.masks = BitmapMasks(masks, size, size)
-    sample.ignored_instances = InstanceData(bboxes=boxes[:0])
-    sample.proposals = InstanceData(bboxes=boxes)
-    sample.gt_sem_seg = PixelData(sem_seg=_pixels(size)[:, ::stride, ::stride].byte())
-    return sample
-
-
-def _label(scope: str) -> Any:
-    kind = dict(mmaction='ActionDataSample', mmpretrain='DataSample')[scope]
-    return getattr(importlib.import_module(f'{scope}.structures'), kind)().set_gt_label(1)
-
-
-def _segmentation(size: int) -> Any:
-    from mmseg.structures import SegDataSample
-
-    sample = SegDataSample(metainfo=_meta(size))
-    sample.gt_sem_seg = PixelData(data=_pixels(size))
-    sample.gt_edge_map = PixelData(data=_pixels(size).byte())
-    sample.gt_depth_map = PixelData(data=_pixels(size).float() + 1)
-    return sample
+    if len(samples) != images:
+        raise RuntimeError(f'{len(samples)} results for {images} images')

@@ -152,6 +152,40 @@ def test_lateral_convolutions_without_norm_stay_plain(tmp_path):
     assert not isinstance(neck.lateral_convs[0].conv, WSConv2d)
 
 
+def test_the_parts_of_a_list(tmp_path):
+    """mmengine builds a list in one go: each part of it is one of its own all the same."""
+    source = retinanet()
+    source['neck'].update(norm_cfg=dict(type='BN'))
+    refine = dict(type='BFP', in_channels=16, num_levels=5, norm_cfg=dict(type='BN'))
+    source['neck'] = [source['neck'], dict(refine, refine_type='conv')]
+    conversion = convert_config(tiny(tmp_path, source))
+    assert not conversion.left
+    assert [part.conv_cfg for part in conversion.cfg.model.neck] == [WS, WS]
+    assert audit(conversion.cfg) == []
+
+
+def test_a_part_with_a_convolution_that_has_a_fan_in_of_one():
+    """MobileOne has depthwise 1x1 convolutions beside others: these stay, the others get WS."""
+    pytest.importorskip('mmpretrain', reason='its config is converted')
+    source = 'mmpretrain::mobileone/mobileone-s0_8xb32_in1k.py'
+    cfg = convert_config(source).cfg
+    assert cfg.model.backbone.kind == 'MobileOne' and 'conv_cfg' not in cfg.model.backbone
+    model = probe.build(cfg).backbone
+    convs = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert {isinstance(c, WSConv2d) for c in convs if c.weight[0].numel() > 1} == {True}
+    assert {isinstance(c, WSConv2d) for c in convs if c.weight[0].numel() == 1} == {False}
+
+
+def test_norms_of_vectors_stay():
+    """SimCLR's neck is linear layers with SyncBN, the norm that does not tell for what it is."""
+    pytest.importorskip('mmpretrain', reason='its config is converted')
+    conversion = convert_config('mmpretrain::simclr/simclr_resnet50_16xb256-coslr-200e_in1k.py')
+    assert conversion.left == ['model.neck.norm_cfg: SyncBN without a convolution in front']
+    assert conversion.cfg.model.backbone.norm_cfg == BCN
+    model = probe.build(conversion.cfg)
+    assert isinstance(model.neck.bn0, torch.nn.SyncBatchNorm)
+
+
 def test_batch_norms_that_no_norm_cfg_reaches():
     """BiSeNetV2 pools to 1x1 in front of a BatchNorm of its own: at one image it cannot train."""
     source = 'mmseg::bisenetv2/bisenetv2_fcn_4xb4-160k_cityscapes-1024x1024.py'

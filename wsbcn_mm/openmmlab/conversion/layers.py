@@ -21,7 +21,14 @@ from wsbcn_mm.openmmlab.conversion import probe
 from wsbcn_mm.openmmlab.conversion.changes import Conversion, Place, dotted, value_at
 from wsbcn_mm.openmmlab.conversion.probe import CannotBuild, Node
 from wsbcn_mm.openmmlab.registry import CONV_FOR, CONV_NAMED, CONVERTED, NORM_FOR, NORM_NAMED
-from wsbcn_mm.structure import followers, num_channels, standardizable
+from wsbcn_mm.structure import (
+    fan_in,
+    followers,
+    is_conv,
+    norms_of_vectors,
+    num_channels,
+    standardizable,
+)
 
 NORM_LAYERS = (nn.modules.batchnorm._NormBase, nn.GroupNorm)
 ANY_AXES = ('SyncBN', 'MMSyncBN', 'SyncBatchNorm', 'GN', 'GroupNorm')  # one class for 1d to 3d
@@ -144,6 +151,9 @@ def _parts(conversion: Conversion, nodes: list[Node], conv: str) -> list[Part]:
             axes.setdefault(owner[norm], set()).add(follower.conv.weight.dim() - 2)
     widths: dict[Place, set[int]] = {}
     has_conv: set[Place] = set()  # nodes with a norm behind a convolution
+    vectors = norms_of_vectors(model)
+    has_vectors = {owner[name] for name in vectors}
+    scalars: dict[Place, str] = {}  # convolutions that WS cannot standardize
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, NORM_LAYERS):
             width = num_channels(module)
@@ -151,6 +161,8 @@ def _parts(conversion: Conversion, nodes: list[Node], conv: str) -> list[Part]:
                 widths.setdefault(owner[name], set()).add(width)
             if name in behind_convs:
                 has_conv.add(owner[name])
+        elif is_conv(module) and fan_in(module) == 1:
+            scalars.setdefault(owner[name], name)
     parts = []
     for node in nodes:
         for place, old in _norm_cfgs(node):
@@ -161,12 +173,13 @@ def _parts(conversion: Conversion, nodes: list[Node], conv: str) -> list[Part]:
                 continue
             if not widths.get(node.path):
                 continue  # takes a norm_cfg and makes nothing of it
-            if kind == 'BN1d' and node.path not in has_conv:
-                conversion.left.append(f'{dotted(place)}: BN1d without a convolution in front')
+            of_vectors = kind == 'BN1d' or node.path in has_vectors
+            if of_vectors and node.path not in has_conv:
+                conversion.left.append(f'{dotted(place)}: {kind} without a convolution in front')
                 continue
             part = Part(node, place, old, widths[node.path], axes.get(node.path, set()))
             if conv != 'none' and place == (*node.path, 'norm_cfg'):
-                _plan_conv(part)
+                _plan_conv(part, scalars.get(node.path))
             parts.append(part)
     return parts
 
@@ -196,7 +209,8 @@ def _norm_cfgs(node: Node) -> list[tuple[Place, dict]]:
     return norm_cfgs
 
 
-def _plan_conv(part: Part) -> None:
+def _plan_conv(part: Part, scalar: str | None) -> None:
+    """Whether conv_cfg becomes WS; ``scalar``: a convolution of the part with a fan-in of 1."""
     node = part.node
     if not node.accepts('conv_cfg'):
         part.why_no_conv_cfg = f'{node.kind.__name__} takes no conv_cfg'
@@ -211,6 +225,9 @@ def _plan_conv(part: Part) -> None:
         return
     if node.get('dcn') is not None:
         part.why_no_conv_cfg = 'dcn and conv_cfg exclude each other'
+        return
+    if scalar is not None:
+        part.why_no_conv_cfg = f'its {scalar} has a fan-in of 1, which WS cannot standardize'
         return
     part.standardize = True
 
@@ -311,12 +328,13 @@ def _fixed_norms(model: nn.Module) -> dict[Place, str]:
     owner = probe.owners(model)
     modules = dict(model.named_modules())
     behind_convs = {name for follower in followers(model) for name in follower.norms}
+    vectors = norms_of_vectors(model)
     first: dict[Place, str] = {}
     for name, module in modules.items():
         if not isinstance(module, nn.modules.batchnorm._BatchNorm):
             continue
         part_of_bcn = isinstance(modules[name.rpartition('.')[0]], BatchChannelNorm)
-        behind_linear = isinstance(module, nn.BatchNorm1d) and name not in behind_convs
-        if not part_of_bcn and not behind_linear:
+        of_vectors = isinstance(module, nn.BatchNorm1d) or name in vectors
+        if not part_of_bcn and (not of_vectors or name in behind_convs):
             first.setdefault(owner[name], name)
     return first

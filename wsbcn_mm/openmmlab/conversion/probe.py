@@ -168,10 +168,12 @@ def _build(cfg: Config) -> nn.Module:
 
     def build_and_mark(self: Registry, cfg: Any, *args: Any, **kwargs: Any) -> Any:
         module: Any = original(self, cfg, *args, **kwargs)
-        kind = cfg.get('type') if isinstance(cfg, dict) else None
-        if isinstance(kind, _Tagged) and isinstance(module, nn.Module):
-            marked: Any = module
-            marked.config_path = kind.path
+        # A list is built in one go: its parts do not come by here.
+        for part, built in zip(cfg, module) if isinstance(cfg, list) else [(cfg, module)]:
+            kind = part.get('type') if isinstance(part, dict) else None
+            if isinstance(kind, _Tagged) and isinstance(built, nn.Module):
+                marked: Any = built
+                marked.config_path = kind.path
         return module
 
     with (
