@@ -61,8 +61,8 @@ make_environment() {  # of the stack that was read
         pinned=(-c constraints.txt)
     fi
     cp "$root/requirements/$hosts.txt" hosts.txt
-    if [ "$vision" != - ]; then  # nothing is compiled
-        sed -i s/^mmcv==/mmcv-lite==/ hosts.txt
+    if [ "$vision" != - ]; then  # nothing is compiled; regex as pinned has no wheel for Python 3.10
+        sed -i -E 's/^mmcv==/mmcv-lite==/; s/^(ftfy|regex)==[^ ]*/\1/' hosts.txt
         echo "torchvision==$vision" >>hosts.txt
     fi
     # The ops of mmcv are compiled, unless WSBCN_WHEELS or pip's cache has them.
