@@ -100,6 +100,7 @@ LEVELS = {
     'layers': 3,
     'structure': 3,
     'functional': 2,
+    'own_classes': 2,
     'backends': 1,
     'distributed': 1,
     'checks': 0,

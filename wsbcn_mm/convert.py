@@ -20,9 +20,10 @@ from wsbcn_mm import layers
 from wsbcn_mm.checks import FORMULAS, MODES, auto_groups, check_choice
 from wsbcn_mm.layers.fusing import refuse_to_fuse
 from wsbcn_mm.layers.subclasses import standardized_copy
+from wsbcn_mm.own_classes import ACTIVATION, computes_with_its_weight, normalises_as_its_kind
 from wsbcn_mm.structure import (
+    NORMS,
     Follower,
-    computes_with_its_weight,
     followers,
     is_conv,
     is_norm,
@@ -317,6 +318,8 @@ def _why_not_norm(norm: nn.Module, dims: dict[int, int]) -> str | None:
         return 'no convolution was found before it, and its kind does not tell the number of axes'
     if dims[id(norm)] not in BATCH_CHANNEL_NORM:
         return f'no BCN for {dims[id(norm)]}-d convolutions'
+    if isinstance(norm, NORMS) and not normalises_as_its_kind(norm):
+        return 'computes something else than the kind of normalisation it derives from'
     return None
 
 
@@ -360,7 +363,7 @@ def _batch_channel_norm(norm: Any, dim: int, settings: _NormSettings) -> layers.
 
 def _with_activation(norm: nn.Module, new: nn.Module) -> nn.Module:
     """The norm followed by what a norm-with-activation (timm's BatchNormAct2d) does after it."""
-    rest = {name: norm._modules[name] for name in ('drop', 'act') if name in norm._modules}
+    rest = {name: norm._modules[name] for name in ACTIVATION if name in norm._modules}
     if not rest:
         return new
     both = nn.Sequential()

@@ -8,8 +8,6 @@ what looks on; folding uses it, too.
 
 from __future__ import annotations
 
-import copy
-import inspect
 import itertools
 import math
 import re
@@ -19,13 +17,14 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeGuard
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
+
+from wsbcn_mm.own_classes import computes_with_its_weight
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # in typing from Python 3.11 on
@@ -49,11 +48,6 @@ def is_conv(module: nn.Module | None) -> TypeGuard[_ConvNd]:
     return isinstance(widths[0], int) and (
         tuple(weight.shape) == (widths[1], widths[0] // groups, *kernel_size)
     )
-
-
-def is_transposed(conv: _ConvNd) -> bool:
-    """Whether the weight is (C_in, C_out / groups, *k)."""
-    return bool(getattr(conv, 'transposed', False))
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -101,71 +95,6 @@ def standardizable(conv: _ConvNd) -> bool:
 def fan_in(conv: _ConvNd) -> int:
     """Weights per output channel."""
     return conv.in_channels // getattr(conv, 'groups', 1) * math.prod(conv.kernel_size)
-
-
-@torch.no_grad()
-def computes_with_its_weight(conv: _ConvNd) -> bool:
-    """Whether a layer of a convolution class convolves with ``weight`` as it is, and adds ``bias``.
-
-    Then scaling filters and adding a bias does that to its output; a layer that computes its weight
-    (by standardizing, by mixing several) does something else. Found out by trying, on a copy.
-    """
-    if hasattr(conv, 'parametrizations'):
-        return False
-    if type(conv).__module__ == nn.Conv2d.__module__:
-        return True
-    trial = copy.deepcopy(conv)
-    trial = trial.to_empty(device='cpu') if conv.weight.is_meta else trial.cpu()
-    trial.double()
-    generator = torch.Generator().manual_seed(0)
-    try:
-        x, *offsets = _trial_inputs(conv, generator)
-    except (AttributeError, TypeError):  # it lacks what torch's have
-        return False
-    size = x.shape[2:]
-    weight = torch.randn(conv.weight.shape, generator=generator, dtype=torch.float64)
-    scale = torch.linspace(0.5, 2, conv.out_channels, dtype=torch.float64)
-    shift = scale if 'bias' in conv._parameters else torch.zeros_like(scale)
-    if is_transposed(conv):  # (C_in, C_out / groups, *k), both by group
-        by_group = scale.view(conv.groups, 1, -1, *[1] * len(size))
-        scaled = (weight.unflatten(0, (conv.groups, -1)) * by_group).flatten(0, 1)
-    else:
-        scaled = weight * scale.view(-1, *[1] * (weight.dim() - 1))
-    outputs = []
-    for values, bias in ((weight, torch.zeros_like(scale)), (scaled, shift)):
-        trial.weight = nn.Parameter(values)
-        if 'bias' in conv._parameters:
-            trial.bias = nn.Parameter(bias)
-        try:
-            outputs.append(trial(x, *offsets))
-        except Exception:  # noqa: BLE001  it wants other arguments: not a convolution as torch's
-            return False
-    plain, changed = outputs
-    if not isinstance(plain, Tensor) or plain.dim() != x.dim() or plain.shape[1] != len(scale):
-        return False
-    factor, summand = (t.view(-1, *[1] * len(size)) for t in (scale, shift))
-    return torch.allclose(changed, plain * factor + summand, 1e-9, 1e-9)
-
-
-def _trial_inputs(conv: _ConvNd, generator: torch.Generator) -> list[Tensor]:
-    """A small random input, and the offsets and the mask that a deformable convolution is given."""
-    size = [
-        d * (k - 1) + 1 + 2 * s for k, d, s in zip(conv.kernel_size, conv.dilation, conv.stride)
-    ]
-    shapes = [(conv.in_channels, *size)]
-    names = list(inspect.signature(conv.forward).parameters)[1:3]
-    for name, values in (('offset', 2), ('mask', 1)):
-        if name in names:
-            paddings: Any = conv.padding
-            output = [
-                (n + 2 * p - d * (k - 1) - 1) // s + 1
-                for n, p, d, k, s in zip(
-                    size, paddings, conv.dilation, conv.kernel_size, conv.stride
-                )
-            ]
-            parts = getattr(conv, 'deform_groups', 1)
-            shapes.append((values * parts * math.prod(conv.kernel_size), *output))
-    return [torch.randn(2, *s, generator=generator, dtype=torch.float64) for s in shapes]
 
 
 @dataclass

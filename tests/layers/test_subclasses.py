@@ -12,7 +12,8 @@ from wsbcn_mm import WSConv2d, WSConvTranspose2d, fold, reference
 from wsbcn_mm.convert import convert_model
 from wsbcn_mm.layers import WeightStandardized
 from wsbcn_mm.layers.subclasses import standardized_copy
-from wsbcn_mm.structure import computes_with_its_weight, is_conv
+from wsbcn_mm.own_classes import computes_with_its_weight
+from wsbcn_mm.structure import is_conv
 
 
 class Conv2dSame(nn.Conv2d):

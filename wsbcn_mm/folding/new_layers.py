@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from wsbcn_mm.layers import BatchChannelNorm, WeightStandardized
-from wsbcn_mm.structure import computes_with_its_weight
+from wsbcn_mm.own_classes import computes_with_its_weight
 
 
 def is_linear_in_its_weight(conv: _ConvNd) -> bool:

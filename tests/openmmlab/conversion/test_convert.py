@@ -176,6 +176,15 @@ def test_a_part_with_a_convolution_that_has_a_fan_in_of_one():
     assert {isinstance(c, WSConv2d) for c in convs if c.weight[0].numel() == 1} == {False}
 
 
+def test_norms_of_a_class_of_their_own_stay():
+    """SparK's encoder normalises visible patches alone, and writes zeros elsewhere."""
+    pytest.importorskip('mmpretrain', reason='its backbone is converted')
+    backbone = dict(type='SparseResNet', depth=50)
+    model = dict(type='ImageClassifier', backbone=backbone)
+    with pytest.raises(NothingToConvert, match='no part of it holds'):
+        convert_config(Config(dict(default_scope='mmpretrain', model=model)))
+
+
 def test_norms_of_vectors_stay():
     """SimCLR's neck is linear layers with SyncBN, the norm that does not tell for what it is."""
     pytest.importorskip('mmpretrain', reason='its config is converted')

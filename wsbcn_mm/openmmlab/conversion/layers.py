@@ -21,6 +21,7 @@ from wsbcn_mm.openmmlab.conversion import probe
 from wsbcn_mm.openmmlab.conversion.changes import Conversion, Place, dotted, value_at
 from wsbcn_mm.openmmlab.conversion.probe import CannotBuild, Node
 from wsbcn_mm.openmmlab.registry import CONV_FOR, CONV_NAMED, CONVERTED, NORM_FOR, NORM_NAMED
+from wsbcn_mm.own_classes import normalises_as_its_kind
 from wsbcn_mm.structure import (
     fan_in,
     followers,
@@ -335,6 +336,8 @@ def _fixed_norms(model: nn.Module) -> dict[Place, str]:
             continue
         part_of_bcn = isinstance(modules[name.rpartition('.')[0]], BatchChannelNorm)
         of_vectors = isinstance(module, nn.BatchNorm1d) or name in vectors
-        if not part_of_bcn and (not of_vectors or name in behind_convs):
+        if part_of_bcn or (of_vectors and name not in behind_convs):
+            continue
+        if normalises_as_its_kind(module):
             first.setdefault(owner[name], name)
     return first
