@@ -15,6 +15,7 @@ import torch
 from tests.tool import leave_configs_unformatted
 from wsbcn_mm import backends
 from wsbcn_mm.backends import autograd, cpu
+from wsbcn_mm.backends.together import Results
 from wsbcn_mm.layers import scopes
 
 
@@ -117,18 +118,18 @@ def backend(request, device: torch.device) -> Iterator[str]:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """What is standardized, in order: the number of weights of each operator call."""
     seen: list[int] = []
-    one, many = autograd.weight_standardize, scopes.Together
+    one, many = autograd.weight_standardize, scopes.standardize_all
 
     def counted_one(*arguments: Any) -> torch.Tensor:
         seen.append(1)
         return one(*arguments)
 
-    def counted_many(weights: list[torch.Tensor], *arguments: Any) -> scopes.Together:
+    def counted_many(weights: list[torch.Tensor], *arguments: Any) -> Results:
         seen.append(len(weights))
         return many(weights, *arguments)
 
     monkeypatch.setattr(autograd, 'weight_standardize', counted_one)
-    monkeypatch.setattr(scopes, 'Together', counted_many)
+    monkeypatch.setattr(scopes, 'standardize_all', counted_many)
     if cpu.entries is not None:
         usual = cpu.entries.weight_standardize
 

@@ -126,12 +126,13 @@ ENTRIES = (
     'batch_channel_norm(x, num_groups, running_mean, running_var, counts, num_batches_tracked, '
     'batch_weight, batch_bias, weight, bias, rate, eps, from_batch, least_dim, most_dim)',
     'weight_standardize(weight, eps, formula)',
-    'weight_standardize_all(weights, eps, formula, one_pass) -> results, states',
+    'weight_standardize_all(weights, eps, formula, dtype, one_pass) -> StandardizedWeights',
+    'StandardizedWeights.take(index, weight)',
     'state(weight, one_pass)',
     'joins(weight, other)',
     'join(w_hat, weight)',
 )
-"""What layers call directly; see nodes/python.cpp."""
+"""What layers call directly; see nodes/python.cpp and nodes/standardized_weights.cpp."""
 
 
 def mark() -> bytes:

@@ -7,9 +7,7 @@ nobody waits for one.
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,15 +16,23 @@ from wsbcn_mm import backends
 from wsbcn_mm.backends import autograd, cpu
 from wsbcn_mm.backends.layouts import CHANNELS_LAST
 from wsbcn_mm.backends.ops import accumulation_dtype
+from wsbcn_mm.backends.states import count_backward_call, state_of
 
-_backward_calls = 0  # of the nodes written in Python
+
+class Results(Protocol):
+    """Standardized weights, and what they hold for; of the compiled extension, or `Together`."""
+
+    def take(self, index: int, weight: Tensor | None, /) -> Tensor | None:
+        """The result for a weight, which from the first time on belongs to autograd's graph.
+
+        None where it is not, or no longer, that of this weight as it is.
+        """
 
 
-class Together:
-    """Standardizes weights, all at once.
-
-    One operator call; its gradient is one node, and one call, where the backend brings nodes of its
-    own; else a node for each weight that is used.
+def standardize_all(
+    weights: list[Tensor], eps: float, formula: str, dtype: torch.dtype, one_pass: bool
+) -> Results:
+    """Standardizes weights by one operator call.
 
     Args:
         weights: (O, *), of one dtype, device and ``requires_grad``; dense (contiguous or
@@ -35,44 +41,51 @@ class Together:
         formula: Likewise.
         dtype: Of the results.
         one_pass: Whether a backward pass ends what the results hold for.
+    """
+    if cpu.entries is not None and backends.forced() is None:
+        found: Results | None = cpu.entries.weight_standardize_all(
+            weights, eps, formula, dtype, one_pass
+        )
+        if found is not None:
+            return found
+    return Together(weights, eps, formula, dtype, one_pass)
 
-    Attributes:
-        states: What the results hold for, as the extension says it; None where it does not.
+
+class Together:
+    """See `standardize_all`; where the compiled extension does not do all of it.
+
+    The gradient is one node, and one call, where the backend brings nodes of its own; else a node
+    for each weight that is used.
     """
 
     def __init__(
-        self,
-        weights: Sequence[Tensor],
-        eps: float,
-        formula: str,
-        dtype: torch.dtype,
-        one_pass: bool,
+        self, weights: list[Tensor], eps: float, formula: str, dtype: torch.dtype, one_pass: bool
     ) -> None:
-        self._weights, self._eps, self._formula = list(weights), eps, formula
-        self._backend = backends.select(self._weights[0])
+        self._weights, self._eps, self._formula = weights, eps, formula
+        self._backend = backends.select(weights[0])
         self._by_node = autograd.has_nodes(self._backend)
         self._results: list[Tensor]
-        self.states: list[object] | None = None
-        usual: tuple[list[Tensor], list[object]] | None = None
-        if self._by_node and backends.forced() is None:
-            assert cpu.entries is not None
-            usual = cpu.entries.weight_standardize_all(self._weights, eps, formula, one_pass)
-        if usual is not None and usual[0][0].dtype is dtype:
-            self._results, self.states = usual
-        elif self._by_node:
+        if self._by_node:
             self._results = torch.ops.wsbcn_mm.weight_standardize_all.default(
-                self._weights, eps, formula, dtype
+                weights, eps, formula, dtype
             )
         else:
-            self._results, self._rows = _standardize(self._weights, eps, formula, dtype)
-        self._joined = [False] * len(self._weights)
-        self._differentiable = torch.is_grad_enabled() and self._weights[0].requires_grad
+            self._results, self._rows = _standardize(weights, eps, formula, dtype)
+        self._joined = [False] * len(weights)
+        self._differentiable = torch.is_grad_enabled() and weights[0].requires_grad
+        self._one_pass = one_pass
+        self._states = [state_of(weight, one_pass) for weight in weights]
 
-    def take(self, index: int) -> Tensor:
-        """The result for a weight; from the first time on it belongs to the graph."""
+    def take(self, index: int, weight: Tensor | None, /) -> Tensor | None:
+        """See `Results`."""
+        state = self._states[index]
+        if weight is not self._weights[index] or state is None:
+            return None
+        if state_of(weight, self._one_pass) != state:
+            return None
         if self._differentiable and not self._joined[index]:
             self._joined[index] = True
-            weight, w_hat = self._weights[index], self._results[index]
+            w_hat = self._results[index]
             if self._by_node:
                 assert cpu.entries is not None
                 cpu.entries.join(w_hat, weight)
@@ -96,17 +109,6 @@ def _standardize(
         kernels = backends.BACKENDS[backends.select(first)].kernels()
         kernels.standardize_all(weights, eps, formula, out, mean, sigma)
         return out, list(zip(mean.split(sizes), sigma.split(sizes)))
-
-
-def backward_calls() -> int:
-    """How often a weight's gradient was computed in this process so far, by any node."""
-    return _backward_calls if _by_nodes is None else _backward_calls + _by_nodes.value
-
-
-# The counter of the nodes written in C++, read where it is: a call of an operator takes longer.
-_by_nodes: ctypes.c_int64 | None = None
-if cpu.unavailable() is None:
-    _by_nodes = ctypes.c_int64.from_address(torch.ops.wsbcn_mm.backward_calls_address.default())
 
 
 def is_dense(x: Tensor) -> bool:
@@ -137,8 +139,7 @@ class _Member(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        global _backward_calls
-        _backward_calls += 1
+        count_backward_call()
         weight, mean, sigma = ctx.saved
         autograd.check_version(weight, ctx.version)
         gradient = autograd.standardize_backward(

@@ -11,16 +11,16 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable
-from functools import partial
 from types import FrameType
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from wsbcn_mm import backends, compat, distributed
+from wsbcn_mm import backends, distributed
 from wsbcn_mm.backends import cpu, triton
-from wsbcn_mm.backends.together import Together, backward_calls, is_dense
+from wsbcn_mm.backends.states import is_captured, is_transformed, state_of
+from wsbcn_mm.backends.together import Results, is_dense, standardize_all
 from wsbcn_mm.layers import optimizer_steps
 
 ON_CPU = 4 * 2**20
@@ -81,7 +81,7 @@ def open_here() -> list[Scope]:
 def scope_of(layer: Any) -> Scope | None:
     """The innermost scope that serves a layer."""
     scopes = _thread.scopes
-    if not scopes or _is_transformed():
+    if not scopes or is_transformed():
         return None
     for scope in reversed(scopes):
         if layer in scope.layers and scope.is_current():
@@ -99,15 +99,6 @@ def drop_abandoned() -> None:
         if not scope.is_running():
             scope.close()
             open_here().remove(scope)
-
-
-def _is_transformed() -> bool:
-    """Whether operators are traced, watched or transformed, and results are not what they seem."""
-    return (
-        torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-        or torch._C._len_torch_dispatch_stack() > 0
-        or compat.is_transformed()
-    )
 
 
 class Scope:
@@ -131,9 +122,9 @@ class Scope:
         self._places = {layer: place for place, layer in enumerate(self._order)}
         self._training = model.training
         self._used: dict[Any, None] = {}
-        self._tables: dict[tuple[Any, ...], dict[Any, _Result]] = {}
+        self._tables: dict[tuple[Any, ...], dict[Any, _Held]] = {}
         self._looked_again = False
-        self._held: dict[Any, _Result] = {}  # of each layer the one that was found last
+        self._held: dict[Any, _Held] = {}  # of each layer the one that was found last
         self.layers = self._plan.layers()
 
     def is_of_a_pass(self) -> bool:
@@ -168,19 +159,16 @@ class Scope:
 
         Every line here is paid once per use of a layer.
         """
-        found = self._held.get(layer)
-        if found is None or not self.is_running():
+        held = self._held.get(layer)
+        if held is None or not self.is_running():
             return None
-        weight = layer._parameters.get('weight')
-        if weight is not found.weight or not found.holds_for(layer, self._one_pass):
-            return None
-        return found.value if found.value is not None else self._take(layer, found)
+        return self._take(layer, layer._parameters.get('weight'), held)
 
     def get(self, layer: Any, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """The standardized weight of one of the layers."""
         if layer in self._hooked:
             return computed(layer, weight, dtype)
-        if not _is_plain(weight) or (not self._one_pass and _is_captured(weight)):
+        if not _is_plain(weight) or (not self._one_pass and is_captured(weight)):
             return computed(layer, weight, dtype)
         context = (
             dtype,
@@ -192,37 +180,40 @@ class Scope:
         table = self._tables.get(context)
         if table is None:
             table = self._tables[context] = {}
-        found = table.get(layer)
-        valid = found is not None and found.weight is weight
-        if found is None or not valid or not found.holds_for(layer, self._one_pass):
-            self._compute(layer, weight, dtype, table)
-            found = table[layer]
-        self._held[layer] = found
-        return found.value if found.value is not None else self._take(layer, found)
+        held = table.get(layer)
+        value = None if held is None else self._take(layer, weight, held)
+        if held is None or value is None:
+            held = self._compute(layer, weight, dtype, table)
+            value = self._take(layer, weight, held)
+        self._held[layer] = held
+        # None: another thread has changed the backend meanwhile.
+        return computed(layer, weight, dtype) if value is None else value
 
-    def _take(self, layer: Any, found: _Result) -> Tensor:
-        self._used[layer] = None
-        found.value = value = found.taken()
-        announce(layer, value)
+    def _take(self, layer: Any, weight: Tensor | None, held: _Held) -> Tensor | None:
+        chunk, index = held
+        value = chunk.take(index, layer, weight)
+        if index in chunk.untaken and value is not None:
+            chunk.untaken.remove(index)
+            self._used[layer] = None
+            announce(layer, value)
         return value
 
     def _compute(
-        self, layer: Any, weight: Tensor, dtype: torch.dtype, table: dict[Any, _Result]
-    ) -> None:
-        chunk = self._chunk(layer, weight, table)
-        if len(chunk) == 1:
-            value = layer.standardize(weight, dtype)
-            state = _state_of(weight, self._one_pass)
-            table[layer] = _Result(layer, weight, state, lambda: value)
-            return
-        weights = list(chunk.values())
-        together = Together(weights, layer.eps, layer.formula, dtype, self._one_pass)
-        states = together.states or [_state_of(each, self._one_pass) for each in weights]
-        for index, (member, state) in enumerate(zip(chunk, states)):
-            result = _Result(member, weights[index], state, partial(together.take, index))
-            table[member] = self._held[member] = result
+        self, layer: Any, weight: Tensor, dtype: torch.dtype, table: dict[Any, _Held]
+    ) -> _Held:
+        members = self._chunk(layer, weight, table)
+        results: Results
+        if len(members) == 1:
+            results = _Alone(weight, layer.standardize(weight, dtype), self._one_pass)
+        else:
+            weights = list(members.values())
+            results = standardize_all(weights, layer.eps, layer.formula, dtype, self._one_pass)
+        chunk = _Chunk(results, layer.eps, layer.formula, len(members))
+        for index, member in enumerate(members):
+            table[member] = self._held[member] = chunk, index
+        return table[layer]
 
-    def _chunk(self, layer: Any, weight: Tensor, table: dict[Any, _Result]) -> dict[Any, Tensor]:
+    def _chunk(self, layer: Any, weight: Tensor, table: dict[Any, _Held]) -> dict[Any, Tensor]:
         """What is standardized together with a layer: those used after it the last time."""
         chunk = {layer: weight}
         place = self._places.get(layer)
@@ -272,12 +263,7 @@ def _is_plain(weight: Tensor) -> bool:
     """Whether a weight is a tensor whose changes torch counts, and what holds for it is known."""
     if type(weight) not in _PLAIN or weight.is_inference():
         return False
-    return triton.HAS_NODES or not _is_captured(weight)
-
-
-def _is_captured(weight: Tensor) -> bool:
-    """Whether what is computed now is computed when a graph runs, again and again."""
-    return weight.is_cuda and torch.cuda.is_current_stream_capturing()
+    return triton.HAS_NODES or not is_captured(weight)
 
 
 def _joins(layer: Any, weight: Tensor, other: Any, of_other: Tensor) -> int:
@@ -299,66 +285,53 @@ def _joins(layer: Any, weight: Tensor, other: Any, of_other: Tensor) -> int:
     return of_other.nbytes if joins else 0
 
 
-def _state_of(weight: Tensor, one_pass: bool) -> object:
-    """Whatever a standardized weight depends on, of its weight and of this thread.
+class _Alone:
+    """The result for one weight."""
 
-    Equal as long as a result holds; None where it cannot be known. Not in it: writes through
-    ``.data``, optimizers that write so, what the layer says.
+    def __init__(self, weight: Tensor, value: Tensor, one_pass: bool) -> None:
+        self._weight, self._value, self._one_pass = weight, value, one_pass
+        self._state = state_of(weight, one_pass)
 
-    Args:
-        weight: A plain tensor.
-        one_pass: Whether a backward pass ends it.
-    """
-    if not triton.HAS_NODES and _is_captured(weight):
-        return None
-    if cpu.entries is not None:
-        return cpu.entries.state(weight, one_pass)
-    if _is_transformed():
-        return None
-    device = weight.device
-    return (
-        (weight.data_ptr(), weight._version, weight.shape, weight.stride(), weight.requires_grad),
-        (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
-        torch.cuda.current_stream(device).cuda_stream if weight.is_cuda else None,
-        compat.backward_pass(),
-        compat.autocast_dtype(device.type),
-        backward_calls() if one_pass else None,
-    )
-
-
-class _Result:
-    """A standardized weight, and what it holds for.
-
-    Args:
-        layer: Whose.
-        weight: Of what.
-        state: See `_state_of`.
-        taken: Gives the result; called when it is used for the first time.
-    """
-
-    __slots__ = ('_backend', '_eps', '_formula', '_state', '_steps', 'taken', 'value', 'weight')
-
-    def __init__(
-        self, layer: Any, weight: Tensor, state: object, taken: Callable[[], Tensor]
-    ) -> None:
-        self.value: Tensor | None = None
-        self.taken, self.weight = taken, weight
-        self._state = state
-        self._steps = optimizer_steps.count()
-        self._backend = backends.forced()
-        self._eps, self._formula = layer.eps, layer.formula
-
-    def holds_for(self, layer: Any, one_pass: bool) -> bool:
-        """Whether it still is the result for its weight."""
-        state = _state_of(self.weight, one_pass)
+    def take(self, index: int, weight: Tensor | None, /) -> Tensor | None:
+        """See `wsbcn_mm.backends.together.Results`."""
+        same = weight is self._weight and self._state is not None
         return (
-            state is not None
-            and state == self._state
-            and layer.eps == self._eps
-            and layer.formula == self._formula
-            and backends.forced() is self._backend
-            and optimizer_steps.count() == self._steps
+            self._value if same and state_of(self._weight, self._one_pass) == self._state else None
         )
+
+
+class _Chunk:
+    """Results, and what they hold for beside the weights.
+
+    Args:
+        results: Those of one call.
+        eps: Of the layers.
+        formula: Likewise.
+        size: How many results there are.
+    """
+
+    __slots__ = ('_backend', '_eps', '_formula', '_steps', '_take', 'untaken')
+
+    def __init__(self, results: Results, eps: float, formula: str, size: int) -> None:
+        self._take = results.take
+        self._eps, self._formula = eps, formula
+        self._backend, self._steps = backends.forced(), optimizer_steps.count()
+        self.untaken = set(range(size))
+
+    def take(self, index: int, layer: Any, weight: Tensor | None) -> Tensor | None:
+        """The result for a layer and its weight, where it still holds; else None."""
+        if (
+            layer.eps != self._eps
+            or layer.formula != self._formula
+            or backends.forced() is not self._backend
+            or optimizer_steps.count() != self._steps
+        ):
+            return None
+        return self._take(index, weight)
+
+
+_Held = tuple[_Chunk, int]
+"""Where the result of a layer is."""
 
 
 # ----------------------------------------------------------------------------------------------
@@ -401,14 +374,13 @@ class Plan:
         It may write a weight through ``.data`` just before it is used. The model's own hooks run
         before any use.
         """
-        return {
-            layer
-            for of_module, below in self._below
-            if (module := of_module()) is not None
-            and any(map(_may_write, module._forward_pre_hooks.values()))
-            for ref in below
-            if (layer := ref()) is not None
-        }
+        found: set[Any] = set()
+        for of_module, below in self._below:
+            module = of_module()
+            hooks = None if module is None else module._forward_pre_hooks
+            if hooks and any(map(_may_write, hooks.values())):
+                found.update(layer for ref in below if (layer := ref()) is not None)
+        return found
 
     def order(self, model: nn.Module, training: bool) -> list[Any]:
         """Those that the last pass used, in the order of use; before that, all."""

@@ -6,26 +6,19 @@
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/record_function.h>
-#include <c10/core/InferenceMode.h>
-#include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
-#include <c10/util/hash.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/forward_grad.h>
-#include <torch/csrc/autograd/graph_task.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/jit/frontend/tracer.h>
 
-#include <cstring>
-
 #include "../triton/host/register.h"
 #include "batch_channel_norm.h"
+#include "python.h"
 #include "weight_standardize.h"
 
 namespace wsbcn {
-namespace {
 
-// Whether results are what they seem: no mode watches, no transform wraps, no tangent goes along.
 bool nothing_unusual() {
   return !at::impl::torch_function_mode_enabled() &&
          !c10::impl::TorchDispatchModeTLS::any_modes_set() &&
@@ -35,7 +28,6 @@ bool nothing_unusual() {
          torch::autograd::ForwardADLevel::try_get_by_idx(0) == nullptr;
 }
 
-// A tensor, None, or neither of the two as they should be.
 bool read(PyObject* object, OptionalTensor& tensor) {
   if (object == Py_None) return true;
   if (!THPVariable_CheckExact(object)) return false;
@@ -43,7 +35,6 @@ bool read(PyObject* object, OptionalTensor& tensor) {
   return true;
 }
 
-// Whether there are kernels and nodes for a tensor.
 bool is_of_ours(const Tensor& x) {
   if (x.layout() != at::kStrided || x.is_nested()) return false;
   switch (x.scalar_type()) {
@@ -56,6 +47,15 @@ bool is_of_ours(const Tensor& x) {
       return false;
   }
 }
+
+at::ScalarType dtype_for(const Tensor& weight) {
+  const auto device = weight.device().type();
+  const bool autocast = weight.scalar_type() != at::kDouble && is_of_ours(weight) &&
+                        at::autocast::is_autocast_enabled(device);
+  return autocast ? at::autocast::get_autocast_dtype(device) : weight.scalar_type();
+}
+
+namespace {
 
 bool is_usual(const Tensor& x, const Tensor& mean, const OptionalTensor& counts) {
   return is_of_ours(x) && x.size(1) == mean.numel() && x.numel() > 0 &&
@@ -112,14 +112,6 @@ PyObject* batch_channel_norm_or_none(PyObject*, PyObject* const* arguments, Py_s
   END_HANDLE_TH_ERRORS
 }
 
-// The dtype in which a weight is standardized: its own, or that of autocast.
-at::ScalarType dtype_for(const Tensor& weight) {
-  const auto device = weight.device().type();
-  const bool autocast = weight.scalar_type() != at::kDouble && is_of_ours(weight) &&
-                        at::autocast::is_autocast_enabled(device);
-  return autocast ? at::autocast::get_autocast_dtype(device) : weight.scalar_type();
-}
-
 // weight_standardize(weight, eps, formula): what a convolution computes with, or None.
 PyObject* weight_standardize_or_none(PyObject*, PyObject* const* arguments, Py_ssize_t number) {
   HANDLE_TH_ERRORS
@@ -141,103 +133,6 @@ PyObject* weight_standardize_or_none(PyObject*, PyObject* const* arguments, Py_s
                                dtype_for(*weight));
   }
   return THPVariable_Wrap(w_hat);
-  END_HANDLE_TH_ERRORS
-}
-
-// Whatever a standardized weight depends on, but for eps, formula and the writes that torch does
-// not count.
-struct State {
-  const void *tensor, *data;
-  int64_t version, size, stream, capture, graph_task, backward_calls;
-  int8_t requires_grad, grad_mode, inference_mode, dtype, result_dtype;
-};
-
-// Its bytes are equal as long as a result holds; nothing where it cannot be known.
-std::optional<State> state_of(const Tensor& weight, bool one_pass) {
-  if (weight.is_inference() || weight.layout() != at::kStrided || weight.is_meta()) return {};
-  State state;
-  std::memset(&state, 0, sizeof state);  // what lies between the values is compared too
-  state.tensor = weight.unsafeGetTensorImpl();
-  state.data = weight.has_storage() ? weight.storage().data() : nullptr;
-  state.version = weight._version();
-  state.size = c10::get_hash(weight.sizes(), weight.strides(), weight.storage_offset());
-  if (weight.is_cuda()) {
-    state.stream = c10::impl::getDeviceGuardImpl(at::kCUDA)->getStream(weight.device()).id();
-    if (gpu::is_registered()) {
-      const std::optional<int64_t> capture = gpu::capture_on(weight.device());
-      if (!capture) return {};
-      state.capture = *capture;
-    }
-  }
-  state.graph_task = torch::autograd::get_current_graph_task_id();
-  state.backward_calls = one_pass ? backward_calls() : 0;
-  state.requires_grad = weight.requires_grad();
-  state.grad_mode = at::GradMode::is_enabled();
-  state.inference_mode = c10::InferenceMode::is_enabled();
-  state.dtype = static_cast<int8_t>(weight.scalar_type());
-  state.result_dtype = static_cast<int8_t>(dtype_for(weight));
-  return state;
-}
-
-PyObject* bytes_of(const State& state) {
-  return PyBytes_FromStringAndSize(reinterpret_cast<const char*>(&state), sizeof state);
-}
-
-// state(weight, one_pass): the bytes of its state, or None.
-PyObject* state_or_none(PyObject*, PyObject* const* arguments, Py_ssize_t number) {
-  HANDLE_TH_ERRORS
-  TORCH_CHECK_TYPE(number == 2, "expected 2 arguments\n  got ", number);
-  OptionalTensor weight;
-  if (!read(arguments[0], weight) || !weight || !nothing_unusual()) Py_RETURN_NONE;
-  const std::optional<State> state = state_of(*weight, arguments[1] == Py_True);
-  if (!state) Py_RETURN_NONE;
-  return bytes_of(*state);
-  END_HANDLE_TH_ERRORS
-}
-
-// weight_standardize_all(weights, eps, formula, one_pass): a list of results and a list of the
-// states that they hold for, or None.
-PyObject* weight_standardize_all_or_none(PyObject*, PyObject* const* arguments, Py_ssize_t number) {
-  HANDLE_TH_ERRORS
-  TORCH_CHECK_TYPE(number == 4 && PyList_CheckExact(arguments[0]),
-                   "expected a list and 3 other arguments");
-  const double eps = PyFloat_AsDouble(arguments[1]);
-  Py_ssize_t length = 0;
-  const char* const formula = PyUnicode_AsUTF8AndSize(arguments[2], &length);
-  if (PyErr_Occurred()) return nullptr;
-  const bool one_pass = arguments[3] == Py_True;
-  const Py_ssize_t count = PyList_GET_SIZE(arguments[0]);
-  std::vector<Tensor> weights;
-  std::vector<State> states;
-  weights.reserve(count);
-  states.reserve(count);
-  for (Py_ssize_t k = 0; k < count; ++k) {
-    OptionalTensor weight;
-    if (!read(PyList_GET_ITEM(arguments[0], k), weight) || !weight || !is_of_ours(*weight)) {
-      Py_RETURN_NONE;
-    }
-    const std::optional<State> state = state_of(*weight, one_pass);
-    if (!state) Py_RETURN_NONE;
-    weights.push_back(std::move(*weight));
-    states.push_back(*state);
-  }
-  if (weights.empty() || !nothing_unusual()) Py_RETURN_NONE;
-  std::vector<Tensor> w_hats;
-  {
-    pybind11::gil_scoped_release no_gil;
-    RECORD_FUNCTION("wsbcn_mm::weight_standardize_all", c10::ArrayRef<const c10::IValue>{});
-    w_hats = weight_standardize_all(weights, eps, {formula, static_cast<size_t>(length)},
-                                    dtype_for(weights[0]));
-  }
-  PyObject *const results = PyList_New(count), *const their_states = PyList_New(count);
-  for (Py_ssize_t k = 0; k < count; ++k) {
-    PyList_SET_ITEM(results, k, THPVariable_Wrap(std::move(w_hats[k])));
-    PyList_SET_ITEM(their_states, k, bytes_of(states[k]));
-  }
-  PyObject* const both = PyTuple_Pack(2, results, their_states);
-  Py_DECREF(results);
-  Py_DECREF(their_states);
-  return both;
   END_HANDLE_TH_ERRORS
 }
 
@@ -272,7 +167,7 @@ PyMethodDef methods[] = {
     {"weight_standardize", reinterpret_cast<PyCFunction>(weight_standardize_or_none), METH_FASTCALL,
      "The result, or None where something is unusual."},
     {"weight_standardize_all", reinterpret_cast<PyCFunction>(weight_standardize_all_or_none),
-     METH_FASTCALL, "Results and states, or None where something is unusual."},
+     METH_FASTCALL, "StandardizedWeights, or None where something is unusual."},
     {"state", reinterpret_cast<PyCFunction>(state_or_none), METH_FASTCALL,
      "What a standardized weight depends on, or None where something is unusual."},
     {"joins", reinterpret_cast<PyCFunction>(joins), METH_FASTCALL,

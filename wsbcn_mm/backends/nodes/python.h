@@ -1,0 +1,28 @@
+// What the functions of the compiled extension that Python calls directly have in common.
+#pragma once
+
+#include <Python.h>
+
+#include "carriers.h"
+
+namespace wsbcn {
+
+// Whether results are what they seem: no mode watches, no transform wraps, no tangent goes along.
+bool nothing_unusual();
+
+// A tensor, None, or neither of the two as they should be.
+bool read(PyObject* object, OptionalTensor& tensor);
+
+// Whether there are kernels and nodes for a tensor.
+bool is_of_ours(const Tensor& x);
+
+// The dtype in which a weight is standardized: its own, or that of autocast.
+at::ScalarType dtype_for(const Tensor& weight);
+
+// state(weight, one_pass): the bytes of its state, or None.
+PyObject* state_or_none(PyObject*, PyObject* const* arguments, Py_ssize_t number);
+
+// weight_standardize_all(weights, eps, formula, dtype, one_pass): StandardizedWeights, or None.
+PyObject* weight_standardize_all_or_none(PyObject*, PyObject* const* arguments, Py_ssize_t number);
+
+}  // namespace wsbcn
