@@ -9,12 +9,16 @@ store=${WSBCN_WHEELS:-${XDG_CACHE_HOME:-$HOME/.cache}/wsbcn_mm/wheels}
 kept=$store/torch-$("$venv/bin/python" -c 'import torch; print(torch.__version__, end="")')
 [ "$device" = cpu ] || kept="$kept-sm$(tr -cs '0-9\n' - <<<"$TORCH_CUDA_ARCH_LIST")"
 
-ops_load() { "$venv/bin/python" -c 'import mmcv._ext' 2>/dev/null; }
+# A wheel for CPUs loads beside a torch for CUDA, too.
+ops_load() {
+    "$venv/bin/python" -c 'import sys, torch; import mmcv._ext as ops
+sys.exit(sys.argv[1] == "cuda" and ops.get_compiling_cuda_version() == "not available")' "$device" 2>/dev/null
+}
 install_from() {  # a folder with wheels; whether mmcv is there, and its ops load
     pip install -q --no-index --no-deps --find-links "$1" "$mmcv" >/dev/null 2>&1 || return 1
     pip install -q -c "$constraints" "$mmcv" >&2 || return 1  # what it needs
     if ops_load; then say "mmcv comes from a wheel in $1"; return; fi
-    say "the ops of the wheel in $1 do not load: it was compiled for another torch"
+    say "the ops of the wheel in $1 do not load: it was compiled for another torch$([ "$device" = cpu ] || echo ', or for CPUs')"
     pip uninstall -qy mmcv >&2
     return 1
 }
@@ -57,16 +61,17 @@ build() {  # arguments of pip
     }
 }
 
-if ! install_from "$kept" && ! install_from "$store"; then
+if ! ops_load && ! install_from "$kept" && ! install_from "$store"; then
     if [ "$device" = cuda ] && ! command -v nvcc >/dev/null; then install_nvcc; fi
     jobs=${MAX_JOBS:-$(nproc)}
     log=$venv/mmcv-build.log
     # Measured on one core that had nothing else to do: 10 s a file, 77 files; for CUDA 136 of 45 s.
     minutes=$((($([ "$device" = cpu ] && echo 13 || echo 100) + jobs - 1) / jobs))
-    say "compiling the ops of mmcv with $jobs processes: once, about $minutes minutes if the cores are idle, seconds where pip's cache has them"
-    build
-    if ! install_from "$kept"; then  # pip's cache asks for the Python alone, too
-        rm -f "$kept"/mmcv-*.whl
+    cached=$([ "$device" = cuda ] || echo ", seconds where pip's cache has them")
+    say "compiling the ops of mmcv with $jobs processes: once, about $minutes minutes if the cores are idle$cached"
+    # pip's cache asks for the Python alone: what it has may be for another torch, for CPUs, for another GPU.
+    [ "$device" = cuda ] || { build; install_from "$kept" || rm -f "$kept"/mmcv-*.whl; }
+    if ! ops_load; then
         build --no-cache-dir
         install_from "$kept" || fail "mmcv was compiled, and its ops do not load; the whole log: $log"
     fi

@@ -95,7 +95,7 @@ if [ "$ops" = torchvision ]; then
     say 'installing mmcv without its ops'
     pip install -q --no-build-isolation -c "$constraints" \
         "$(grep -o '^mmcv==[^ ]*' requirements/openmmlab.txt | sed s/mmcv/mmcv-lite/)" >&2
-elif ! "$venv/bin/python" -c 'import mmcv._ext' 2>/dev/null; then
+else
     source tools/mmcv_wheel.sh
 fi
 

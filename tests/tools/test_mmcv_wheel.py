@@ -106,6 +106,9 @@ def test_pips_cache_may_hold_what_another_torch_needed(venv):
     (venv / 'cache').write_text('2.12.0+cpu')
     _, built = get_mmcv(venv, '2.13.0+cpu')
     assert len(built) == 2 and '--no-cache-dir' in built[1]
+    # For GPUs it is not asked: its wheel for CPUs would be kept as one for them.
+    _, built = get_mmcv(venv, '2.13.0+cu130', 'cuda', TORCH_CUDA_ARCH_LIST='9.0')
+    assert len(built) == 1 and '--no-cache-dir' in built[0]
 
 
 def test_nvcc_comes_from_pypi_where_the_machine_has_none(venv):
