@@ -1,5 +1,6 @@
 """Choosing a backend, and what every operator must do beside being right (tests/functional)."""
 
+import copy
 import importlib.util
 import os
 import runpy
@@ -11,8 +12,13 @@ import pytest
 import torch
 
 from wsbcn_mm import (
+    BatchChannelNorm1d,
     BatchChannelNorm2d,
+    BatchChannelNorm3d,
+    WSConv1d,
     WSConv2d,
+    WSConv3d,
+    WSConvTranspose2d,
     backends,
     batch_channel_norm,
     weight_standardize,
@@ -289,6 +295,53 @@ def test_compile_makes_one_graph(backend, compiler, mode):
                 results.append([y, x.grad, *[p.grad for p in net.parameters()], *net.buffers()])
             torch.testing.assert_close(*results, rtol=1e-11, atol=1e-11)
     torch._dynamo.reset()
+
+
+class Functions(torch.nn.Module):
+    """Both functions, without a layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(8, 3, 3))
+        self.register_buffer('mean', torch.zeros(8))
+        self.register_buffer('var', torch.ones(8))
+
+    def forward(self, x):
+        w = weight_standardize(self.weight, formula='std_eps')
+        y = torch.nn.functional.conv1d(x, w)
+        return batch_channel_norm(y, 4, self.mean, self.var, training=self.training)
+
+
+PARTS = {
+    'functions': (Functions, (2, 3, 9)),
+    '1d': (lambda: (WSConv1d(3, 8, 3), BatchChannelNorm1d(8, 4, affine='channel')), (2, 3, 9)),
+    '3d': (lambda: (WSConv3d(3, 8, 2), BatchChannelNorm3d(8, 4)), (1, 3, 3, 4, 5)),
+    'transposed': (lambda: (WSConvTranspose2d(4, 8, 3), torch.nn.ReLU(True)), (1, 4, 5, 6)),
+}
+
+
+@pytest.mark.parametrize('autocast', [False, True])
+@pytest.mark.parametrize('part', PARTS)
+def test_every_part_makes_one_graph(part, autocast):
+    torch._dynamo.reset()
+    make, shape = PARTS[part]
+    layers = make()
+    plain = layers if isinstance(layers, torch.nn.Module) else torch.nn.Sequential(*layers)
+    dtype, bound = (torch.float32, 2**-8) if autocast else (torch.float64, 1e-11)
+    other = copy.deepcopy(plain.to(dtype))
+    compiled = torch.compile(other, fullgraph=True, backend='eager')
+    for _ in range(2):
+        x, results = torch.randn(shape, dtype=dtype), []
+        for net, run in ((plain, plain), (other, compiled)):
+            with torch.autocast('cpu', torch.bfloat16, enabled=autocast):
+                y = run(x)
+            net.zero_grad()
+            torch.manual_seed(1)
+            y.backward(torch.randn(y.shape).to(y.dtype))
+            results.append([y, *[p.grad for p in net.parameters()], *net.buffers()])
+        for expected, found in zip(*results):
+            error = (found.double() - expected.double()).abs().max()
+            assert expected.any() and error <= bound * expected.double().abs().max()
 
 
 def test_a_scheduled_rate_is_not_compiled_anew():
