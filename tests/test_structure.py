@@ -88,6 +88,18 @@ def test_pre_activation_is_not_taken_for_conv_and_norm():
     assert pairs(PreActivation()) == {'conv1': (['bn2'], True), 'conv2': ([], False)}
 
 
+def test_blocks_that_normalise_first():
+    """A norm with a number begins a step (MMAction2's UniFormer); timm numbers norms alone."""
+    block = nn.Module()
+    block.pos_embed, block.norm1 = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
+    block.attn, block.norm2 = nn.Conv2d(4, 4, 5), nn.BatchNorm2d(4)
+    assert [normalised for _, normalised in pairs(block).values()] == [False, False]
+    block = nn.Module()
+    block.conv_pw, block.bn1 = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+    block.proj, block.norm = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+    assert pairs(block) == {'conv_pw': (['bn1'], True), 'proj': (['norm'], True)}
+
+
 def test_lists_side_by_side():
     assert pairs(Lists()) == {'convs.0': (['bns.0'], True), 'convs.1': (['bns.1'], True)}
 

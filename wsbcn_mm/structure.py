@@ -190,13 +190,13 @@ def _pairs_in(parent: nn.Module) -> Iterator[tuple[str, str]]:
         if isinstance(child, nn.ModuleList) and 'conv' in name:
             yield from _pairs_of_lists(name, child, later)
         elif is_conv(child):
-            norm = _behind(name, child, later)
+            norm = _behind(name, child, later, isinstance(parent, nn.Sequential))
             if norm is not None:
                 yield name, norm
         elif conv_module and name == 'conv':
             # What it takes for one: a shift in front of a convolution, a sequence of two of them.
             inside = [(n, m) for n, m in child.named_modules() if is_conv(m)]
-            norm = _behind(name, inside[-1][1], later) if inside else None
+            norm = _behind(name, inside[-1][1], later, True) if inside else None
             if norm is not None:
                 yield f'{name}.{inside[-1][0]}', norm
 
@@ -210,8 +210,13 @@ def _flat(sequential: nn.Sequential, prefix: str = '') -> Iterator[tuple[str, nn
             yield prefix + name, child
 
 
-def _behind(name: str, conv: _ConvNd, later: list[tuple[str, nn.Module]]) -> str | None:
-    """The normalisation among the children registered after a convolution that is its own."""
+def _behind(
+    name: str, conv: _ConvNd, later: list[tuple[str, nn.Module]], in_sequence: bool
+) -> str | None:
+    """The normalisation among the children registered after a convolution that is its own.
+
+    ``in_sequence``: they run in the order in which they are registered.
+    """
     names = _norm_names(name)
     for other, child in later:  # conv1, conv2, bn1, bn2
         if other in names and _fits(conv, child):
@@ -222,8 +227,18 @@ def _behind(name: str, conv: _ConvNd, later: list[tuple[str, nn.Module]]) -> str
             if _fits(conv, first):
                 return f'{other}.{inner}'
         if not isinstance(child, nn.Identity):
-            return other if _fits(conv, child) else None
+            own = in_sequence or not _of_the_next_step(name, other)
+            return other if own and _fits(conv, child) else None
     return None
+
+
+def _of_the_next_step(conv: str, norm: str) -> bool:
+    """Whether a norm is numbered and the convolution in front of it is none by name, nor numbered.
+
+    As in blocks that normalise first: pos_embed, norm1, attn, norm2. Not conv_pw, bn1.
+    """
+    number = re.search(r'\d+$', norm)
+    return number is not None and 'conv' not in conv and not conv.endswith(number[0])
 
 
 def _pairs_of_lists(

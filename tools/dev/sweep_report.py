@@ -97,8 +97,8 @@ def _state(
         f'- Written and read back: {read_back} of them; always the same config (one that is not '
         'would count as failed).',
         f'- Different networks: {len({r["network"] for r in converted})}. Initialised, trained a '
-        f'step and evaluated on the CPU, as shipped with two images, converted with one (two where '
-        f'a BatchNorm stays, behind linear layers): {len(run)}; all the way converted: '
+        f'step and evaluated on the CPU, as shipped with two images in a step, converted with one '
+        f'(two where a BatchNorm stays, behind linear layers): {len(run)}; all the way converted: '
         f'{kinds or "none"}.',
         '- WS convolutions that these steps saw without a norm behind them: '
         f'{sum(len(r["converted"]["without_norm"]) for r in run)}.',
