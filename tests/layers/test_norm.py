@@ -134,6 +134,7 @@ def test_norm_is_what_hosts_must_take_it_for():
         assert not isinstance(norm, nn.modules.batchnorm._BatchNorm)
         assert isinstance(norm.bn, bn) and not norm.bn.affine and not list(norm.bn.parameters())
         assert len(list(norm.parameters())) == 4
+        assert norm.num_features == norm.num_channels == 8  # asked of a BatchNorm by some blocks
 
 
 def test_norm_initial_values_and_reset():

@@ -60,6 +60,8 @@ def _clip(cfg: Config, image: Tensor) -> Tensor:
         return torch.rand(1, 2, 16, JOINTS[layout], image.shape[0])
     if kind == 'RecognizerAudio':  # (clips, channels, time, frequencies)
         return torch.rand(1, 1, image.shape[-1], 80)
+    if kind == 'Recognizer3D' and clips.is_2d(cfg):  # of heatmaps, whose format the model lacks
+        return image[None, :, None].repeat(1, 1, clips.DEFAULT_FRAMES, 1, 1)
     clip = clips.inputs_of(cfg, image.permute(1, 2, 0).numpy())
     return clip[0] if _boxes_of_actions(cfg) else clip  # its detectors take one clip alone
 

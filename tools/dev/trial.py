@@ -73,12 +73,14 @@ def try_network(cfg: Config, images: int) -> Trial:
         if trial.initialised != OK:
             return trial
         for size in _sizes(cfg):
-            trial.size, data = size, batch(cfg, images, size)
-            step = functools.partial(_train_step, model, data)
+            trial.size = size
+            step = functools.partial(
+                _train_step, model, functools.partial(batch, cfg, images, size)
+            )
             trial.without_norm = _stage(trial, 'trained', step) or []
             if trial.trained == OK:
-                data = batch(cfg, 1, size)  # more than one view per sample take that alone
-                _stage(trial, 'evaluated', functools.partial(_evaluate, model, data))
+                one = batch(cfg, 1, size)  # models with several views per sample take that alone
+                _stage(trial, 'evaluated', functools.partial(_evaluate, model, one))
             if trial.evaluated == OK:
                 break
     return trial
@@ -128,13 +130,13 @@ def _sizes(cfg: Config) -> list[int]:
 # ---- step and evaluation -----------------------------------------------------------------------
 
 
-def _train_step(model: Any, data: dict[str, Any]) -> list[str]:
+def _train_step(model: Any, data: Callable[[], dict[str, Any]]) -> list[str]:
     """A step of SGD; returns the WS convolutions whose output something else than a norm read."""
     modules = dict(model.named_modules())
     names = {id(module): name for name, module in modules.items()}
     optimizer = torch.optim.SGD(model.parameters(), 1e-4)
     model.train()
-    batch = model.data_preprocessor(data, True)
+    batch = model.data_preprocessor(data(), True)
     losses: dict[str, Any] = {}
     seen = trace(model, lambda: losses.update(model(**batch, mode='loss')))
     loss, _ = model.parse_losses(losses)

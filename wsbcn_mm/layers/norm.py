@@ -79,6 +79,11 @@ class BatchChannelNorm(ForwardPasses):
         self.momentum = DEFAULT_MOMENTUM[mode] if momentum is None else momentum
 
     @property
+    def num_features(self) -> int:
+        """The channels under a BatchNorm's name: MMAction2's blocks ask their norm for it."""
+        return self.num_channels
+
+    @property
     def momentum(self) -> float | Tensor | str:
         """Rate of the running statistics: a number in [0, 1] or ``'cumulative'``; settable.
 
