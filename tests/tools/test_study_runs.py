@@ -144,6 +144,43 @@ def test_the_grid_for_a_gpu_names_networks_that_train(tmp_path):
     assert [m.shape[1] for m in maps] == [64] * 4
 
 
+def test_the_detector_begins_with_a_pretrained_backbone(tmp_path, monkeypatch):
+    from experiments import detection, loop, tasks
+    from experiments import grid as grids
+    from mmengine.runner import Runner
+
+    from wsbcn_mm import shapes
+
+    grid = grids.load(STUDY / 'grids/study.yaml')
+    cell = grids.Cell('nuclei_pretrained', 'frozen BN, BCN + WS in the head', 1)
+    run = grids.spec(grid, cell, 0.001, 0)
+    before = run['pretraining']
+    weights = tasks.backbone(
+        loop.norm_config(before['norm'], 1), before['conv'], before['arguments']['width']
+    ).state_dict()
+    shapes.draw_dataset(tmp_path / 'shapes', num_train=2, num_val=2, size=(64, 64))
+    monkeypatch.setattr(detection, 'draw_dataset', lambda root: None)
+    run['dataset'] = 'shapes_instances'
+    run['arguments'].update(
+        root=str(tmp_path / 'shapes/coco'), images=2, val_images=1, test_images=1
+    )
+    cfg = detection.config(run, tmp_path, weights)
+    for split in ('train', 'val', 'test'):
+        cfg[f'{split}_dataloader'].dataset.type = 'CocoDataset'  # ours draws what is missing
+    runner = Runner.from_cfg(cfg)
+    runner.train()
+    after = runner.model.backbone.state_dict()
+    assert list(after) == list(weights)
+    changed = {key for key, value in after.items() if not value.equal(weights[key])}
+    assert changed and all('conv' in key or 'downsample.0' in key for key in changed)
+    kinds = {
+        type(m).__name__
+        for part in (runner.model.neck, runner.model.roi_head)
+        for m in part.modules()
+    }
+    assert {'BatchChannelNorm2d', 'WSConv2d'} <= kinds and 'BatchNorm2d' not in kinds
+
+
 def test_rates_of_the_pretraining_are_those_that_its_search_found():
     from experiments import grid as grids
 

@@ -62,14 +62,15 @@ def main(arguments: list[str] | None = None) -> None:
                         end=' ... ',
                         flush=True,
                     )
+                    weights = None
+                    if 'pretraining' in run:
+                        weights = pretrained.weights(
+                            run['pretraining'], WEIGHTS, report, args.device
+                        )
                     if run['dataset'] in detection.DATASETS:
-                        record = detection.run(run, report)
+                        record = detection.run(run, report, weights)
                     else:
-                        task, weights = tasks.make(run['dataset'], run['arguments']), None
-                        if 'pretraining' in run:
-                            weights = pretrained.weights(
-                                run['pretraining'], WEIGHTS, report, args.device
-                            )
+                        task = tasks.make(run['dataset'], run['arguments'])
                         keep = run['task'] in sources and pretrained.keeper(run, WEIGHTS)
                         record = loop.run(
                             task, run, report, None, weights, keep or None, args.device

@@ -15,6 +15,7 @@ import torch
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
+from torch import Tensor
 
 from experiments import loop
 from wsbcn_mm.diagnostics import ActivationObserver, singularities
@@ -60,7 +61,7 @@ class Recorder(Hook):
             self.losses = []
 
 
-def config(run: dict, folder: str | Path) -> Config:
+def config(run: dict, folder: str | Path, weights: dict[str, Tensor] | None = None) -> Config:
     """The config of a run.
 
     The task's ``arguments``: ``root``, ``images`` (seen in training), ``val_images`` (choose the
@@ -70,23 +71,31 @@ def config(run: dict, folder: str | Path) -> Config:
     Args:
         run: See `experiments.grid.spec`.
         folder: For annotations of parts of a split.
+        weights: State dict with which the backbone begins.
 
     Raises:
         FileNotFoundError: the data are not there.
     """
     cfg = load_config(str(CONFIG))
     # The config's EstimatesHook makes the rate of an image that of a step.
-    norm = loop.norm_config(run['norm'], 1)
-    roi_norm = loop.norm_config(run.get('roi_norm', run['norm']), 1)
+    rest = run.get('head', run)
+    roi_norm = run.get('roi_norm', rest['norm'])
     model, heads = cfg.model, cfg.model.roi_head
     norms = (
-        (model.backbone, norm),
-        (model.neck, norm),
-        (heads.bbox_head, roi_norm),
-        (heads.mask_head, roi_norm),
+        (model.backbone, run['norm'], run['conv']),
+        (model.neck, rest['norm'], rest['conv']),
+        (heads.bbox_head, roi_norm, rest['conv']),
+        (heads.mask_head, roi_norm, rest['conv']),
     )
-    for part, norm_cfg in norms:
-        part.norm_cfg, part.conv_cfg = copy.deepcopy(norm_cfg), copy.deepcopy(run['conv'])
+    for part, norm, conv in norms:
+        part.norm_cfg, part.conv_cfg = loop.norm_config(norm, 1), copy.deepcopy(conv)
+    if run.get('frozen'):
+        model.backbone.norm_eval = True
+        model.backbone.norm_cfg.requires_grad = False
+    if weights is not None:
+        path = Path(folder) / 'backbone.pth'
+        torch.save({f'backbone.{name}': value for name, value in weights.items()}, path)
+        cfg.load_from = str(path)
     arguments, count = run['arguments'], run['images_per_step']
     cfg.merge_from_dict(arguments.get('options', {}))
     use = _use_nuclei if run['dataset'] == 'nuclei' else _use_shapes
@@ -178,11 +187,15 @@ def _squares(content: dict) -> list[dict]:
     return [image for image in content['images'] if image['height'] == image['width'] == 256]
 
 
-def run(run: dict, report: Callable[[str], None] = lambda _: None) -> dict:
+def run(
+    run: dict,
+    report: Callable[[str], None] = lambda _: None,
+    weights: dict[str, Tensor] | None = None,
+) -> dict:
     """Trains and evaluates once; the record is that of `experiments.loop.run`."""
     started, cpu = time.time(), time.process_time()
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        cfg = config(run, folder)
+        cfg = config(run, folder, weights)
         runner = Runner.from_cfg(cfg)
         recorder = Recorder(cfg.train_cfg['max_iters'])
         runner.register_hook(recorder)
