@@ -95,6 +95,12 @@ def test_blocks_that_normalise_first():
     block.attn, block.norm2 = nn.Conv2d(4, 4, 5), nn.BatchNorm2d(4)
     assert [normalised for _, normalised in pairs(block).values()] == [False, False]
     block = nn.Module()
+    block = nn.Module()
+    block.norm1, block.conv1 = nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)
+    block.conv2, block.attn = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 5)
+    block.norm2 = nn.BatchNorm2d(4)
+    assert [normalised for _, normalised in pairs(block).values()] == [False] * 3
+    block = nn.Module()
     block.conv_pw, block.bn1 = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
     block.proj, block.norm = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
     assert pairs(block) == {'conv_pw': (['bn1'], True), 'proj': (['norm'], True)}

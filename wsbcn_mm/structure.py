@@ -185,18 +185,26 @@ def _pairs_in(parent: nn.Module) -> Iterator[tuple[str, str]]:
         children = list(_flat(parent))
     elif isinstance(parent, nn.ModuleList):  # says nothing about the order of use
         return
+    # norm1, conv1, conv2, attn, norm2: there a number tells which step a norm begins.
+    begins_with_norm = any(
+        re.search(r'\d$', name) and _norm_names(name) & {other for other, _ in children[:position]}
+        for position, (name, child) in enumerate(children)
+        if is_conv(child)
+    )
     for position, (name, child) in enumerate(children):
         later = children[position + 1 :]
         if isinstance(child, nn.ModuleList) and 'conv' in name:
             yield from _pairs_of_lists(name, child, later)
         elif is_conv(child):
-            norm = _behind(name, child, later, isinstance(parent, nn.Sequential))
+            names = set() if begins_with_norm else _norm_names(name)
+            norm = _behind(name, names, child, later, isinstance(parent, nn.Sequential))
             if norm is not None:
                 yield name, norm
         elif conv_module and name == 'conv':
             # What it takes for one: a shift in front of a convolution, a sequence of two of them.
             inside = [(n, m) for n, m in child.named_modules() if is_conv(m)]
-            norm = _behind(name, inside[-1][1], later, True) if inside else None
+            names = _norm_names(name)
+            norm = _behind(name, names, inside[-1][1], later, True) if inside else None
             if norm is not None:
                 yield f'{name}.{inside[-1][0]}', norm
 
@@ -211,13 +219,17 @@ def _flat(sequential: nn.Sequential, prefix: str = '') -> Iterator[tuple[str, nn
 
 
 def _behind(
-    name: str, conv: _ConvNd, later: list[tuple[str, nn.Module]], in_sequence: bool
+    name: str,
+    names: set[str],
+    conv: _ConvNd,
+    later: list[tuple[str, nn.Module]],
+    in_sequence: bool,
 ) -> str | None:
     """The normalisation among the children registered after a convolution that is its own.
 
-    ``in_sequence``: they run in the order in which they are registered.
+    ``names``: what it may be called wherever it stands; ``in_sequence``: the children run in the
+    order in which they are registered.
     """
-    names = _norm_names(name)
     for other, child in later:  # conv1, conv2, bn1, bn2
         if other in names and _fits(conv, child):
             return other

@@ -93,7 +93,7 @@ def test_changes_that_torch_counts_are_seen_inside_a_scope(change, block):
     assert not torch.equal(before, after)
 
 
-def test_a_block_around_a_whole_training_loop_is_right_all_the_same():
+def test_a_block_around_a_whole_training_loop_is_right_all_the_same(backend):
     model = net(2)
     with wsbcn_mm.standardized_once(model):
         for _ in range(2):

@@ -31,6 +31,7 @@ from wsbcn_mm.backends.carriers import (
 from wsbcn_mm.backends.layouts import dense
 from wsbcn_mm.backends.ops import accumulation_dtype
 from wsbcn_mm.backends.running import update_estimates, update_from_batch
+from wsbcn_mm.backends.states import count_backward_call
 
 
 def batch_channel_norm(
@@ -327,6 +328,7 @@ class _Standardize(torch.autograd.Function):
         else:
             weight, mean, sigma = ctx.saved
             check_version(weight, ctx.version)
+            count_backward_call()
         gradient = standardize_backward(
             grad, weight, mean, sigma, ctx.eps, ctx.formula, ctx.backend
         )

@@ -80,7 +80,7 @@ class BatchChannelNorm(ForwardPasses):
 
     @property
     def num_features(self) -> int:
-        """The channels under a BatchNorm's name: MMAction2's blocks ask their norm for it."""
+        """``num_channels``, by a BatchNorm's name: blocks ask their norm for it."""
         return self.num_channels
 
     @property

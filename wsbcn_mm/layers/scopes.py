@@ -294,10 +294,9 @@ class _Alone:
 
     def take(self, index: int, weight: Tensor | None, /) -> Tensor | None:
         """See `wsbcn_mm.backends.together.Results`."""
-        same = weight is self._weight and self._state is not None
-        return (
-            self._value if same and state_of(self._weight, self._one_pass) == self._state else None
-        )
+        if weight is not self._weight or self._state is None:
+            return None
+        return self._value if state_of(weight, self._one_pass) == self._state else None
 
 
 class _Chunk:
