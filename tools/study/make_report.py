@@ -37,7 +37,7 @@ COLOURS = {
     'FRN + TLU': '#8a63a8',
     'EvoNorm-S0': '#b08fc7',
     'frozen BN, GN + WS in the head': '#d4798f',
-    'frozen BN, BCN + WS in the head': '#3d9aa1',
+    'frozen BN, BCN + WS in the head': '#5b8c3a',
 }
 METRICS = {
     'test': 'test',
@@ -241,8 +241,17 @@ def save(figure: Figure, target: Path) -> None:
     for axis in figure.axes:
         handles.update({name: h for h, name in zip(*axis.get_legend_handles_labels())})
     names = [name for name in COLOURS if name in handles]
-    legend = dict(loc='outside lower center', ncols=min(len(names), 7), frameon=False)
-    figure.legend([handles[name] for name in names], names, **legend)
+    for columns in range(min(len(names), 7), 0, -1):  # as many as there is room for
+        legend = figure.legend(
+            [handles[name] for name in names],
+            names,
+            loc='outside lower center',
+            ncols=columns,
+            frameon=False,
+        )
+        if legend.get_window_extent().width <= figure.bbox.width:
+            break
+        legend.remove()
     figure.savefig(target, dpi=100)
     plt.close(figure)
 
