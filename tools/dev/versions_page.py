@@ -43,8 +43,9 @@ What `bash tools/quickstart.sh` gives on a stack (Mask R-CNN on the CPU, an imag
 by `bash tools/dev/matrix.sh --quickstart`; a stack without a row was not run. It begins with an
 empty folder: the environment is made and everything downloaded or compiled that is needed. Minutes:
 *until it trains*, from the empty folder to the first line of the training log, after its first 50
-steps; *minutes*, all, predictions drawn. *operators*: whose NMS and RoIAlign; a wheel of mmcv was
-compiled before, and its time is not in the row.
+steps; *minutes*, all, predictions drawn, by the clock: other work beside it makes it longer.
+*operators*: whose NMS and RoIAlign; a wheel of mmcv was compiled before, and its time is not in the
+row.
 
 """,
 )
