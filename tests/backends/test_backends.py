@@ -150,7 +150,8 @@ def bcn_arguments(layout='rows', dtype=torch.float32, shape=(2, 12, 7, 9)):
     """x, num_groups, running, affine, rate, eps."""
     x = (torch.randn(shape) * 3 + 5).to(dtype).to(memory_format=LAYOUTS[layout])
     c = shape[1]
-    running = Running(torch.randn(c), torch.rand(c) + 0.5, torch.zeros(2, c, dtype=torch.int64))
+    counters = torch.zeros(2, c, dtype=torch.int64), torch.tensor(7)
+    running = Running(torch.randn(c), torch.rand(c) + 0.5, *counters)
     affine = Affine(torch.randn(c), torch.randn(c), torch.randn(4), torch.randn(4))
     return x, 4, running, affine, 0.1, 1e-5
 
@@ -165,6 +166,8 @@ def every_operator(kernels, layout, dtype=torch.float32, shape=(2, 12, 7, 9)):
     batch = y, statistics
     if x.numel() > x.size(1):  # a single value has no variance
         batch = kernels.normalize_with_batch(x, groups, by_batch, affine, rate, eps)
+        assert by_batch.num_batches_tracked == 8
+    assert running.num_batches_tracked == 8  # the update alone is counted
     again = kernels.normalize(x, groups, *statistics[:4], affine, eps)
     grad = torch.randn(x.shape).to(dtype).to(memory_format=LAYOUTS[layout])
     backward = [

@@ -71,6 +71,6 @@ def test_carriers_are_put_together_and_taken_apart():
 
     tensor = torch.zeros(())
     function = ops.flattened(function)
-    assert function(1, 0.5, None, 2, 3, 4, 1e-5) == (1, 0.5, ops.Running(2, 3, 4), 1e-5)
-    assert function(1, None, tensor, 2, 3, None, 1e-5)[1] is tensor
-    assert function(1, None, None, 2, 3, None, 1e-5)[1] is None
+    assert function(1, 0.5, None, 2, 3, 4, 5, 1e-5) == (1, 0.5, ops.Running(2, 3, 4, 5), 1e-5)
+    assert function(1, None, tensor, 2, 3, None, None, 1e-5)[1] is tensor
+    assert function(1, None, None, 2, 3, None, None, 1e-5)[1] is None

@@ -151,7 +151,8 @@ def _normalize(x: Tensor, affine: Affine, call: _Call) -> tuple[Tensor, Statisti
     y, statistics = normalize(x, num_groups, running, affine, rate, eps)
     if rate is not None and not torch.compiler.is_compiling():
         # A kernel writes through pointers: torch must know that the buffers have changed.
-        torch.autograd.graph.increment_version(running[:2])
+        written = [b for b in (*running[:2], running.num_batches_tracked) if b is not None]
+        torch.autograd.graph.increment_version(written)
     return y, statistics
 
 

@@ -21,11 +21,13 @@ class Running(NamedTuple):
         var: Likewise.
         counts: (2, C), contiguous int64: the samples that entered a channel's statistics, and the
             updates that it left out. None: nobody asks.
+        num_batches_tracked: One int64, to which an update adds 1. None: nobody asks.
     """
 
     mean: Tensor
     var: Tensor
     counts: Tensor | None = None
+    num_batches_tracked: Tensor | None = None
 
 
 class Affine(NamedTuple):
@@ -81,7 +83,7 @@ class AffineGradients(NamedTuple):
 
 
 FLAT: dict[object, tuple[str, ...]] = {
-    Running: ('running_mean', 'running_var', 'counts'),
+    Running: ('running_mean', 'running_var', 'counts', 'num_batches_tracked'),
     Affine: Affine._fields,
     Statistics: Statistics._fields,
     Rate: ('rate', 'rate_tensor'),

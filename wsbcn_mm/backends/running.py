@@ -41,7 +41,7 @@ def move_towards(
     Args:
         mean: (C,), in the accumulation dtype.
         var: Likewise.
-        running: A channel that would not be finite keeps its statistics.
+        running: A channel that would not be finite keeps its statistics; the update is counted.
         rate: 0 keeps them all, 1 replaces them.
         samples: What is added to the first row of ``running.counts``.
 
@@ -57,6 +57,8 @@ def move_towards(
     running.var.copy_(var)
     if running.counts is not None:
         running.counts.add_(torch.stack([finite * samples, ~finite]))
+    if running.num_batches_tracked is not None:
+        running.num_batches_tracked.add_(1)
     return mean, var
 
 

@@ -7,7 +7,10 @@ register a kernel under another schema would end the process.
 
 import hashlib
 
-_RUNNING = 'Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!)? counts'
+_RUNNING = (
+    'Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!)? counts, '
+    'Tensor(d!)? num_batches_tracked'
+)
 _AFFINE = 'Tensor? batch_weight, Tensor? batch_bias, Tensor? weight, Tensor? bias'
 _RATE = 'float? rate, Tensor? rate_tensor'
 _STATISTICS = 'Tensor m, Tensor q, Tensor mean, Tensor var, Tensor group_mean, Tensor inv_group_std'
@@ -19,8 +22,9 @@ SCHEMAS = (
     #   running_mean <- (1 - r) running_mean + r mean(x)
     #   running_var  <- (1 - r) running_var + r mean((x - old running_mean)^2)
     # A channel in which one of them would not be finite, in the dtype of the buffers, keeps both;
-    # `counts` say so without anybody having to wait for it. `mean` and `var` are copies of what was
-    # then used.
+    # `counts` say so without anybody having to wait for it. The update is counted in
+    # `num_batches_tracked`, what was left out or not. `mean` and `var` are copies of what was then
+    # used.
     (
         f'normalize_with_estimates(Tensor x, int num_groups, {_RUNNING}, {_AFFINE}, {_RATE}, '
         f'float eps) -> (Tensor y, {_STATISTICS})'
@@ -34,7 +38,7 @@ SCHEMAS = (
     # Evaluation when nothing is differentiated: the same without an update, y alone.
     (
         'evaluate(Tensor x, int num_groups, Tensor running_mean, Tensor running_var, '
-        f'Tensor? counts, {_AFFINE}, float eps) -> Tensor'
+        f'Tensor? counts, Tensor? num_batches_tracked, {_AFFINE}, float eps) -> Tensor'
     ),
     # The update alone, from the moments, for backends without a kernel of their own; returns
     # copies. An operator, because a compiler may compute again for the backward pass what it can

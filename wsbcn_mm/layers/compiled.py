@@ -32,7 +32,6 @@ _library.define(
 def observe(
     x: Tensor,
     running: Running,
-    num_batches_tracked: Tensor,
     steps: Tensor,
     rate: float | Tensor | None,
     from_batch: bool,
@@ -42,8 +41,7 @@ def observe(
 
     Args:
         x: (N, C, *), not empty.
-        running: Updated in place.
-        num_batches_tracked: Counts the updates, in place.
+        running: Updated in place; with its counters.
         steps: See `wsbcn_mm.layers.averages.rate_of_next`; changed in place.
         rate: The weight of x; None: 1 over the number of updates that were not left out.
         from_batch: Batch mode, where the statistics of x are normalised with.
@@ -56,7 +54,6 @@ def observe(
         mean, var = torch.ops.wsbcn_mm.observe(
             x.detach(),
             *running,
-            num_batches_tracked,
             steps,
             *flat_rate(rate),
             from_batch,
@@ -66,13 +63,16 @@ def observe(
 
 
 def _observe(x: Tensor, *flat: Any) -> tuple[Tensor, Tensor]:
-    running, tracked, steps, number, tensor = Running(*flat[:3]), *flat[3:7]
+    running, steps, number, tensor = Running(*flat[:4]), *flat[4:7]
     from_batch, identity = flat[7:]
     m, q = row_moments(x)
     run = recomputation.Run(identity)
     use = run.recall(m.mean(0))
     if use is None:
-        use = _first_use(x, m, q, running, _Rate(tracked, steps, number, tensor), from_batch)
+        assert running.num_batches_tracked is not None
+        rate = _Rate(running.num_batches_tracked, steps, number, tensor)
+        running = running._replace(num_batches_tracked=None)  # the rate has counted
+        use = _first_use(x, m, q, running, rate, from_batch)
         # A replay of a CUDA graph would not come here: its repetitions are refused.
         if not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
             run.remember(use)

@@ -168,8 +168,7 @@ class ForwardPasses(nn.GroupNorm):
         assert tracked is not None
         mean, var = compiled.observe(
             input,
-            running,
-            tracked,
+            running._replace(num_batches_tracked=tracked),
             self._steps,
             self._momentum(),
             from_batch,

@@ -73,7 +73,8 @@ def make_affine(channels, outer, dtype=torch.float64):
 
 def make_running(channels, dtype=torch.float64):
     counts = torch.zeros(2, channels, dtype=torch.int64, device=DEVICE)
-    return Running(1 + rand(channels, dtype=dtype), rand(channels).exp().to(dtype), counts)
+    tracked = torch.tensor(7, device=DEVICE)
+    return Running(1 + rand(channels, dtype=dtype), rand(channels).exp().to(dtype), counts, tracked)
 
 
 def double(value):
@@ -83,11 +84,14 @@ def double(value):
 def run(x, groups, running, affine, grad, mode, rate=0.3, eps=1e-3):
     """Every operator of Batch-Channel Normalization: all results by name, and the buffers."""
     running = Running(*(None if value is None else value.clone() for value in running))
+    tracked = running.num_batches_tracked
+    expected = None if tracked is None else tracked + (mode != 'evaluate')
     if mode == 'batch':
         y, statistics = launch.normalize_with_batch(x, groups, running, affine, rate, eps)
     else:
         used_rate = rate if mode == 'estimate' else None
         y, statistics = launch.normalize_with_estimates(x, groups, running, affine, used_rate, eps)
+    assert tracked is None or torch.equal(tracked, expected)
     grad_x, gradients = launch.normalize_backward(
         grad, x, groups, statistics, affine, eps, mode == 'batch'
     )

@@ -113,7 +113,7 @@ def test_weight_and_bias_may_differ_in_size_going_forward(cut):
 def test_parameters_and_buffers_may_be_strided(mode, cut):
     x, grad = make_input((2, 6, 9)), rand(2, 6, 9)
     affine = Affine(*(torch.stack([v, v], 1)[:, 1] for v in make_affine(6, 3)))
-    *buffers, counts = make_running(6)
+    *buffers, counts, _ = make_running(6)
     pairs = [torch.stack([b, b], 1) for b in buffers]
     running = Running(pairs[0][:, 0], pairs[1][:, 0], counts)
     assert not any(t.is_contiguous() for t in (*affine, *running[:2]))
@@ -175,6 +175,7 @@ def test_counts_and_channels_that_are_not_finite(function, dtype, cut):
     for _ in range(2):
         getattr(launch, function)(x, 2, running, Affine(None, None, None, None), 0.1, 1e-5)
     assert running.counts.tolist() == [[6, 6, 0, 0], [0, 0, 2, 2]]
+    assert running.num_batches_tracked == 9
     for value, old in zip(running[:2], before):
         assert torch.equal(value[2:], old[2:]) and value.isfinite().all()
         assert (value[:2] != old[:2]).all()
@@ -188,7 +189,7 @@ def test_without_a_rate_the_buffers_are_left_alone(dtype):
     for name, before in zip(('mean', 'var'), running):
         assert torch.equal(actual[f'running_{name}'], before)
         assert torch.equal(actual[name], before.to(accumulation_dtype(dtype)))
-    assert (running.counts == 0).all()
+    assert (running.counts == 0).all() and running.num_batches_tracked == 7
 
 
 @pytest.mark.parametrize('cut', ['held', 'passes'], indirect=True)

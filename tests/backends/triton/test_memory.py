@@ -202,6 +202,8 @@ def wrong_forward():
     yield x, counts, affine, 0.1, ValueError, 'counts must have .* be contiguous'
     counts = running._replace(counts=running.counts.int())
     yield x, counts, affine, 0.1, TypeError, 'counts must be torch.int64'
+    tracked = running._replace(num_batches_tracked=running.num_batches_tracked.float())
+    yield x, tracked, affine, 0.1, ValueError, 'num_batches_tracked must be one torch.int64'
     for name, sizes in (('batch_weight', r'\(6,\)'), ('bias', r'\(3,\) or \(6,\)')):
         pruned = affine._replace(**{name: torch.ones(2, dtype=x.dtype, device=DEVICE)})
         yield x, running, pruned, 0.1, ValueError, f'{name} must have shape {sizes}, .*\n  got .2,'
@@ -222,7 +224,7 @@ def wrong_forward():
 
 def test_arguments_that_do_not_fit_are_refused(launches):
     cases = list(wrong_forward())
-    assert len(cases) == 15
+    assert len(cases) == 16
     for x, running, affine, rate, error, message in cases:
         for function in (launch.normalize_with_estimates, launch.normalize_with_batch):
             with pytest.raises(error, match=message):

@@ -420,31 +420,37 @@ Flat normalize_with(Source source, const Tensor& x, int64_t num_groups, const Ru
   if (source != Source::given) {
     copy_values(new_mean, running.mean);
     copy_values(new_var, running.var);
+    if (is_there(running.num_batches_tracked)) {
+      ++*running.num_batches_tracked->mutable_data_ptr<int64_t>();
+    }
   }
   return {results.y, m, q, mean, var, group_mean, inv_group_std};
 }
 
 Flat normalize_with_estimates(const Tensor& x, int64_t num_groups, Tensor& running_mean,
                               Tensor& running_var, const OptionalTensor& counts,
+                              const OptionalTensor& num_batches_tracked,
                               const OptionalTensor& batch_weight, const OptionalTensor& batch_bias,
                               const OptionalTensor& weight, const OptionalTensor& bias,
                               std::optional<double> rate, const OptionalTensor& rate_tensor,
                               double eps) {
   const Rate r{rate, rate_tensor};
   return normalize_with(r.is_given() ? Source::estimates : Source::given, x, num_groups,
-                        {running_mean, running_var, counts},
+                        {running_mean, running_var, counts, num_batches_tracked},
                         {batch_weight, batch_bias, weight, bias}, r, eps);
 }
 
 Flat normalize_with_batch(const Tensor& x, int64_t num_groups, Tensor& running_mean,
                           Tensor& running_var, const OptionalTensor& counts,
+                          const OptionalTensor& num_batches_tracked,
                           const OptionalTensor& batch_weight, const OptionalTensor& batch_bias,
                           const OptionalTensor& weight, const OptionalTensor& bias,
                           std::optional<double> rate, const OptionalTensor& rate_tensor,
                           double eps) {
   TORCH_CHECK_VALUE(x.dim() >= 2 && x.numel() > x.size(1),
                     "a batch needs two values per channel\n  got shape ", x.sizes());
-  return normalize_with(Source::batch, x, num_groups, {running_mean, running_var, counts},
+  return normalize_with(Source::batch, x, num_groups,
+                        {running_mean, running_var, counts, num_batches_tracked},
                         {batch_weight, batch_bias, weight, bias}, {rate, rate_tensor}, eps);
 }
 
@@ -486,11 +492,12 @@ std::tuple<Tensor, Tensor, Tensor> normalize(const Tensor& x, int64_t num_groups
 // The result alone: nothing is copied and no statistics are kept.
 Tensor evaluate(const Tensor& x, int64_t num_groups, const Tensor& running_mean,
                 const Tensor& running_var, const OptionalTensor& counts,
-                const OptionalTensor& batch_weight, const OptionalTensor& batch_bias,
-                const OptionalTensor& weight, const OptionalTensor& bias, double eps) {
+                const OptionalTensor& num_batches_tracked, const OptionalTensor& batch_weight,
+                const OptionalTensor& batch_bias, const OptionalTensor& weight,
+                const OptionalTensor& bias, double eps) {
   const Affine affine{batch_weight, batch_bias, weight, bias};
   check_input(x, num_groups);
-  check_running({running_mean, running_var, std::nullopt}, x);  // counts are not touched
+  check_running({running_mean, running_var, {}, {}}, x);  // the counters are not touched
   check_affine(affine, x, num_groups);
   Tensor y = at::empty_like(x);
   WSBCN_DISPATCH(x.scalar_type(), [&] {

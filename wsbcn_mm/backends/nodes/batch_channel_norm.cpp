@@ -54,33 +54,36 @@ std::tuple<Tensor, Statistics> normalize_with_statistics(const Tensor& x, const 
                                                          const Call& call) {
   using Signature = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>(
       const Tensor&, int64_t, Tensor&, Tensor&, const OptionalTensor&, const OptionalTensor&,
-      const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, std::optional<double>,
-      const OptionalTensor&, double);
+      const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+      std::optional<double>, const OptionalTensor&, double);
   static const auto estimates = operator_of<Signature>("wsbcn_mm::normalize_with_estimates");
   static const auto batch = operator_of<Signature>("wsbcn_mm::normalize_with_batch");
   Tensor running_mean = call.running.mean, running_var = call.running.var;
   auto [y, m, q, mean, var, group_mean, inv_group_std] =
       (call.from_batch ? batch : estimates)
           .call(x, call.num_groups, running_mean, running_var, call.running.counts,
-                affine.batch_weight, affine.batch_bias, affine.weight, affine.bias,
-                call.rate.number, call.rate.tensor, call.eps);
+                call.running.num_batches_tracked, affine.batch_weight, affine.batch_bias,
+                affine.weight, affine.bias, call.rate.number, call.rate.tensor, call.eps);
   // A kernel writes through pointers: torch must know that the buffers have changed.
   if (call.rate.is_given()) {
-    for (const Tensor& buffer : {running_mean, running_var}) {
-      if (!buffer.is_inference()) buffer.unsafeGetTensorImpl()->bump_version();
+    for (const Tensor& buffer :
+         {running_mean, running_var, or_undefined(call.running.num_batches_tracked)}) {
+      if (buffer.defined() && !buffer.is_inference()) {
+        buffer.unsafeGetTensorImpl()->bump_version();
+      }
     }
   }
   return {y, {m, q, mean, var, group_mean, inv_group_std}};
 }
 
 Tensor evaluate(const Tensor& x, const Affine& affine, const Call& call) {
-  static const auto op =
-      operator_of<Tensor(const Tensor&, int64_t, const Tensor&, const Tensor&,
-                         const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
-                         const OptionalTensor&, const OptionalTensor&, double)>(
-          "wsbcn_mm::evaluate");
+  static const auto op = operator_of<Tensor(
+      const Tensor&, int64_t, const Tensor&, const Tensor&, const OptionalTensor&,
+      const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+      const OptionalTensor&, double)>("wsbcn_mm::evaluate");
   return op.call(x, call.num_groups, call.running.mean, call.running.var, call.running.counts,
-                 affine.batch_weight, affine.batch_bias, affine.weight, affine.bias, call.eps);
+                 call.running.num_batches_tracked, affine.batch_weight, affine.batch_bias,
+                 affine.weight, affine.bias, call.eps);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> normalize_backward(
@@ -161,13 +164,17 @@ bool requires_grad(const OptionalTensor& tensor) {
 
 Tensor batch_channel_norm(const Tensor& x, int64_t num_groups, Tensor& running_mean,
                           Tensor& running_var, const OptionalTensor& counts,
+                          const OptionalTensor& num_batches_tracked,
                           const OptionalTensor& batch_weight, const OptionalTensor& batch_bias,
                           const OptionalTensor& weight, const OptionalTensor& bias,
                           std::optional<double> rate, const OptionalTensor& rate_tensor, double eps,
                           bool from_batch) {
   const Affine affine{batch_weight, batch_bias, weight, bias};
-  const Call call{
-      num_groups, {running_mean, running_var, counts}, {rate, rate_tensor}, eps, from_batch};
+  const Call call{num_groups,
+                  {running_mean, running_var, counts, num_batches_tracked},
+                  {rate, rate_tensor},
+                  eps,
+                  from_batch};
   const bool differentiable =
       at::GradMode::is_enabled() &&
       (x.requires_grad() || requires_grad(batch_weight) || requires_grad(batch_bias) ||

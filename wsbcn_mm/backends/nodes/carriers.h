@@ -24,7 +24,7 @@ inline int64_t size_of(const OptionalTensor& tensor) {
 // The buffers of a layer, updated in place.
 struct Running {
   Tensor mean, var;
-  OptionalTensor counts;
+  OptionalTensor counts, num_batches_tracked;
 };
 
 // Scales and shifts of both stages.

@@ -47,6 +47,14 @@ void check_input(const Tensor& x, int64_t num_groups) {
 void check_running(const Running& running, const Tensor& x) {
   check_per_channel(running.mean, "running_mean", x);
   check_per_channel(running.var, "running_var", x);
+  if (is_there(running.num_batches_tracked)) {
+    const Tensor& tracked = *running.num_batches_tracked;
+    TORCH_CHECK_VALUE(tracked.device() == x.device() && tracked.scalar_type() == at::kLong &&
+                          tracked.numel() == 1,
+                      "num_batches_tracked must be one int64 on ", x.device(), "\n  got ",
+                      tracked.scalar_type(), " of shape ", tracked.sizes(), " on ",
+                      tracked.device());
+  }
   if (!is_there(running.counts)) return;
   const Tensor& counts = *running.counts;
   TORCH_CHECK_VALUE(counts.device() == x.device() && counts.scalar_type() == at::kLong &&

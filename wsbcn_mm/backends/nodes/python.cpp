@@ -57,19 +57,13 @@ at::ScalarType dtype_for(const Tensor& weight) {
 
 namespace {
 
-bool is_usual(const Tensor& x, const Tensor& mean, const OptionalTensor& counts) {
+bool is_usual(const Tensor& x, const Running& running) {
+  const auto& [mean, var, counts, tracked] = running;
   return is_of_ours(x) && x.size(1) == mean.numel() && x.numel() > 0 &&
-         x.device() == mean.device() && is_dense(x) && !(counts && counts->device() != x.device());
-}
-
-// As add_(1), which takes longer than a small map on the CPU.
-void count(const Tensor& number) {
-  if (number.is_cpu() && number.scalar_type() == at::kLong && number.numel() == 1) {
-    ++*number.mutable_data_ptr<int64_t>();
-    if (!number.is_inference()) number.unsafeGetTensorImpl()->bump_version();
-  } else {
-    number.add_(1);
-  }
+         x.device() == mean.device() && is_dense(x) &&
+         !(counts && counts->device() != x.device()) &&
+         !(tracked && !(tracked->device() == x.device() && tracked->scalar_type() == at::kLong &&
+                        tracked->numel() == 1));
 }
 
 // batch_channel_norm(x, num_groups, running_mean, running_var, counts, num_batches_tracked,
@@ -97,16 +91,15 @@ PyObject* batch_channel_norm_or_none(PyObject*, PyObject* const* arguments, Py_s
   const bool from_batch = arguments[kFromBatch] == Py_True;
   if (!readable || !x || !mean || !var || x->dim() < least_dim || x->dim() > most_dim ||
       (from_batch && x->numel() == x->size(1)) || !nothing_unusual() ||
-      !is_usual(*x, *mean, counts)) {
+      !is_usual(*x, {*mean, *var, counts, tracked})) {
     Py_RETURN_NONE;
   }
   Tensor y;
   {
     pybind11::gil_scoped_release no_gil;
     RECORD_FUNCTION("wsbcn_mm::batch_channel_norm", c10::ArrayRef<const c10::IValue>{});
-    if (tracked) count(*tracked);
-    y = batch_channel_norm(*x, groups, *mean, *var, counts, batch_weight, batch_bias, weight, bias,
-                           rate, std::nullopt, eps, from_batch);
+    y = batch_channel_norm(*x, groups, *mean, *var, counts, tracked, batch_weight, batch_bias,
+                           weight, bias, rate, std::nullopt, eps, from_batch);
   }
   return THPVariable_Wrap(y);
   END_HANDLE_TH_ERRORS

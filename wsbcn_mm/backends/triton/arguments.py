@@ -58,7 +58,14 @@ def check_running(running: Running, x: Tensor) -> None:
     channels = ((x.size(1),),)
     check_tensor('running_mean', running.mean, channels, x.device)
     check_tensor('running_var', running.var, channels, x.device)
-    counts = running.counts
+    tracked, counts = running.num_batches_tracked, running.counts
+    if tracked is not None:
+        fits = tracked.dtype is torch.int64 and tracked.numel() == 1
+        if not fits or tracked.device != x.device:
+            raise ValueError(
+                f'num_batches_tracked must be one torch.int64 on {x.device}\n'
+                f'  got {tracked.dtype} of shape {tuple(tracked.shape)} on {tracked.device}'
+            )
     if counts is None:
         return
     if counts.dtype != torch.int64:

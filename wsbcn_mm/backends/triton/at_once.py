@@ -22,7 +22,7 @@ def update_statistics(x: Tensor, results: Results, stage_1: Stage1, cut: cuts.He
         results.q,
         *stage_1.running[:2],
         stage_1.rate_tensor,
-        stage_1.running.counts,
+        *stage_1.running[2:],
         results.mean,
         results.var,
         samples,
@@ -43,7 +43,7 @@ def normalize(
 ) -> None:
     """Everything that is not given."""
     samples, channels = x.shape[:2]
-    running_mean, running_var, counts = stage_1.running or (None, None, None)
+    running_mean, running_var, *counters = stage_1.running or (None, None, None, None)
     device.start(
         held.forward_held,
         (cut.num_groups, 1 if stage_1.needs_all_samples else cut.shares),
@@ -54,7 +54,7 @@ def normalize(
         running_mean,
         running_var,
         stage_1.rate_tensor,
-        counts,
+        *counters,
         results.mean,
         results.var,
         *dense(*affine),

@@ -64,7 +64,7 @@ def normalize(
     y, m, q, mean, var, group_mean, inv_group_std = results
     assert m is not None and group_mean is not None
     (samples, channels), num_groups = m.shape, group_mean.size(1)
-    running_mean, running_var, counts = stage_1.running or (None, None, None)
+    running_mean, running_var, *counters = stage_1.running or (None, None, None, None)
     scale, shift = device.scratch(x, samples * channels, samples * channels)
     cut = cuts.cut(x, cuts.REDUCING)
     constants = cuts.algebra_constants(samples, channels // num_groups, cut.splits)
@@ -79,7 +79,7 @@ def normalize(
         running_mean,
         running_var,
         stage_1.rate_tensor,
-        counts,
+        *counters,
         mean,
         var,
         *dense(*affine),

@@ -16,7 +16,8 @@ void update_statistics(const Tensor& x, const Results& results, const Stage1& st
   const AlgebraBlocks blocks = algebra_blocks(samples, channels / cut.num_groups, 1);
   start("update_statistics", {cut.num_groups}, x.device(),
         {{results.m, results.q, buffer(stage_1, &Running::mean), buffer(stage_1, &Running::var),
-          read(stage_1.rate_tensor), counts_of(stage_1), results.mean, results.var},
+          read(stage_1.rate_tensor), counter(stage_1, &Running::counts),
+          counter(stage_1, &Running::num_batches_tracked), results.mean, results.var},
          {samples, channels, cut.num_groups, cut.length, stride_of(stage_1.running, &Running::mean),
           stride_of(stage_1.running, &Running::var), bits(stage_1.rate)},
          {{"STATISTICS", static_cast<int64_t>(stage_1.source)},
@@ -31,7 +32,8 @@ void normalize(const Tensor& x, const Results& results, const Stage1& stage_1, c
   const Affine a = dense(affine);
   start("forward_held", {cut.num_groups, stage_1.needs_all_samples() ? 1 : cut.shares}, x.device(),
         {{read(x), written(results.y), results.m, results.q, buffer(stage_1, &Running::mean),
-          buffer(stage_1, &Running::var), read(stage_1.rate_tensor), counts_of(stage_1),
+          buffer(stage_1, &Running::var), read(stage_1.rate_tensor),
+          counter(stage_1, &Running::counts), counter(stage_1, &Running::num_batches_tracked),
           results.mean, results.var, read(a.batch_weight), read(a.batch_bias), read(a.weight),
           read(a.bias), results.group_mean, results.inv_group_std},
          {samples, channels, cut.num_groups, cut.length, stride_of(stage_1.running, &Running::mean),

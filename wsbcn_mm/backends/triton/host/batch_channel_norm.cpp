@@ -100,9 +100,9 @@ Pointer buffer(const Stage1& stage_1, Tensor Running::* buffer) {
   return stage_1.needs_all_samples() ? written(tensor) : read(tensor);
 }
 
-Pointer counts_of(const Stage1& stage_1) {
-  if (stage_1.running == nullptr || !is_there(stage_1.running->counts)) return {};
-  return written(*stage_1.running->counts);
+Pointer counter(const Stage1& stage_1, OptionalTensor Running::* counter) {
+  if (stage_1.running == nullptr || !is_there(stage_1.running->*counter)) return {};
+  return written(*(stage_1.running->*counter));
 }
 
 std::tuple<Tensor, Tensor> row_moments(const Tensor& x) {
@@ -118,11 +118,12 @@ std::tuple<Tensor, Tensor> row_moments(const Tensor& x) {
 
 Flat normalize_with_estimates(const Tensor& x, int64_t num_groups, Tensor& running_mean,
                               Tensor& running_var, const OptionalTensor& counts,
+                              const OptionalTensor& num_batches_tracked,
                               const OptionalTensor& batch_weight, const OptionalTensor& batch_bias,
                               const OptionalTensor& weight, const OptionalTensor& bias,
                               std::optional<double> rate, const OptionalTensor& rate_tensor,
                               double eps) {
-  const Running running{running_mean, running_var, counts};
+  const Running running{running_mean, running_var, counts, num_batches_tracked};
   const Rate r{rate, rate_tensor};
   Stage1 stage_1{r.is_given() ? Source::estimate : Source::running, &running};
   set_rate(stage_1, r, x);
@@ -131,11 +132,12 @@ Flat normalize_with_estimates(const Tensor& x, int64_t num_groups, Tensor& runni
 
 Flat normalize_with_batch(const Tensor& x, int64_t num_groups, Tensor& running_mean,
                           Tensor& running_var, const OptionalTensor& counts,
+                          const OptionalTensor& num_batches_tracked,
                           const OptionalTensor& batch_weight, const OptionalTensor& batch_bias,
                           const OptionalTensor& weight, const OptionalTensor& bias,
                           std::optional<double> rate, const OptionalTensor& rate_tensor,
                           double eps) {
-  const Running running{running_mean, running_var, counts};
+  const Running running{running_mean, running_var, counts, num_batches_tracked};
   Stage1 stage_1{Source::batch, &running};
   set_rate(stage_1, {rate, rate_tensor}, x);
   return normalize_from_x(x, num_groups, stage_1, {batch_weight, batch_bias, weight, bias}, eps);
@@ -143,10 +145,11 @@ Flat normalize_with_batch(const Tensor& x, int64_t num_groups, Tensor& running_m
 
 Tensor evaluate(const Tensor& x, int64_t num_groups, const Tensor& running_mean,
                 const Tensor& running_var, const OptionalTensor& counts,
-                const OptionalTensor& batch_weight, const OptionalTensor& batch_bias,
-                const OptionalTensor& weight, const OptionalTensor& bias, double eps) {
+                const OptionalTensor& num_batches_tracked, const OptionalTensor& batch_weight,
+                const OptionalTensor& batch_bias, const OptionalTensor& weight,
+                const OptionalTensor& bias, double eps) {
   const c10::DeviceGuard guard(x.device());
-  const Running running{running_mean, running_var, counts};
+  const Running running{running_mean, running_var, counts, num_batches_tracked};
   const Affine affine{batch_weight, batch_bias, weight, bias};
   const Stage1 stage_1{Source::running, &running};
   check_input(x, num_groups);

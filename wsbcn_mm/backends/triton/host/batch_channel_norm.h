@@ -75,6 +75,6 @@ int64_t stride_of(const Running* running, Tensor Running::* buffer);
 int64_t repeat(const OptionalTensor& affine, int64_t channels);
 // The buffers, written where they are updated.
 Pointer buffer(const Stage1& stage_1, Tensor Running::* buffer);
-Pointer counts_of(const Stage1& stage_1);
+Pointer counter(const Stage1& stage_1, OptionalTensor Running::* counter);
 
 }  // namespace wsbcn::gpu

@@ -14,6 +14,7 @@ std::tuple<Tensor, Tensor> row_moments(const Tensor& x);
 
 Flat normalize_with_estimates(const Tensor& x, int64_t num_groups, Tensor& running_mean,
                               Tensor& running_var, const OptionalTensor& counts,
+                              const OptionalTensor& num_batches_tracked,
                               const OptionalTensor& batch_weight, const OptionalTensor& batch_bias,
                               const OptionalTensor& weight, const OptionalTensor& bias,
                               std::optional<double> rate, const OptionalTensor& rate_tensor,
@@ -21,6 +22,7 @@ Flat normalize_with_estimates(const Tensor& x, int64_t num_groups, Tensor& runni
 
 Flat normalize_with_batch(const Tensor& x, int64_t num_groups, Tensor& running_mean,
                           Tensor& running_var, const OptionalTensor& counts,
+                          const OptionalTensor& num_batches_tracked,
                           const OptionalTensor& batch_weight, const OptionalTensor& batch_bias,
                           const OptionalTensor& weight, const OptionalTensor& bias,
                           std::optional<double> rate, const OptionalTensor& rate_tensor,
@@ -28,8 +30,9 @@ Flat normalize_with_batch(const Tensor& x, int64_t num_groups, Tensor& running_m
 
 Tensor evaluate(const Tensor& x, int64_t num_groups, const Tensor& running_mean,
                 const Tensor& running_var, const OptionalTensor& counts,
-                const OptionalTensor& batch_weight, const OptionalTensor& batch_bias,
-                const OptionalTensor& weight, const OptionalTensor& bias, double eps);
+                const OptionalTensor& num_batches_tracked, const OptionalTensor& batch_weight,
+                const OptionalTensor& batch_bias, const OptionalTensor& weight,
+                const OptionalTensor& bias, double eps);
 
 std::tuple<Tensor, Tensor, Tensor> normalize(const Tensor& x, int64_t num_groups, const Tensor& m,
                                              const Tensor& q, const Tensor& mean, const Tensor& var,

@@ -93,6 +93,7 @@ def forward_algebra(
     running_var,  # (C,) or None
     rate_tensor,  # (); None: rate
     counts,  # (2, C), int64, or None
+    num_batches_tracked,  # (), int64, or None
     mean,  # (C,)
     var,  # (C,)
     batch_weight,  # (C,) or None
@@ -153,6 +154,7 @@ def forward_algebra(
             running_var,
             rate_tensor,
             counts,
+            num_batches_tracked,
             mean,
             var,
             samples,

@@ -89,6 +89,7 @@ def forward_held(
     running_var,  # (C,) or None
     rate_tensor,  # (); None: rate
     counts,  # (2, C), int64, or None
+    num_batches_tracked,  # (), int64, or None
     mean,  # (C,)
     var,  # (C,)
     batch_weight,  # (C,) or None
@@ -142,6 +143,7 @@ def forward_held(
             running_var,
             rate_tensor,
             counts,
+            num_batches_tracked,
             mean,
             var,
             samples,

@@ -57,6 +57,7 @@ def channel_statistics(
     running_var,  # (C,)
     rate_tensor,  # (); None: rate
     counts,  # (2, C), int64, or None
+    num_batches_tracked,  # (), int64, or None
     mean,  # (C,), written
     var,  # (C,), written
     samples,
@@ -77,6 +78,9 @@ def channel_statistics(
     """
     ACC: tl.constexpr = mean.dtype.element_ty
     width = channels // groups
+    if STATISTICS != 'running' and num_batches_tracked is not None:
+        first = tl.program_id(0) == 0  # an update has one program for each group
+        tl.store(num_batches_tracked, tl.load(num_batches_tracked) + 1, first)
     for start in range(0, width, BLOCK_C):
         i = start + tl.arange(0, BLOCK_C)
         inside = i < width
@@ -137,6 +141,7 @@ def update_statistics(
     running_var,  # (C,)
     rate_tensor,  # (); None: rate
     counts,  # (2, C), int64, or None
+    num_batches_tracked,  # (), int64, or None
     mean,  # (C,)
     var,  # (C,)
     samples,
@@ -158,6 +163,7 @@ def update_statistics(
         running_var,
         rate_tensor,
         counts,
+        num_batches_tracked,
         mean,
         var,
         samples,
