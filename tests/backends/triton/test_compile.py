@@ -63,7 +63,8 @@ device.start = start
 def bcn(x, groups, outer, rate, batch=False):
     w = torch.empty(x.size(1))
     a = torch.empty(outer) if outer else None
-    running = Running(w, w, torch.empty(2, x.size(1), dtype=torch.int64))
+    counters = torch.empty(2, x.size(1), dtype=torch.int64), torch.empty((), dtype=torch.int64)
+    running = Running(w, w, *counters)
     affine = Affine(w, w, a, a)
     if batch:
         _, statistics = launch.normalize_with_batch(x, groups, running, affine, rate, 1e-5)
