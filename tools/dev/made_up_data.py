@@ -4,6 +4,7 @@ Boxes, masks, classes of pixels, edges, labels, views of an image, skeletons, so
 those that it knows.
 """
 
+import copy
 import importlib
 from typing import Any
 
@@ -26,14 +27,14 @@ def batch(cfg: Config, images: int, size: int) -> dict[str, Any]:
     Args:
         cfg: The config.
         images: How many.
-        size: Pixels of their sides.
+        size: Pixels of their sides; people that are to be known again are half as wide as high.
     """
     scope = cfg.get('default_scope')
     channels = (cfg.model.get('backbone') or {}).get('in_channels', 3)
+    shape = (channels, size, size // 2 if is_of_people(cfg) else size)
     generator = torch.Generator().manual_seed(0)
     inputs: Any = [
-        torch.randint(0, 256, (channels, size, size), generator=generator, dtype=torch.uint8)
-        for _ in range(images)
+        torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8) for _ in range(images)
     ]
     if scope == 'mmaction':
         inputs = [_clip(cfg, image) for image in inputs]
@@ -41,12 +42,25 @@ def batch(cfg: Config, images: int, size: int) -> dict[str, Any]:
     elif scope == 'mmpretrain':
         inputs = _views(cfg, inputs)
         samples = [_label(scope) for _ in range(images)]
+    elif is_of_people(cfg):
+        inputs = torch.stack(inputs)
+        samples = [_label('mmdet', i % 2) for i in range(images)]  # a loss wants two people
     elif scope == 'mmdet':
         stride, masks = _stride_of_classes(cfg), _has_masks(cfg)
         samples = [_detection(size, stride, masks) for _ in range(images)]
     else:
         samples = [_segmentation(size) for _ in range(images)]
     return dict(inputs=inputs, data_samples=samples)
+
+
+def training_batch(cfg: Config, images: int, size: int) -> dict[str, Any]:
+    """As `batch`, for a step: a model that learns from unlabelled images as well gets both."""
+    data = batch(cfg, images, size)
+    preprocessor = cfg.model.get('data_preprocessor') or {}
+    if type_name(preprocessor) != 'MultiBranchDataPreprocessor':
+        return data
+    branches = ('sup', 'unsup_teacher', 'unsup_student')
+    return {key: {branch: copy.deepcopy(data[key]) for branch in branches} for key in data}
 
 
 # ---- inputs ------------------------------------------------------------------------------------
@@ -94,6 +108,7 @@ def _meta(size: int) -> dict[str, Any]:
         flip=False,
         flip_direction=None,
         border=[0, size, 0, size],  # of CornerNet's kin
+        homography_matrix=np.eye(3, dtype=np.float32),  # of a student's image and its teacher's
     )
 
 
@@ -141,6 +156,11 @@ def _detection(size: int, stride: int, with_masks: bool) -> Any:
     return sample
 
 
+def is_of_people(cfg: Config) -> bool:
+    """Whether a model tells people apart (MMDetection's trackers): images twice as high as wide."""
+    return type_name(cfg.model) == 'BaseReID'
+
+
 def _boxes_of_actions(cfg: Config) -> bool:
     """Whether a model of MMAction2 says who does what: a detector for given boxes."""
     return 'roi_head' in cfg.model
@@ -158,9 +178,10 @@ def _action(cfg: Config, size: int) -> Any:
     return sample
 
 
-def _label(scope: str) -> Any:
-    kind = dict(mmaction='ActionDataSample', mmpretrain='DataSample')[scope]
-    return getattr(importlib.import_module(f'{scope}.structures'), kind)().set_gt_label(1)
+def _label(scope: str, label: int = 1) -> Any:
+    kinds = dict(mmaction='ActionDataSample', mmdet='ReIDDataSample', mmpretrain='DataSample')
+    kind = kinds[scope]
+    return getattr(importlib.import_module(f'{scope}.structures'), kind)().set_gt_label(label)
 
 
 def _segmentation(size: int) -> Any:

@@ -12,7 +12,7 @@ from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
-from wsbcn_mm.openmmlab import compat, config, optimizers, preflight
+from wsbcn_mm.openmmlab import compat, config, config_errors, optimizers, preflight
 from wsbcn_mm.openmmlab.checkpoints import (
     CheckpointMismatch,
     CheckpointRefused,
@@ -90,9 +90,14 @@ def errors_of_a_run(cfg: Config, *loaders: str) -> Iterator[None]:
         yield
     except CheckpointMismatch as error:
         sys.exit(f'error: {cfg.load_from}: {error}')
-    except (CheckpointRefused, compat.DataError, OSError) as error:
+    except (CheckpointRefused, compat.DataError) as error:
         sys.exit(f'error: {error}')
     except Exception as error:
+        mistake = config_errors.explain(cfg, error)
+        if mistake is not None:
+            sys.exit(f'error: {mistake}')
+        if isinstance(error, OSError):
+            sys.exit(f'error: {error}')
         damaged = '\n'.join(preflight.damaged_annotations(cfg, *loaders))
         if not damaged:
             raise

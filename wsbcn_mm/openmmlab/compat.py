@@ -27,6 +27,7 @@ import difflib
 import functools
 import importlib
 import re
+import traceback
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -78,6 +79,11 @@ def find_packages_by_import_name() -> None:
     original = config.Config._get_cfg_path
 
     def _get_cfg_path(cfg_path: str, filename: str):
+        if not isinstance(cfg_path, str):
+            raise TypeError(
+                f'_base_ must be a path or a list of paths: got {cfg_path!r} (a comma at the end '
+                'of a line makes a tuple)'
+            )
         scope, _, name = cfg_path.rpartition('::')
         if scope not in MODULE2PACKAGE or '/' not in name or find_spec(scope) is None:
             return original(cfg_path, filename)
@@ -147,11 +153,31 @@ def name_the_file_of_a_failed_transform() -> None:
                 raise
             raise DataError(
                 f'reading {" or ".join(files)} failed: {type(error).__name__}: {error}\n'
-                '  restore the file, or take it out of the dataset'
+                f'  {_mend_of_transform(self.transforms, error)}'
             ) from error
 
     call.names_the_file = True  # type: ignore[attr-defined]
     Compose.__call__ = call
+
+
+def _mend_of_transform(transforms: list[Any], error: Exception) -> str:
+    """What to do about a transform that failed: the one of those in whose code the error is."""
+    from mmengine.fileio import get_file_backend
+
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    if isinstance(error, ImportError) or any(
+        frame.f_code is get_file_backend.__code__ for frame in frames
+    ):
+        return (
+            'backend_args names a storage that is not installed or not known: install what it '
+            'needs, or set backend_args=None to read files from the disk'
+        )
+    inside = [frame.f_locals.get('self') for frame in frames]
+    step = next((t for t in transforms if any(t is other for other in inside)), None)
+    name = type(step).__name__
+    if step is None or name.startswith('Load'):
+        return 'restore the file, or take it out of the dataset'
+    return f'it failed in {name}: correct its arguments in the pipeline, or take the file out'
 
 
 def say_where_no_image_is() -> None:

@@ -2,11 +2,13 @@
 
 import ast
 import copy
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import torch
 from mmengine import registry as registries
 from mmengine.config import Config
 from mmengine.registry import DATASETS
@@ -56,8 +58,14 @@ def read_config(path: str | Path) -> Config:
     """
     try:
         return with_names(Config.fromfile(path))
-    except (ImportError, FileNotFoundError):  # say all there is to say
+    except ImportError:  # says all there is to say
         raise
+    except FileNotFoundError as error:
+        if error.filename is None:
+            raise
+        raise FileNotFoundError(
+            f'{path} inherits (_base_) from {error.filename}, which does not exist'
+        ) from error
     except Exception as error:
         raise ValueError(
             f'{path} cannot be read as a config\n  {type(error).__name__}: {first_line(error)}'
@@ -334,9 +342,39 @@ def single_pass(dataset: dict) -> dict:
     return single_pass(dataset['dataset']) if 'dataset' in dataset else dataset
 
 
+# ---- classes ----------------------------------------------------------------------------------
+
+
+def parameters_of(kind: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """What a class or a function takes by name, what ``**kwargs`` hands to bases included."""
+    found: dict[str, inspect.Parameter] = {}
+    for function in _constructors(kind) if inspect.isclass(kind) else [kind]:
+        parameters = list(inspect.signature(function).parameters.values())
+        if inspect.isclass(kind):
+            parameters = parameters[1:]  # self
+        for p in parameters:
+            if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY):
+                found.setdefault(p.name, p)
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
+    return found
+
+
+def _constructors(kind: type) -> list[Callable[..., Any]]:
+    bases = [base for base in inspect.getmro(kind) if base not in (torch.nn.Module, object)]
+    return [vars(base)['__init__'] for base in bases if '__init__' in vars(base)]
+
+
 # ---- changes -----------------------------------------------------------------------------------
 
 
 def add_hook(cfg: Config, hook: dict) -> None:
-    """Appends a hook of ours to the config's custom hooks."""
-    cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), hook]
+    """Appends a hook of ours to the config's custom hooks.
+
+    Raises:
+        ValueError: they are no list.
+    """
+    hooks = cfg.get('custom_hooks') or []
+    if not isinstance(hooks, (list, tuple)):
+        raise ValueError(f'custom_hooks must be a list of dicts\n  got {hooks!r}')
+    cfg.custom_hooks = [*hooks, hook]

@@ -21,7 +21,8 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope, Registry
 from torch import Tensor, nn
 
-from wsbcn_mm.openmmlab.config import HOSTS
+from wsbcn_mm.openmmlab import config_errors
+from wsbcn_mm.openmmlab.config import HOSTS, parameters_of
 from wsbcn_mm.openmmlab.conversion.changes import Place, dotted
 from wsbcn_mm.openmmlab.errors import first_line
 from wsbcn_mm.openmmlab.registry import CONVERTED
@@ -117,17 +118,7 @@ def _class_of(kind: Any, scope: str | None) -> type | None:
 
 def constructor_defaults(kind: type) -> dict[str, Any]:
     """The arguments of a class, those that ``**kwargs`` hands to its bases included."""
-    arguments: dict[str, Any] = {}
-    for base in kind.__mro__:
-        if '__init__' not in vars(base) or base is nn.Module:
-            continue
-        parameters = list(inspect.signature(vars(base)['__init__']).parameters.values())[1:]
-        for p in parameters:
-            if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY):
-                arguments.setdefault(p.name, p.default)
-        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-            break
-    return arguments
+    return {name: parameter.default for name, parameter in parameters_of(kind).items()}
 
 
 # ---- building ----------------------------------------------------------------------------------
@@ -155,9 +146,9 @@ def build(cfg: Config) -> nn.Module:
     try:
         return _build(cfg)
     except Exception as error:  # a constructor may raise anything: named, and raised again
+        why = config_errors.explain(cfg, error) or f'{type(error).__name__}: {first_line(error)}'
         raise CannotBuild(
-            f'the model of {cfg.filename or "the config"} cannot be built here\n'
-            f'  {type(error).__name__}: {first_line(error)}'
+            f'the model of {cfg.filename or "the config"} cannot be built here\n  {why}'
         ) from error
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from wsbcn_mm import folding
 from wsbcn_mm.layers.standardization import standardize_once_per_forward
-from wsbcn_mm.openmmlab import checkpoints, config
+from wsbcn_mm.openmmlab import checkpoints, config, config_errors
 from wsbcn_mm.openmmlab.config import scope_of
 from wsbcn_mm.openmmlab.deploy import clips
 from wsbcn_mm.openmmlab.deploy.parts import features_alone, image_function, tensor_parts
@@ -32,9 +32,14 @@ SAMPLES = {
 
 
 def build_model(cfg: Config) -> Any:
-    """The model of a config, as a test run builds it, in evaluation mode."""
+    """The model of a config, as a test run builds it, in evaluation mode.
+
+    Raises:
+        ConfigError: a ValueError; a field of the config cannot be used.
+    """
     config.use_scope(cfg)
-    model = revert_sync_batchnorm(MODELS.build(config.model_of(cfg)))
+    with config_errors.named(cfg):
+        model = revert_sync_batchnorm(MODELS.build(config.model_of(cfg)))
     model.eval()
     return model
 

@@ -23,7 +23,7 @@ from wsbcn_mm.diagnostics import (
 )
 from wsbcn_mm.layers import BatchChannelNorm
 from wsbcn_mm.layers.standardization import standardize_once_per_forward, weights_do_not_change
-from wsbcn_mm.openmmlab import checkpoints
+from wsbcn_mm.openmmlab import checkpoints, config_errors
 from wsbcn_mm.openmmlab.measure.verdict import Skill, loss_fallen, verdict
 from wsbcn_mm.structure import NORMS, is_conv
 
@@ -54,7 +54,8 @@ def diagnose(
     Raises:
         ValueError: the checkpoint leaves tensors unfilled.
     """
-    runner = Runner.from_cfg(cfg)
+    with config_errors.named(cfg):
+        runner = Runner.from_cfg(cfg)
     content = checkpoints.read_checkpoint(checkpoint)
     state = checkpoints.state_dict_of(content, checkpoint)
     checkpoints.load(runner.model, state, content, source=checkpoint)

@@ -17,6 +17,7 @@ from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
+from wsbcn_mm.openmmlab import config_errors
 from wsbcn_mm.openmmlab.command_line import build_runner, harden
 from wsbcn_mm.openmmlab.config import type_name
 from wsbcn_mm.openmmlab.registry import ESTIMATES_HOOK
@@ -81,7 +82,7 @@ def range_test(
         raise ValueError(f'the config has no {LR}: one optimizer with one rate is needed')
     accumulate = wrapper.get('accumulative_counts', 1)
     hook = RisingRate(lowest, highest, steps, accumulate, report)
-    with tempfile.TemporaryDirectory(prefix='find_lr_') as folder:
+    with tempfile.TemporaryDirectory(prefix='find_lr_') as folder, config_errors.named(cfg):
         runner = build_runner(_short_run(cfg, lowest, steps * accumulate, folder))
         runner.register_hook(hook)
         runner.train()

@@ -1,0 +1,298 @@
+"""Mistakes in a config: one sentence with the field, what belongs there and what is there.
+
+Each is made in a config that trains otherwise, and goes through what the tools run it with.
+"""
+
+import pytest
+
+pytest.importorskip('mmengine', reason="configs are mmengine's")
+pytest.importorskip('mmcv', reason='builds norms')
+
+import itertools
+import re
+
+import torch
+from mmcv.cnn import build_norm_layer
+from mmengine.config import Config
+from mmengine.dataset import BaseDataset
+from mmengine.evaluator import BaseMetric
+from mmengine.model import BaseModel, BaseModule
+from mmengine.registry import DATASETS, METRICS, MODELS
+from torch import nn
+
+from wsbcn_mm.openmmlab import command_line, config, config_errors
+
+_numbers = itertools.count()
+
+
+@MODELS.register_module()
+class BodyOfMistakes(BaseModule):
+    def __init__(self, channels, in_channels=3, strides=(1,), norm_cfg=None, init_cfg=None):
+        super().__init__(init_cfg)
+        if channels < 1:
+            raise ValueError(f'no channels: {channels}')
+        self.conv = nn.Conv2d(in_channels, channels, 3, strides[0])
+        self.norm = build_norm_layer(norm_cfg, channels)[1]
+
+    def forward(self, x):
+        return self.norm(self.conv(x))
+
+
+@MODELS.register_module()
+class ModelOfMistakes(BaseModel):
+    def __init__(self, backbone, mode='whole', share=False):
+        super().__init__()
+        self.backbone = MODELS.build(backbone)
+        self.head = nn.Conv2d(8, 1, 1)
+        self.twin = nn.Sequential(self.head) if share else nn.Identity()
+        self.mode = mode
+
+    def forward(self, inputs, mode='tensor', **_):
+        if self.mode != 'whole':
+            raise AssertionError
+        output = self.head(self.backbone(torch.stack(list(inputs))))
+        return dict(loss=output.square().mean()) if mode == 'loss' else [output]
+
+
+@DATASETS.register_module()
+class DataOfMistakes(BaseDataset):
+    def load_data_list(self):
+        return [dict(inputs=torch.ones(3, 6, 6)) for _ in range(2)]
+
+
+@METRICS.register_module()
+class MetricOfMistakes(BaseMetric):
+    def __init__(self, metric='bbox'):
+        super().__init__()
+        self.metric = metric
+
+    def process(self, data_batch, data_samples):
+        self.results.append(1)
+
+    def compute_metrics(self, results):
+        if self.metric != 'bbox':
+            raise KeyError(f'metric {self.metric} is not supported')
+        return dict(bbox=1.0)
+
+
+@pytest.fixture
+def cfg(tmp_path, monkeypatch):
+    """A config that trains a step and validates."""
+    monkeypatch.setattr('mmengine.runner.runner.collect_env', dict)  # asks compilers
+    loader = dict(
+        batch_size=1,
+        num_workers=0,
+        sampler=dict(type='DefaultSampler', shuffle=False),
+        dataset=dict(type='DataOfMistakes', pipeline=[], serialize_data=False),
+    )
+    return Config(
+        dict(
+            model=dict(
+                type='ModelOfMistakes',
+                backbone=dict(
+                    type='BodyOfMistakes', channels=8, norm_cfg=dict(type='BCN', num_groups=2)
+                ),
+            ),
+            train_dataloader=loader,
+            val_dataloader=loader,
+            train_cfg=dict(type='IterBasedTrainLoop', max_iters=1, val_interval=1),
+            val_cfg=dict(type='ValLoop'),
+            val_evaluator=dict(type='MetricOfMistakes'),
+            optim_wrapper=dict(
+                optimizer=dict(type='SGD', lr=0.1, weight_decay=0.1),
+                paramwise_cfg=dict(norm_decay_mult=0.0),
+            ),
+            param_scheduler=[dict(type='LinearLR', start_factor=0.1)],
+            default_hooks=dict(checkpoint=None),
+            custom_hooks=[],
+            env_cfg=dict(),
+            randomness=dict(seed=0),
+            log_level='ERROR',
+            work_dir=str(tmp_path),
+            experiment_name=f'mistakes_{next(_numbers)}',
+        )
+    )
+
+
+def put(cfg, key, value):
+    """Sets a value, removes it where it is `MISSING`."""
+    *place, last = [int(part) if part.isdigit() else part for part in key.split('.')]
+    at = cfg._cfg_dict
+    for part in place:
+        at = at[part]
+    if value is MISSING:
+        del at[last]
+    else:
+        at[last] = value
+
+
+def said_of(cfg):
+    """The sentence in which a run ends."""
+    with pytest.raises(SystemExit) as end, command_line.errors_of_a_run(cfg):
+        command_line.build_runner(cfg).train()
+    assert end.value.code.startswith('error: ')
+    return end.value.code.removeprefix('error: ')
+
+
+def test_the_config_of_these_tests_trains(cfg):
+    command_line.build_runner(cfg).train()
+
+
+MISSING = object()
+NORM, LOADER = 'model.backbone.norm_cfg', 'train_dataloader'
+MULTI = dict(type='MultiStepLR', milestones=[1])
+MISTAKES = [
+    # names
+    (
+        'model.backbone.type',
+        'BodyOfMistake',
+        r"{0}: 'BodyOfMistake' is not known .*\n.*'BodyOfM.*s'",
+    ),
+    ('model.backbone.type', MISSING, 'model.backbone has no type'),
+    ('model.type', 'ModelOfMistake', r"{0}: 'ModelOfMistake' is not known"),
+    (f'{NORM}.type', 'BNC', r"{0}: 'BNC' is not known .*\n  did you mean .*'BCN'"),
+    ('optim_wrapper.optimizer.type', 'SDG', r"{0}: 'SDG' is not known .*\n  did you mean 'SGD'"),
+    ('optim_wrapper.constructor', 'MyConstructor', "{0}: 'MyConstructor' is not known"),
+    ('param_scheduler.0.type', 'LinearLr', r"param_scheduler\[0\].type: 'LinearLr' is not known"),
+    (f'{LOADER}.dataset.type', 'CocoDatset', "{0}: 'CocoDatset' is not known"),
+    (f'{LOADER}.sampler.type', 'DefaultSample', "{0}: 'DefaultSample' is not known"),
+    (f'{LOADER}.collate_fn', dict(type='pseudo_colate'), "{0}.type: 'pseudo_colate' is not known"),
+    (f'{LOADER}.dataset.pipeline', [dict(type='RandomFlp')], r'{0}\[0\].type: .*\n  did you mean'),
+    ('val_evaluator.type', 'MetricOfMistake', "{0}: 'MetricOfMistake' is not known"),
+    ('val_cfg.type', 'ValLop', "{0}: 'ValLop' is not known"),
+    ('custom_hooks', [dict(type='EMAHok')], r"{0}\[0\].type: 'EMAHok' is not known"),
+    ('log_processor', dict(type='LogProcesor'), "{0}.type: 'LogProcesor' is not known"),
+    ('runner_type', 'Runer', "{0}: 'Runer' is not known"),
+    # arguments
+    ('model.backbone.chanels', 8, '{0}: BodyOfMistakes has no such argument\n  did you mean chan'),
+    ('model.backbone.channels', MISSING, 'model.backbone: BodyOfMistakes needs channels'),
+    (f'{NORM}.momentun', 0.1, '{0}: BatchChannelNorm2d has no such argument'),
+    ('optim_wrapper.optimizer.momentm', 0.1, '{0}: SGD has no such argument'),
+    ('param_scheduler.0.start_facto', 0.1, r'param_scheduler\[0\].start_facto: LinearLR has no'),
+    (f'{LOADER}.batchsize', 1, '{0}: DataLoader has no such argument\n  did you mean batch_size'),
+    (f'{LOADER}.dataset', MISSING, 'train_dataloader has no dataset'),
+    (f'{LOADER}.dataset.annfile', 'x', '{0}: DataOfMistakes has no such argument'),
+    ('train_cfg.max_epoch', 3, '{0}: IterBasedTrainLoop has no such argument'),
+    ('train_cfg.max_iters', MISSING, 'train_cfg: IterBasedTrainLoop needs max_iters'),
+    ('randomness.sed', 0, '{0}: set_randomness has no such argument\n  did you mean seed'),
+    ('log_processor', dict(by_epochs=True), 'log_processor cannot be used\n  TypeError: .*by_ep'),
+    (
+        'custom_hooks',
+        [dict(type='EMAHook', momentm=0.1)],
+        r'custom_hooks\[0\]: EMAHook .*\n.*momentm',
+    ),
+    ('optim_wrapper.clip_grad', dict(max_norms=1), '{0}.max_norms: clip_grad_norm_ has no such'),
+    # values
+    ('optim_wrapper.optimizer.lr', '1e-3', "{0} must be a number\n  got '1e-3': .* write 0.001 "),
+    ('optim_wrapper.optimizer.lr', (0.01,), r'{0} must be a number\n  got \(0.01,\): a comma'),
+    ('optim_wrapper.optimizer.lr', -1, 'optim_wrapper.optimizer: SGD .*\n  ValueError: .* -1'),
+    ('optim_wrapper.accumulative_counts', '4', '{0} must be a number'),
+    ('optim_wrapper.clip_grad', 10, r'optim_wrapper: OptimWrapper .*\n.*`clip_grad`.*\n.*\n.*=10'),
+    (
+        'optim_wrapper.paramwise_cfg',
+        dict(custom_keys=dict(conv=0.1)),
+        '{0} cannot be used',
+    ),
+    ('model.backbone.channels', '8', "{0} must be a number\n  got '8': a text; write 8"),
+    (
+        'model.backbone.channels',
+        0,
+        'model.backbone: BodyOf.*\n  ValueError: no channels: 0',
+    ),
+    ('model.backbone.strides', 1, r'{0} must be a list such as \(1,\)\n  got 1'),
+    (NORM, 'BCN', r"{0} must be a dict with a type\n  got 'BCN'"),
+    (f'{NORM}.num_groups', 3, '(?s)model.backbone.norm_cfg: .*num_groups=3'),
+    (f'{NORM}.num_groups', '2', "(?s)model.backbone.norm_cfg: .*TypeError.*got '2'"),
+    ('param_scheduler', dict(MULTI, milestones=8), '{0}.milestones must be a list\n  got 8'),
+    ('param_scheduler.0.end', '9', r'param_scheduler\[0\].end must be a number'),
+    ('param_scheduler.0.begin', 2**31 - 1, r'param_scheduler\[0\]: LinearLR .*\n  ValueError'),
+    ('param_scheduler.0', (MULTI,), r'(?s){P} cannot .*\[0\]: a comma at the end of its line'),
+    (f'{LOADER}.batch_size', '2', "{0} must be a number\n  got '2'"),
+    (f'{LOADER}.batch_size', (2,), r'{0} must be a number\n  got \(2,\): a comma'),
+    (f'{LOADER}.dataset.pipeline', [(dict(type='RandomFlip'),)], r'(?s){0} .*\[0\]: a comma'),
+    ('train_cfg.max_iters', '1', '{0} must be a number'),
+    ('train_cfg.val_interval', '1', '{0} must be a number'),
+    (
+        'val_evaluator.metric',
+        'bbx',
+        'val_evaluator: MetricOfMistakes stopped\n  KeyError: metric bbx',
+    ),
+    ('custom_hooks', [dict(type='EMAHook', momentum='0.1')], r'{P}\[0\].momentum must be a number'),
+    ('custom_hooks', [dict(type='EMAHook', priority='HIGHST')], 'custom_hooks cannot be used'),
+    ('env_cfg', 'x', 'env_cfg cannot be used'),
+    ('log_level', 'LOUD', 'log_level cannot be used'),
+    ('randomness.seed', '0', '{0} must be a number'),
+    ('val_cfg', MISSING, 'val_cfg is missing, and val_dataloader and val_evaluator there'),
+    ('model.mode', 'hole', 'model: ModelOfMistakes stopped\n  .*raise AssertionError'),
+    ('model.backbone.in_channels', 4, '(?s)model.backbone: .*in_channels=4\n.*takes 4, and got 3'),
+    ('model.backbone.init_cfg', dict(type='Pretrain'), "{0}.type: 'Pretrain' is not known"),
+]
+
+
+@pytest.mark.parametrize('key, value, said', MISTAKES)
+def test_a_mistake_is_one_sentence_with_its_field(cfg, key, value, said):
+    put(cfg, key, value)
+    said = said.replace('{0}', re.escape(key)).replace('{P}', re.escape(key.partition('.')[0]))
+    assert re.match(said, said_of(cfg)), said_of(cfg)
+
+
+def test_shared_parameters_with_settings_by_parameter(cfg):
+    cfg.model.share = True
+    words = 'optim_wrapper.paramwise_cfg: layers of the model share parameters (twin.0.weight is '
+    assert said_of(cfg).startswith(words) and 'bypass_duplicate=True' in said_of(cfg)
+    cfg.optim_wrapper.paramwise_cfg.bypass_duplicate = True
+    command_line.build_runner(cfg).train()
+
+
+def test_a_flexible_runner_without_env_cfg(cfg):
+    cfg.runner_type = 'FlexibleRunner'
+    put(cfg, 'env_cfg', MISSING)
+    assert said_of(cfg).startswith('env_cfg is missing')
+
+
+def test_a_default_scope_that_is_no_package(cfg):
+    cfg.default_scope = 'mmdt'
+    cfg.model.type = 'RetinaNet'
+    assert "default_scope is 'mmdt'" in said_of(cfg)
+
+
+def test_a_defect_keeps_its_traceback(cfg, monkeypatch):
+    """Neither raised on purpose, nor about a field."""
+
+    def broken(self, x):
+        return x.no_such_thing
+
+    monkeypatch.setattr(BodyOfMistakes, 'forward', broken)
+    with pytest.raises(AttributeError), command_line.errors_of_a_run(cfg):
+        command_line.build_runner(cfg).train()
+
+
+def test_errors_of_what_is_built_outside_of_a_run(cfg):
+    cfg.model.backbone.type = 'BodyOfMistake'
+    with pytest.raises(config_errors.ConfigError, match=r'^model\.backbone\.type: ') as error:
+        with config_errors.named(cfg):
+            MODELS.build(cfg.model)
+    assert isinstance(error.value.__cause__, KeyError)
+
+
+@pytest.mark.parametrize(
+    'text, words',
+    [
+        (
+            '_base_ = ["nowhere.py"]',
+            r'inherits \(_base_\) from .*nowhere\.py, which does not exist',
+        ),
+        ('_base_ = ("nowhere.py",)', r'_base_ must be a path or a list of paths: .*a comma'),
+    ],
+)
+def test_a_base_that_is_none(tmp_path, text, words):
+    (tmp_path / 'c.py').write_text(text)
+    with pytest.raises((ValueError, FileNotFoundError), match=words):
+        config.read_config(tmp_path / 'c.py')
+
+
+def test_lr_of_yaml(cfg, tmp_path):
+    """YAML 1.1 takes 1e-3 for a text."""
+    (tmp_path / 'c.yml').write_text('lr: 1e-3\n')
+    cfg.optim_wrapper.optimizer.lr = Config.fromfile(str(tmp_path / 'c.yml')).lr
+    assert 'write 0.001 (YAML takes it for a text)' in said_of(cfg)

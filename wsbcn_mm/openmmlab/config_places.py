@@ -1,0 +1,302 @@
+"""Which part of a config was being built, or ran, when an error was raised: from its traceback.
+
+The functions of mmengine and mmcv that build have the dict in hands; what runs is an object of a
+class that the config names.
+"""
+
+from __future__ import annotations
+
+import dis
+import inspect
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import CodeType
+from typing import Any
+
+import torch
+from mmengine.dataset.base_dataset import Compose
+from mmengine.evaluator import BaseMetric
+from mmengine.fileio import get_file_backend
+from mmengine.hooks import Hook
+from mmengine.model import initialize
+from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
+from mmengine.registry import (
+    FUNCTIONS,
+    MODELS,
+    OPTIMIZERS,
+    RUNNERS,
+    WEIGHT_INITIALIZERS,
+    Registry,
+)
+from mmengine.runner import Runner
+from torch import nn
+from torch.utils.data import DataLoader
+
+from wsbcn_mm.openmmlab.compat import unwrapped
+from wsbcn_mm.openmmlab.config import type_name
+from wsbcn_mm.openmmlab.conversion.changes import Place, dotted
+
+# What mmengine does with a field that has no type, by the name of the function that does it.
+STEPS: dict[str, tuple[Place, Callable[..., Any] | None]] = {
+    'setup_env': (('env_cfg',), None),
+    'set_multi_processing': (('env_cfg', 'mp_cfg'), None),
+    'init_dist': (('env_cfg', 'dist_cfg'), None),
+    'set_randomness': (('randomness',), Runner.set_randomness),
+    'build_logger': (('log_level',), None),
+    'build_visualizer': (('visualizer',), None),
+    'build_log_processor': (('log_processor',), None),
+    'build_optim_wrapper': (('optim_wrapper',), None),
+    '_clip_grad': (('optim_wrapper', 'clip_grad'), torch.nn.utils.clip_grad_norm_),
+    'build_param_scheduler': (('param_scheduler',), None),
+    'build_train_loop': (('train_cfg',), None),
+    'build_val_loop': (('val_cfg',), None),
+    'build_test_loop': (('test_cfg',), None),
+    'register_default_hooks': (('default_hooks',), None),
+    'register_custom_hooks': (('custom_hooks',), None),
+    'scale_lr': (('auto_scale_lr',), None),
+    'wrap_model': (('model_wrapper_cfg',), None),
+    '_maybe_compile': (('compile',), None),
+    '_check_scheduler_cfg': (('param_scheduler',), None),
+    'add_params': (('optim_wrapper', 'paramwise_cfg'), None),
+}
+# Where a function of mmengine has a part of the config in hands, and where it looks up its type.
+HOLDERS: dict[Any, tuple[str, Registry | None]] = {
+    Compose.__init__.__code__: ('transforms', None),
+    DefaultOptimWrapperConstructor.__call__.__code__: ('optimizer_cfg', OPTIMIZERS),
+    get_file_backend.__code__: ('backend_args', None),
+    initialize.__code__: ('init_cfg', WEIGHT_INITIALIZERS),
+}
+# What mmengine takes out of a loader before torch's class sees the rest.
+OF_LOADERS = ('dataset', 'num_batch_per_epoch', 'disable_subprocess_warning')
+EVALUATORS = ('val_evaluator', 'test_evaluator')
+
+
+@dataclass
+class Build:
+    """A part of a config that was being built when an error was raised.
+
+    Attributes:
+        place: Where it stands.
+        part: What stands there; a dict, unless that is the mistake.
+        kind: The class or function that it is for; None where its name is not known.
+        registry: Where that name was looked up.
+        given: The names of what was passed to ``kind``.
+        runs: It had been built, and ran.
+    """
+
+    place: Place
+    part: Any
+    kind: Callable[..., Any] | None
+    registry: Registry | None = None
+    given: tuple[str, ...] = ()
+    runs: bool = False
+
+    @property
+    def where(self) -> str:
+        """The place as one writes it."""
+        return dotted(self.place)
+
+    @property
+    def name(self) -> str:
+        """Of what is built."""
+        return getattr(self.kind, '__name__', str(self.kind))
+
+    def methods(self, *names: str) -> set[CodeType]:
+        """The code of its methods, those of its bases included; of these names, if there are."""
+        if not inspect.isclass(self.kind):
+            return {self.kind.__code__} if inspect.isfunction(self.kind) else set()
+        found = [m for kind in inspect.getmro(self.kind) for m in vars(kind).items()]
+        return {f.__code__ for n, f in found if inspect.isfunction(f) and (not names or n in names)}
+
+
+@dataclass
+class Frame:
+    """A level of a traceback: its code, variables and module, and whether it raises an error."""
+
+    code: CodeType
+    names: dict[str, Any]
+    module: str
+    raises: bool = False
+
+
+def frames_of(error: BaseException) -> list[Frame]:
+    """The levels of a traceback, from the outside in."""
+    found = list(traceback.walk_tb(error.__traceback__))
+    position = _last_position(error)
+    if found and found[-1][0].f_code is Runner.call_hook.__code__ and error.__context__:
+        # mmengine raises another error in the place of a hook's TypeError.
+        found += list(traceback.walk_tb(error.__context__.__traceback__))[1:]
+        position = _last_position(error.__context__)
+    frames = [Frame(f.f_code, f.f_locals, str(f.f_globals.get('__name__'))) for f, _ in found]
+    if frames:
+        frames[-1].raises = frames[-1].code.co_code[position] == dis.opmap['RAISE_VARARGS']
+    return frames
+
+
+def _last_position(error: BaseException) -> int:
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    return 0 if last is None else last.tb_lasti
+
+
+def builds_of(root: dict, frames: list[Frame]) -> list[Build]:
+    """The parts that were being built or ran, from the outside in."""
+    builds: list[Build] = []
+    names = names_of_modules(frames)
+    for frame in frames:
+        own = frame.names.get('self')
+        if isinstance(own, nn.Module) and all(build.runs for build in builds):
+            build = _module(root, names.get(id(own), ''), frames)
+        elif frame.module.startswith(('mm', 'wsbcn_mm')):
+            build = _build_of(root, builds[-1].place if builds else (), frame)
+        else:
+            build = None
+        if build is not None:
+            if builds and builds[-1].place == build.place:
+                builds.pop()  # handed on
+            builds.append(build)
+    return builds
+
+
+def _build_of(root: dict, outer: Place, frame: Frame) -> Build | None:
+    """What a function has in hands; None where that is no part of the config."""
+    code, names = frame.code, frame.names
+    of_mmengine = frame.module.startswith('mmengine.')
+    if code in HOLDERS:
+        name, registry = HOLDERS[code]
+        return _part(root, outer, names.get(name), registry, names)
+    if code.co_name in STEPS and of_mmengine:
+        place, kind = STEPS[code.co_name]
+        part = _at(root, place)
+        return Build(place, part, kind, given=tuple(part) if isinstance(part, dict) else ())
+    if code.co_name == 'build_dataloader' and isinstance(names.get('dataloader'), dict):
+        return _loader(root, names['dataloader'])
+    if code.co_name == 'build_runner_from_cfg':
+        name = root.get('runner_type')
+        known = not isinstance(name, str) or RUNNERS.get(name) is not None
+        return None if known else Build(('runner_type',), name, None, RUNNERS)
+    if code.co_name.startswith('build') and 'cfg' in names:
+        return _part(root, outer, names['cfg'], names.get('registry', MODELS), names)
+    own = names.get('self')
+    if isinstance(own, OptimWrapper):
+        part = root.get('optim_wrapper')
+        return Build(('optim_wrapper',), part, type(own))
+    if isinstance(own, Hook):
+        return _object(root, own, ('custom_hooks', 'default_hooks'))
+    return _object(root, own, EVALUATORS) if isinstance(own, BaseMetric) else None
+
+
+def _part(
+    root: dict, outer: Place, part: Any, registry: Registry | None, names: dict[str, Any]
+) -> Build | None:
+    """A part by what a function calls it and by what it makes of it."""
+    kind = part.get('type') if isinstance(part, dict) else None
+    known = kind
+    if isinstance(kind, str):
+        known = None if registry is None else registry.get(kind)
+    place = _place_of(root, part, outer)
+    if place is None and isinstance(kind, str) and known is None:
+        # A name alone, of which mmengine makes a dict.
+        named = [place for place, value in walk(root, ()) if value == kind]
+        return Build(named[0], kind, None, registry) if named else None
+    if place is None:
+        return None
+    passed = [names[n] for n in ('args', 'cfg_') if isinstance(names.get(n), dict)]
+    given = (passed or [part])[0] if isinstance(part, dict) else ()
+    given = tuple(k for k in given if k not in ('type', '_scope_'))
+    return Build(place, _at(root, place), known, registry, given)
+
+
+def _loader(root: dict, part: dict) -> Build | None:
+    """A data loader, or what in it has an unknown name."""
+    place = _place_of(root, part, ())
+    if place is None:
+        return None
+    for key in ('collate_fn', 'worker_init_fn'):
+        kind = (part.get(key) or {}).get('type')
+        if isinstance(kind, str) and FUNCTIONS.get(kind) is None:
+            return Build((*place, key), part[key], None, FUNCTIONS)
+    given = tuple(k for k in part if k not in OF_LOADERS)
+    return Build(place, _at(root, place), DataLoader, None, given)
+
+
+def names_of_modules(frames: list[Frame]) -> dict[int, str]:
+    """The names of the modules of the model that ran, by their identity."""
+    modules = [frame.names.get('self') for frame in frames]
+    model = next((m for m in modules if isinstance(m, nn.Module)), None)
+    try:
+        return {id(m): name for name, m in unwrapped(model).named_modules()} if model else {}
+    except AttributeError:  # it was being made
+        return {}
+
+
+def _module(root: dict, name: str, frames: list[Frame]) -> Build | None:
+    """The part of the model's config in which a module is that ran."""
+    place: Place = ('model',)
+    part = root.get('model')
+    modules = [frame.names.get('self') for frame in frames]
+    module: Any = next(m for m in modules if isinstance(m, nn.Module))
+    module = unwrapped(module)
+    for key in name.split('.') if name else ():
+        inner = _at(part, (int(key) if key.isdigit() else key,))
+        if not isinstance(inner, (dict, list)):
+            break
+        module, part = getattr(module, key), inner
+        place = (*place, int(key) if key.isdigit() else key)
+    return Build(place, part, type(module), runs=True)
+
+
+def _object(root: dict, own: object, fields: tuple[str, ...]) -> Build | None:
+    """What was built from a dict of these fields and runs, by its class."""
+    for place, value in walk({key: root.get(key) for key in fields}, ()):
+        if isinstance(value, dict) and type_name(value) == type(own).__name__:
+            return Build(place, value, type(own), runs=True)
+    return None
+
+
+def _at(root: Any, place: Place) -> Any:
+    for key in place:
+        if isinstance(root, dict):
+            root = root.get(key)
+        elif isinstance(root, (list, tuple)) and isinstance(key, int) and key < len(root):
+            root = root[key]
+        else:
+            return None
+    return root
+
+
+def _place_of(root: dict, part: Any, outer: Place) -> Place | None:
+    """Where a part that a host has in hands stands; what is added on the way does not count.
+
+    Below ``outer`` first. What is no dict is looked for there alone, as what it holds itself.
+    """
+    found: list[tuple[int, Place]] = []
+    for base in dict.fromkeys((outer, ())):
+        for place, value in walk(_at(root, base), base):
+            if not isinstance(part, dict):
+                if base and len(place) == len(base) + 1 and value is not None and value == part:
+                    return place
+            elif isinstance(value, dict) and value and _holds(part, value):
+                found.append((-len(value), place))
+        if found:
+            return min(found, key=lambda item: item[0])[1]
+    return None
+
+
+def _holds(part: dict, value: dict) -> bool:
+    """Whether a dict is another one to which something was added."""
+    if 'type' in part and value.get('type', part['type']) != part['type']:
+        return False
+    return len(value) <= len(part) and all(k in part and part[k] == v for k, v in value.items())
+
+
+def walk(value: Any, place: Place) -> Iterator[tuple[Place, Any]]:
+    yield place, value
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from walk(item, (*place, key))
+    elif isinstance(value, (list, tuple)):
+        for i, item in enumerate(value):
+            yield from walk(item, (*place, i))
