@@ -30,11 +30,11 @@ from wsbcn_mm.openmmlab.config_places import (
     Build,
     Frame,
     builds_of,
+    dotted,
     frames_of,
     names_of_modules,
     walk,
 )
-from wsbcn_mm.openmmlab.conversion.changes import dotted
 
 LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
 # What says how long and how a run goes.

@@ -1,7 +1,7 @@
-"""Which part of a config was being built, or ran, when an error was raised: from its traceback.
+"""Places in a config; which part was being built, or ran, when an error was raised.
 
-The functions of mmengine and mmcv that build have the dict in hands; what runs is an object of a
-class that the config names.
+The traceback holds it: the functions of mmengine and mmcv that build have the dict in hands, and
+what runs is an object of a class that the config names.
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ from torch.utils.data import DataLoader
 
 from wsbcn_mm.openmmlab.compat import unwrapped
 from wsbcn_mm.openmmlab.config import type_name
-from wsbcn_mm.openmmlab.conversion.changes import Place, dotted
 
+# Keys and positions in lists, from the root of a config: ('model', 'bbox_head', 0, 'norm_cfg').
+Place = tuple[str | int, ...]
 # What mmengine does with a field that has no type, by the name of the function that does it.
 STEPS: dict[str, tuple[Place, Callable[..., Any] | None]] = {
     'setup_env': (('env_cfg',), None),
@@ -70,6 +71,12 @@ HOLDERS: dict[Any, tuple[str, Registry | None]] = {
 # What mmengine takes out of a loader before torch's class sees the rest.
 OF_LOADERS = ('dataset', 'num_batch_per_epoch', 'disable_subprocess_warning')
 EVALUATORS = ('val_evaluator', 'test_evaluator')
+
+
+def dotted(place: Place) -> str:
+    """A place as one writes it, ``model.bbox_head[0].norm_cfg``."""
+    text = ''.join(f'[{key}]' if isinstance(key, int) else f'.{key}' for key in place)
+    return text.removeprefix('.')
 
 
 @dataclass

@@ -12,8 +12,9 @@ import copy
 from torch import nn
 
 from wsbcn_mm.openmmlab.checkpoints import at_hand
+from wsbcn_mm.openmmlab.config_places import Place
 from wsbcn_mm.openmmlab.conversion import probe, recipe, weights
-from wsbcn_mm.openmmlab.conversion.changes import Conversion, Place, value_at
+from wsbcn_mm.openmmlab.conversion.changes import Conversion, value_at
 from wsbcn_mm.openmmlab.conversion.probe import Node
 
 BACKBONE: Place = ('model', 'backbone')

@@ -8,15 +8,9 @@ from typing import Any
 
 from mmengine.config import Config, ConfigDict
 
-# Keys and positions in lists, from the root of a config: ('model', 'bbox_head', 0, 'norm_cfg').
-Place = tuple[str | int, ...]
+from wsbcn_mm.openmmlab.config_places import Place, dotted
+
 DEFAULT = '(default)'
-
-
-def dotted(place: Place) -> str:
-    """A place as one writes it, ``model.bbox_head[0].norm_cfg``."""
-    text = ''.join(f'[{key}]' if isinstance(key, int) else f'.{key}' for key in place)
-    return text.removeprefix('.')
 
 
 def value_at(cfg: Config, place: Place) -> Any:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from wsbcn_mm.openmmlab import config_errors
 from wsbcn_mm.openmmlab.config import HOSTS, parameters_of
-from wsbcn_mm.openmmlab.conversion.changes import Place, dotted
+from wsbcn_mm.openmmlab.config_places import Place, dotted
 from wsbcn_mm.openmmlab.errors import first_line
 from wsbcn_mm.openmmlab.registry import CONVERTED
 
