@@ -181,9 +181,9 @@ def _build_of(root: dict, outer: Place, frame: Frame) -> Build | None:
     if code.co_name == 'build_dataloader' and isinstance(names.get('dataloader'), dict):
         return _loader(root, names['dataloader'])
     if code.co_name == 'build_runner_from_cfg':
-        name = root.get('runner_type')
-        known = not isinstance(name, str) or RUNNERS.get(name) is not None
-        return None if known else Build(('runner_type',), name, None, RUNNERS)
+        kind = root.get('runner_type')
+        known = not isinstance(kind, str) or RUNNERS.get(kind) is not None
+        return None if known else Build(('runner_type',), kind, None, RUNNERS)
     if code.co_name.startswith('build') and 'cfg' in names:
         return _part(root, outer, names['cfg'], names.get('registry', MODELS), names)
     own = names.get('self')
