@@ -352,3 +352,17 @@ def test_what_older_configs_import_is_still_there(former, now):
     new = vars(importlib.import_module(f'wsbcn_mm.openmmlab.{now}'))
     (name,) = (key for key in old if key.endswith(('Hook', 'Dataset')))
     assert old[name] is new[name]
+
+
+def test_the_convolutions_of_tridentnet_are_initialised():
+    """MMDetection leaves them as the memory happened to be, if no checkpoint fills them."""
+    trident = pytest.importorskip('mmdet.models.backbones.trident_resnet', reason='its backbone')
+    stages = dict(num_stages=3, strides=(1, 2, 2), dilations=(1, 1, 1), out_indices=(2,))
+    backbone = trident.TridentResNet(50, 3, 1, (1, 2, 3), **stages)
+    weights = [m.weight for m in backbone.modules() if isinstance(m, trident.TridentConv)]
+    for weight in weights:
+        weight.data.fill_(float('nan'))
+    backbone.init_weights()
+    expected = (2 / (256 * 9)) ** 0.5  # Kaiming's, by the outputs
+    assert len(weights) == 6
+    assert all(abs(weight.std().item() / expected - 1) < 0.05 for weight in weights)

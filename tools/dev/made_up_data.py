@@ -48,6 +48,11 @@ def batch(cfg: Config, images: int, size: int) -> dict[str, Any]:
     elif scope == 'mmdet':
         stride, masks = _stride_of_classes(cfg), _has_masks(cfg)
         samples = [_detection(size, stride, masks) for _ in range(images)]
+        for sample in samples if 'rpn_head' in cfg.model else []:
+            del sample.proposals  # it makes its own, which may hold more
+        if _is_tracker(cfg):  # two frames of each video, which are the same
+            inputs = [torch.stack([image, image]) for image in inputs]
+            samples = [_video(sample) for sample in samples]
     else:
         samples = [_segmentation(size) for _ in range(images)]
     return dict(inputs=inputs, data_samples=samples)
@@ -154,6 +159,26 @@ def _detection(size: int, stride: int, with_masks: bool) -> Any:
     sample.proposals = InstanceData(bboxes=boxes)
     sample.gt_sem_seg = PixelData(sem_seg=_pixels(size)[:, ::stride, ::stride].byte())
     return sample
+
+
+def _is_tracker(cfg: Config) -> bool:
+    """Whether a detector takes frames of videos."""
+    preprocessor = cfg.model.get('data_preprocessor') or {}
+    frames = type_name(preprocessor) == 'TrackDataPreprocessor'
+    return frames and not preprocessor.get('use_det_processor')
+
+
+def _video(sample: Any) -> Any:
+    """A key frame and a reference, of the same objects."""
+    from mmdet.structures import TrackDataSample
+
+    frames = [copy.deepcopy(sample) for _ in range(2)]
+    for number, frame in enumerate(frames):
+        frame.gt_instances.instances_ids = torch.arange(len(frame.gt_instances))
+        frame.set_metainfo(dict(frame_id=number, ori_video_length=2, video_length=2))
+    video = TrackDataSample(metainfo=dict(key_frames_inds=[0], ref_frames_inds=[1]))
+    video.video_data_samples = frames
+    return video
 
 
 def is_of_people(cfg: Config) -> bool:

@@ -15,8 +15,9 @@ Each function names the gap, and does nothing where it is not there:
 - `torchvision_ops.apply`: mmcv without compiled operators, where the user asks for torchvision's.
 - `say_where_no_image_is`: a data set that found nothing fails in numpy.
 - `fuse_standardized_weights`: mmcv's fuse_conv_bn would fold a BatchNorm into the raw weight.
-- `initialise_norms_by_name`: MMAction2's 3d networks start the last norm of each branch at 0, and
-  ask for it as ``conv3.bn``, whatever norm it is.
+- `complete_initialisation`: MMAction2's 3d networks start the last norm of each branch at 0, and
+  ask for it as ``conv3.bn``, whatever norm it is. TridentNet's convolutions are left as the memory
+  happened to be, unless a checkpoint fills them.
 
 `require` tells the user what to install, with the command; `unwrapped` looks into the hosts'
 wrappers of a model.
@@ -27,6 +28,7 @@ import difflib
 import functools
 import importlib
 import re
+import sys
 import traceback
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
@@ -63,7 +65,7 @@ def apply() -> None:
     if find_spec('mmcv') is not None:
         torchvision_ops.apply()
         fuse_standardized_weights()
-        initialise_norms_by_name()
+        complete_initialisation()
 
 
 def find_packages_by_import_name() -> None:
@@ -226,8 +228,8 @@ def fuse_standardized_weights() -> None:
     module._fuse_conv_bn = _fuse_conv_bn  # type: ignore[attr-defined]
 
 
-def initialise_norms_by_name() -> None:
-    """Lets the BCN of a ConvModule be found as its ``bn`` while a model is initialised."""
+def complete_initialisation() -> None:
+    """Lets BCN be found as the ``bn`` of its ConvModule meanwhile; initialises TridentConv."""
     from mmengine.model import BaseModule
 
     original = BaseModule.init_weights
@@ -236,11 +238,23 @@ def initialise_norms_by_name() -> None:
 
     @functools.wraps(original)
     def init_weights(self):
+        _initialise_trident_convs(self)  # before a checkpoint is loaded
         with _named_bn(self):
             return original(self)
 
     init_weights.names_norms = True  # type: ignore[attr-defined]
     BaseModule.init_weights = init_weights
+
+
+def _initialise_trident_convs(backbone: Any) -> None:
+    """As MMDetection initialises the other convolutions of this backbone."""
+    from mmengine.model import kaiming_init
+
+    trident = sys.modules.get('mmdet.models.backbones.trident_resnet')
+    if trident is not None and isinstance(backbone, trident.TridentResNet):
+        for module in backbone.modules():
+            if isinstance(module, trident.TridentConv):
+                kaiming_init(module)
 
 
 @contextlib.contextmanager
