@@ -61,6 +61,16 @@ def test_an_unreadable_mask_is_named(picture, content):
         pipeline(data)
 
 
+def test_an_object_without_a_segmentation_is_said(picture):
+    init_default_scope('mmdet')
+    pipeline = Compose([dict(type='LoadAnnotations', with_mask=True)])
+    instance = dict(bbox=[0, 0, 9, 9], bbox_label=0, ignore_flag=0)
+    data = dict(img_path=str(picture), instances=[instance], ori_shape=(40, 50))
+    data |= dict(height=40, width=50)
+    with pytest.raises(compat.DataError, match='an object in it has no segmentation'):
+        pipeline(data)
+
+
 def test_errors_that_are_not_about_a_file_stay_as_they_are():
     def broken(data):
         raise KeyError('something')

@@ -177,6 +177,8 @@ def _mend_of_transform(transforms: list[Any], error: Exception) -> str:
     inside = [frame.f_locals.get('self') for frame in frames]
     step = next((t for t in transforms if any(t is other for other in inside)), None)
     name = type(step).__name__
+    if isinstance(error, KeyError) and error.args == ('mask',):  # mmdet leaves it out
+        return 'an object in it has no segmentation, or an empty one: add it, or take it out'
     if step is None or name.startswith('Load'):
         return 'restore the file, or take it out of the dataset'
     return f'it failed in {name}: correct its arguments in the pipeline, or take the file out'
