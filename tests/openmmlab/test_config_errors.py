@@ -27,7 +27,9 @@ _numbers = itertools.count()
 
 @MODELS.register_module()
 class BodyOfMistakes(BaseModule):
-    def __init__(self, channels, in_channels=3, strides=(1,), norm_cfg=None, init_cfg=None):
+    def __init__(
+        self, channels, in_channels=3, strides=(1,), norm_cfg=None, year=None, init_cfg=None
+    ):
         super().__init__(init_cfg)
         if channels < 1:
             raise ValueError(f'no channels: {channels}')
@@ -256,14 +258,15 @@ def test_a_default_scope_that_is_no_package(cfg):
     assert "default_scope is 'mmdt'" in said_of(cfg)
 
 
-def test_a_defect_keeps_its_traceback(cfg, monkeypatch):
-    """Neither raised on purpose, nor about a field."""
-
-    def broken(self, x):
-        return x.no_such_thing
-
-    monkeypatch.setattr(BodyOfMistakes, 'forward', broken)
-    with pytest.raises(AttributeError), command_line.errors_of_a_run(cfg):
+@pytest.mark.parametrize(
+    'defect, raised', [(lambda self, x: x.no_such_thing, AttributeError), (len, TypeError)]
+)
+def test_a_defect_keeps_its_traceback(cfg, monkeypatch, defect, raised):
+    """Neither raised on purpose, nor about a field: folders and years may be texts of digits."""
+    cfg.train_dataloader.dataset.data_prefix = dict(img_path='2017')
+    cfg.model.backbone.year = '2012'
+    monkeypatch.setattr(BodyOfMistakes, 'forward', defect)
+    with pytest.raises(raised), command_line.errors_of_a_run(cfg):
         command_line.build_runner(cfg).train()
 
 

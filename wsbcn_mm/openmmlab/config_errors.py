@@ -208,9 +208,9 @@ def _misfit(value: Any, parameter: inspect.Parameter) -> str | None:
     is_number = is_number or bool(HOLDS_NUMBER.search(annotation))
     takes_many = bool(HOLDS_MANY.search(annotation)) or isinstance(default, (tuple, list))
     if isinstance(value, str) and NUMBER.fullmatch(value.strip()):
-        if isinstance(default, str) or 'str' in annotation:
-            return None
-        return 'a number'
+        may_be_text = isinstance(default, str) or 'str' in annotation
+        may_be_text = may_be_text or (default is None and not is_number)  # a year, a prefix
+        return None if may_be_text else 'a number'
     if isinstance(value, tuple) and len(value) == 1 and is_number and not takes_many:
         return 'a number'
     if isinstance(value, (int, float)) and not isinstance(value, bool) and takes_many:
@@ -346,6 +346,8 @@ def _texts_for_numbers(root: dict, error: BaseException) -> str | None:
         return None
     for field in RUN:
         for place, value in walk(root.get(field), (field,)):
+            if 'dataset' in place:  # folders and years are texts of digits, and right
+                continue
             if isinstance(value, str) and NUMBER.fullmatch(value.strip()):
                 return (
                     f'{dotted(place)} must be a number\n  got {value!r}{_mend(value)}\n'

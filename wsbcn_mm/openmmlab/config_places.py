@@ -300,6 +300,7 @@ def _holds(part: dict, value: dict) -> bool:
 
 
 def walk(value: Any, place: Place) -> Iterator[tuple[Place, Any]]:
+    """A value that stands at a place, and all that it holds, outer ones first."""
     yield place, value
     if isinstance(value, dict):
         for key, item in value.items():
