@@ -1,5 +1,6 @@
 """WS convolutions: what they hold and save, training and evaluation; the maths is `reference`'s."""
 
+import contextlib
 import copy
 import pickle
 
@@ -7,8 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
 
+import wsbcn_mm
 from wsbcn_mm import WSConv1d, WSConv2d, WSConv3d, WSConvTranspose2d, reference
 
 FORMULAS = ('paper', 'std_eps', 'var_eps')
@@ -273,3 +275,23 @@ def test_parametrized_conv_standardizes_the_parametrized_weight():
 def test_conv_errors(conv_class, settings, error, message):
     with pytest.raises(error, match=message):
         conv_class(4, 8, **dict(kernel_size=3) | settings)
+
+
+class _PlusFive(nn.Module):
+    def forward(self, bias):
+        return bias + 5
+
+
+@pytest.mark.parametrize('in_scope', [False, True])
+def test_a_bias_that_somebody_else_computes(in_scope):
+    x, layer = torch.randn(1, 4, 5, 5), WSConv2d(4, 4, 3)
+    block = wsbcn_mm.standardized_once(layer) if in_scope else contextlib.nullcontext()
+    with block:
+        before = layer(x)
+        parametrize.register_parametrization(layer, 'bias', _PlusFive())
+        torch.testing.assert_close(layer(x), before + 5)
+        pruned = WSConv2d(4, 4, 3)
+        without = pruned(x) - pruned.bias.view(1, -1, 1, 1)
+        prune.l1_unstructured(pruned, 'bias', 2)
+        torch.testing.assert_close(pruned(x), without + pruned.bias.view(1, -1, 1, 1))
+        assert pruned.bias.count_nonzero() == 2

@@ -25,7 +25,9 @@ from tests.layers.standardized import (
     shrunk,
 )
 from wsbcn_mm import WSConv2d, WSConvTranspose2d, backends
+from wsbcn_mm.backends import cpu
 from wsbcn_mm.layers import standardization
+from wsbcn_mm.layers.scopes import Scope
 
 
 @pytest.fixture(autouse=True)
@@ -267,6 +269,21 @@ def test_a_model_inside_that_is_not_a_part_has_a_scope_of_its_own(calls):
     wsbcn_mm.standardize_once_per_forward(student)
     student(X)
     assert calls == [2, 1, 2]
+
+
+@pytest.mark.skipif(cpu.entries is None, reason='the C++ extension is not compiled')
+def test_what_is_there_is_found_without_python(monkeypatch):
+    """A use of a weight that was standardized before asks the extension alone."""
+    model, asked, first_uses = net(3), [], []
+    get = Scope.get
+    monkeypatch.setattr(Scope, 'get', lambda *arguments: asked.append(1) or get(*arguments))
+    model[2].register_standardized_hook(first_uses.append)
+    with wsbcn_mm.standardized_once(model):
+        for _ in range(2):
+            close(model(X), expected(model))
+    # The first layer computes; the last one has a hook, which its first use has to call.
+    assert len(asked) == 2
+    assert len(first_uses) == 1
 
 
 @pytest.mark.parametrize('error', [ValueError, KeyboardInterrupt])

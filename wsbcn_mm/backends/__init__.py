@@ -24,7 +24,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from wsbcn_mm.backends import cpu, eager, triton
+from wsbcn_mm.backends import cpu, eager, states, triton
 from wsbcn_mm.backends.ops import Kernels
 
 
@@ -104,6 +104,7 @@ def _change_blocks(entered: list[str] | None = None, left: list[str] | None = No
         if entered is not None:
             _open_blocks.append(entered)
         _forced = _open_blocks[-1][0] if _open_blocks else _environment
+        states.note_change()
 
 
 def kernels(name: str) -> Kernels:

@@ -35,8 +35,23 @@ def state_of(weight: Tensor, one_pass: bool) -> object:
         torch.cuda.current_stream(device).cuda_stream if weight.is_cuda else None,
         compat.backward_pass(),
         compat.autocast_dtype(device.type),
+        _changes,
         backward_calls() if one_pass else None,
     )
+
+
+_changes = 0
+
+
+def note_change() -> None:
+    """Ends whatever results hold for: an optimizer made a step, or another backend was asked for.
+
+    What torch counts need not be told.
+    """
+    global _changes
+    _changes += 1
+    if cpu.entries is not None:
+        cpu.entries.note_change()
 
 
 def is_captured(weight: Tensor) -> bool:

@@ -28,6 +28,23 @@ class Results(Protocol):
         None where it is not, or no longer, that of this weight as it is.
         """
 
+    def use(self, index: int, /) -> bool:
+        """Whether this is the first use of a result."""
+
+
+class FirstUses:
+    """`Results.use` for results in Python."""
+
+    def __init__(self) -> None:
+        self._used: set[int] = set()
+
+    def use(self, index: int, /) -> bool:
+        """See `Results`."""
+        if index in self._used:
+            return False
+        self._used.add(index)
+        return True
+
 
 def standardize_all(
     weights: list[Tensor], eps: float, formula: str, dtype: torch.dtype, one_pass: bool
@@ -51,7 +68,7 @@ def standardize_all(
     return Together(weights, eps, formula, dtype, one_pass)
 
 
-class Together:
+class Together(FirstUses):
     """See `standardize_all`; where the compiled extension does not do all of it.
 
     The gradient is one node, and one call, where the backend brings nodes of its own; else a node
@@ -61,6 +78,7 @@ class Together:
     def __init__(
         self, weights: list[Tensor], eps: float, formula: str, dtype: torch.dtype, one_pass: bool
     ) -> None:
+        super().__init__()
         self._weights, self._eps, self._formula = weights, eps, formula
         self._backend = backends.select(weights[0])
         self._by_node = autograd.has_nodes(self._backend)

@@ -127,10 +127,14 @@ class WeightStandardized(_Base):
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolves with the standardized weight; shapes as in torch's convolution."""
-        if not torch.compiler.is_compiling() and self._parameters.get('bias') is None:
-            w_hat = standardization.usual(self)
-            if w_hat is not None and isinstance(input, Tensor):
-                return super()._conv_forward(input, w_hat, None)
+        parameters = self._parameters
+        # Not there: it is parametrized or pruned, and somebody else's to compute.
+        if 'bias' in parameters and not torch.compiler.is_compiling():
+            bias = parameters['bias']
+            if (bias is None or not bias.is_meta) and isinstance(input, Tensor):
+                w_hat = standardization.usual(self)
+                if w_hat is not None:
+                    return super()._conv_forward(input, w_hat, bias)
         if not isinstance(input, Tensor) and compat.is_traced_by_fx(input):
             return self.as_leaf(input)
         self._check_device(input)

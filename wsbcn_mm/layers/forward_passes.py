@@ -63,37 +63,40 @@ class ForwardPasses(nn.GroupNorm):
             return None
         if compat.compiles_backward_passes():
             return None
-        rate = tracked = None
+        rate = None
         if self.training and bn.training:
             rate = bn.momentum
-            # An average, or a repetition; ranks that wait.
+            # An average; ranks that wait. (Of what may be a repetition the extension knows.)
             if type(rate) is not float or rate == 1 or self._average is not None:
                 return None
-            if self.sync == 'forward' or recomputation.possible():
+            if self.sync == 'forward':
                 return None
         parameters, buffers = self._parameters, bn._buffers
         try:
-            running = buffers['running_mean'], buffers['running_var']
-            if rate is not None:
-                tracked = buffers['num_batches_tracked']
-            inner = parameters['batch_weight'], parameters['batch_bias']
-            outer = parameters['weight'], parameters['bias']
+            mean, var = buffers['running_mean'], buffers['running_var']
+            tracked = None if rate is None else buffers['num_batches_tracked']
+            batch_weight, batch_bias = parameters['batch_weight'], parameters['batch_bias']
+            weight, bias = parameters['weight'], parameters['bias']
         except KeyError:  # somebody keeps them elsewhere: parametrized, pruned, replicated
             return None
         from_batch = rate is not None and self.mode == 'batch'
-        output: Tensor | None = entries.batch_channel_norm(
+        dims = self._dims
+        output: Tensor | None = entries.batch_channel_norm(  # no stars: they copy all arguments
             input,
             self.num_groups,
-            *running,
+            mean,
+            var,
             self._counts,
             tracked,
-            *inner,
-            *outer,
+            batch_weight,
+            batch_bias,
+            weight,
+            bias,
             rate,
             self.eps,
             from_batch,
-            self._dims[0],
-            self._dims[-1],
+            dims[0],
+            dims[-1],
         )
         return output
 

@@ -132,7 +132,7 @@ def of(identity: Tensor) -> Run | None:
     Args:
         identity: A tensor that the layer has for itself and never changes: tells layers apart.
     """
-    return Run(identity) if possible() else None
+    return Run(identity) if _possible() else None
 
 
 def remembered() -> list[object]:
@@ -142,12 +142,12 @@ def remembered() -> list[object]:
 
 def is_repeated() -> bool:
     """Whether the caller runs inside a repetition, whatever is repeated."""
-    if torch.compiler.is_compiling() or not possible():
+    if torch.compiler.is_compiling() or not _possible():
         return False
     return any(place.run is not None for place in _places(sys._getframe(1)))
 
 
-def possible() -> bool:
+def _possible() -> bool:
     """Whether checkpointing may be at work: cheap, and True in vain under ``no_grad``.
 
     It records without gradients or with hooks on saved tensors, and repeats in a backward pass.

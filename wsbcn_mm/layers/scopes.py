@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from wsbcn_mm import backends, distributed
 from wsbcn_mm.backends import cpu, triton
 from wsbcn_mm.backends.states import is_captured, is_transformed, state_of
-from wsbcn_mm.backends.together import Results, is_dense, standardize_all
-from wsbcn_mm.layers import optimizer_steps
+from wsbcn_mm.backends.together import FirstUses, Results, is_dense, standardize_all
+from wsbcn_mm.layers import optimizer_steps as optimizer_steps  # heard of from here on
 
 ON_CPU = 4 * 2**20
 """Bytes that a call standardizes on a CPU: they stay in its cache for the convolutions."""
@@ -159,10 +159,10 @@ class Scope:
 
         Every line here is paid once per use of a layer.
         """
-        held = self._held.get(layer)
-        if held is None or not self.is_running():
+        if cpu.entries is None:
             return None
-        return self._take(layer, layer._parameters.get('weight'), held)
+        found: Tensor | None = cpu.entries.find(self._held, self._used, self.frame, layer)
+        return found
 
     def get(self, layer: Any, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """The standardized weight of one of the layers."""
@@ -190,10 +190,11 @@ class Scope:
         return computed(layer, weight, dtype) if value is None else value
 
     def _take(self, layer: Any, weight: Tensor | None, held: _Held) -> Tensor | None:
-        chunk, index = held
-        value = chunk.take(index, layer, weight)
-        if index in chunk.untaken and value is not None:
-            chunk.untaken.remove(index)
+        results, index, eps, formula = held
+        if layer.eps != eps or layer.formula != formula:
+            return None
+        value = results.take(index, weight)
+        if value is not None and results.use(index):
             self._used[layer] = None
             announce(layer, value)
         return value
@@ -208,9 +209,8 @@ class Scope:
         else:
             weights = list(members.values())
             results = standardize_all(weights, layer.eps, layer.formula, dtype, self._one_pass)
-        chunk = _Chunk(results, layer.eps, layer.formula, len(members))
         for index, member in enumerate(members):
-            table[member] = self._held[member] = chunk, index
+            table[member] = self._held[member] = results, index, layer.eps, layer.formula
         return table[layer]
 
     def _chunk(self, layer: Any, weight: Tensor, table: dict[Any, _Held]) -> dict[Any, Tensor]:
@@ -285,10 +285,11 @@ def _joins(layer: Any, weight: Tensor, other: Any, of_other: Tensor) -> int:
     return of_other.nbytes if joins else 0
 
 
-class _Alone:
+class _Alone(FirstUses):
     """The result for one weight."""
 
     def __init__(self, weight: Tensor, value: Tensor, one_pass: bool) -> None:
+        super().__init__()
         self._weight, self._value, self._one_pass = weight, value, one_pass
         self._state = state_of(weight, one_pass)
 
@@ -299,38 +300,8 @@ class _Alone:
         return self._value if state_of(weight, self._one_pass) == self._state else None
 
 
-class _Chunk:
-    """Results, and what they hold for beside the weights.
-
-    Args:
-        results: Those of one call.
-        eps: Of the layers.
-        formula: Likewise.
-        size: How many results there are.
-    """
-
-    __slots__ = ('_backend', '_eps', '_formula', '_steps', '_take', 'untaken')
-
-    def __init__(self, results: Results, eps: float, formula: str, size: int) -> None:
-        self._take = results.take
-        self._eps, self._formula = eps, formula
-        self._backend, self._steps = backends.forced(), optimizer_steps.count()
-        self.untaken = set(range(size))
-
-    def take(self, index: int, layer: Any, weight: Tensor | None) -> Tensor | None:
-        """The result for a layer and its weight, where it still holds; else None."""
-        if (
-            layer.eps != self._eps
-            or layer.formula != self._formula
-            or backends.forced() is not self._backend
-            or optimizer_steps.count() != self._steps
-        ):
-            return None
-        return self._take(index, weight)
-
-
-_Held = tuple[_Chunk, int]
-"""Where the result of a layer is."""
+_Held = tuple[Results, int, float, str]
+"""Where the result of a layer is, and the eps and formula that it holds for."""
 
 
 # ----------------------------------------------------------------------------------------------

@@ -4,11 +4,13 @@
 // Whatever is not usual (subclasses of tensors, modes, transforms, traces, tensors that do not fit)
 // is answered with None: the layer then goes the way in which everything is checked and refused.
 #include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/SavedTensorHooks.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/record_function.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/forward_grad.h>
+#include <torch/csrc/autograd/graph_task.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/jit/frontend/tracer.h>
 
@@ -66,6 +68,23 @@ bool is_usual(const Tensor& x, const Running& running) {
                         tracked->numel() == 1));
 }
 
+// What torch's versions give for the hooks on saved tensors.
+template <typename Hooks>
+bool are_there(const std::optional<Hooks>& hooks) {
+  return hooks.has_value();
+}
+
+bool are_there(const std::pair<PyObject*, PyObject*>& hooks) {
+  return hooks.first != nullptr;
+}
+
+// Whether activation checkpointing may be at work, and layers/recomputation.py must be asked: it
+// records without gradients or with hooks on saved tensors, and repeats in a backward pass.
+bool may_be_checkpointed() {
+  return !at::GradMode::is_enabled() || are_there(at::SavedTensorDefaultHooks::get_hooks()) ||
+         torch::autograd::get_current_graph_task_id() != -1;
+}
+
 // batch_channel_norm(x, num_groups, running_mean, running_var, counts, num_batches_tracked,
 //                    batch_weight, batch_bias, weight, bias, rate, eps, from_batch, least_dim,
 //                    most_dim)
@@ -91,7 +110,7 @@ PyObject* batch_channel_norm_or_none(PyObject*, PyObject* const* arguments, Py_s
   const bool from_batch = arguments[kFromBatch] == Py_True;
   if (!readable || !x || !mean || !var || x->dim() < least_dim || x->dim() > most_dim ||
       (from_batch && x->numel() == x->size(1)) || !nothing_unusual() ||
-      !is_usual(*x, {*mean, *var, counts, tracked})) {
+      (rate && may_be_checkpointed()) || !is_usual(*x, {*mean, *var, counts, tracked})) {
     Py_RETURN_NONE;
   }
   Tensor y;
@@ -161,6 +180,9 @@ PyMethodDef methods[] = {
      "The result, or None where something is unusual."},
     {"weight_standardize_all", reinterpret_cast<PyCFunction>(weight_standardize_all_or_none),
      METH_FASTCALL, "StandardizedWeights, or None where something is unusual."},
+    {"find", reinterpret_cast<PyCFunction>(find_or_none), METH_FASTCALL,
+     "What a scope holds for a layer, or None."},
+    {"note_change", note_change, METH_NOARGS, "Ends whatever results hold for."},
     {"state", reinterpret_cast<PyCFunction>(state_or_none), METH_FASTCALL,
      "What a standardized weight depends on, or None where something is unusual."},
     {"joins", reinterpret_cast<PyCFunction>(joins), METH_FASTCALL,

@@ -22,6 +22,16 @@ at::ScalarType dtype_for(const Tensor& weight);
 // state(weight, one_pass): the bytes of its state, or None.
 PyObject* state_or_none(PyObject*, PyObject* const* arguments, Py_ssize_t number);
 
+// find(held, used, frame, layer): what a scope holds for a layer's own weight; None where it has
+// nothing that holds, and where what it has is not of C++ or watched by hooks.
+//   held: layer -> (results, index, eps, formula)
+//   used: the layers whose result was used
+//   frame: the function call that the scope ends with, or None
+PyObject* find_or_none(PyObject*, PyObject* const* arguments, Py_ssize_t number);
+
+// note_change(): ends whatever results hold for.
+PyObject* note_change(PyObject*, PyObject*);
+
 // weight_standardize_all(weights, eps, formula, dtype, one_pass): StandardizedWeights, or None.
 PyObject* weight_standardize_all_or_none(PyObject*, PyObject* const* arguments, Py_ssize_t number);
 

@@ -8,7 +8,9 @@
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/object_ptr.h>
 
+#include <atomic>
 #include <cstring>
 #include <vector>
 
@@ -19,11 +21,14 @@
 namespace wsbcn {
 namespace {
 
+// See backends/states.py, `note_change`.
+std::atomic<int64_t> changes_so_far{0};
+
 // Whatever a standardized weight depends on, but for eps, formula and the writes that torch does
 // not count.
 struct State {
   const void *tensor, *data;
-  int64_t version, size, stream, capture, graph_task, backward_calls;
+  int64_t version, size, stream, capture, graph_task, backward_calls, changes;
   int8_t requires_grad, grad_mode, inference_mode, dtype, result_dtype;
 };
 
@@ -46,6 +51,7 @@ std::optional<State> state_of(const Tensor& weight, bool one_pass) {
   }
   state.graph_task = torch::autograd::get_current_graph_task_id();
   state.backward_calls = one_pass ? backward_calls() : 0;
+  state.changes = changes_so_far;
   state.requires_grad = weight.requires_grad();
   state.grad_mode = at::GradMode::is_enabled();
   state.inference_mode = c10::InferenceMode::is_enabled();
@@ -63,12 +69,24 @@ struct Held {
   std::vector<Tensor> weights, w_hats;
   std::vector<State> states;
   std::vector<bool> joined;  // whether a result belongs to the graph
+  std::vector<bool> used;
   bool one_pass, differentiable;
+
+  // See `take`; without a value where the result does not hold.
+  OptionalTensor result_for(const Tensor& weight, size_t index) {
+    if (!weight.is_same(weights[index]) || !nothing_unusual()) return {};
+    const std::optional<State> state = state_of(weight, one_pass);
+    if (!state || !are_equal(*state, states[index])) return {};
+    if (differentiable && !joined[index]) {
+      joined[index] = true;
+      join(w_hats[index], weight);
+    }
+    return w_hats[index];
+  }
 };
 
 struct StandardizedWeights {
-  PyObject_HEAD
-  Held* held;
+  PyObject_HEAD Held* held;
 };
 
 void deallocate(PyObject* self) {
@@ -78,33 +96,47 @@ void deallocate(PyObject* self) {
   Py_DECREF(type);
 }
 
+// The place of a result; -1 with an exception where there is none.
+Py_ssize_t place_of(PyObject* index, const Held& held) {
+  const Py_ssize_t place = PyLong_AsSsize_t(index);
+  if (PyErr_Occurred()) return -1;
+  const Py_ssize_t size = held.weights.size();
+  TORCH_CHECK_INDEX(place >= 0 && place < size, "expected an index below ", size, "\n  got ",
+                    place);
+  return place;
+}
+
 // take(index, weight): the result for a weight, which from the first time on belongs to the graph;
 // None where it is not, or no longer, that of this weight as it is.
 PyObject* take(PyObject* self, PyObject* const* arguments, Py_ssize_t number) {
   HANDLE_TH_ERRORS
   TORCH_CHECK_TYPE(number == 2, "expected 2 arguments\n  got ", number);
   Held& held = *reinterpret_cast<StandardizedWeights*>(self)->held;
-  const size_t index = PyLong_AsSize_t(arguments[0]);
-  if (PyErr_Occurred()) return nullptr;
-  TORCH_CHECK_INDEX(index < held.weights.size(), "expected an index below ", held.weights.size(),
-                    "\n  got ", index);
+  const Py_ssize_t place = place_of(arguments[0], held);
+  if (place < 0) return nullptr;
   OptionalTensor weight;
-  if (!read(arguments[1], weight) || !weight || !weight->is_same(held.weights[index]) ||
-      !nothing_unusual()) {
-    Py_RETURN_NONE;
-  }
-  const std::optional<State> state = state_of(*weight, held.one_pass);
-  if (!state || !are_equal(*state, held.states[index])) Py_RETURN_NONE;
-  if (held.differentiable && !held.joined[index]) {
-    held.joined[index] = true;
-    join(held.w_hats[index], *weight);
-  }
-  return THPVariable_Wrap(held.w_hats[index]);
+  if (!read(arguments[1], weight) || !weight) Py_RETURN_NONE;
+  const OptionalTensor w_hat = held.result_for(*weight, place);
+  if (!w_hat) Py_RETURN_NONE;
+  return THPVariable_Wrap(*w_hat);
+  END_HANDLE_TH_ERRORS
+}
+
+// use(index): whether this is the first use of a result.
+PyObject* use(PyObject* self, PyObject* index) {
+  HANDLE_TH_ERRORS
+  Held& held = *reinterpret_cast<StandardizedWeights*>(self)->held;
+  const Py_ssize_t place = place_of(index, held);
+  if (place < 0) return nullptr;
+  const bool first = !held.used[place];
+  held.used[place] = true;
+  return PyBool_FromLong(first);
   END_HANDLE_TH_ERRORS
 }
 
 PyMethodDef methods[] = {{"take", reinterpret_cast<PyCFunction>(take), METH_FASTCALL,
                           "The result for a weight, or None where it does not hold."},
+                         {"use", use, METH_O, "Whether this is the first use of a result."},
                          {nullptr, nullptr, 0, nullptr}};
 
 PyTypeObject* type() {
@@ -112,9 +144,9 @@ PyTypeObject* type() {
     static PyType_Slot slots[] = {{Py_tp_dealloc, reinterpret_cast<void*>(deallocate)},
                                   {Py_tp_methods, methods},
                                   {0, nullptr}};
-    static PyType_Spec spec = {
-        "wsbcn_mm.backends.cpu._kernels.StandardizedWeights", sizeof(StandardizedWeights), 0,
-        Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION, slots};
+    static PyType_Spec spec = {"wsbcn_mm.backends.cpu._kernels.StandardizedWeights",
+                               sizeof(StandardizedWeights), 0,
+                               Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION, slots};
     return reinterpret_cast<PyTypeObject*>(PyType_FromSpec(&spec));
   }();
   return made;
@@ -129,7 +161,86 @@ PyObject* wrap(Held held) {
   return result;
 }
 
+// Whether a function call runs in this thread.
+bool is_running(PyObject* frame) {
+  PyObject* current = Py_XNewRef(reinterpret_cast<PyObject*>(PyEval_GetFrame()));
+  while (current != nullptr && current != frame) {
+    PyObject* const caller =
+        reinterpret_cast<PyObject*>(PyFrame_GetBack(reinterpret_cast<PyFrameObject*>(current)));
+    Py_DECREF(current);
+    current = caller;
+  }
+  Py_XDECREF(current);
+  return current != nullptr;
+}
+
+// Whether an attribute is what it was; nothing where Python raised an exception.
+std::optional<bool> is_still(PyObject* layer, PyObject* name, PyObject* value) {
+  THPObjectPtr now(PyObject_GetAttr(layer, name));
+  if (!now) return {};
+  const int equal = PyObject_RichCompareBool(now, value, Py_EQ);  // identity counts
+  if (equal < 0) return {};
+  return equal == 1;
+}
+
 }  // namespace
+
+PyObject* find_or_none(PyObject*, PyObject* const* arguments, Py_ssize_t number) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(
+      number == 4 && PyDict_CheckExact(arguments[0]) && PyDict_CheckExact(arguments[1]),
+      "expected two dicts, a frame or None and a layer");
+  static PyObject* const kEps = PyUnicode_InternFromString("eps");
+  static PyObject* const kFormula = PyUnicode_InternFromString("formula");
+  static PyObject* const kHooks = PyUnicode_InternFromString("standardized_hooks");
+  static PyObject* const kParameters = PyUnicode_InternFromString("_parameters");
+  static PyObject* const kWeight = PyUnicode_InternFromString("weight");
+  PyObject *const used = arguments[1], *const frame = arguments[2], *const layer = arguments[3];
+  THPObjectPtr found(Py_XNewRef(PyDict_GetItemWithError(arguments[0], layer)));
+  if (!found) {
+    if (PyErr_Occurred()) return nullptr;
+    Py_RETURN_NONE;
+  }
+  PyObject *results, *eps, *formula;
+  Py_ssize_t place;
+  if (!PyArg_ParseTuple(found, "OnOO", &results, &place, &eps, &formula)) return nullptr;
+  // Other results have their methods in Python.
+  if (!Py_IS_TYPE(results, type()) || (frame != Py_None && !is_running(frame))) Py_RETURN_NONE;
+  const std::optional<bool> same_eps = is_still(layer, kEps, eps);
+  if (!same_eps) return nullptr;
+  const std::optional<bool> same_formula = is_still(layer, kFormula, formula);
+  if (!same_formula) return nullptr;
+  Held& held = *reinterpret_cast<StandardizedWeights*>(results)->held;
+  if (!held.used[place]) {
+    THPObjectPtr hooks(PyObject_GetAttr(layer, kHooks));
+    if (!hooks) return nullptr;
+    const int is_watched = PyObject_IsTrue(hooks);
+    if (is_watched < 0) return nullptr;
+    if (is_watched) Py_RETURN_NONE;
+  }
+  THPObjectPtr parameters(PyObject_GetAttr(layer, kParameters));
+  if (!parameters) return nullptr;
+  OptionalTensor weight;
+  if (PyDict_Check(parameters.get())) {
+    PyObject* const own = PyDict_GetItemWithError(parameters, kWeight);
+    if (own == nullptr && PyErr_Occurred()) return nullptr;
+    if (own != nullptr && !read(own, weight)) Py_RETURN_NONE;
+  }
+  if (!*same_eps || !*same_formula || !weight) Py_RETURN_NONE;
+  const OptionalTensor w_hat = held.result_for(*weight, place);
+  if (!w_hat) Py_RETURN_NONE;
+  if (!held.used[place]) {
+    held.used[place] = true;
+    if (PyDict_SetItem(used, layer, Py_None) != 0) return nullptr;
+  }
+  return THPVariable_Wrap(*w_hat);
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* note_change(PyObject*, PyObject*) {
+  ++changes_so_far;
+  Py_RETURN_NONE;
+}
 
 PyObject* state_or_none(PyObject*, PyObject* const* arguments, Py_ssize_t number) {
   HANDLE_TH_ERRORS
@@ -172,10 +283,11 @@ PyObject* weight_standardize_all_or_none(PyObject*, PyObject* const* arguments, 
   {
     pybind11::gil_scoped_release no_gil;
     RECORD_FUNCTION("wsbcn_mm::weight_standardize_all", c10::ArrayRef<const c10::IValue>{});
-    held.w_hats = weight_standardize_all(held.weights, eps,
-                                         {formula, static_cast<size_t>(length)}, dtype);
+    held.w_hats =
+        weight_standardize_all(held.weights, eps, {formula, static_cast<size_t>(length)}, dtype);
   }
   held.joined.resize(count, false);
+  held.used.resize(count, false);
   held.differentiable = held.w_hats[0].grad_fn() != nullptr;
   return wrap(std::move(held));
   END_HANDLE_TH_ERRORS
