@@ -35,9 +35,9 @@ def parse_args() -> argparse.Namespace:
         '--backbone',
         choices=('auto', 'keep', 'convert'),
         default='auto',
-        help='keep: a BN backbone stays as it is with its weights, neck and heads get WS + BCN; '
-        'convert: it is converted as well, and loses them; auto: kept where its weights are on '
-        'this machine; default: auto',
+        help='keep: a BN backbone stays as it is with its weights, frozen; neck and heads get '
+        'WS + BCN; convert: it is converted as well, and loses them; auto: kept where its weights '
+        'are on this machine; default: auto',
     )
     parser.add_argument('--keep-lr', action='store_true', help='do not scale the learning rate')
     parser.add_argument(

@@ -20,6 +20,7 @@ from wsbcn_mm.openmmlab.config import (
     prefixes_of,
     type_name,
 )
+from wsbcn_mm.openmmlab.registry import KEPT
 
 # By what the name of the dataset's class holds.
 LAYOUTS = {
@@ -112,7 +113,7 @@ def check_pretrained(cfg: Config) -> None:
         FileNotFoundError: a file is missing; the message says how to get one, or to do without.
         ValueError: a file cannot be read.
     """
-    for place, init in _pretrained(cfg.get('model') or {}, 'model'):
+    for place, part, init in _pretrained(cfg.get('model') or {}, 'model'):
         path = init.get('checkpoint')
         if not isinstance(path, str) or is_address(path):
             continue  # what is no path raises where it is used
@@ -123,19 +124,25 @@ def check_pretrained(cfg: Config) -> None:
                 'the comments of configs/_base_/backbones hold the commands\n'
                 f'  or name another file: --cfg-options {place}.init_cfg.checkpoint=...\n'
                 f'  or load none, where all weights come from elsewhere: {place}.init_cfg=None\n'
-                f'  or train from scratch, with nothing frozen: {place}.init_cfg=None '
-                f'{place}.frozen_stages=-1, and a longer schedule'
+                '  or train from scratch: ' + _from_scratch(place, part)
             )
         check_checkpoint(path)
 
 
-def _pretrained(part: object, place: str) -> Iterator[tuple[str, dict]]:
-    """Where a model's config says ``init_cfg=dict(type='Pretrained')``, and that dict."""
+def _from_scratch(place: str, part: dict) -> str:
+    if type_name(part) == KEPT:  # as the weights of the file are, or not at all
+        return 'tools/model_converters/convert_config.py --backbone convert makes the config'
+    nothing_frozen = f'{place}.init_cfg=None {place}.frozen_stages=-1'
+    return f'{nothing_frozen}, and a longer schedule'
+
+
+def _pretrained(part: object, place: str) -> Iterator[tuple[str, dict, dict]]:
+    """Where a model's config says ``init_cfg=dict(type='Pretrained')``, that part, that dict."""
     if isinstance(part, dict):
         init = part.get('init_cfg')
         for cfg in init if isinstance(init, list) else [init]:
             if isinstance(cfg, dict) and type_name(cfg) in PRETRAINED:
-                yield place, cfg
+                yield place, part, cfg
         for key, value in part.items():
             if key != 'init_cfg':
                 yield from _pretrained(value, f'{place}.{key}')

@@ -12,7 +12,7 @@ from torch import nn
 
 from wsbcn_mm import layers
 from wsbcn_mm.layers import comparators
-from wsbcn_mm.openmmlab.layers import Converted, MicroBatchNorm2d
+from wsbcn_mm.openmmlab.layers import Converted, Kept, MicroBatchNorm2d
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,8 @@ FOR_STUDIES = (
     Layer(('CenteredWeightNormConv2d',), comparators.CenteredWeightNormConv2d),
     Layer(('SampleLayerNorm',), comparators.SampleLayerNorm),
 )
-CONVERTED = 'Converted'  # a part whose layers are replaced after it was built
+# Parts that are built from their `kind`: with other layers, and frozen.
+CONVERTED, KEPT = 'Converted', 'Kept'
 
 # Our hooks (their classes register themselves under these names).
 ESTIMATES_HOOK = 'EstimatesHook'
@@ -91,3 +92,4 @@ CONV_FOR = {kind: row.names[0] for row in CONVS for kind in row.replaces}
 for row in (*NORMS, *CONVS, MICRO_BN, *FOR_STUDIES):
     MODELS.register_module(list(row.names), module=row.kind)
 MODELS.register_module(CONVERTED, module=Converted)
+MODELS.register_module(KEPT, module=Kept)

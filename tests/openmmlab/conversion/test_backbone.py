@@ -7,6 +7,7 @@ pytest.importorskip('mmdet', reason='converts configs of mmdet')
 pytest.importorskip('mmseg', reason='converts configs of mmseg')
 
 import torch
+from mmengine.runner import Runner
 from torch import nn
 
 from tests.openmmlab.conversion.test_convert import retinanet, tiny
@@ -15,6 +16,7 @@ from wsbcn_mm.openmmlab.checkpoints import at_hand
 from wsbcn_mm.openmmlab.conversion import probe
 from wsbcn_mm.openmmlab.conversion.audit import audit
 from wsbcn_mm.openmmlab.conversion.convert import convert_config
+from wsbcn_mm.openmmlab.conversion.layers import NothingToConvert
 from wsbcn_mm.openmmlab.conversion.write import write_config
 
 LR = 'optim_wrapper.optimizer.lr'
@@ -40,7 +42,7 @@ def test_a_detector_whose_weights_are_here(tmp_path, weights):
     )
     conversion = convert_config(source, gpus=1)
     cfg = conversion.cfg
-    assert not {'norm_cfg', 'norm_eval'} & cfg.model.backbone.keys()  # as their defaults are
+    assert (cfg.model.backbone.type, cfg.model.backbone.kind) == ('Kept', 'ResNet')
     assert cfg.model.backbone.init_cfg.checkpoint == weights
     assert cfg.model.neck.norm_cfg.type == 'BCN' and cfg.model.neck.conv_cfg.type == 'WSConv2d'
     model = probe.build(cfg)
@@ -48,11 +50,39 @@ def test_a_detector_whose_weights_are_here(tmp_path, weights):
     assert isinstance(model.neck.lateral_convs[0].conv, WSConv2d)
     assert isinstance(model.bbox_head.cls_convs[0].norm, BatchChannelNorm2d)
     assert type(model.bbox_head.retina_cls) is nn.Conv2d
-    frozen = cfg.optim_wrapper.paramwise_cfg.custom_keys.backbone
-    assert frozen == dict(lr_mult=0.0, decay_mult=0.0)
+    assert 'paramwise_cfg' not in cfg.optim_wrapper
     assert cfg.optim_wrapper.optimizer.lr == 0.01  # pretrained: not divided by the batch
     text = write_config(conversion, tmp_path / 'out.py')
-    assert 'backbone' in text and not [f for f in audit(cfg) if f.level == 'error']
+    assert "kind='ResNet'" in text and not [f for f in audit(cfg) if f.level == 'error']
+
+
+def test_a_runner_of_it_trains_the_rest(tmp_path, weights):
+    wrapper = dict(type='OptimWrapper', optimizer=dict(type='SGD', lr=0.01))
+    source = pretrained(weights, norm_eval=False, frozen_stages=1)
+    cfg = convert_config(tiny(tmp_path, source, optim_wrapper=wrapper)).cfg
+    cfg.model.backbone.init_cfg = None  # the file of this test holds no weights
+    runner = Runner(cfg.model, str(tmp_path), default_scope='mmdet', experiment_name='kept')
+    model = runner.model.train()
+    sum(x.mean() for x in model(torch.randn(1, 3, 64, 64))[0]).backward()
+    assert all(p.grad is None for p in model.backbone.parameters())
+    assert all(p.grad is not None for p in model.neck.parameters())
+    groups = runner.build_optim_wrapper(cfg.optim_wrapper).optimizer.param_groups
+    assert sum(len(g['params']) for g in groups) == len(list(model.parameters()))  # resumes
+    assert not any(m.training for m in model.backbone.modules() if isinstance(m, nn.BatchNorm2d))
+
+
+def test_a_kept_one_is_kept_or_given_up(tmp_path, weights):
+    first = convert_config(tiny(tmp_path, pretrained(weights))).cfg
+    with pytest.raises(NothingToConvert):  # as it is
+        convert_config(first)
+    first.model.backbone.frozen = False
+    conversion = convert_config(first, backbone='convert')
+    assert conversion.cfg.model.backbone.type == 'ResNet'
+    assert not {'kind', 'frozen'} & conversion.cfg.model.backbone.keys()
+    assert conversion.cfg.model.backbone.norm_cfg.type == 'BCN'
+    first.model.backbone.init_cfg = None
+    (found,) = (f for f in audit(first) if f.level == 'error')
+    assert found.code == 'frozen-random-weights'
 
 
 def test_a_segmenter_keeps_the_weights_that_it_names_itself(weights):
@@ -62,7 +92,7 @@ def test_a_segmenter_keeps_the_weights_that_it_names_itself(weights):
     cfg.model.pretrained = weights
     model = convert_config(cfg, gpus=1).cfg.model
     assert model.pretrained == weights and model.backbone.norm_cfg.type == 'SyncBN'
-    assert model.backbone.norm_eval is True and model.decode_head.norm_cfg.type == 'BCN'
+    assert model.backbone.type == 'Kept' and model.decode_head.norm_cfg.type == 'BCN'
 
 
 def test_weights_that_are_not_here_are_named(tmp_path):
@@ -73,7 +103,7 @@ def test_weights_that_are_not_here_are_named(tmp_path):
     assert any('--backbone keep' in text for text in conversion.warnings)
     kept = convert_config(source, backbone='keep').cfg.model.backbone
     assert kept.init_cfg.checkpoint == 'torchvision://resnet18'
-    assert 'norm_eval' not in kept  # True is its default
+    assert (kept.type, kept.kind) == ('Kept', 'ResNet')
 
 
 def test_convert_converts(tmp_path, weights):

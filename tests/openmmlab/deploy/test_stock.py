@@ -132,7 +132,12 @@ def test_what_is_of_this_package_in_a_config_is_dropped_or_named():
     model = inference.build_model(cfg)
     cfg.custom_hooks = [dict(type='CheckpointReportHook'), dict(type='EMAHook')]
     cfg.custom_imports = dict(imports=['wsbcn_mm', 'json'])
+    kind = cfg.model.backbone.type
+    cfg.model.backbone.update(type='Kept', kind=kind, frozen=True)
     found = plain_config(cfg, model)
+    assert (
+        found.model.backbone.type == kind and not {'kind', 'frozen'} & found.model.backbone.keys()
+    )
     assert found.custom_hooks == [dict(type='EMAHook')]
     assert found.custom_imports['imports'] == ['json']
     cfg.optim_wrapper = dict(type='wsbcn_mm.Something')

@@ -30,7 +30,7 @@ from wsbcn_mm.openmmlab.config_places import dotted
 from wsbcn_mm.openmmlab.conversion import probe, recipe, weights
 from wsbcn_mm.openmmlab.conversion.changes import value_at
 from wsbcn_mm.openmmlab.conversion.probe import CannotBuild, Node
-from wsbcn_mm.openmmlab.registry import ESTIMATES_HOOK, NORM_NAMED
+from wsbcn_mm.openmmlab.registry import ESTIMATES_HOOK, KEPT, NORM_NAMED
 
 CHECKPOINT_SUFFIXES = ('.pth', '.pt', '.tar')
 LR = 'optim_wrapper.optimizer.lr'
@@ -131,7 +131,7 @@ def audit_built(
         _possible(_with_config_line(finding, by_where), cfg, by_where)
         for finding in audit_model(model, images, processes, part_of=owner.__getitem__)
     ]
-    findings += _frozen(nodes, model, owner)
+    findings += _frozen(cfg, nodes, model, owner)
     start = _start(cfg, nodes, model, owner)
     findings += _learning_rate(cfg, images, gpus, start)
     findings += _short_training(cfg, processes, start)
@@ -250,8 +250,10 @@ def _groups(cfg: Config, nodes: list[Node]) -> list[Finding]:
 # ---- recipe ------------------------------------------------------------------------------------
 
 
-def _frozen(nodes: list[Node], model: nn.Module, owner: dict[str, str]) -> list[Finding]:
-    """Frozen stages of a part that no checkpoint fills."""
+def _frozen(
+    cfg: Config, nodes: list[Node], model: nn.Module, owner: dict[str, str]
+) -> list[Finding]:
+    """Frozen stages of a part that no checkpoint fills, and whole parts."""
     ours = {owner[n] for n, m in model.named_modules() if isinstance(m, BatchChannelNorm)}
     findings = []
     for node in nodes:
@@ -259,6 +261,14 @@ def _frozen(nodes: list[Node], model: nn.Module, owner: dict[str, str]) -> list[
         if node.where in ours and frozen is not None and recipe.pretrained_init(node) is None:
             why = f'frozen_stages={frozen} freezes random weights: no checkpoint fills them'
             fix = _line(f'{node.where}.frozen_stages', str(recipe.nothing_frozen(node)))
+            findings.append(Finding('error', 'frozen-random-weights', node.where, why, fix))
+    filled = [named.where for named in _named_checkpoints(cfg, nodes)]
+    for node in nodes:
+        above = any(where == 'load_from' or node.where.startswith(where) for where in filled)
+        if type_name(node.cfg) == KEPT and not above:
+            why = f'{KEPT!r} keeps weights and statistics as they are, and no checkpoint fills them'
+            fix = _line(f'{node.where}.init_cfg', "dict(type='Pretrained', checkpoint=...)")
+            fix += ', or convert_config.py --backbone convert'
             findings.append(Finding('error', 'frozen-random-weights', node.where, why, fix))
     return findings
 

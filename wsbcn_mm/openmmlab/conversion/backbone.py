@@ -2,7 +2,8 @@
 
 Weights of BN layers do not fit WS + BCN ones: WS takes the mean out of every filter. A converted
 backbone therefore starts from random weights, which a small data set cannot make up for. Kept, it
-stays a BN network in evaluation mode, and WS + BCN go where training starts anew: neck and heads.
+stays a BN network in evaluation mode, frozen (`wsbcn_mm.openmmlab.layers.Kept`), and WS + BCN go
+where training starts anew: neck and heads.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ import copy
 from torch import nn
 
 from wsbcn_mm.openmmlab.checkpoints import at_hand
+from wsbcn_mm.openmmlab.config import type_name
 from wsbcn_mm.openmmlab.config_places import Place
 from wsbcn_mm.openmmlab.conversion import probe, recipe, weights
 from wsbcn_mm.openmmlab.conversion.changes import Conversion, value_at
 from wsbcn_mm.openmmlab.conversion.probe import Node
+from wsbcn_mm.openmmlab.registry import KEPT
 
 BACKBONE: Place = ('model', 'backbone')
 
@@ -24,7 +27,7 @@ def settle(conversion: Conversion, choice: str, checkpoint: str | None) -> bool:
     """Decides whether the backbone is kept, and sets what keeping needs.
 
     Args:
-        conversion: Its config is changed: ``norm_eval=True``.
+        conversion: Its config is changed: ``type='Kept'``, or back where it is to be converted.
         choice: ``'auto'``, ``'keep'`` or ``'convert'``, see `convert_config`.
         checkpoint: The weights that were given for a converted one.
 
@@ -54,11 +57,21 @@ def settle(conversion: Conversion, choice: str, checkpoint: str | None) -> bool:
                 "model.backbone.init_cfg=dict(type='Pretrained', checkpoint=...) before training"
             )
         _keep(conversion, node)
-        add_norms(conversion)
         return True
-    if choice == 'convert' or checkpoint is not None or source is None:
+    if choice == 'convert' or checkpoint is not None:
+        _give_up(conversion, node)
         return False
-    if node is None or weights.kind_of(source)[0] != 'BN' or not _batch_norms(conversion):
+    if node is None or not _batch_norms(conversion):
+        return False
+    if not _is_kept(node) and not _fits(conversion, source):
+        return False
+    _keep(conversion, node)
+    return True
+
+
+def _fits(conversion: Conversion, source: str | None) -> bool:
+    """Whether a backbone's weights are BatchNorm's and can be had, so that it is worth keeping."""
+    if source is None or weights.kind_of(source)[0] != 'BN':
         return False
     if not at_hand(source):
         conversion.warnings.append(
@@ -67,8 +80,6 @@ def settle(conversion: Conversion, choice: str, checkpoint: str | None) -> bool:
             'can be had (VOC subset, 400 steps: mIoU 20.6 against 10.9, docs/study.md)'
         )
         return False
-    _keep(conversion, node)
-    add_norms(conversion)
     return True
 
 
@@ -89,25 +100,25 @@ def _batch_norms(conversion: Conversion) -> bool:
     )
 
 
+def _is_kept(node: Node | None) -> bool:
+    return node is not None and type_name(node.cfg) == KEPT
+
+
 def _keep(conversion: Conversion, node: Node) -> None:
-    why = 'kept: the statistics that its weights were trained with'
-    if node.accepts('norm_eval'):
-        if not node.get('norm_eval'):
-            conversion.set((*BACKBONE, 'norm_eval'), True, why)
-    else:
-        conversion.warnings.append(
-            f'{node.kind.__name__} takes no norm_eval: its BatchNorms go on taking statistics from '
-            'the images of a step; freeze it, or --backbone convert'
-        )
-    wrapper = conversion.cfg.get('optim_wrapper') or {}
-    if isinstance(wrapper.get('optimizer'), dict) and 'constructor' not in wrapper:
-        options = dict(wrapper.get('paramwise_cfg') or {})
-        still = dict(lr_mult=0.0, decay_mult=0.0)
-        options['custom_keys'] = {**(options.get('custom_keys') or {}), 'backbone': still}
-        why = 'the kept backbone is frozen; on many images a tenth of the rate'
-        conversion.set(('optim_wrapper', 'paramwise_cfg'), options, why)
-    kind = value_at(conversion.cfg, BACKBONE)['type']
-    conversion.left.append(f'model.backbone: {kind} with BatchNorm and its pretrained weights')
+    if not _is_kept(node):
+        why = 'its weights and statistics stay; with frozen=False the statistics alone'
+        conversion.build_from_kind(BACKBONE, KEPT, why)
+    conversion.left.append(
+        f'model.backbone: {node.kind.__name__} with BatchNorm and its pretrained weights'
+    )
+    add_norms(conversion)
+
+
+def _give_up(conversion: Conversion, node: Node | None) -> None:
+    """A backbone that was kept is one like any other again."""
+    if node is not None and _is_kept(node):
+        rest = {key: value for key, value in node.cfg.items() if key not in ('kind', 'frozen')}
+        conversion.set(BACKBONE, {**rest, 'type': node.cfg['kind']}, 'is not kept any more')
 
 
 def add_norms(conversion: Conversion) -> None:

@@ -87,6 +87,20 @@ class Conversion:
             self.changes.remove(change)
         self.changes.append(Change(dotted(place), before, value, why))
 
+    def build_from_kind(self, place: Place, builder: str, why: str) -> None:
+        """Has a part built by one of our builders, which gets its type as ``kind``.
+
+        Args:
+            place: Of the part.
+            builder: ``'Kept'`` or ``'Converted'``.
+            why: The reason.
+        """
+        kind = str(value_at(self.cfg, place)['type'])
+        # MMAction2 calls a backbone of MMPretrain in another way, and knows it by this.
+        scope = 'mmpretrain.' if kind.startswith('mmpretrain.') else ''
+        self.set((*place, 'type'), f'{scope}{builder}', why)
+        self.set((*place, 'kind'), kind)
+
     def restore(self, place: Place) -> None:
         """Puts back what the original has at a place, and forgets that it was changed."""
         parent, key = value_at(self.cfg, place[:-1]), place[-1]

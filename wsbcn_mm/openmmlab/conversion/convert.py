@@ -71,8 +71,8 @@ def convert_config(
         accumulate: Iterations per step of the optimizer; None: as the config says.
         schedule: ``'images'``: a schedule by iterations is stretched so that as many images are
             seen; ``'keep'``: as many iterations as before.
-        backbone: ``'convert'``: as the rest. ``'keep'``: it stays as it is with its weights, its
-            BatchNorms in evaluation mode, frozen by ``lr_mult=0``. ``'auto'``: kept where its
+        backbone: ``'convert'``: as the rest. ``'keep'``: it stays as it is with its weights,
+            frozen, its BatchNorms in evaluation mode (``type='Kept'``). ``'auto'``: kept where its
             weights were trained with BatchNorm and are on this machine, and no ``checkpoint`` is
             given; see `wsbcn_mm.openmmlab.conversion.backbone`.
 

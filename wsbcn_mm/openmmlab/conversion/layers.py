@@ -303,9 +303,7 @@ def _convert_after_building(
     if norm != 'BCN' or len(node.path) < 2 or not isinstance(node.cfg['type'], str):
         conversion.left.append(f'{node.where}: {reason}')
         return False
-    kind = node.cfg['type']
-    conversion.set((*node.path, 'type'), CONVERTED, f'{reason}; replaced after building')
-    conversion.set((*node.path, 'kind'), kind)
+    conversion.build_from_kind(node.path, CONVERTED, f'{reason}; replaced after building')
     if convert:
         conversion.set((*node.path, 'convert'), convert)
     return True

@@ -22,10 +22,10 @@ from mmengine.registry import MODELS, DefaultScope, Registry
 from torch import Tensor, nn
 
 from wsbcn_mm.openmmlab import config_errors
-from wsbcn_mm.openmmlab.config import HOSTS, parameters_of
+from wsbcn_mm.openmmlab.config import HOSTS, parameters_of, type_name
 from wsbcn_mm.openmmlab.config_places import Place, dotted
 from wsbcn_mm.openmmlab.errors import first_line
-from wsbcn_mm.openmmlab.registry import CONVERTED
+from wsbcn_mm.openmmlab.registry import CONVERTED, KEPT
 
 # Dicts under these keys are built by mmcv's own builders, with arguments of their parents'.
 LAYER_KEYS = {'norm_cfg', 'conv_cfg', 'act_cfg', 'upsample_cfg', 'init_cfg', 'loss'}
@@ -97,8 +97,8 @@ def nodes(cfg: Config) -> list[Node]:
 def _nodes(value: Any, path: Place, scope: str | None) -> Iterator[Node]:
     if isinstance(value, dict):
         scope = value.get('_scope_', scope)
-        name = value.get('type')
-        kind = _class_of(value.get('kind') if name == CONVERTED else name, scope)
+        ours = type_name(value) in (CONVERTED, KEPT)
+        kind = _class_of(value.get('kind' if ours else 'type'), scope)
         if kind is not None:
             yield Node(path, value, kind, constructor_defaults(kind))
         for key, item in value.items():

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from wsbcn_mm.folding import Plan
 from wsbcn_mm.layers import BatchChannelNorm, WeightStandardized
 from wsbcn_mm.openmmlab.config import PRETRAINED, type_name
-from wsbcn_mm.openmmlab.registry import CONV_NAMED, MICRO_BN_NAMED, NORM_NAMED
+from wsbcn_mm.openmmlab.registry import CONV_NAMED, KEPT, MICRO_BN_NAMED, NORM_NAMED
 from wsbcn_mm.structure import is_conv
 
 
@@ -68,6 +68,10 @@ def without_this_package(cfg: Config, replace_layers: Callable[[dict], None]) ->
         CannotBePlain: something of this package is left; the message says where.
     """
     stock = copy.deepcopy(cfg)
+    for part in dicts(stock.model):
+        if type_name(part) == KEPT:  # which is of use in training alone
+            part.pop('frozen', None)
+            part['type'] = part.pop('kind')
     replace_layers(stock.model)
     drop_pretrained(stock.model)
     stock.load_from, stock.resume = None, False
