@@ -28,7 +28,10 @@ def parse_args() -> argparse.Namespace:
     parser = command_line.parser_of(__doc__)
     parser.add_argument('-o', '--output', type=Path, required=True, metavar='DST', help='folder')
     parser.add_argument(
-        '--images', nargs='+', metavar='FILE', help='compare on these; default: two random images'
+        '--images',
+        nargs='+',
+        metavar='FILE',
+        help='compare on these, as the test pipeline prepares them; default: two random images',
     )
     parser.add_argument(
         '--shape',
@@ -51,7 +54,11 @@ def parse_args() -> argparse.Namespace:
 
 
 def read_images(args: argparse.Namespace, cfg: Config) -> dict[str, Any]:
-    """Images to compare on, by name; files as the config's test pipeline loads them."""
+    """Images to compare on, by name; files as the config's test pipeline prepares them.
+
+    Networks such as RTMDet take sizes alone that their pipeline makes.
+    """
+    from wsbcn_mm.openmmlab.config import scope_of
     from wsbcn_mm.openmmlab.deploy.inference import random_image
     from wsbcn_mm.openmmlab.deploy.predict import Reader
 
@@ -64,9 +71,10 @@ def read_images(args: argparse.Namespace, cfg: Config) -> dict[str, Any]:
         if not Path(path).is_file():
             raise FileNotFoundError(f'no image {path}')
     read = Reader(cfg)
-    loaded = {path: read(path)[0] for path in args.images}
-    # A grey image has no axis of channels; a video has frames.
-    return {p: i[..., None] if i.ndim == 2 else i for p, i in loaded.items()}
+    if scope_of(cfg) == 'mmaction':
+        return {path: read(path)[0] for path in args.images}  # the frames of a video
+    prepared = {path: read(path)[1]['inputs'][0] for path in args.images}
+    return {path: image.permute(1, 2, 0).numpy() for path, image in prepared.items()}
 
 
 def main() -> None:

@@ -5,6 +5,8 @@ import pytest
 pytest.importorskip('mmdet', reason='detectors are built from it')
 pytest.importorskip('mmseg', reason='segmenters are built from it')
 
+import argparse
+import importlib.util
 import json
 import os
 import re
@@ -12,6 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cv2
 import numpy as np
 
 from tests.openmmlab.deploy.models import LISTED, QUICK, SIZE
@@ -133,6 +136,20 @@ def test_stock_openmmlab_loads_what_fold_writes(folder, folded, name):
         np.testing.assert_allclose(theirs[0], own.bboxes.numpy(), atol=0.05)
         np.testing.assert_allclose(theirs[1], own.scores.numpy(), atol=1e-3)
         assert theirs[2] == own.labels.tolist()
+
+
+def test_files_are_compared_as_the_test_pipeline_prepares_them(tmp_path):
+    """RTMDet takes multiples of 32 alone, which its pipeline makes of any image."""
+    path = Path(__file__).parents[3] / 'tools' / 'model_converters' / 'fold.py'
+    spec = importlib.util.spec_from_file_location('fold_tool', path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    file = str(tmp_path / 'a.png')
+    cv2.imwrite(file, np.full((30, 41, 3), 7, np.uint8))
+    cfg = config.load_config('mmdet::rtmdet/rtmdet_tiny_8xb32-300e_coco.py')
+    image = module.read_images(argparse.Namespace(images=[file]), cfg)[file]
+    assert (image.shape, image.dtype) == ((640, 640, 3), np.uint8)
+    assert image[0, 0, 0] == 7 and image[-1, -1, 0] == 114  # the image, and its padding
 
 
 def test_fold_refuses_and_writes_nothing(folder):
