@@ -131,3 +131,16 @@ def test_without_running_statistics_the_layer_says_so():
         with pytest.raises(RuntimeError, match='bn has no running statistics'):
             norm.train(training)(torch.randn(1, 8, 3, 3))
     norm.double()
+
+
+@pytest.mark.parametrize('mode', ['estimate', 'batch'])
+@pytest.mark.parametrize('grad', [True, False])
+def test_without_its_counter_the_layer_evaluates_and_does_not_train(mode, grad):
+    norm, x = BatchChannelNorm2d(8, 4, mode=mode), torch.randn(2, 8, 3, 3)
+    expected = norm.eval()(x)
+    norm.bn.num_batches_tracked = None
+    with torch.set_grad_enabled(grad):
+        torch.testing.assert_close(norm(x), expected)
+        with pytest.raises(RuntimeError, match='num_batches_tracked must be a 0-d int64 tensor'):
+            norm.train()(x)
+    torch.testing.assert_close(norm.bn.running_mean, torch.zeros(8))

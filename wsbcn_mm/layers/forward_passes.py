@@ -74,10 +74,12 @@ class ForwardPasses(nn.GroupNorm):
         parameters, buffers = self._parameters, bn._buffers
         try:
             mean, var = buffers['running_mean'], buffers['running_var']
-            tracked = None if rate is None else buffers['num_batches_tracked']
+            tracked = buffers['num_batches_tracked']
             batch_weight, batch_bias = parameters['batch_weight'], parameters['batch_bias']
             weight, bias = parameters['weight'], parameters['bias']
         except KeyError:  # somebody keeps them elsewhere: parametrized, pruned, replicated
+            return None
+        if tracked is None:
             return None
         from_batch = rate is not None and self.mode == 'batch'
         dims = self._dims
@@ -87,7 +89,7 @@ class ForwardPasses(nn.GroupNorm):
             mean,
             var,
             self._counts,
-            tracked,
+            tracked if rate is not None else None,
             batch_weight,
             batch_bias,
             weight,
@@ -111,6 +113,12 @@ class ForwardPasses(nn.GroupNorm):
         # norm_eval and frozen stages call eval() on BatchNorm instances only: the child obeys.
         if not (self.training and bn.training):
             return self._normalize(input, Running(mean, var), None)
+        if bn.num_batches_tracked is None:
+            raise RuntimeError(
+                f'{type(self).__name__}: its child bn has no counter of updates\n'
+                '  num_batches_tracked must be a 0-d int64 tensor, as BatchNorm makes it\n'
+                '  got None'
+            )
         if not torch.compiler.is_compiling() and compat.in_transform():
             return self._forward_transformed(input, Running(mean, var))
         running = Running(mean, var, self.counts)
