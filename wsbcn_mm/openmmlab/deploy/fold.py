@@ -127,6 +127,7 @@ def _metrics(cfg: Config, checkpoint: str, folder: str) -> dict[str, Any]:
     """Metrics of a checkpoint on the config's test data."""
     cfg = copy.deepcopy(cfg)
     cfg.load_from, cfg.work_dir, cfg.launcher = checkpoint, folder, 'none'
+    cfg.log_level = 'WARNING'  # not the whole config, twice
     return Runner.from_cfg(cfg).test()
 
 
