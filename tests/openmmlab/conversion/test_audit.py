@@ -150,6 +150,23 @@ def test_learning_rate_of_another_batch(tmp_path):
     assert 'learning-rate' in found(named)
 
 
+@pytest.mark.parametrize('iterations', [150, 1001, 1002])
+def test_a_warm_up_longer_than_half_of_the_training(tmp_path, iterations):
+    """What a user finds who takes a schedule of COCO for some hundred photographs."""
+    warm_up = dict(type='LinearLR', start_factor=1e-3, by_epoch=False, begin=0, end=501)
+    settings = dict(
+        train_cfg=dict(_delete_=True, type='IterBasedTrainLoop', max_iters=iterations),
+        param_scheduler=[dict(type='ConstantLR', factor=1.0), warm_up],
+    )
+    finding = found(write(tmp_path, name='t_1xb1.py', **settings)).get('long-warm-up')
+    if iterations > 1001:
+        assert finding is None
+    else:
+        assert finding.where == 'param_scheduler[1].end'
+        assert f'until iteration 501, and the training has {iterations}' in finding.why
+        assert finding.fix.startswith(f'param_scheduler[1].end = {iterations // 10}')
+
+
 def test_a_rate_with_which_so_short_a_training_learns_nothing(tmp_path):
     """The rate of 16 images divided for one: too little in 500 steps, enough in a long run."""
     low = dict(optimizer=dict(SGD, lr=0.00125))

@@ -96,8 +96,9 @@ def audit_config(
     """What is wrong with a config; arguments as in `audit`.
 
     Codes, beside those of `wsbcn_mm.audit.audit_model`: ``groups`` (do not divide a width),
-    ``frozen-random-weights``, ``learning-rate``, ``weight-decay``, ``formula`` (a checkpoint of
-    another WS formula), ``checkpoint`` (of other layers), ``unsynchronised-estimates``.
+    ``frozen-random-weights``, ``learning-rate``, ``rate-too-low``, ``long-warm-up``,
+    ``weight-decay``, ``formula`` (a checkpoint of another WS formula), ``checkpoint`` (of other
+    layers), ``unsynchronised-estimates``.
     """
     if isinstance(source, Config):
         cfg = with_names(copy.deepcopy(source))
@@ -135,6 +136,7 @@ def audit_built(
     start = _start(cfg, nodes, model, owner)
     findings += _learning_rate(cfg, images, gpus, start)
     findings += _short_training(cfg, processes, start)
+    findings += _long_warm_up(cfg, processes)
     findings += _weight_decay(cfg, model)
     findings += _checkpoints(cfg, nodes, model, owner)
     findings += _unsynchronised(cfg, model, processes)
@@ -343,6 +345,27 @@ def _short_training(cfg: Config, processes: int, start: str | None) -> list[Find
     )
     fix = _line(LR, f'{least:g}') + ', or tools/analysis_tools/find_lr.py'
     return [Finding('warning', 'rate-too-low', LR, why, fix)]
+
+
+def _long_warm_up(cfg: Config, processes: int) -> list[Finding]:
+    """A rate that is still rising when half of the training is over."""
+    count, schedulers = recipe.iterations(cfg, processes), cfg.get('param_scheduler') or []
+    if not isinstance(schedulers, list):  # of one optimizer: a dict, or a list
+        schedulers = [schedulers]
+    for place, scheduler in enumerate(schedulers):
+        if count is None or not isinstance(scheduler, dict):
+            continue
+        first, end = scheduler.get('start_factor', 1), scheduler.get('end')
+        rises = first < scheduler.get('end_factor', 1) and scheduler.get('begin', 0) == 0
+        if not rises or not end or scheduler.get('by_epoch', True) or 2 * end <= count:
+            continue
+        where = f'param_scheduler[{place}].end'
+        why = (
+            f'the rate rises from {first:g} of itself until iteration {end}, and the training has '
+            f'{count}: the whole rate holds for less than half of it'
+        )
+        return [Finding('warning', 'long-warm-up', where, why, _line(where, str(count // 10)))]
+    return []
 
 
 def _averaged(cfg: Config, model: nn.Module) -> list[Finding]:

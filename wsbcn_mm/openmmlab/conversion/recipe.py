@@ -118,15 +118,21 @@ def as_scaled(cfg: Config, processes: int) -> Config:
     return cfg
 
 
-def steps(cfg: Config, processes: int) -> int | None:
-    """Steps of the optimizer in the whole training; None where they cannot be counted."""
+def iterations(cfg: Config, processes: int) -> int | None:
+    """Iterations of the whole training; None where they cannot be counted."""
     loop = cfg.get('train_cfg') or {}
-    iterations = loop.get('max_iters')
-    if iterations is None and loop.get('max_epochs'):
+    count: int | None = loop.get('max_iters')
+    if count is None and loop.get('max_epochs'):
         images, batch = training_images(cfg), images_per_gpu(cfg)
         if images and batch:
-            iterations = loop['max_epochs'] * math.ceil(images / (batch * processes))
-    return iterations // accumulation(cfg) if iterations else None
+            count = loop['max_epochs'] * math.ceil(images / (batch * processes))
+    return count or None
+
+
+def steps(cfg: Config, processes: int) -> int | None:
+    """Steps of the optimizer in the whole training; None where they cannot be counted."""
+    count = iterations(cfg, processes)
+    return count // accumulation(cfg) if count else None
 
 
 def training_images(cfg: Config) -> int | None:
