@@ -41,6 +41,15 @@ def test_sync_bn_needs_processes():
     assert codes(model, 16, 1) == [('warning', 'sync-bn-without-processes')]
 
 
+@pytest.mark.parametrize('norm', [nn.BatchNorm1d, nn.SyncBatchNorm])
+def test_a_norm_of_vectors_is_no_case_for_bcn(norm):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(8, 4), norm(4))
+    found = audit_model(model)
+    assert [(f.level, f.code) for f in found] == [('error', 'vector-statistics')]
+    assert 'a LayerNorm there' in found[0].fix
+    assert codes(model, 32, 2) == []
+
+
 class NormEval(nn.Sequential):
     """Freezes BatchNorm in train(), as mmdet's norm_eval does."""
 

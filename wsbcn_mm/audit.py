@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from torch import nn
 
 from wsbcn_mm.layers import BatchChannelNorm, WeightStandardized
-from wsbcn_mm.structure import followers, standardizable
+from wsbcn_mm.structure import followers, norms_of_vectors, standardizable
 
 LEVELS = ('error', 'warning', 'note')
+OF_VECTORS = 'a LayerNorm there, or more images: BCN is for maps, and conversions leave it alone'
 MICRO_BATCH = 2  # images per GPU up to which batch statistics are a problem
 
 
@@ -68,7 +69,8 @@ def audit_model(
 
     Returns:
         Findings; errors first. Codes: ``batch-statistics``, ``sync-bn-without-processes``,
-        ``frozen-bn``, ``frozen-estimates``, ``ws-without-norm``, ``norm-without-ws``.
+        ``vector-statistics`` (either of them, behind a linear layer), ``frozen-bn``,
+        ``frozen-estimates``, ``ws-without-norm``, ``norm-without-ws``.
 
     Raises:
         TypeError: not a module.
@@ -97,11 +99,16 @@ _Hit = tuple[str, str, str, str, str]
 def _norms(model: nn.Module, images: int, processes: int) -> Iterator[_Hit]:
     layers = [m for m in model.modules() if isinstance(m, BatchChannelNorm)]
     parts = {id(child) for layer in layers for child in layer.children()}
+    vectors = norms_of_vectors(model)
     for name, module in model.named_modules():
         if isinstance(module, BatchChannelNorm):
             yield from _batch_channel_norm(name, module, images * processes)
         elif isinstance(module, nn.modules.batchnorm._BatchNorm) and id(module) not in parts:
-            yield from _batch_norm(name, module, images, processes)
+            for level, code, *rest in _batch_norm(name, module, images, processes):
+                if name in vectors and code != 'frozen-bn':
+                    yield level, 'vector-statistics', *rest[:2], OF_VECTORS
+                else:
+                    yield level, code, *rest
 
 
 def _batch_channel_norm(name: str, module: BatchChannelNorm, images: int) -> Iterator[_Hit]:

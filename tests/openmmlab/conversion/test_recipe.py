@@ -156,6 +156,17 @@ def test_what_counts_epochs_stays():
     assert found.keys() == {'train_dataloader.batch_size', LR, 'auto_scale_lr'}
 
 
+def test_items_of_several_images():
+    """A person search draws several images of each of several persons at once."""
+    cfg = config(**BASE_16)
+    cfg.train_dataloader.update(
+        batch_size=1, dataset=dict(triplet_sampler=dict(num_ids=8, ins_per_id=4))
+    )
+    assert recipe.images_per_gpu(cfg) == 32
+    settings, warnings = changes(cfg, images=1)
+    assert settings == {} and 'stays 1: one item of its data is 32 images' in warnings[0]
+
+
 def test_the_line_for_a_rate():
     cfg = config(
         param_scheduler=[

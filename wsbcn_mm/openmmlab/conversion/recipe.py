@@ -26,11 +26,24 @@ from wsbcn_mm.openmmlab.registry import ESTIMATES_HOOK
 # ---- images and GPUs ---------------------------------------------------------------------------
 
 
-def images_per_gpu(cfg: Config) -> int | None:
-    """The batch size of one process; None where the config has none."""
+def batch_size(cfg: Config) -> int | None:
+    """Items of the data in a batch of one process; None where the config does not say."""
     loader = cfg.get('train_dataloader')
     size = loader.get('batch_size') if isinstance(loader, dict) else None
     return size if isinstance(size, int) else None
+
+
+def images_per_item(cfg: Config) -> int:
+    """Images in one item of the data: several of each of several persons, for a triplet loss."""
+    datasets = inner_datasets((cfg.get('train_dataloader') or {}).get('dataset'))
+    sampler = (datasets[0].get('triplet_sampler') if datasets else None) or {}
+    return sampler.get('num_ids', 1) * sampler.get('ins_per_id', 1)
+
+
+def images_per_gpu(cfg: Config) -> int | None:
+    """Images in a batch of one process; None where the config does not say."""
+    size = batch_size(cfg)
+    return None if size is None else size * images_per_item(cfg)
 
 
 def named_batch(cfg: Config) -> tuple[int, int] | None:
@@ -110,7 +123,7 @@ LARGE = 50_000_000  # bytes of an annotation file
 def as_scaled(cfg: Config, processes: int) -> Config:
     """A copy with the rate that mmengine makes of it where ``auto_scale_lr`` is on."""
     cfg = copy.deepcopy(cfg)
-    base, images, lr = base_batch_size(cfg), images_per_gpu(cfg), optimizer_setting(cfg, 'lr')
+    base, images, lr = base_batch_size(cfg), batch_size(cfg), optimizer_setting(cfg, 'lr')
     if (cfg.get('auto_scale_lr') or {}).get('enable') and base and images and lr:
         total = images * processes
         cfg.optim_wrapper.optimizer.lr = float(f'{lr * total / base:.6g}')
@@ -123,7 +136,7 @@ def iterations(cfg: Config, processes: int) -> int | None:
     loop = cfg.get('train_cfg') or {}
     count: int | None = loop.get('max_iters')
     if count is None and loop.get('max_epochs'):
-        images, batch = training_images(cfg), images_per_gpu(cfg)
+        images, batch = training_images(cfg), batch_size(cfg)
         if images and batch:
             count = loop['max_epochs'] * math.ceil(images / (batch * processes))
     return count or None
@@ -206,12 +219,15 @@ def rescaled(cfg: Config, batch: Batch) -> tuple[list[Setting], list[str]]:
     Returns:
         What is to be set, and warnings.
     """
-    old = images_per_gpu(cfg)
+    old = batch_size(cfg)
     if old is None:
         return [], ['the config has no train_dataloader.batch_size: nothing was scaled']
     sampler = str((cfg.train_dataloader.get('sampler') or {}).get('type', ''))
     if 'MultiSource' in sampler:
         why = f'{sampler} composes each batch of several sources'
+        return [], [f'train_dataloader.batch_size stays {old}: {why}']
+    if images_per_item(cfg) > 1:
+        why = f'one item of its data is {images_per_item(cfg)} images (triplet_sampler)'
         return [], [f'train_dataloader.batch_size stays {old}: {why}']
     settings, warnings = [Setting(('train_dataloader', 'batch_size'), batch.images)], []
     old_gpus, old_total = gpus_of_rate(cfg), images_of_rate(cfg)
