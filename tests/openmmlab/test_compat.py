@@ -22,6 +22,8 @@ from mmengine.runner import load_checkpoint
 from tests.openmmlab.tiny import make_runner, tiny_model
 from wsbcn_mm import BatchChannelNorm2d, WSConv2d
 from wsbcn_mm.openmmlab import checkpoints, compat
+from wsbcn_mm.openmmlab.conversion.convert import convert_config
+from wsbcn_mm.structure import is_conv, standardizable
 
 # ---- configs of packages -----------------------------------------------------------------------
 
@@ -366,3 +368,12 @@ def test_the_convolutions_of_tridentnet_are_initialised():
     expected = (2 / (256 * 9)) ** 0.5  # Kaiming's, by the outputs
     assert len(weights) == 6
     assert all(abs(weight.std().item() / expected - 1) < 0.05 for weight in weights)
+
+
+def test_the_convolutions_of_tridentnet_have_no_ws_form():
+    """They take and give a list of maps; the converter says so."""
+    trident = pytest.importorskip('mmdet.models.backbones.trident_resnet', reason='its backbone')
+    conv = trident.TridentConv(4, 4, 3)
+    assert is_conv(conv) and not standardizable(conv)
+    conversion = convert_config('mmdet::tridentnet/tridentnet_r50-caffe_1x_coco.py')
+    assert any('TridentConv (first ' in line for line in conversion.left)

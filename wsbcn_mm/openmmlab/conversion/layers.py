@@ -17,9 +17,9 @@ from torch.nn.modules.conv import _ConvNd
 from wsbcn_mm.checks import auto_groups
 from wsbcn_mm.layers import BatchChannelNorm, BatchChannelNorm1d, WeightStandardized
 from wsbcn_mm.openmmlab.config import type_name
-from wsbcn_mm.openmmlab.config_places import Place, dotted
+from wsbcn_mm.openmmlab.config_places import Place, dotted, value_at
 from wsbcn_mm.openmmlab.conversion import probe
-from wsbcn_mm.openmmlab.conversion.changes import Conversion, value_at
+from wsbcn_mm.openmmlab.conversion.changes import Conversion
 from wsbcn_mm.openmmlab.conversion.probe import CannotBuild, Node
 from wsbcn_mm.openmmlab.registry import CONV_FOR, CONV_NAMED, CONVERTED, NORM_FOR, NORM_NAMED
 from wsbcn_mm.own_classes import normalises_as_its_kind
@@ -120,6 +120,8 @@ def convert_layers(
     convert = dict(standardize=False) if conv == 'none' else {}
     if keep_dcn:
         convert['deformable'] = False
+    if conv != 'none':
+        conversion.left += _without_standardization(model)
     for node in nodes:
         if node.path in reasons and _convert_after_building(
             conversion, node, reasons[node.path], norm, convert
@@ -321,6 +323,24 @@ def _plain_convs(model: nn.Module, keep_dcn: bool) -> dict[Place, str]:
         if follower.normalised and ours and not stays and standardizable(follower.conv):
             first.setdefault(owner[follower.names[0]], follower.names[0])
     return first
+
+
+def _without_standardization(model: nn.Module) -> list[str]:
+    """For each node: its convolutions in front of a BCN that have no WS form."""
+    owner = probe.owners(model)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    found: dict[tuple[Place, str], list[str]] = {}
+    for follower in followers(model):
+        ours = any(isinstance(modules[n], BatchChannelNorm) for n in follower.norms)
+        if ours and fan_in(follower.conv) > 1 and not standardizable(follower.conv):
+            name, kind = follower.names[0], type(follower.conv).__name__
+            if not isinstance(follower.conv, WeightStandardized) and kind != 'ConvWS2d':
+                found.setdefault((owner[name], kind), []).append(name)
+    return [
+        f'{dotted(place)}: {len(names)} {kind} (first {names[0]}) have no WS form: their output is '
+        'not that of their weight, or they take other inputs than a convolution of torch'
+        for (place, kind), names in found.items()
+    ]
 
 
 def _fixed_norms(model: nn.Module) -> dict[Place, str]:
