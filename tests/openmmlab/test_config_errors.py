@@ -13,6 +13,7 @@ import re
 
 import torch
 from mmcv.cnn import build_norm_layer
+from mmcv.ops import batched_nms
 from mmengine.config import Config
 from mmengine.dataset import BaseDataset
 from mmengine.evaluator import BaseMetric
@@ -28,15 +29,25 @@ _numbers = itertools.count()
 @MODELS.register_module()
 class BodyOfMistakes(BaseModule):
     def __init__(
-        self, channels, in_channels=3, strides=(1,), norm_cfg=None, year=None, init_cfg=None
+        self,
+        channels,
+        in_channels=3,
+        strides=(1,),
+        norm_cfg=None,
+        year=None,
+        nms=None,
+        init_cfg=None,
     ):
         super().__init__(init_cfg)
         if channels < 1:
             raise ValueError(f'no channels: {channels}')
         self.conv = nn.Conv2d(in_channels, channels, 3, strides[0])
         self.norm = build_norm_layer(norm_cfg, channels)[1]
+        self.nms = nms
 
     def forward(self, x):
+        if self.nms is not None:
+            batched_nms(torch.zeros(1, 4), torch.zeros(1), torch.zeros(1), self.nms)
         return self.norm(self.conv(x))
 
 
@@ -217,7 +228,7 @@ MISTAKES = [
     (
         'val_evaluator.metric',
         'bbx',
-        'val_evaluator: MetricOfMistakes stopped\n  KeyError: metric bbx',
+        '{0}: MetricOfMistakes stopped at it\n  KeyError: metric bbx',
     ),
     ('custom_hooks', [dict(type='EMAHook', momentum='0.1')], r'{P}\[0\].momentum must be a number'),
     ('custom_hooks', [dict(type='EMAHook', priority='HIGHST')], 'custom_hooks cannot be used'),
@@ -228,6 +239,21 @@ MISTAKES = [
     ('model.mode', 'hole', 'model: ModelOfMistakes stopped\n  .*raise AssertionError'),
     ('model.backbone.in_channels', 4, '(?s)model.backbone: .*in_channels=4\n.*takes 4, and got 3'),
     ('model.backbone.init_cfg', dict(type='Pretrain'), "{0}.type: 'Pretrain' is not known"),
+    ('model.backbone.init_cfg', dict(layer='x'), '{0}: BodyOf.* stopped at it\n  KeyError: '),
+    ('model.backbone.init_cfg', 'Kaiming', "{0}: BodyOf.* stopped at it\n.*\n  got 'Kaiming'"),
+    # what a layer or a function of the hosts stops at
+    (
+        'model.backbone.nms',
+        dict(type='nmss'),
+        r"{0}: BodyOf.*\n  NameError.*nmss.*\n  got \{'type': 'nmss'\}\n  at mmcv.ops.nms: nms_op",
+    ),
+    (
+        'model.backbone',
+        dict(type='mmseg.FCNHead', _scope_='mmseg', in_channels=3, channels=8, num_classes=3)
+        | dict(in_index=5),
+        r'{0}.in_index: FCNHead stopped at it\n  IndexError.*\n  got 5\n  .*with inputs of shape',
+    ),
+    ('compile', dict(backend='inductr'), "compile cannot be used\n  .*'inductr'"),
 ]
 
 

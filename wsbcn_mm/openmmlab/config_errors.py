@@ -8,6 +8,7 @@ put in one sentence; any other error keeps its traceback.
 
 from __future__ import annotations
 
+import ast
 import difflib
 import inspect
 import re
@@ -17,6 +18,7 @@ from contextlib import contextmanager
 from types import CodeType
 from typing import Any
 
+import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.optim import DefaultOptimWrapperConstructor
@@ -29,10 +31,13 @@ from wsbcn_mm.openmmlab.config import HOSTS, parameters_of
 from wsbcn_mm.openmmlab.config_places import (
     Build,
     Frame,
+    Place,
     builds_of,
     dotted,
     frames_of,
     names_of_modules,
+    place_of,
+    value_at,
     walk,
 )
 
@@ -49,6 +54,7 @@ TOGETHER = (
 )
 # How the layers of torch call the channels of their input.
 CHANNELS = ('in_channels', 'in_features', 'num_features', 'num_channels')
+OUT_OF_MEMORY = (MemoryError, torch.cuda.OutOfMemoryError)
 NUMBER = re.compile(r'[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?', re.IGNORECASE)
 HOLDS_NUMBER = re.compile(r'\b(int|float|Number)\b')
 HOLDS_MANY = re.compile(r'(?i)\b(tuple|list|sequence|iterable)\b')
@@ -93,6 +99,8 @@ def explain(cfg: Config, error: BaseException) -> str | None:
             return text
     if text := _other_channels(builds, frames) or _shared_parameters(error, frames):
         return text
+    if builds and (text := _stopped_at_settings(root, builds[-1], frames, error)):
+        return text
     if builds and _is_of(builds[-1], frames, error):
         return _refused(builds[-1], error, last)
     return (not builds and _of_runner(root, error, last)) or _texts_for_numbers(root, error)
@@ -109,7 +117,7 @@ def _is_of(build: Build, frames: list[Frame], error: BaseException) -> bool:
     last = frames[-1]
     called = last.code.co_name.startswith('build')  # with arguments that do not fit
     if build.runs:
-        return called or (last.raises and last.code in build.methods())
+        return called or (last.raises and _after(build, frames) is not None)
     if build.kind is None:  # read by mmengine itself
         hosts = [frame.module for frame in frames if frame.module.startswith(('mm', 'wsbcn_mm'))]
         return hosts[-1].startswith('mmengine.')
@@ -119,6 +127,16 @@ def _is_of(build: Build, frames: list[Frame], error: BaseException) -> bool:
         or isinstance(error, (ImportError, OSError))
         or last.code in build.methods('__init__')
     )
+
+
+def _after(build: Build, frames: list[Frame]) -> list[Frame] | None:
+    """What ran from the methods of a part on; None where some of that is the user's own code."""
+    methods = build.methods()
+    first = max((i for i, frame in enumerate(frames) if frame.code in methods), default=None)
+    if first is None:
+        return None
+    inner = frames[first:]
+    return inner if all(frame.is_released for frame in inner[1:]) else None
 
 
 # ---- what is wrong with it -----------------------------------------------------------------------
@@ -303,6 +321,84 @@ def _shared_parameters(error: BaseException, frames: list[Frame]) -> str | None:
     return None
 
 
+def _stopped_at_settings(
+    root: dict, build: Build, frames: list[Frame], error: BaseException
+) -> str | None:
+    """What ran stopped in code of the hosts, at a statement that uses values of the config."""
+    inner = _after(build, frames) if build.runs else None
+    if inner is None or isinstance(error, OUT_OF_MEMORY):
+        return None
+    # A comprehension is a function of its own; torch and the dicts of a config do as they are told.
+    told = ('torch', 'mmengine.config')
+    own = [f for f in inner if not f.module.startswith(told) and f.code.co_name[0] != '<']
+    last = own[-1] if own else inner[0]
+    statement = last.statement()
+    if statement is None or not (last.is_released or last.raises):
+        return None
+    names, attributes = _names_of(statement)
+    keys = (
+        [k for k in build.part if k in {*names, *attributes}]
+        if isinstance(build.part, dict)
+        else []
+    )
+    found = [((*build.place, key), build.part[key]) for key in keys]
+    found = found or _handed_on(root, build, last, names)
+    if not found:
+        return None
+    text = ' '.join(ast.unparse(statement).split('\n')[0].split())
+    had = [f'{name} {size}' for name in names if (size := _size(last.names.get(name)))]
+    return (
+        f'{" or ".join(dotted(place) for place, _ in found)}: {build.name} stopped at it\n'
+        f'  {_said(error)}\n  got {", ".join(_short(value) for _, value in found)}\n'
+        f'  at {last.module}: {_short(text, 120)}' + (f'\n  with {", ".join(had)}' if had else '')
+    )
+
+
+def _handed_on(root: dict, build: Build, last: Frame, names: list[str]) -> list[tuple[Place, Any]]:
+    """What a function was given out of the config, and uses under these names."""
+    model = list(walk(root.get('model'), ('model',)))
+    for name in names:
+        value = last.names.get(name)
+        same = [p for p, v in model if p[-1] == name and type(v) is type(value) and v == value]
+        if len(same) == 1:
+            return [(same[0], value)]
+    for name, value in last.names.items():
+        place = place_of(root, value, build.place) if isinstance(value, dict) and value else None
+        if place is not None and _made_of(name, last) & set(names):
+            return [(place, value_at(root, place))]
+    return []
+
+
+def _made_of(name: str, frame: Frame) -> set[str]:
+    """A variable of a function, and those that were computed from it."""
+    made = {name}
+    for node in ast.walk(frame.function() or ast.Module([], [])):  # in the order of the lines
+        if isinstance(node, ast.Assign):
+            used = {n.id for n in ast.walk(node.value) if isinstance(n, ast.Name)}
+            if used & made:
+                made |= {n.id for t in node.targets for n in ast.walk(t) if isinstance(n, ast.Name)}
+    return made
+
+
+def _names_of(statement: ast.stmt) -> tuple[list[str], set[str]]:
+    """The variables of a statement and the attributes of ``self``; nothing of its body."""
+    names, attributes, todo = [], set(), [statement]
+    while todo:
+        node = todo.pop(0)
+        if isinstance(node, ast.Name):
+            names.append(node.id)
+        if isinstance(node, ast.Attribute) and getattr(node.value, 'id', None) == 'self':
+            attributes.add(node.attr)
+        todo += [child for child in ast.iter_child_nodes(node) if not isinstance(child, ast.stmt)]
+    return list(dict.fromkeys(names)), attributes
+
+
+def _size(value: Any) -> str:
+    if isinstance(value, (torch.Tensor, np.ndarray)):
+        return f'of shape {tuple(value.shape)}'
+    return f'of length {len(value)}' if isinstance(value, (tuple, list)) else ''
+
+
 def _refused(build: Build, error: BaseException, last: Frame) -> str:
     """What the class itself, or whoever reads the field, says."""
     if build.part is None:
@@ -327,9 +423,9 @@ def _refused(build: Build, error: BaseException, last: Frame) -> str:
     )
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f'{text[:57]}...'
+def _short(value: Any, length: int = 60) -> str:
+    text = value if length > 60 else repr(value)
+    return text if len(text) <= length else f'{text[: length - 3]}...'
 
 
 def _said(error: BaseException) -> str:

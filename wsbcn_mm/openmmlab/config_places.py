@@ -6,8 +6,10 @@ what runs is an object of a class that the config names.
 
 from __future__ import annotations
 
+import ast
 import dis
 import inspect
+import textwrap
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ from types import CodeType
 from typing import Any
 
 import torch
+from mmengine.config import Config
 from mmengine.dataset.base_dataset import Compose
 from mmengine.evaluator import BaseMetric
 from mmengine.fileio import get_file_backend
@@ -34,7 +37,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from wsbcn_mm.openmmlab.compat import unwrapped
-from wsbcn_mm.openmmlab.config import type_name
+from wsbcn_mm.openmmlab.config import HOSTS, type_name
 
 # Keys and positions in lists, from the root of a config: ('model', 'bbox_head', 0, 'norm_cfg').
 Place = tuple[str | int, ...]
@@ -71,6 +74,8 @@ HOLDERS: dict[Any, tuple[str, Registry | None]] = {
 # What mmengine takes out of a loader before torch's class sees the rest.
 OF_LOADERS = ('dataset', 'num_batch_per_epoch', 'disable_subprocess_warning')
 EVALUATORS = ('val_evaluator', 'test_evaluator')
+# Packages that are as their makers released them.
+RELEASED = ('mmengine', 'mmcv', 'wsbcn_mm', 'torch', *HOSTS)
 
 
 def dotted(place: Place) -> str:
@@ -124,7 +129,32 @@ class Frame:
     code: CodeType
     names: dict[str, Any]
     module: str
+    line: int
     raises: bool = False
+
+    @property
+    def is_released(self) -> bool:
+        """Whether it is no code of the user."""
+        return self.module.partition('.')[0] in RELEASED
+
+    def function(self) -> ast.AST | None:
+        """What its code was made of, with the lines of the file; None without source."""
+        try:
+            lines, first = inspect.getsourcelines(self.code)
+            tree = ast.parse(textwrap.dedent(''.join(lines)))
+        except (OSError, SyntaxError):  # no file; a part of an expression
+            return None
+        return ast.increment_lineno(tree, max(first, 1) - 1)
+
+    def statement(self) -> ast.stmt | None:
+        """What was being done, the innermost statement of its line."""
+        found = [
+            node
+            for node in ast.walk(self.function() or ast.Module([], []))
+            if isinstance(node, ast.stmt)
+            and node.lineno <= self.line <= (node.end_lineno or self.line)
+        ]
+        return found[-1] if found else None  # outer ones come first
 
 
 def frames_of(error: BaseException) -> list[Frame]:
@@ -135,7 +165,9 @@ def frames_of(error: BaseException) -> list[Frame]:
         # mmengine raises another error in the place of a hook's TypeError.
         found += list(traceback.walk_tb(error.__context__.__traceback__))[1:]
         position = _last_position(error.__context__)
-    frames = [Frame(f.f_code, f.f_locals, str(f.f_globals.get('__name__'))) for f, _ in found]
+    frames = [
+        Frame(f.f_code, f.f_locals, str(f.f_globals.get('__name__')), line) for f, line in found
+    ]
     if frames:
         frames[-1].raises = frames[-1].code.co_code[position] == dis.opmap['RAISE_VARARGS']
     return frames
@@ -156,7 +188,7 @@ def builds_of(root: dict, frames: list[Frame]) -> list[Build]:
         own = frame.names.get('self')
         if isinstance(own, nn.Module) and all(build.runs for build in builds):
             build = _module(root, names.get(id(own), ''), frames)
-        elif frame.module.startswith(('mm', 'wsbcn_mm')):
+        elif frame.is_released:
             build = _build_of(root, builds[-1].place if builds else (), frame)
         else:
             build = None
@@ -176,7 +208,7 @@ def _build_of(root: dict, outer: Place, frame: Frame) -> Build | None:
         return _part(root, outer, names.get(name), registry, names)
     if code.co_name in STEPS and of_mmengine:
         place, kind = STEPS[code.co_name]
-        part = _at(root, place)
+        part = value_at(root, place, None)
         return Build(place, part, kind, given=tuple(part) if isinstance(part, dict) else ())
     if code.co_name == 'build_dataloader' and isinstance(names.get('dataloader'), dict):
         return _loader(root, names['dataloader'])
@@ -192,7 +224,9 @@ def _build_of(root: dict, outer: Place, frame: Frame) -> Build | None:
         return Build(('optim_wrapper',), part, type(own))
     if isinstance(own, Hook):
         return _object(root, own, ('custom_hooks', 'default_hooks'))
-    return _object(root, own, EVALUATORS) if isinstance(own, BaseMetric) else None
+    if isinstance(own, BaseMetric):
+        return _object(root, own, EVALUATORS)
+    return None if isinstance(own, nn.Module) else _object(root, own, ('model',))
 
 
 def _part(
@@ -203,7 +237,7 @@ def _part(
     known = kind
     if isinstance(kind, str):
         known = None if registry is None else registry.get(kind)
-    place = _place_of(root, part, outer)
+    place = place_of(root, part, outer)
     if place is None and isinstance(kind, str) and known is None:
         # A name alone, of which mmengine makes a dict.
         named = [place for place, value in walk(root, ()) if value == kind]
@@ -213,12 +247,12 @@ def _part(
     passed = [names[n] for n in ('args', 'cfg_') if isinstance(names.get(n), dict)]
     given = (passed or [part])[0] if isinstance(part, dict) else ()
     given = tuple(k for k in given if k not in ('type', '_scope_'))
-    return Build(place, _at(root, place), known, registry, given)
+    return Build(place, value_at(root, place), known, registry, given)
 
 
 def _loader(root: dict, part: dict) -> Build | None:
     """A data loader, or what in it has an unknown name."""
-    place = _place_of(root, part, ())
+    place = place_of(root, part, ())
     if place is None:
         return None
     for key in ('collate_fn', 'worker_init_fn'):
@@ -226,7 +260,7 @@ def _loader(root: dict, part: dict) -> Build | None:
         if isinstance(kind, str) and FUNCTIONS.get(kind) is None:
             return Build((*place, key), part[key], None, FUNCTIONS)
     given = tuple(k for k in part if k not in OF_LOADERS)
-    return Build(place, _at(root, place), DataLoader, None, given)
+    return Build(place, value_at(root, place), DataLoader, None, given)
 
 
 def names_of_modules(frames: list[Frame]) -> dict[int, str]:
@@ -247,7 +281,7 @@ def _module(root: dict, name: str, frames: list[Frame]) -> Build | None:
     module: Any = next(m for m in modules if isinstance(m, nn.Module))
     module = unwrapped(module)
     for key in name.split('.') if name else ():
-        inner = _at(part, (int(key) if key.isdigit() else key,))
+        inner = value_at(part, (int(key) if key.isdigit() else key,), None)
         if not isinstance(inner, (dict, list)):
             break
         module, part = getattr(module, key), inner
@@ -256,32 +290,45 @@ def _module(root: dict, name: str, frames: list[Frame]) -> Build | None:
 
 
 def _object(root: dict, own: object, fields: tuple[str, ...]) -> Build | None:
-    """What was built from a dict of these fields and runs, by its class."""
+    """What was built from a dict of these fields and runs, by its class and what it has."""
     for place, value in walk({key: root.get(key) for key in fields}, ()):
-        if isinstance(value, dict) and type_name(value) == type(own).__name__:
+        is_it = isinstance(value, dict) and type_name(value) == type(own).__name__
+        if is_it and all(getattr(own, key, item) == item for key, item in value.items()):
             return Build(place, value, type(own), runs=True)
     return None
 
 
-def _at(root: Any, place: Place) -> Any:
+def value_at(root: Any, place: Place, *default: Any) -> Any:
+    """What a config holds at a place.
+
+    Args:
+        root: The config, or a part of it.
+        place: Keys and positions from there.
+        *default: What there is otherwise, at most one.
+
+    Raises:
+        KeyError, IndexError, TypeError: there is no such place, and no default.
+    """
+    if isinstance(root, Config):  # which has no `in`
+        root = root._cfg_dict
     for key in place:
-        if isinstance(root, dict):
-            root = root.get(key)
-        elif isinstance(root, (list, tuple)) and isinstance(key, int) and key < len(root):
+        try:
             root = root[key]
-        else:
-            return None
+        except (KeyError, IndexError, TypeError):
+            if default:
+                return default[0]
+            raise
     return root
 
 
-def _place_of(root: dict, part: Any, outer: Place) -> Place | None:
+def place_of(root: dict, part: Any, outer: Place) -> Place | None:
     """Where a part that a host has in hands stands; what is added on the way does not count.
 
     Below ``outer`` first. What is no dict is looked for there alone, as what it holds itself.
     """
     found: list[tuple[int, Place]] = []
     for base in dict.fromkeys((outer, ())):
-        for place, value in walk(_at(root, base), base):
+        for place, value in walk(value_at(root, base, None), base):
             if not isinstance(part, dict):
                 if base and len(place) == len(base) + 1 and value is not None and value == part:
                     return place

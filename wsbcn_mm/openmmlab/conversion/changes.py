@@ -8,17 +8,9 @@ from typing import Any
 
 from mmengine.config import Config, ConfigDict
 
-from wsbcn_mm.openmmlab.config_places import Place, dotted
+from wsbcn_mm.openmmlab.config_places import Place, dotted, value_at
 
 DEFAULT = '(default)'
-
-
-def value_at(cfg: Config, place: Place) -> Any:
-    """What a config holds at a place; KeyError or IndexError where there is no such place."""
-    value = cfg._cfg_dict  # Config itself has no `in`
-    for key in place:
-        value = value[key]
-    return value
 
 
 @dataclass(frozen=True)
