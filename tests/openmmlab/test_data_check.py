@@ -90,6 +90,7 @@ RIGHT = {
     'class agnostic': (Data(), model_of(mask_head=Head(1, class_agnostic=True))),
     'no classes known': (Data(classes=None), model_of(0)),
     'masks': (Data(masks=[mask(0, 1, 255)]), model_of()),
+    'no labels to test with': (Data(masks=[mask(255)]), model_of()),
     'objects are rare': (Data(masks=[mask(0, 255)] * 20 + [mask(0, 1)]), model_of()),
     'another label is ignored': (Data(masks=[mask(0, 9)]), model_of(head=Head(2, ignore_index=9))),
     'label zero reduced': (
@@ -140,6 +141,7 @@ WRONG = {
         model_of(),
         '(?s)with reduce_zero_label=True.*class 0 and "ignore" alone.*reduce_zero_label=False',
     ),
+    'ignored alone': (Data(masks=[mask(255)] * 12), model_of(), 'hold 255 alone.*to learn'),
     '0 and 255': (Data(masks=[mask(0, 255)] * 12), model_of(), '0 and 255 alone'),
 }
 
@@ -149,7 +151,7 @@ def test_what_cannot_be_meant_is_said(case, tmp_path):
     dataset, model, words = WRONG[case]
     dataset.in_folder(tmp_path)
     with pytest.raises(DataError, match=words):
-        check_dataset(dataset, model)
+        check_dataset(dataset, model, learned=True)
 
 
 def test_the_hook_looks_below_the_wrappers_and_at_every_loop():

@@ -336,12 +336,8 @@ def _stopped_at_settings(
     if statement is None or not (last.is_released or last.raises):
         return None
     names, attributes = _names_of(statement)
-    keys = (
-        [k for k in build.part if k in {*names, *attributes}]
-        if isinstance(build.part, dict)
-        else []
-    )
-    found = [((*build.place, key), build.part[key]) for key in keys]
+    used, part = {*names, *attributes}, build.part if isinstance(build.part, dict) else {}
+    found = [((*build.place, key), value) for key, value in part.items() if key in used]
     found = found or _handed_on(root, build, last, names)
     if not found:
         return None
@@ -350,7 +346,7 @@ def _stopped_at_settings(
     return (
         f'{" or ".join(dotted(place) for place, _ in found)}: {build.name} stopped at it\n'
         f'  {_said(error)}\n  got {", ".join(_short(value) for _, value in found)}\n'
-        f'  at {last.module}: {_short(text, 120)}' + (f'\n  with {", ".join(had)}' if had else '')
+        f'  at {last.module}: {_cut(text, 120)}' + (f'\n  with {", ".join(had)}' if had else '')
     )
 
 
@@ -359,7 +355,8 @@ def _handed_on(root: dict, build: Build, last: Frame, names: list[str]) -> list[
     model = list(walk(root.get('model'), ('model',)))
     for name in names:
         value = last.names.get(name)
-        same = [p for p, v in model if p[-1] == name and type(v) is type(value) and v == value]
+        alike = [p for p, v in model if type(v) is type(value) and v == value]
+        same = [p for p in alike if p[-1] == name or isinstance(value, str)]
         if len(same) == 1:
             return [(same[0], value)]
     for name, value in last.names.items():
@@ -372,7 +369,7 @@ def _handed_on(root: dict, build: Build, last: Frame, names: list[str]) -> list[
 def _made_of(name: str, frame: Frame) -> set[str]:
     """A variable of a function, and those that were computed from it."""
     made = {name}
-    for node in ast.walk(frame.function() or ast.Module([], [])):  # in the order of the lines
+    for node in ast.walk(frame.function() or ast.Module([], [])):
         if isinstance(node, ast.Assign):
             used = {n.id for n in ast.walk(node.value) if isinstance(n, ast.Name)}
             if used & made:
@@ -382,7 +379,9 @@ def _made_of(name: str, frame: Frame) -> set[str]:
 
 def _names_of(statement: ast.stmt) -> tuple[list[str], set[str]]:
     """The variables of a statement and the attributes of ``self``; nothing of its body."""
-    names, attributes, todo = [], set(), [statement]
+    names: list[str] = []
+    attributes: set[str] = set()
+    todo: list[ast.AST] = [statement]
     while todo:
         node = todo.pop(0)
         if isinstance(node, ast.Name):
@@ -423,8 +422,11 @@ def _refused(build: Build, error: BaseException, last: Frame) -> str:
     )
 
 
-def _short(value: Any, length: int = 60) -> str:
-    text = value if length > 60 else repr(value)
+def _short(value: Any) -> str:
+    return _cut(repr(value), 60)
+
+
+def _cut(text: str, length: int) -> str:
     return text if len(text) <= length else f'{text[: length - 3]}...'
 
 

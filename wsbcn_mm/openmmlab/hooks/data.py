@@ -36,24 +36,25 @@ class DataCheckHook(Hook):
       shift;
     - a head with fewer classes than the data;
     - masks that are pictures (RGB), that hold labels the config has no class for, or that are 0
-      and 255 alone: 255 means "ignore" (and so does 0, with ``reduce_zero_label``).
+      and 255 alone: 255 means "ignore" (and so does 0, with ``reduce_zero_label``); for training,
+      masks of "ignore" alone.
     """
 
     def before_train(self, runner: Runner) -> None:
         """Looks at the data of training and of validation."""
-        self._check(runner, runner.train_loop, runner.val_loop)
+        self._check(runner, runner.train_loop, learned=True)
+        self._check(runner, runner.val_loop)
 
     def before_test(self, runner: Runner) -> None:
         """Looks at the data of testing."""
         self._check(runner, runner.test_loop)
 
     @staticmethod
-    def _check(runner: Runner, *loops: Any) -> None:
+    def _check(runner: Runner, loop: Any, learned: bool = False) -> None:
         model = unwrapped(runner.model)
-        for loop in loops:
-            loader = getattr(loop, 'dataloader', None)
-            for dataset in _inner(getattr(loader, 'dataset', None)):
-                check_dataset(dataset, model)
+        loader = getattr(loop, 'dataloader', None)
+        for dataset in _inner(getattr(loader, 'dataset', None)):
+            check_dataset(dataset, model, learned)
 
 
 def _inner(dataset: Any) -> Iterator[Any]:
@@ -67,12 +68,13 @@ def _inner(dataset: Any) -> Iterator[Any]:
         yield dataset
 
 
-def check_dataset(dataset: Any, model: nn.Module) -> None:
+def check_dataset(dataset: Any, model: nn.Module, learned: bool = False) -> None:
     """See `DataCheckHook`.
 
     Args:
         dataset: Of mmengine's BaseDataset, or anything else with ``metainfo``.
         model: The model that shall take it.
+        learned: It is trained on: there must be something to learn.
 
     Raises:
         DataError: one sentence with the place and the mend.
@@ -101,7 +103,7 @@ def check_dataset(dataset: Any, model: nn.Module) -> None:
                 f'{name} has num_classes={module.num_classes}, {kind} has {wanted} classes '
                 f'({shown})\n  set num_classes={wanted} there'
             )
-    _check_masks(dataset, len(classes), {IGNORED, *_ignored(model)})
+    _check_masks(dataset, len(classes), {IGNORED, *_ignored(model)}, learned)
 
 
 def _check_names(dataset: Any, classes: list[str]) -> None:
@@ -154,7 +156,7 @@ def _ignored(model: nn.Module) -> Iterator[int]:
             yield number
 
 
-def _check_masks(dataset: Any, num_classes: int, ignored: set[int]) -> None:
+def _check_masks(dataset: Any, num_classes: int, ignored: set[int], learned: bool) -> None:
     read = _mask_reader(dataset)
     if read is None:
         return
@@ -162,10 +164,17 @@ def _check_masks(dataset: Any, num_classes: int, ignored: set[int]) -> None:
     order = np.random.default_rng(0).permutation(len(dataset))[:MANY].tolist()
     for i in itertools.islice(order, FEW):
         seen |= _labels(*read(i), num_classes, ignored)
-    reduced = dataset.reduce_zero_label
+    reduced, more = dataset.reduce_zero_label, iter(order[FEW:])
+    while learned and seen <= ignored and (i := next(more, None)) is not None:
+        seen |= _labels(*read(i), num_classes, ignored)
+    if learned and seen <= ignored:
+        raise DataError(
+            f'the masks of {type(dataset).__name__} ({read(order[0])[0]}, ...) hold '
+            f'{", ".join(map(str, sorted(seen)))} alone, which means "ignore": there is nothing to '
+            'learn\n  write them as class numbers: 0 for the first class, 1 for the second'
+        )
     if reduced and len(order) < ENOUGH:  # 0 and 255 are 1 and 0 in the file: one class of several
         return
-    more = iter(order[FEW:])
     while seen == {0, IGNORED} and (i := next(more, None)) is not None:
         seen |= _labels(*read(i), num_classes, ignored)
     if seen == {0, IGNORED} and num_classes > 1 and reduced:
