@@ -245,7 +245,7 @@ MISTAKES = [
     (
         'model.backbone.nms',
         dict(type='nmss'),
-        r"{0}: BodyOf.*\n  NameError.*nmss.*\n  got \{'type': 'nmss'\}\n  at mmcv.ops.nms: nms_op",
+        r"{0}.type: BodyOf.*\n  NameError.*nmss.*\n  got 'nmss'\n  at mmcv.ops.nms: nms_op",
     ),
     (
         'model.backbone',
