@@ -104,11 +104,11 @@ def _norms(model: nn.Module, images: int, processes: int) -> Iterator[_Hit]:
         if isinstance(module, BatchChannelNorm):
             yield from _batch_channel_norm(name, module, images * processes)
         elif isinstance(module, nn.modules.batchnorm._BatchNorm) and id(module) not in parts:
-            for level, code, *rest in _batch_norm(name, module, images, processes):
+            for level, code, where, why, fix in _batch_norm(name, module, images, processes):
                 if name in vectors and code != 'frozen-bn':
-                    yield level, 'vector-statistics', *rest[:2], OF_VECTORS
+                    yield level, 'vector-statistics', where, why, OF_VECTORS
                 else:
-                    yield level, code, *rest
+                    yield level, code, where, why, fix
 
 
 def _batch_channel_norm(name: str, module: BatchChannelNorm, images: int) -> Iterator[_Hit]:
