@@ -405,6 +405,13 @@ def test_buffers_of_another_dtype_than_the_input():
 
 
 @needs_cpu_kernels
+def test_kernels_that_were_compiled_before_an_entry_came_are_told_by_the_list_of_entries():
+    listed = {entry.partition('(')[0] for entry in schemas.ENTRIES}
+    there = {name for name in dir(cpu.entries) if not name.startswith('_')}
+    assert there == {name for name in listed if '.' not in name}
+
+
+@needs_cpu_kernels
 @pytest.mark.skipif(not Path('/proc/self/statm').exists(), reason='needs Linux')
 def test_memory_is_kept_for_the_next_pass_and_released():
     def resident():

@@ -132,11 +132,17 @@ ENTRIES = (
     'weight_standardize(weight, eps, formula)',
     'weight_standardize_all(weights, eps, formula, dtype, one_pass) -> StandardizedWeights',
     'StandardizedWeights.take(index, weight)',
+    'StandardizedWeights.use(index)',
+    'find(held, used, frame, layer)',
+    'note_change()',
     'state(weight, one_pass)',
     'joins(weight, other)',
     'join(w_hat, weight)',
 )
-"""What layers call directly; see nodes/python.cpp and nodes/standardized_weights.cpp."""
+"""What layers call directly; see nodes/python.cpp and nodes/standardized_weights.cpp.
+
+`batch_channel_norm` asks itself whether activation checkpointing may be at work.
+"""
 
 
 def mark() -> bytes:
