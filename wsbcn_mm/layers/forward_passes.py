@@ -179,7 +179,8 @@ class ForwardPasses(nn.GroupNorm):
         assert tracked is not None
         mean, var = compiled.observe(
             input,
-            running._replace(num_batches_tracked=tracked),
+            # Not _replace, which torch.compile cannot look into on torch 2.6.
+            Running(running.mean, running.var, running.counts, tracked),
             self._steps,
             self._momentum(),
             from_batch,
