@@ -79,8 +79,10 @@ def channel_statistics(
     ACC: tl.constexpr = mean.dtype.element_ty
     width = channels // groups
     if STATISTICS != 'running' and num_batches_tracked is not None:
-        first = tl.program_id(0) == 0  # an update has one program for each group
-        tl.store(num_batches_tracked, tl.load(num_batches_tracked) + 1, first)
+        # An update has one program for each group. Not a mask: Triton 3.2's interpreter does not
+        # look at one of a single value.
+        if tl.program_id(0) == 0:
+            tl.store(num_batches_tracked, tl.load(num_batches_tracked) + 1)
     for start in range(0, width, BLOCK_C):
         i = start + tl.arange(0, BLOCK_C)
         inside = i < width
