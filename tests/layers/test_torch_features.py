@@ -9,7 +9,12 @@ from torch.nn.utils import parametrize, prune
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils import mkldnn
 
-from wsbcn_mm import BatchChannelNorm2d, WSConv2d, WSConvTranspose2d
+from wsbcn_mm import (
+    BatchChannelNorm2d,
+    WSConv2d,
+    WSConvTranspose2d,
+    standardize_once_per_forward,
+)
 from wsbcn_mm.layers.subclasses import standardized_copy
 
 X = torch.randn(2, 8, 5, 5, generator=torch.Generator().manual_seed(1)).double() + 1
@@ -39,6 +44,19 @@ def test_averaged_models_have_averaged_statistics():
             expected = expected.lerp(mean, 0.5 if settings else 1 / (i + 1))
         same(average.module.bn.running_mean, expected)
         assert average.module.bn.weight is average.module.batch_weight
+
+
+@pytest.mark.parametrize('scope', [False, True])
+def test_weights_that_are_edited_before_the_backward_pass_are_refused(scope):
+    model = nn.Sequential(WSConv2d(8, 8, 3), WSConv2d(8, 8, 3)).double()
+    if scope:
+        standardize_once_per_forward(model)
+    with torch.autograd.graph.allow_mutation_on_saved_tensors():
+        loss = model(X).square().sum()
+        with torch.no_grad():
+            model[0].weight.mul_(2)
+        with pytest.raises(RuntimeError, match='modified by an inplace operation'):
+            loss.backward()
 
 
 def test_pruned_and_parametrized_scales():

