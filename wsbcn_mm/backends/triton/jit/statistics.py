@@ -78,7 +78,7 @@ def channel_statistics(
     """
     ACC: tl.constexpr = mean.dtype.element_ty
     width = channels // groups
-    if STATISTICS != 'running' and num_batches_tracked is not None:
+    if STATISTICS != 'running' and num_batches_tracked is not None:  # noqa: SIM102  when compiled
         # An update has one program for each group. Not a mask: Triton 3.2's interpreter does not
         # look at one of a single value.
         if tl.program_id(0) == 0:
