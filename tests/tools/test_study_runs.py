@@ -150,6 +150,7 @@ def test_the_detector_begins_with_a_pretrained_backbone(tmp_path, monkeypatch):
     from mmengine.runner import Runner
 
     from wsbcn_mm import shapes
+    from wsbcn_mm.estimates import layers_of
 
     grid = grids.load(STUDY / 'grids/study.yaml')
     cell = grids.Cell('nuclei_pretrained', 'frozen BN, BCN + WS in the head', 1)
@@ -162,13 +163,30 @@ def test_the_detector_begins_with_a_pretrained_backbone(tmp_path, monkeypatch):
     monkeypatch.setattr(detection, 'draw_dataset', lambda root: None)
     run['dataset'] = 'shapes_instances'
     run['arguments'].update(
-        root=str(tmp_path / 'shapes/coco'), images=2, val_images=1, test_images=1
+        root=str(tmp_path / 'shapes/coco'), images=4, val_images=1, test_images=1
     )
+    # A row's options come last, the estimates may be frozen on the way.
+    run['options'] = {
+        'model.roi_head.mask_head.norm_cfg': dict(_delete_=True, type='GN', num_groups=8)
+    }
     cfg = detection.config(run, tmp_path, weights)
     for split in ('train', 'val', 'test'):
         cfg[f'{split}_dataloader'].dataset.type = 'CocoDataset'  # ours draws what is missing
     runner = Runner.from_cfg(cfg)
+    recorder = detection.Recorder(4)
+    runner.register_hook(recorder)
+    runner.register_hook(detection.FreezeEstimates(1))
     runner.train()
+    norms = {type(m).__name__ for m in runner.model.roi_head.mask_head.modules()}
+    assert 'GroupNorm' in norms and 'BatchChannelNorm2d' not in norms
+    seen = {m.bn.num_batches_tracked.item() for m in layers_of(runner.model).values()}
+    assert seen == {1}
+    parts = {'loss', 'loss_rpn_cls', 'loss_rpn_bbox', 'loss_cls', 'loss_bbox', 'loss_mask'}
+    assert {*recorder.curve} == {'step', *parts}
+    losses = detection.trained_losses(runner, runner.model)
+    assert {*losses['crops']} == {*losses['images']} == parts
+    for found in (*losses.values(), {k: v[-1] for k, v in recorder.curve.items()}):
+        assert found['loss'] == pytest.approx(sum(found[part] for part in parts - {'loss'}))
     after = runner.model.backbone.state_dict()
     assert list(after) == list(weights)
     changed = {key for key, value in after.items() if not value.equal(weights[key])}

@@ -18,6 +18,7 @@ matplotlib.use('Agg')
 import matplotlib.pyplot as plt  # noqa: E402
 from diagnosis_page import OTHER, THIS, plot_channels, plot_singularities  # noqa: E402
 from experiments import grid as grids  # noqa: E402
+from instances_page import AGAINST, gaps_table, plot_losses  # noqa: E402
 from matplotlib.artist import Artist  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
@@ -424,6 +425,14 @@ def main(arguments: list[str] | None = None) -> None:
         text += (
             f'\n## Along the training: {record["task"]}, {record["images_per_step"]} image(s) per '
             f'step, lr {record["lr"]:g}\n\nMeans over the second half:\n\n{trace_table(record)}\n'
+        )
+    instances = Study(HERE / 'grids' / 'instances.yaml', args.results)
+    for task in instances.tasks():
+        rows = {r: instances.records(grids.Cell(task, r, 1)) for r in instances.rows(task)}
+        plot_losses(rows, out / f'{task}.png')
+        text += (
+            f'\n## {task}: each row against {AGAINST}\n\nLosses of the trained model over the '
+            f'whole held-out images:\n\n{gaps_table(rows)}\n'
         )
     # What analysis_tools/diagnose.py measured on two models.
     pages = [Path(args.results) / f'diagnose_{name}.json' for name in ('gn', 'ws-bcn')]

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import io
 import json
+import math
 import tempfile
 import time
 from collections.abc import Callable
@@ -11,30 +12,34 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from mmengine.config import Config
+from mmengine.dataset import pseudo_collate
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from torch import Tensor
 
 from experiments import loop
 from wsbcn_mm.diagnostics import ActivationObserver, singularities
+from wsbcn_mm.estimates import layers_of
 from wsbcn_mm.openmmlab.config import load_config
 from wsbcn_mm.shapes import draw_dataset
 
 CONFIG = Path(__file__).parents[3] / 'configs/quick/quick_mask-rcnn_r18_fpn_ws-bcn_1xb1_shapes.py'
 DATASETS = ('nuclei', 'shapes_instances')
 CALIBRATION_IMAGES = 100
+LOSS_IMAGES = 60
 
 
 class Recorder(Hook):
-    """Keeps the training loss and the singularity measures."""
+    """Keeps the training losses (their sum and each of them) and the singularity measures."""
 
     priority = 'LOW'
 
     def __init__(self, steps: int) -> None:
         self.steps, self.diverged = steps, False
-        self.losses: list[float] = []
+        self.losses: dict[str, list[float]] = {}
         self.curve: dict[str, list[float]] = {'step': [], 'loss': []}
         self.watched: dict[str, list[float]] = {'step': []}
         self._observer: ActivationObserver | None = None
@@ -52,13 +57,29 @@ class Recorder(Hook):
             for name, value in singularities(self._observer.layers()).items():
                 self.watched.setdefault(name, []).append(value)
             self._observer = None
-        self.losses.append(outputs['loss'].item())
-        self.diverged |= not torch.isfinite(torch.tensor(self.losses[-1])).item()
+        for name in outputs:
+            if name.startswith('loss'):
+                self.losses.setdefault(name, []).append(outputs[name].item())
+        self.diverged |= not math.isfinite(self.losses['loss'][-1])
         step = runner.iter + 1
         if step * loop.CURVE_POINTS % self.steps < loop.CURVE_POINTS or step == self.steps:
             self.curve['step'].append(step)
-            self.curve['loss'].append(sum(self.losses) / len(self.losses))
-            self.losses = []
+            for name, values in self.losses.items():
+                self.curve.setdefault(name, []).append(sum(values) / len(values))
+            self.losses = {}
+
+
+class FreezeEstimates(Hook):
+    """From a step on, BCN layers normalise in training with the estimates as they are."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
+        """Their channel stages go to evaluation, as those that ``norm_eval`` freezes."""
+        if runner.iter >= self.step:  # the loop calls train() before each step
+            for layer in layers_of(runner.model).values():
+                layer.bn.eval()
 
 
 def config(run: dict, folder: str | Path, weights: dict[str, Tensor] | None = None) -> Config:
@@ -66,7 +87,8 @@ def config(run: dict, folder: str | Path, weights: dict[str, Tensor] | None = No
 
     The task's ``arguments``: ``root``, ``images`` (seen in training), ``val_images`` (choose the
     learning rate), ``test_images`` (reported), for nuclei ``crop``; ``options`` of the config where
-    another network is wanted.
+    another network is wanted. A row may have ``options``, too, which come last,
+    and ``freeze_estimates``, the step from which the estimates stay.
 
     Args:
         run: See `experiments.grid.spec`.
@@ -97,7 +119,8 @@ def config(run: dict, folder: str | Path, weights: dict[str, Tensor] | None = No
         torch.save({f'backbone.{name}': value for name, value in weights.items()}, path)
         cfg.load_from = str(path)
     arguments, count = run['arguments'], run['images_per_step']
-    cfg.merge_from_dict(arguments.get('options', {}))
+    for options in (arguments, run):
+        cfg.merge_from_dict(copy.deepcopy(options.get('options', {})))
     use = _use_nuclei if run['dataset'] == 'nuclei' else _use_shapes
     use(cfg, Path(arguments['root']), arguments, Path(folder))
     cfg.train_dataloader.batch_size = count
@@ -199,8 +222,12 @@ def run(
         runner = Runner.from_cfg(cfg)
         recorder = Recorder(cfg.train_cfg['max_iters'])
         runner.register_hook(recorder)
+        if 'freeze_estimates' in run:
+            runner.register_hook(FreezeEstimates(run['freeze_estimates']))
         runner.train()
+        trained = copy.deepcopy(runner.model)  # an evaluation averages statistics anew
         metrics = {} if recorder.diverged else evaluate(runner, run['images_per_step'])
+        losses = {} if recorder.diverged else trained_losses(runner, trained)
     record = dict(
         run,
         metric='segm mAP',
@@ -209,11 +236,36 @@ def run(
         curve=recorder.curve,
         singularities=recorder.watched,
         metrics=metrics,
+        losses=losses,
         **loop.circumstances(runner.model, started, cpu),
     )
     report(f'{record["metrics"]} in {record["cpu_seconds"]:.1f} s')
     result: Any = loop.plain(record)
     return result
+
+
+@torch.no_grad()
+def trained_losses(runner: Runner, model: Any) -> dict[str, dict[str, float]]:
+    """Losses of the trained model in evaluation mode, over the same images for every row.
+
+    Over training crops (``crops``) and over the whole images that choose the rate (``images``).
+    """
+    model.eval()
+    found: dict[str, dict[str, float]] = {}
+    loaders = dict(crops=runner.train_dataloader, images=runner.val_dataloader)
+    for name, loader in loaders.items():
+        torch.manual_seed(0)  # which anchors and RoIs are sampled
+        np.random.seed(0)  # where crops lie
+        dataset = loader.dataset
+        count = min(LOSS_IMAGES, len(dataset))
+        sums: dict[str, list[float]] = {}
+        for index in range(0, len(dataset), len(dataset) // count):
+            batch = pseudo_collate([dataset[index]])
+            parts = model(**model.data_preprocessor(batch, False), mode='loss')
+            for part, value in model.parse_losses(parts)[1].items():
+                sums.setdefault(part, []).append(value.item())
+        found[name] = {part: sum(v) / len(v) for part, v in sums.items() if part != 'acc'}
+    return found
 
 
 def evaluate(runner: Runner, images_per_step: int) -> dict[str, float]:
