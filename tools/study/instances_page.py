@@ -54,8 +54,11 @@ def plot_losses(rows: Rows, target: Path) -> None:
             means = [statistics.mean(values) for values in zip(*curves)]
             steps = records[0]['curve']['step'][WINDOW - 1 :]
             runs = f'{len(records)} run{"s" * (len(records) > 1)}'
-            axis.plot(steps, means, color=f'C{number}', label=f'{row} ({runs})')
+            style = '-' if len(records) > 1 else '--'
+            axis.plot(steps, means, style, color=f'C{number}', label=f'{row} ({runs})')
         axis.set(xlabel='step', ylabel=f'{name} loss, training', yscale='log')
+        for ticks in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+            ticks('{x:.2g}')
         axis.grid(alpha=0.3, which='both')
     handles, names = axes[0].get_legend_handles_labels()
     figure.legend(handles, names, loc='outside lower center', ncols=3, frameon=False)
