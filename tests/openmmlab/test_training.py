@@ -316,6 +316,24 @@ def test_the_rate_follows_the_learning_rate(tmp_path):
     assert rates.tolist() == pytest.approx([0.01] * 30 + [0.001] * 12)  # dropped after epoch 5
 
 
+def test_estimates_are_frozen_after_so_many_iterations(tmp_path):
+    """Averages, too, which get their rate back at the end."""
+    found = []
+    for epochs, after in ((1, None), (2, 6)):
+        runner = make_runner(tmp_path / str(epochs), epochs=epochs)
+        runner.model.neck.momentum = 'cumulative'
+        (hook,) = (h for h in runner.hooks if type(h).__name__ == 'EstimatesHook')
+        hook.freeze_after = after
+        runner.train()
+        assert runner.model.neck.momentum == 'cumulative'
+        found.append({k: v for k, v in statistics(runner.model).items() if 'running' in k})
+    assert_same(*found)
+    rates = runner.message_hub.get_scalar('train/bcn_rate').data[0]
+    assert (rates[:6] > 0).all() and (rates[6:] == 0).all()
+    with pytest.raises(ValueError, match='freeze_after must be at least 0, or None'):
+        type(hook)(freeze_after=-1)
+
+
 def two_ranks(rank, folder):
     logging.disable(logging.WARNING)
     torch.distributed.init_process_group('gloo')

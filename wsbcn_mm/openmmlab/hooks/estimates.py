@@ -40,7 +40,7 @@ class EstimatesHook(Hook):
       with ``sync='step'``. The running counters of their BatchNorms may differ between ranks.
     - Before each iteration, the rate (``momentum``) of every layer in estimate mode:
       `wsbcn_mm.estimates.rate_of_step` of the rate in the config. Logged as ``bcn_rate`` (of the
-      first layer). Layers with ``momentum='cumulative'`` keep it.
+      first layer). Layers with ``momentum='cumulative'`` keep it until ``freeze_after``.
     - Every ``interval`` iterations, before each checkpoint and at the end: a warning that names the
       layers whose updates were left out because they were not finite; each layer once.
 
@@ -61,9 +61,13 @@ class EstimatesHook(Hook):
             height and width are: clips are counted. ``'ranks'``: of a step of one rank. None: of
             the whole step.
         interval: Iterations between looks at what was left out; each waits for the device once.
+        freeze_after: Iterations after which the estimates stay as they are, in estimate mode: their
+            rate is 0. None: they follow the weights to the end. See docs/which_norm.md for where it
+            helped. Evaluate with these estimates: the weights have learned with them, and
+            statistics that are measured anew (`PreciseStatsHook`) are others.
 
     Raises:
-        ValueError: an unknown schedule or scale, an interval below 1.
+        ValueError: an unknown schedule or scale, an interval below 1, a negative freeze_after.
     """
 
     priority = 'HIGH'
@@ -74,13 +78,16 @@ class EstimatesHook(Hook):
         warmup: bool = False,
         scale: str | None = 'images',
         interval: int = 50,
+        freeze_after: int | None = None,
     ) -> None:
         check_choice(schedule, SCHEDULES, 'schedule')
         check_choice(scale, SCALES, 'scale')
         if interval < 1:
             raise ValueError(f'interval must be at least 1\n  got {interval!r}')
+        if freeze_after is not None and freeze_after < 0:
+            raise ValueError(f'freeze_after must be at least 0, or None\n  got {freeze_after!r}')
         self.schedule, self.warmup, self.scale = schedule, warmup, scale
-        self.interval = interval
+        self.interval, self.freeze_after = interval, freeze_after
         self._told: set[str] = set()
 
     def before_run(self, runner) -> None:
@@ -102,12 +109,12 @@ class EstimatesHook(Hook):
             tuple[BatchChannelNorm, Any, float, int | None, torch.Tensor | None]
         ] = []
         for layer in layers:
-            if layer.mode == 'estimate' and layer.momentum != 'cumulative':
+            if layer.mode == 'estimate':
                 ranks = 1 if layer.sync is None else world
                 images = {'ranks': ranks, 'images': batch * ranks, None: 1}[self.scale]
                 seen = int(layer.bn.num_batches_tracked) if self.warmup else None
                 # A number that changes would be compiled anew each time.
-                tensor = torch.tensor(layer.momentum, dtype=torch.float64) if compiled else None
+                tensor = torch.zeros((), dtype=torch.float64) if compiled else None
                 self._layers.append((layer, layer.momentum, images, seen, tensor))
         if not layers:
             print_log(
@@ -133,6 +140,7 @@ class EstimatesHook(Hook):
     def before_train_iter(self, runner, batch_idx: int, data_batch=None) -> None:
         """Sets the rates of this step."""
         done = runner.iter - self._start
+        frozen = self.freeze_after is not None and runner.iter >= self.freeze_after
         ratio = 1.0
         if self.schedule == 'lr':
             group = runner.optim_wrapper.param_groups[0]
@@ -140,8 +148,13 @@ class EstimatesHook(Hook):
         frames = samples_of_a_clip(data_batch) if self._has_clips else 1
         for layer, rate, images, seen, tensor in self._layers:
             images *= frames
-            goal = rate_of_step(rate, images, None, ratio)
-            now = goal if seen is None else rate_of_step(rate, images, seen + done, ratio)
+            if frozen:
+                goal = now = 0.0
+            elif rate == 'cumulative':
+                continue
+            else:
+                goal = rate_of_step(rate, images, None, ratio)
+                now = goal if seen is None else rate_of_step(rate, images, seen + done, ratio)
             if tensor is not None:
                 tensor.fill_(now)
             layer.bn.momentum = None if now > goal else now if tensor is None else tensor
@@ -161,7 +174,7 @@ class EstimatesHook(Hook):
     def after_train(self, runner) -> None:
         """Gives the layers their rates back; says what was left out."""
         for layer, rate, *_ in self._layers:
-            layer.bn.momentum = rate
+            layer.bn.momentum = None if rate == 'cumulative' else rate
         self._report(runner)
 
     def _report(self, runner) -> None:
