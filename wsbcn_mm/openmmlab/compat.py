@@ -29,7 +29,6 @@ import functools
 import importlib
 import re
 import sys
-import traceback
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -37,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from wsbcn_mm.layers import BatchChannelNorm, WeightStandardized
-from wsbcn_mm.openmmlab import checkpoints, stand_ins, torchvision_ops
+from wsbcn_mm.openmmlab import checkpoints, reading, stand_ins, torchvision_ops
 
 # import name -> (oldest version that works, how to get the one we test with)
 PACKAGES = {
@@ -155,33 +154,11 @@ def name_the_file_of_a_failed_transform() -> None:
                 raise
             raise DataError(
                 f'reading {" or ".join(files)} failed: {type(error).__name__}: {error}\n'
-                f'  {_mend_of_transform(self.transforms, error)}'
+                f'  {reading.mend_of(self.transforms, error, data)}'
             ) from error
 
     call.names_the_file = True  # type: ignore[attr-defined]
     Compose.__call__ = call
-
-
-def _mend_of_transform(transforms: list[Any], error: Exception) -> str:
-    """What to do about a transform that failed: the one of those in whose code the error is."""
-    from mmengine.fileio import get_file_backend
-
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    if isinstance(error, ImportError) or any(
-        frame.f_code is get_file_backend.__code__ for frame in frames
-    ):
-        return (
-            'backend_args names a storage that is not installed or not known: install what it '
-            'needs, or set backend_args=None to read files from the disk'
-        )
-    inside = [frame.f_locals.get('self') for frame in frames]
-    step = next((t for t in transforms if any(t is other for other in inside)), None)
-    name = type(step).__name__
-    if isinstance(error, KeyError) and error.args == ('mask',):  # mmdet leaves it out
-        return 'an object in it has no segmentation, or an empty one: add it, or take it out'
-    if step is None or name.startswith('Load'):
-        return 'restore the file, or take it out of the dataset'
-    return f'it failed in {name}: correct its arguments in the pipeline, or take the file out'
 
 
 def say_where_no_image_is() -> None:

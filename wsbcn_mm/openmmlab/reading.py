@@ -1,0 +1,158 @@
+"""Why a file of data could not be read, and what to do: said after a transform has failed."""
+
+import difflib
+import os
+import re
+import traceback
+from pathlib import Path
+from typing import Any
+
+FEW = 2000  # names among which a similar one is looked for
+POLYGONS = 'a list of polygons, [[x1, y1, x2, y2, x3, y3, ...]]'
+
+
+def mend_of(transforms: list[Any], error: Exception, data: dict[str, Any]) -> str:
+    """What to do about a pipeline that failed.
+
+    Args:
+        transforms: The steps; the one that failed is that in whose code the error is.
+        error: What it raised.
+        data: What the first step was given.
+    """
+    from mmengine.fileio import get_file_backend
+
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    path = str(data.get('img_path') or data.get('filename') or '')
+    if '://' in path and isinstance(error, (KeyError, FileNotFoundError)):
+        return (
+            'the name is an address, and files are read: download the images, and write their '
+            'names below data_prefix'
+        )
+    if isinstance(error, FileNotFoundError) and error.filename:
+        return missing(str(error.filename), data)
+    if isinstance(error, ImportError) or any(
+        frame.f_code is get_file_backend.__code__ for frame in frames
+    ):
+        return (
+            'backend_args names a storage that is not installed or not known: install what it '
+            'needs, or set backend_args=None to read files from the disk'
+        )
+    inside = [frame.f_locals.get('self') for frame in frames]
+    step = next((t for t in transforms if any(t is other for other in inside)), None)
+    name = type(step).__name__
+    if 'Annotations' in name and (wrong := _wrong_object(data)):
+        return wrong
+    if step is None or name.startswith('Load') or name.endswith(('Init', 'Decode')):
+        file = data.get('seg_map_path') if 'Annotations' in name else path
+        damage = damage_of(file) if isinstance(file, str) else None
+        where = '' if damage is None else f'{file} {damage}: '
+        return f'{where}restore the file, or take it out of the dataset'
+    return f'it failed in {name}: correct its arguments in the pipeline, or take the file out'
+
+
+def missing(path: str, data: dict[str, Any] | None = None) -> str:
+    """What may be meant by a file that does not exist.
+
+    Args:
+        path: The file.
+        data: What the data set says of it, where more is known.
+    """
+    folder, name = os.path.split(path)
+    frames = (data or {}).get('total_frames')
+    if frames is not None and os.path.isdir(folder):
+        return (
+            f'the list says {frames} frames, called {(data or {}).get("filename_tmpl")}, and the '
+            f'folder has {len(os.listdir(folder))} files: write "FOLDER FRAMES LABEL", or set '
+            'filename_tmpl'
+        )
+    if '\\' in path:
+        return 'the name has a backslash: write / between folders, which every system reads'
+    if '\ufeff' in path:
+        return 'its list begins with a byte order mark: save it as UTF-8 without one'
+    if not os.path.isdir(folder or '.'):
+        there = next((p for p in Path(folder).parents if p.is_dir()), None)
+        return (
+            f'there is no folder {folder}'
+            + (f', and there is {there}' if there else '')
+            + ': names in the annotations are those below data_root and data_prefix'
+        )
+    if os.path.islink(path):
+        return f'it is a link to {os.readlink(path)}, which does not exist: restore that'
+    stem, suffix = os.path.splitext(name)
+    if not stem.strip('.') or name.startswith('.'):
+        return 'a name in its list is empty: take the empty line out'
+    near = _near(stem, suffix, os.listdir(folder or '.'))
+    if near:
+        return f'did you mean {" or ".join(near)}? Names, and suffixes, as the files have them'
+    return 'restore the file, or take it out of the dataset'
+
+
+def _near(stem: str, suffix: str, names: list[str]) -> list[str]:
+    """The files that a name may stand for: another suffix, other letters' case, a slip."""
+    wanted = (stem + suffix).lower()
+    same = [n for n in names if n.lower() in (wanted, stem.lower())]
+    same = same or [n for n in names if os.path.splitext(n)[0] in (stem, stem + suffix)]
+    if same or len(names) > FEW:
+        return same[:3]
+    # 002.png is no slip for 001.png.
+    numbers = re.findall(r'\d+', stem)
+    alike = [n for n in names if re.findall(r'\d+', os.path.splitext(n)[0]) == numbers]
+    return difflib.get_close_matches(stem + suffix, alike, n=3, cutoff=0.8)
+
+
+def damage_of(path: str) -> str | None:
+    """What keeps a file from being an image that everybody reads; None where nothing is known."""
+    if not os.path.isfile(path):
+        return 'is a folder' if os.path.isdir(path) else None
+    if os.path.getsize(path) == 0:
+        return 'is empty'
+    with open(path, 'rb') as file:
+        start = file.read(16)
+    if start.isascii() and start.strip()[:1] in (b'<', b'{', b'v'):  # a page, JSON, Git LFS
+        return f'is text that begins with {start.decode().strip()!r}'
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            kind = f'{image.format} image of mode {image.mode}'
+            image.load()
+    except UnidentifiedImageError:
+        return None
+    except (OSError, ValueError, SyntaxError, EOFError) as error:
+        return f'is damaged ({error})'
+    return f'is a {kind}, which this pipeline does not read'
+
+
+def _wrong_object(data: dict[str, Any]) -> str | None:
+    """The first object of an image whose mask MMDetection does not read."""
+    size = data.get('ori_shape') or (data.get('height'), data.get('width'))
+    for number, instance in enumerate(data.get('instances') or []):
+        wrong = wrong_mask(instance.get('mask'), list(size))
+        if wrong:
+            return (
+                f'object {number} of it, at bbox {instance.get("bbox")}: its segmentation {wrong}\n'
+                f'  write {POLYGONS}, or an RLE of the size of the image, or take the object out'
+            )
+    return None
+
+
+def wrong_mask(mask: Any, size: list[Any]) -> str | None:
+    """What is wrong with a segmentation of COCO's format; None where nothing is.
+
+    Args:
+        mask: Polygons or an RLE.
+        size: (height, width) of the image.
+    """
+    if not mask:
+        return 'is missing or empty'
+    if isinstance(mask, dict):
+        if list(mask.get('size', ())) != size and None not in size:
+            return f'is an RLE of size {mask.get("size")}, and the image has {size}'
+        return None
+    if not isinstance(mask, list):
+        return f'is a {type(mask).__name__}'
+    if not isinstance(mask[0], list):
+        return 'is one list of numbers, not a list of such lists'
+    if any(not isinstance(x, (int, float)) for polygon in mask for x in polygon):
+        return 'holds something else than numbers'
+    return None
