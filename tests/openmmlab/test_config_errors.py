@@ -223,6 +223,8 @@ MISTAKES = [
     (f'{LOADER}.batch_size', '2', "{0} must be a number\n  got '2'"),
     (f'{LOADER}.batch_size', (2,), r'{0} must be a number\n  got \(2,\): a comma'),
     (f'{LOADER}.dataset.pipeline', [(dict(type='RandomFlip'),)], r'(?s){0} .*\[0\]: a comma'),
+    (f'{LOADER}.dataset.ann_file', ['a', 'b'], '{0} must be a text\n  got '),
+    (f'{LOADER}.dataset.data_prefix', 'images', '{0} must be a dict such as '),
     ('train_cfg.max_iters', '1', '{0} must be a number'),
     ('train_cfg.val_interval', '1', '{0} must be a number'),
     (

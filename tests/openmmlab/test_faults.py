@@ -13,11 +13,12 @@ import torch
 from mmengine.config import Config
 from mmengine.dataset.base_dataset import Compose
 from mmengine.registry import DATASETS, init_default_scope
+from PIL import Image
 
 from tests.openmmlab.test_compat import Harmless, needs_allow_list
 from tests.openmmlab.tiny import make_runner
 from tests.tool import tool
-from wsbcn_mm.openmmlab import command_line, compat, preflight
+from wsbcn_mm.openmmlab import annotations, command_line, compat
 from wsbcn_mm.openmmlab.checkpoints import CheckpointRefused
 
 QUICK = 'configs/quick/quick_mask-rcnn_r18_fpn_ws-bcn_1xb1_shapes.py'
@@ -61,14 +62,71 @@ def test_an_unreadable_mask_is_named(picture, content):
         pipeline(data)
 
 
-def test_an_object_without_a_segmentation_is_said(picture):
+POLYGON = [1, 1, 5, 1, 5, 5]
+
+
+@pytest.mark.parametrize(
+    'mask, words',
+    [
+        ({}, 'is missing or empty'),
+        (POLYGON, 'is one list of numbers'),
+        ('[[1, 1, 5, 1, 5, 5]]', 'is a str'),
+        ([[[1, 1]] * 6], 'holds something else than numbers'),
+        (dict(size=[50, 40], counts=[2000]), r'is an RLE of size \[50, 40\], and the image'),
+        ([POLYGON], None),
+        (dict(size=[40, 50], counts=[2000]), None),
+    ],
+)
+def test_a_segmentation_that_is_none_is_said(picture, mask, words):
     init_default_scope('mmdet')
     pipeline = Compose([dict(type='LoadAnnotations', with_mask=True)])
-    instance = dict(bbox=[0, 0, 9, 9], bbox_label=0, ignore_flag=0)
-    data = dict(img_path=str(picture), instances=[instance], ori_shape=(40, 50))
+    whole = dict(bbox=[0, 0, 9, 9], bbox_label=0, ignore_flag=0, mask=[POLYGON])
+    wrong = {k: v for k, v in dict(whole, mask=mask).items() if v}
+    wrong |= dict(bbox_label=0, ignore_flag=0)
+    data = dict(img_path=str(picture), instances=[whole, wrong], ori_shape=(40, 50))
     data |= dict(height=40, width=50)
-    with pytest.raises(compat.DataError, match='an object in it has no segmentation'):
+    if words is None:
         pipeline(data)
+        return
+    with pytest.raises(compat.DataError, match=f'object 1 of it, .*: its segmentation {words}'):
+        pipeline(data)
+
+
+@pytest.mark.parametrize(
+    'name, words',
+    [
+        ('folder\\a.jpg', 'the name has a backslash: write /'),
+        ('http://somewhere/a.jpg', 'the name is an address'),
+        ('A.JPG', 'did you mean a.jpg?'),
+        ('a', 'did you mean a.jpg?'),
+        ('a.jpg.jpg', 'did you mean a.jpg?'),
+        ('a_1.jpg', 'restore the file'),
+        ('.jpg', 'take the empty line out'),
+        ('\ufeffa.jpg', 'byte order mark'),
+        ('images/a.jpg', 'there is no folder'),
+        ('link.jpg', 'it is a link to /nowhere'),
+    ],
+)
+def test_what_a_missing_file_may_mean(picture, name, words):
+    (picture.parent / 'link.jpg').symlink_to('/nowhere')
+    init_default_scope('mmdet')
+    with pytest.raises(compat.DataError) as error:
+        Compose([dict(type='LoadImageFromFile')])(dict(img_path=f'{picture.parent}/{name}'))
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    'content, words',
+    [(b'', 'is empty'), (b'<html>', "is text that begins with '<html>'"), ('F', 'image of mode F')],
+)
+def test_what_an_unreadable_image_is(picture, content, words):
+    if content == 'F':
+        Image.new('F', (4, 4)).save(picture, 'TIFF')
+    else:
+        picture.write_bytes(content)
+    init_default_scope('mmdet')
+    with pytest.raises(compat.DataError, match=f'{picture} (is a TIFF )?{words}'):
+        Compose([dict(type='LoadImageFromFile')])(dict(img_path=str(picture)))
 
 
 def test_errors_that_are_not_about_a_file_stay_as_they_are():
@@ -98,10 +156,10 @@ def test_damaged_annotations_are_found(tmp_path):
         )
     )
     loaders = ('train_dataloader', 'val_dataloader', 'test_dataloader')
-    first, second = preflight.damaged_annotations(cfg, *loaders)
+    first, second = annotations.damaged_annotations(cfg, *loaders)
     assert first.startswith(f'train_dataloader: {bad} is damaged: ')
     assert second == f'test_dataloader: {odd} is damaged: a list instead of an object'
-    assert preflight.damaged_annotations(cfg, 'val_dataloader') == []
+    assert annotations.damaged_annotations(cfg, 'val_dataloader') == []
 
 
 @needs_allow_list

@@ -5,8 +5,6 @@ import pytest
 pytest.importorskip('mmengine', reason="configs are mmengine's")
 pytest.importorskip('mmcv', reason='a config is not read without mmcv')
 
-import json
-
 import torch
 from mmengine.config import Config
 
@@ -122,43 +120,3 @@ def test_mixed_precision_without_a_gpu_is_one_sentence(monkeypatch):
     preflight.check_amp(Config(dict(optim_wrapper=dict(type='OptimWrapper'))))
     monkeypatch.setattr(preflight, 'get_device', lambda: 'cuda')
     preflight.check_amp(cfg)
-
-
-WHOLE = dict(
-    images=[dict(id=4, file_name='a.png', height=2, width=2)],
-    annotations=[dict(id=5, image_id=4, category_id=1, bbox=[0, 0, 2, 2.5], area=4, iscrowd=0)],
-    categories=[dict(id=1, name='disc')],
-)
-
-
-def said_of(text, tmp_path):
-    """What is said after a failure, of an annotation file with this text."""
-    path = tmp_path / 'a.json'
-    path.write_bytes(text if isinstance(text, bytes) else json.dumps(text).encode())
-    cfg = Config(dict(test_dataloader=dict(dataset=dict(type='CocoDataset', ann_file=str(path)))))
-    return preflight.damaged_annotations(cfg, 'test_dataloader')
-
-
-def test_annotations_that_lack_something_are_named_after_a_failure(tmp_path):
-    assert said_of(WHOLE, tmp_path) == []
-    assert said_of({k: v for k, v in WHOLE.items() if k != 'annotations'}, tmp_path) == []
-    for name, keys in preflight.ENTRIES.items():
-        (entry,) = WHOLE[name]
-        assert entry.keys() == keys.keys()
-        for key in keys:
-            part = {k: v for k, v in entry.items() if k != key}
-            (line,) = said_of({**WHOLE, name: [entry, part]}, tmp_path)
-            first = 'number 1' if key == 'id' else f'id {entry["id"]}'
-            assert f'has 1 {name} without {key!r} (first {first})\n  add it: ' in line
-    (line,) = said_of({k: v for k, v in WHOLE.items() if k != 'categories'}, tmp_path)
-    assert "has no list 'categories'" in line
-    (line,) = said_of(b'\xef\xbb\xbf' + json.dumps(WHOLE).encode(), tmp_path)
-    assert 'is damaged: Unexpected UTF-8 BOM' in line
-
-
-@pytest.mark.parametrize('box', [None, [0, 0, 2], ['0', '0', '2', '2'], [0, 0, float('nan'), 2]])
-def test_boxes_that_are_none_are_named_after_a_failure(box, tmp_path):
-    annotation = dict(WHOLE['annotations'][0], bbox=box)
-    (line,) = said_of({**WHOLE, 'annotations': [*WHOLE['annotations'], annotation]}, tmp_path)
-    assert 'has 1 annotations whose bbox is not [x, y, width, height]' in line
-    assert f'number 1: {box!r}' in line

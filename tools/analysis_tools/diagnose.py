@@ -50,14 +50,15 @@ def main() -> None:
         preflight.check_data(cfg, 'train_dataloader', 'val_dataloader')
         out = Path(args.out)
         cfg.work_dir, cfg.log_level, cfg.load_from = str(out / 'log'), 'ERROR', None
-        numbers = diagnosis.diagnose(
-            cfg,
-            args.checkpoint,
-            args.images,
-            args.train_batches,
-            args.step_size,
-            lambda text: print(f'\r{text:<40}', end='', file=sys.stderr, flush=True),
-        )
+        with command_line.errors_of_a_run(cfg, 'train_dataloader', 'val_dataloader'):
+            numbers = diagnosis.diagnose(
+                cfg,
+                args.checkpoint,
+                args.images,
+                args.train_batches,
+                args.step_size,
+                lambda text: print(f'\r{text:<40}', end='', file=sys.stderr, flush=True),
+            )
         print(file=sys.stderr)
     (out / 'diagnostics.json').write_text(json.dumps(numbers) + '\n')
     write_page(numbers, out / 'index.html', other)

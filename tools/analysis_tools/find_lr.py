@@ -67,13 +67,14 @@ def main() -> None:
         preflight.check_amp(cfg)
         preflight.check_pretrained(cfg)
         preflight.check_data(cfg, 'train_dataloader')
-        found = learning_rate.range_test(
-            cfg,
-            args.lowest,
-            args.highest,
-            args.steps,
-            lambda text: print(f'\r{text:<40}', end='', file=sys.stderr, flush=True),
-        )
+        with command_line.errors_of_a_run(cfg, 'train_dataloader'):
+            found = learning_rate.range_test(
+                cfg,
+                args.lowest,
+                args.highest,
+                args.steps,
+                lambda text: print(f'\r{text:<40}', end='', file=sys.stderr, flush=True),
+            )
         print(file=sys.stderr)
         now = cfg.optim_wrapper.optimizer.lr
         draw(found, now, Path(args.config).name, out)

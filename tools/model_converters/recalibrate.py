@@ -69,15 +69,16 @@ def run(args: argparse.Namespace) -> None:
     backbone = hasattr(model, 'backbone') and not any(k.startswith('backbone.') for k in state)
     target = model.backbone if backbone else model
     checkpoints.load(target, state, checkpoint, source=args.checkpoint)
-    batches = recalibration.loader(dataset, args.num_images, args.batch_size)
-    done = recalibration.recalibrate_model(
-        model,
-        batches,
-        args.passes,
-        progress=True,
-        keep_function=args.keep_function,
-        backbone=backbone,
-    )
+    with command_line.errors_of_a_run(cfg, 'train_dataloader'):
+        batches = recalibration.loader(dataset, args.num_images, args.batch_size)
+        done = recalibration.recalibrate_model(
+            model,
+            batches,
+            args.passes,
+            progress=True,
+            keep_function=args.keep_function,
+            backbone=backbone,
+        )
     if get_dist_info()[0] != 0:
         return
     keys = recalibration.write_statistics(target, checkpoint, args.keep_function)

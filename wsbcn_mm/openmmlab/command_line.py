@@ -6,25 +6,46 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
-from wsbcn_mm.openmmlab import compat, config, config_errors, optimizers, preflight
+from wsbcn_mm.openmmlab import annotations, compat, config, config_errors, optimizers
 from wsbcn_mm.openmmlab.checkpoints import (
     CheckpointMismatch,
     CheckpointRefused,
     check_checkpoint,
 )
-from wsbcn_mm.openmmlab.errors import first_line
 from wsbcn_mm.openmmlab.files import latest_complete
 from wsbcn_mm.openmmlab.registry import ATOMIC_CHECKPOINT_HOOK, ESTIMATES_HOOK, NORM_NAMED
 
 WRITE_MASKS = ('IoUMetric', 'CityscapesMetric', 'DepthMetric')  # with `output_dir`
 # What a mistake of the user raises; anything else is a defect and keeps its traceback.
 USER_ERRORS = (ValueError, ImportError, OSError, compat.DataError)
+
+
+class Options(DictAction):
+    """mmengine's ``--cfg-options``; what it cannot read is an error of the command line."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        """Reads the values."""
+        try:
+            super().__call__(parser, namespace, values, option_string)
+        except (AssertionError, RecursionError, ValueError):
+            parser.error(
+                f'{option_string} takes KEY=VALUE with numbers, texts and lists of them as values: '
+                'a.b.c=1, "a.b=[1,2]"; what is a dict, key by key: a.b.type=X a.b.size=3\n  got '
+                + ' '.join(values)
+            )
 
 
 def parser_of(
@@ -44,7 +65,7 @@ def parser_of(
     parser.add_argument(
         '--cfg-options',
         nargs='+',
-        action=DictAction,
+        action=Options,
         help='override settings of the config: a.b.c=value, key="[a,b]", key="[(a,b),(c,d)]"',
     )
     if launcher:
@@ -87,10 +108,12 @@ def errors_of_a_run(cfg: Config, *loaders: str) -> Iterator[None]:
         *loaders: Those whose annotations the run reads.
     """
     try:
-        yield
+        with annotations.looked_at():
+            yield
     except CheckpointMismatch as error:
-        sys.exit(f'error: {cfg.load_from}: {error}')
-    except (CheckpointRefused, compat.DataError) as error:
+        where = f'{cfg.load_from}: ' if cfg.get('load_from') else ''
+        sys.exit(f'error: {where}{error}')
+    except (CheckpointRefused, compat.DataError, config_errors.ConfigError) as error:
         sys.exit(f'error: {error}')
     except Exception as error:
         mistake = config_errors.explain(cfg, error)
@@ -98,11 +121,9 @@ def errors_of_a_run(cfg: Config, *loaders: str) -> Iterator[None]:
             sys.exit(f'error: {mistake}')
         if isinstance(error, OSError):
             sys.exit(f'error: {error}')
-        damaged = '\n'.join(preflight.damaged_annotations(cfg, *loaders))
+        damaged = '\n'.join(annotations.damaged_annotations(cfg, *loaders))
         if not damaged:
             raise
-        if preflight.comes_from_annotations(error):
-            sys.exit(f'error: {damaged}\n  it ended in {type(error).__name__}: {first_line(error)}')
         raise compat.DataError(f'{type(error).__name__}: {error}\nand besides {damaged}') from error
 
 

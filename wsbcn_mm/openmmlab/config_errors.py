@@ -27,6 +27,7 @@ from mmengine.runner import FlexibleRunner, Runner
 from torch import nn
 from torch.utils.data import DataLoader
 
+from wsbcn_mm.openmmlab import data_errors
 from wsbcn_mm.openmmlab.config import HOSTS, parameters_of
 from wsbcn_mm.openmmlab.config_places import (
     Build,
@@ -57,6 +58,8 @@ CHANNELS = ('in_channels', 'in_features', 'num_features', 'num_channels')
 OUT_OF_MEMORY = (MemoryError, torch.cuda.OutOfMemoryError)
 NUMBER = re.compile(r'[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?', re.IGNORECASE)
 HOLDS_NUMBER = re.compile(r'\b(int|float|Number)\b')
+HOLDS_TEXT = re.compile(r"(<class 'str'>|typing\.Optional\[str\]|str( \| None)?)")
+HOLDS_DICT = re.compile(r"(<class 'dict'>|typing\.Optional\[dict\]|dict( \| None)?)")
 HOLDS_MANY = re.compile(r'(?i)\b(tuple|list|sequence|iterable)\b')
 
 
@@ -81,9 +84,11 @@ def named(cfg: Config) -> Iterator[None]:
 
 
 def explain(cfg: Config, error: BaseException) -> str | None:
-    """One sentence about the field that an error came from; None where that is not sure."""
+    """One sentence about the file or field that an error came from; None where that is not sure."""
     if type(error).__module__.startswith('wsbcn_mm.'):  # says all itself
         return None
+    if text := data_errors.explain(cfg, error):
+        return text
     root = cfg._cfg_dict
     frames = frames_of(error)
     if not frames:
@@ -222,6 +227,10 @@ def _misfit(value: Any, parameter: inspect.Parameter) -> str | None:
     """What belongs in the place of a value; None where it may be right."""
     default = parameter.default
     annotation = '' if parameter.annotation is parameter.empty else str(parameter.annotation)
+    if isinstance(value, list) and HOLDS_TEXT.fullmatch(annotation):
+        return 'a text'  # a path, of which there is one
+    if isinstance(value, str) and HOLDS_DICT.fullmatch(annotation):
+        return 'a dict' + (f' such as {default!r}' if default else '')
     is_number = isinstance(default, (int, float)) and not isinstance(default, bool)
     is_number = is_number or bool(HOLDS_NUMBER.search(annotation))
     takes_many = bool(HOLDS_MANY.search(annotation)) or isinstance(default, (tuple, list))
@@ -239,7 +248,9 @@ def _misfit(value: Any, parameter: inspect.Parameter) -> str | None:
 
 
 def _mend(value: Any) -> str:
-    if isinstance(value, str):
+    if isinstance(value, list):
+        return ': files of several data sets are those of a ConcatDataset, each with its own'
+    if isinstance(value, str) and NUMBER.fullmatch(value.strip()):
         number = float(value)
         text = str(int(number)) if number.is_integer() else str(number)
         yaml = ' (YAML takes it for a text)' if 'e' in value.lower() else ' without quotes'

@@ -240,7 +240,7 @@ def _part(
     place = place_of(root, part, outer)
     if place is None and isinstance(kind, str) and known is None:
         # A name alone, of which mmengine makes a dict.
-        named = [place for place, value in walk(root, ()) if value == kind]
+        named = [p for p, value in walk(root, ()) if value == kind and p[-1] != 'type']
         return Build(named[0], kind, None, registry) if named else None
     if place is None:
         return None

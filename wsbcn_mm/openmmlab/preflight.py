@@ -1,12 +1,8 @@
-"""What a run needs, looked at before anything expensive starts; what was wrong, after it failed."""
+"""What a run needs, looked at before anything expensive starts."""
 
-import json
-import math
 import os
-import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from mmengine.config import Config
 from mmengine.device import get_device
@@ -93,8 +89,9 @@ def _reads_as_the_host(cfg: Config, dataset: dict) -> bool:
 def _files_of(dataset: dict) -> Iterator[str]:
     """What a dataset of the hosts reads: its list of images and the folders."""
     root = dataset.get('data_root') or ''
-    if dataset.get('ann_file'):
-        yield os.path.join(root, dataset['ann_file'])
+    file = dataset.get('ann_file')
+    if file and isinstance(file, str):  # what the host makes of another kind, it says itself
+        yield os.path.join(root, file)
     steps = dataset.get('pipeline') or []
     with_masks = not steps or any('Annotations' in type_name(step) for step in steps)
     for key, folder in prefixes_of(dataset).items():
@@ -162,103 +159,3 @@ def check_amp(cfg: Config) -> None:
             f'automatic mixed precision needs a GPU, and this machine has {get_device()} alone\n'
             "  train without --amp, with optim_wrapper.type='OptimWrapper'"
         )
-
-
-# What mmdet and pycocotools read of every annotation, and what belongs there.
-# By the list of a COCO file that holds them: what every entry has, and what to write there.
-ENTRIES = {
-    'images': {
-        'id': 'a number of its own',
-        'file_name': 'its file, below data_prefix',
-        'height': 'in pixels',
-        'width': 'in pixels',
-    },
-    'annotations': {
-        'id': 'a number of its own',
-        'image_id': 'the id of its image',
-        'category_id': 'the id of its category',
-        'bbox': '[x, y, width, height]',
-        'area': 'that of the mask, or width * height of the box',
-        'iscrowd': '0',
-    },
-    'categories': {'id': 'a number of its own', 'name': 'that of the class'},
-}
-
-
-def damaged_annotations(cfg: Config, *loaders: str) -> list[str]:
-    """A line for each JSON annotation file of these loaders that is damaged or lacks something.
-
-    Reads them all: for the time after something has failed.
-    """
-    lines = []
-    for loader, dataset in datasets_of(cfg, *loaders):
-        path = Path(dataset.get('data_root') or '', dataset.get('ann_file') or '')
-        if path.suffix == '.json' and path.is_file():
-            try:
-                content = json.loads(path.read_text('utf-8'))  # as pycocotools does
-            except ValueError as error:
-                lines.append(f'{loader}: {path} is damaged: {error}')
-                continue
-            lines += [f'{loader}: {path} {reason}' for reason in _wrong_with(content)]
-    return list(dict.fromkeys(lines))
-
-
-# Who reads annotation files, and what is in them, by the beginning of the module's name. Transforms
-# of images are no part of them.
-READERS = (
-    'json.decoder',
-    'mmdet.datasets.api_wrappers',
-    'mmdet.datasets.coco',
-    'mmdet.evaluation',
-    'pycocotools',
-)
-
-
-def comes_from_annotations(error: BaseException) -> bool:
-    """Whether an error, or one that it came from, was raised below code that reads annotations."""
-    seen: set[int] = set()
-    chain: BaseException | None = error
-    while chain is not None and id(chain) not in seen:
-        seen.add(id(chain))
-        frames = traceback.walk_tb(chain.__traceback__)
-        if any(str(f.f_globals.get('__name__')).startswith(READERS) for f, _ in frames):
-            return True
-        chain = chain.__cause__ or chain.__context__
-    return False
-
-
-def _wrong_with(content: object) -> Iterator[str]:
-    if not isinstance(content, dict):
-        yield f'is damaged: a {type(content).__name__} instead of an object'
-        return
-    for name, keys in ENTRIES.items():
-        entries = content.get(name)
-        if not isinstance(entries, list):
-            if entries is not None or name != 'annotations':  # images of a test may have none
-                yield f'has no list {name!r}'
-            continue
-        for key, value in keys.items():
-            yield from _lacking(name, entries, key, value)
-    boxes = [(i, a['bbox']) for i, a in enumerate(content.get('annotations') or []) if 'bbox' in a]
-    wrong = [(i, box) for i, box in boxes if not _is_box(box)]
-    if wrong:
-        yield (
-            f'has {len(wrong)} annotations whose bbox is not [x, y, width, height] in numbers\n'
-            f'  the first, number {wrong[0][0]}: {wrong[0][1]!r}'
-        )
-
-
-def _lacking(name: str, entries: list[Any], key: str, value: str) -> Iterator[str]:
-    lacking = [i for i, entry in enumerate(entries) if key not in entry]
-    if lacking:
-        number = entries[lacking[0]].get('id')
-        first = f'number {lacking[0]}' if number is None else f'id {number}'
-        yield f'has {len(lacking)} {name} without {key!r} (first {first})\n  add it: {value}'
-
-
-def _is_box(box: object) -> bool:
-    return (
-        isinstance(box, list)
-        and len(box) == 4
-        and all(isinstance(x, (int, float)) and math.isfinite(x) for x in box)
-    )

@@ -208,7 +208,7 @@ def _numbers_labels_by_file(cfg: Config, kind: type | None) -> bool:
 def categories_of(annotations: Path, names: list[str]) -> list[dict[str, Any]]:
     """The categories of a COCO file that have these names, in its order."""
     content = json.loads(annotations.read_text())
-    return [c for c in content.get('categories', []) if c['name'] in names]
+    return [c for c in content.get('categories', []) if c.get('name') in names]
 
 
 class Predictor:

@@ -20,7 +20,7 @@ from mmengine.runner import Runner
 from wsbcn_mm.openmmlab import config_errors
 from wsbcn_mm.openmmlab.command_line import build_runner, harden
 from wsbcn_mm.openmmlab.config import type_name
-from wsbcn_mm.openmmlab.registry import ESTIMATES_HOOK
+from wsbcn_mm.openmmlab.registry import DATA_CHECK_HOOK, ESTIMATES_HOOK
 
 LR = 'optim_wrapper.optimizer.lr'
 DIVERGED = 4.0  # times the lowest mean loss: the test ends
@@ -82,10 +82,12 @@ def range_test(
         raise ValueError(f'the config has no {LR}: one optimizer with one rate is needed')
     accumulate = wrapper.get('accumulative_counts', 1)
     hook = RisingRate(lowest, highest, steps, accumulate, report)
-    with tempfile.TemporaryDirectory(prefix='find_lr_') as folder, config_errors.named(cfg):
-        runner = build_runner(_short_run(cfg, lowest, steps * accumulate, folder))
-        runner.register_hook(hook)
-        runner.train()
+    with tempfile.TemporaryDirectory(prefix='find_lr_') as folder:
+        short = _short_run(cfg, lowest, steps * accumulate, folder)
+        with config_errors.named(short):
+            runner = build_runner(short)
+            runner.register_hook(hook)
+            runner.train()
     # What the accumulated iterations of a step lost, together.
     count = len(hook.losses) // accumulate
     losses = [sum(hook.losses[i * accumulate :][:accumulate]) / accumulate for i in range(count)]
@@ -159,7 +161,7 @@ def _short_run(cfg: Config, lowest: float, iterations: int, folder: str) -> Conf
             cfg.pop(key, None)
     cfg.custom_hooks = [
         hook for hook in cfg.get('custom_hooks') or [] if type_name(hook) == ESTIMATES_HOOK
-    ]
+    ] + [dict(type=DATA_CHECK_HOOK)]
     cfg.default_hooks = dict(
         runtime_info=dict(type='RuntimeInfoHook'),
         timer=dict(type='IterTimerHook'),

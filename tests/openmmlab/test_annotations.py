@@ -1,0 +1,138 @@
+"""wsbcn_mm.openmmlab.annotations: what a COCO file lacks, and what is quietly lost of it."""
+
+import pytest
+
+pytest.importorskip('mmengine', reason="configs are mmengine's")
+pytest.importorskip('pycocotools', reason='reads the files')
+
+import copy
+import json
+
+from mmengine.config import Config
+from pycocotools.coco import COCO
+
+from wsbcn_mm.openmmlab import annotations
+from wsbcn_mm.openmmlab.compat import DataError
+
+WHOLE = dict(
+    images=[dict(id=4, file_name='a.png', height=2, width=2)],
+    annotations=[dict(id=5, image_id=4, category_id=1, bbox=[0, 0, 2, 2.5], area=4, iscrowd=0)],
+    categories=[dict(id=1, name='disc')],
+)
+
+
+def said_of(text, tmp_path):
+    """What is said after a failure, of an annotation file with this text."""
+    path = tmp_path / 'a.json'
+    path.write_bytes(text if isinstance(text, bytes) else json.dumps(text).encode())
+    cfg = Config(dict(test_dataloader=dict(dataset=dict(type='CocoDataset', ann_file=str(path)))))
+    return annotations.damaged_annotations(cfg, 'test_dataloader')
+
+
+def test_annotations_that_lack_something_are_named_after_a_failure(tmp_path):
+    assert said_of(WHOLE, tmp_path) == []
+    assert said_of({k: v for k, v in WHOLE.items() if k != 'annotations'}, tmp_path) == []
+    for name, keys in annotations.ENTRIES.items():
+        (entry,) = WHOLE[name]
+        assert entry.keys() == keys.keys()
+        for key in keys:
+            part = {k: v for k, v in entry.items() if k != key}
+            (line,) = said_of({**WHOLE, name: [dict(entry, id=77), part]}, tmp_path)
+            first = 'number 1' if key == 'id' else f'id {entry["id"]}'
+            assert f'has 1 {name} without {key!r} (first {first})\n  add it: ' in line
+    (line,) = said_of({k: v for k, v in WHOLE.items() if k != 'categories'}, tmp_path)
+    assert "has no list 'categories'" in line
+    (line,) = said_of(b'\xef\xbb\xbf' + json.dumps(WHOLE).encode(), tmp_path)
+    assert 'is damaged: Unexpected UTF-8 BOM' in line
+
+
+@pytest.mark.parametrize('box', [None, [0, 0, 2], ['0', '0', '2', '2'], [0, 0, float('nan'), 2]])
+def test_boxes_that_are_none_are_named_after_a_failure(box, tmp_path):
+    annotation = dict(WHOLE['annotations'][0], bbox=box)
+    (line,) = said_of(dict(WHOLE, annotations=[annotation]), tmp_path)
+    assert 'has 1 annotations whose bbox is not [x, y, width, height]' in line
+    assert f'id 5: {box!r}' in line
+
+
+@pytest.mark.parametrize(
+    'name, key, value',
+    [
+        ('images', 'width', '2'),
+        ('images', 'height', None),
+        ('images', 'file_name', None),
+        ('annotations', 'area', '4'),
+        ('annotations', 'iscrowd', 'no'),
+        ('annotations', 'category_id', [1]),
+    ],
+)
+def test_values_of_another_kind_are_named_after_a_failure(name, key, value, tmp_path):
+    content = copy.deepcopy(WHOLE)
+    content[name][0][key] = value
+    (line,) = said_of(content, tmp_path)
+    assert f'has 1 {name} whose {key} is not ' in line
+    assert line.endswith(f'(first id {WHOLE[name][0]["id"]}: {value!r})')
+
+
+@pytest.mark.parametrize(
+    'content, words',
+    [
+        (b'', 'it is empty'),
+        (b'file,x1,y1\n', "it begins with 'file,x1,y1', and COCO's JSON is read"),
+        (dict(version='5.0', shapes=[]), "no list 'images', but version, shapes: COCO's format"),
+        (dict(WHOLE, images=['a.png']), 'has 1 images that are no objects'),
+    ],
+)
+def test_what_is_no_coco_file_is_said(content, words, tmp_path):
+    assert words in said_of(content, tmp_path)[0]
+
+
+def read(tmp_path, **changes):
+    """Reads a file of two images with one object each, with entries added to its lists."""
+    content = copy.deepcopy(WHOLE)
+    content['images'].append(dict(content['images'][0], id=3, file_name='b.png'))
+    content['annotations'].append(dict(content['annotations'][0], id=6, image_id=3))
+    for name, entry in changes.items():
+        content[name] = content[name] + [entry] if isinstance(entry, dict) else entry
+    file = tmp_path / 'a.json'
+    file.write_text(json.dumps(content))
+    with annotations.looked_at():
+        COCO(str(file))
+    assert annotations.names_read == {str(file): [c['name'] for c in content['categories']]}
+
+
+IMAGE, OBJECT = WHOLE['images'][0], WHOLE['annotations'][0]
+
+
+@pytest.mark.parametrize(
+    'changes, words',
+    [
+        (
+            dict(images=dict(IMAGE, file_name='c.png')),
+            r'images of one id, .*id 4 \(a.png and c.png',
+        ),
+        (dict(annotations=dict(OBJECT, area=3)), 'annotations of one id, .*id 5\n'),
+        (dict(annotations=[dict(OBJECT, image_id='4')]), "1 of 1 .* image_id '4', .* such as 4"),
+        (dict(annotations=[dict(OBJECT, category_id=0)]), '1 of 1 .* category_id 0, .* such as 1'),
+    ],
+)
+def test_what_is_lost_and_cannot_be_meant_is_refused(changes, words, tmp_path):
+    with pytest.raises(DataError, match=words):
+        read(tmp_path, **changes)
+    assert COCO.__init__.__module__ == 'pycocotools.coco'  # as it was
+
+
+@pytest.mark.parametrize(
+    'changes, words',
+    [
+        (dict(annotations=dict(OBJECT, id=7, image_id=9)), ['1 of 3 annotations of images']),
+        (dict(annotations=dict(OBJECT, id=7, category_id=9)), ['1 of 3 annotations of categories']),
+        (dict(images=IMAGE), []),  # one image twice is one image
+        (dict(annotations=[]), []),
+        ({}, []),
+    ],
+)
+def test_what_is_lost_and_may_be_meant_is_warned_of(changes, words, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(annotations, 'print_log', lambda text, *_: said.append(text))
+    read(tmp_path, **changes)
+    assert len(said) == len(words) and all(w in text for w, text in zip(words, said))

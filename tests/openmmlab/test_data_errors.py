@@ -1,0 +1,83 @@
+"""wsbcn_mm.openmmlab.data_errors: a failure that came from a file of the data names it."""
+
+import pytest
+
+pytest.importorskip('mmengine', reason="configs are mmengine's")
+
+import torch
+from mmengine.config import Config
+from mmengine.dataset import BaseDataset
+from mmengine.structures import BaseDataElement, PixelData
+from torch import nn
+
+from wsbcn_mm.openmmlab import data_errors
+
+
+class VideoDataset(BaseDataset):
+    """Named as MMAction2's, and reads a list as it does."""
+
+    def load_data_list(self):
+        for line in self.lines:
+            _, label = line.split()
+            int(label)
+        return [{}]
+
+
+def said_of(action):
+    with pytest.raises(Exception) as error:  # whatever the host raises
+        action()
+    return data_errors.explain(Config({}), error.value)
+
+
+@pytest.mark.parametrize('line', ['a.mp4 jump', 'a.mp4,1', '', 'a b.mp4 1', 'file label'])
+def test_a_line_that_is_none_is_shown(line):
+    class Videos(VideoDataset):
+        lines = ('a.mp4 0', line)
+
+    text = said_of(lambda: Videos(ann_file='list.txt'))
+    assert text.startswith(f'Videos cannot read the line {line!r} of list.txt\n  ValueError: ')
+    assert 'every line must be "FILE LABEL"' in text
+
+
+class DataSample(BaseDataElement):
+    """As the hosts call theirs."""
+
+
+def segmented(mask, **info):
+    sample = DataSample(metainfo=dict(seg_map_path='a.png', ori_shape=(4, 6), **info))
+    sample.gt_sem_seg = PixelData(data=mask)
+    return sample
+
+
+def labelled(label):
+    sample = DataSample(metainfo=dict(img_path='a.jpg'))
+    sample.set_field(torch.tensor([label]), 'gt_label')
+    return sample
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Identity()
+        self.head.num_classes = 3
+
+    def forward(self, data_samples):
+        raise IndexError('Target is out of bounds.')
+
+
+@pytest.mark.parametrize(
+    'sample, words',
+    [
+        (segmented(torch.zeros(1, 2, 3)), 'the mask a.png is 3 x 2, and its image 6 x 4'),
+        (segmented(torch.full((1, 4, 6), 7)), 'a.png holds the label 7, and the config has 3'),
+        (labelled(3), 'the label of a.jpg is 3, and the model has 3 classes'),
+        (labelled(-1), 'the label of a.jpg is -1'),
+        (segmented(torch.full((1, 4, 6), 255)), None),
+        (segmented(torch.zeros(1, 8, 8), img_shape=(8, 8)), None),
+        (labelled(2), None),
+    ],
+)
+def test_a_sample_that_does_not_fit_is_named(sample, words):
+    text = said_of(lambda: Model()([labelled(0), sample]))
+    assert (text is None) if words is None else text.startswith(words)
+    assert words is None or text.endswith('it ended in IndexError: Target is out of bounds.')

@@ -1,0 +1,132 @@
+"""Says which file of the data an error of the hosts came from: annotations, a list, a sample.
+
+They name a line of theirs (``Target 7 is out of bounds``); the traceback still holds what was read.
+"""
+
+import os
+from typing import Any
+
+import numpy as np
+from mmengine.config import Config
+from mmengine.dataset import BaseDataset
+from mmengine.structures import BaseDataElement
+from torch import nn
+
+from wsbcn_mm.openmmlab.annotations import comes_from_annotations, damaged_annotations
+from wsbcn_mm.openmmlab.compat import DataError, unwrapped
+from wsbcn_mm.openmmlab.config import datasets_of
+from wsbcn_mm.openmmlab.config_places import Frame, frames_of
+from wsbcn_mm.openmmlab.data_samples import IGNORED, another_size, label_beyond, labels_of
+from wsbcn_mm.openmmlab.errors import first_line
+
+LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
+# What a line of a list must be, by the name of the class that reads it or of a base of it.
+LINES = {
+    'CustomDataset': '"FILE LABEL"',
+    'VideoDataset': '"FILE LABEL", with another delimiter=... where names have spaces',
+    'RawframeDataset': '"FOLDER FRAMES LABEL"',
+}
+
+
+def explain(cfg: Config, error: BaseException) -> str | None:
+    """One sentence about the file that an error came from; None where that is not sure."""
+    frames = frames_of(error)
+    if comes_from_annotations(error):
+        lines = damaged_annotations(cfg, *_loaders_in(frames, cfg))
+        if lines:
+            return '\n'.join(lines) + f'\n  it ended in {type(error).__name__}: {first_line(error)}'
+    return _of_list(error, frames) or _of_sample(error, frames)
+
+
+def _loaders_in(frames: list[Frame], cfg: Config) -> list[str]:
+    """The loaders whose annotation files functions have in hands; all where none does."""
+    held = [f.names.get('annotation_file') for f in frames]
+    held += [getattr(f.names.get('self'), 'ann_file', None) for f in frames]
+    files = {os.path.normpath(file) for file in held if isinstance(file, str)}
+    found = [
+        loader
+        for loader, dataset in datasets_of(cfg, *LOADERS)
+        if os.path.normpath(
+            os.path.join(dataset.get('data_root') or '', str(dataset.get('ann_file')))
+        )
+        in files
+    ]
+    return list(dict.fromkeys(found)) or list(LOADERS)
+
+
+def _of_list(error: BaseException, frames: list[Frame]) -> str | None:
+    """A line of a list of files that its data set stopped at."""
+    for frame in reversed(frames):
+        dataset = frame.names.get('self')
+        if frame.code.co_name == 'load_data_list' and isinstance(dataset, BaseDataset):
+            line = frame.names.get('line', frame.names.get('sample'))
+            wanted = [LINES[k.__name__] for k in type(dataset).__mro__ if k.__name__ in LINES]
+            if line is None or not wanted or not isinstance(error, (ValueError, IndexError)):
+                return None
+            shown = line if isinstance(line, str) else ' '.join(line)
+            return (
+                f'{type(dataset).__name__} cannot read the line {shown.strip()!r} of '
+                f'{dataset.ann_file}\n  {type(error).__name__}: {first_line(error)}\n  every line '
+                f'must be {wanted[0]}: spaces between, the label a number from 0, no heading, no '
+                'empty line'
+            )
+    return None
+
+
+def _of_sample(error: BaseException, frames: list[Frame]) -> str | None:
+    """A sample of the batch in hands that is not of its image, or has labels of no class."""
+    if not isinstance(error, (IndexError, RuntimeError, ValueError, AssertionError)):
+        return None
+    modules = [frame.names.get('self') for frame in frames]
+    model = next((unwrapped(m) for m in modules if isinstance(m, nn.Module)), None)
+    number = _num_classes(model)
+    for sample in _samples_in(frames):
+        try:
+            text = _wrong_sample(sample, number)
+        except DataError as wrong:
+            text = str(wrong)
+        if text:
+            return f'{text}\n  it ended in {type(error).__name__}: {first_line(error)}'
+    return None
+
+
+def _num_classes(model: nn.Module | None) -> int | None:
+    numbers = [
+        module.num_classes
+        for name, module in (model.named_modules() if model is not None else ())
+        if 'head' in name and isinstance(getattr(module, 'num_classes', None), int)
+    ]
+    return max(numbers, default=None)
+
+
+def _samples_in(frames: list[Frame]) -> list[Any]:
+    """The data samples of the innermost function that has some."""
+    for frame in reversed(frames):
+        for value in frame.names.values():
+            value = value.get('data_samples') if isinstance(value, dict) else value
+            found = value if isinstance(value, (list, tuple)) else []
+            if found and all(map(_is_sample, found)):
+                return list(found)
+    return []
+
+
+def _is_sample(value: object) -> bool:
+    return isinstance(value, BaseDataElement) and 'Sample' in type(value).__name__
+
+
+def _wrong_sample(sample: Any, number: int | None) -> str | None:
+    info = sample.metainfo
+    path = str(info.get('seg_map_path') or info.get('img_path') or 'a sample')
+    if 'gt_sem_seg' in sample and 'ori_shape' in info:
+        mask = np.asarray(sample.gt_sem_seg.data.cpu()).squeeze(0)
+        sizes = [tuple(info[k][:2]) for k in ('ori_shape', 'img_shape', 'pad_shape') if k in info]
+        if mask.ndim == 2 and mask.shape not in sizes:
+            return another_size(path, mask.shape, sizes[0])
+        if number is not None:
+            labels_of(path, mask, number, {IGNORED})
+    label = sample.get('gt_label')
+    if label is not None and number is not None:
+        wrong = [v for v in np.atleast_1d(np.asarray(label.cpu())).tolist() if not 0 <= v < number]
+        if wrong and isinstance(wrong[0], int):
+            return label_beyond(path, wrong[0], number)
+    return None
