@@ -5,12 +5,14 @@ import pytest
 pytest.importorskip('mmengine', reason="the hook is mmengine's")
 
 import json
+import re
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 from torch import nn
 
+from wsbcn_mm.openmmlab import annotations, data_samples
 from wsbcn_mm.openmmlab.compat import DataError
 from wsbcn_mm.openmmlab.hooks.data import DataCheckHook, check_dataset
 from wsbcn_mm.openmmlab.hooks.estimates import EstimatesHook
@@ -49,12 +51,14 @@ class Data(torch.utils.data.Dataset):
 
     def __init__(self, classes=('square', 'disc'), size=3, masks=None, **settings):
         self.categories = settings.pop('categories', None)
+        self.item = dict(instances=[dict(bbox=[0, 0, 9, 9], ignore_flag=0)])
         self.metainfo, self.size, self.masks = dict(classes=classes), size, masks
         if 'thing_classes' in settings:
             self.metainfo['thing_classes'] = settings.pop('thing_classes')
+        steps = settings.pop('steps', [LoadAnnotations()])
+        self.pipeline = SimpleNamespace(transforms=steps)
         if masks is not None:
             self.seg_map_suffix, self.label_map, self.reduce_zero_label = '.png', None, False
-            self.pipeline = SimpleNamespace(transforms=[LoadAnnotations()])
         for key, value in settings.items():
             setattr(self, key, value)
 
@@ -70,7 +74,29 @@ class Data(torch.utils.data.Dataset):
         return len(self.masks) if self.masks is not None else self.size
 
     def get_data_info(self, index):
-        return dict(img_path='a.jpg', seg_map_path=__file__, mask=self.masks[index])
+        if self.masks is not None:
+            return dict(img_path='a.jpg', seg_map_path=__file__, mask=self.masks[index])
+        return self.item
+
+
+class LoadImageFromFile:
+    """An image of 20 x 10 pixels."""
+
+    def __call__(self, info):
+        return dict(info, img=np.zeros((10, 20, 3), np.uint8))
+
+
+def boxes(width, height, *corners, **settings):
+    """Data of a detector: the size that the annotations say, and boxes with a corner at 0, 0."""
+    instances = [dict(bbox=[0, 0, *corner], ignore_flag=0) for corner in corners]
+    item = dict(img_path='a.jpg', width=width, height=height, instances=instances)
+    steps = [LoadImageFromFile(), LoadAnnotations()]
+    return Data(cat_ids=[3, 7], item=item, steps=steps, **settings)
+
+
+def labelled(label, **settings):
+    """Data of a classifier."""
+    return Data(item=dict(img_path='a.jpg', gt_label=label), **settings)
 
 
 def mask(*labels):
@@ -93,6 +119,15 @@ RIGHT = {
     'no labels to test with': (Data(masks=[mask(255)]), model_of()),
     'objects are rare': (Data(masks=[mask(0, 255)] * 20 + [mask(0, 1)]), model_of()),
     'another label is ignored': (Data(masks=[mask(0, 9)]), model_of(head=Head(2, ignore_index=9))),
+    'boxes at the edge': (boxes(20, 10, (21, 10)), model_of()),
+    'no object to test with': (Data(cat_ids=[3, 7], item=dict(instances=[])), model_of()),
+    'labels of an image': (labelled([0, 1]), model_of()),
+    'no labels to test videos with': (labelled(-1), model_of()),
+    'no objects to learn from a teacher': (
+        Data(cat_ids=[3, 7], item=dict(instances=[]), cat_img_map={3: [1]}, steps=[]),
+        model_of(),
+    ),
+    'other words for the folders': (labelled(0, folder_to_idx=dict(n01=0, n02=1)), model_of()),
     'label zero reduced': (
         Data(masks=[mask(0, 255)] * 9, reduce_zero_label=True),
         model_of(),
@@ -103,7 +138,7 @@ RIGHT = {
 @pytest.mark.parametrize('case', RIGHT)
 def test_what_works_is_let_through(case, tmp_path):
     dataset, model = RIGHT[case]
-    check_dataset(dataset.in_folder(tmp_path), model)
+    check_dataset(dataset.in_folder(tmp_path), model, learned='to learn' in case)
 
 
 WRONG = {
@@ -123,6 +158,28 @@ WRONG = {
         r"(?s)no category disk, and its objects are left out.*is it 'disk' for 'disc'\?",
     ),
     'a name twice': (Data(classes=('disc', 'disc')), model_of(), "classes names 'disc' twice"),
+    'a category twice': (
+        Data(cat_ids=[3, 5, 7], categories=['square', 'square', 'disc']),
+        model_of(),
+        "two categories of the name 'square', and the labels of the classes behind it shift",
+    ),
+    'no object that counts': (
+        Data(cat_ids=[3, 7], item=dict(instances=[dict(bbox=[0, 0, 9, 9], ignore_flag=1)])),
+        model_of(),
+        '(?s)no image of a.json has an object that counts.*iscrowd=1',
+    ),
+    'images that were resized': (
+        boxes(40, 20, (38, 15)),
+        model_of(),
+        '(?s)3 of 3 images have another size .* is 20 x 10 .* are 40 x 20 there, and boxes lie b',
+    ),
+    'labels from 1': (labelled(2), model_of(), '(?s)label of a.jpg is 2, .* 2 classes.*from 0'),
+    'no label': (labelled(-1), model_of(), '(?s)label of a.jpg is -1.*"FILE LABEL"'),
+    'folders in another order': (
+        labelled(0, folder_to_idx=dict(disc=0, square=1)),
+        model_of(),
+        "(?s)the folder disc is class 0, .* calls that 'square'.*order: disc, square",
+    ),
     'no name that the file has': (
         Data(classes=('a', 'b'), cat_ids=[], categories=['square']),
         model_of(),
@@ -173,6 +230,105 @@ def test_the_hook_looks_below_the_wrappers_and_at_every_loop():
             hook.before_train(runner(train, val))
     with pytest.raises(DataError, match='no image'):
         hook.before_test(runner(None, test=bad))
+
+
+WARNED = {
+    'an image of another size': (boxes(40, 20, (9, 9)), '3 of 3 images have another size'),
+    'boxes beyond the image': (boxes(20, 10, (30, 9), (9, 9), (9, 30)), r'not \[x1, y1, x2, y2\]'),
+    'no object that counts': (
+        Data(cat_ids=[3, 7], item=dict(instances=[]), cat_img_map={3: [1]}),
+        'no image of a.json has an object that counts',
+    ),
+    'labels of other people': (labelled(5), 'label of a.jpg is 5, and the model has 2 classes'),
+    'a mask of another size': (
+        Data(masks=[mask(0, 1)], steps=[LoadImageFromFile(), LoadAnnotations()]),
+        'the mask .* is 2 x 1, and its image 20 x 10',
+    ),
+    'the background reduced': (
+        Data(classes=('bg', 'a', 'b'), masks=[mask(0, 1, 255)], reduce_zero_label=True),
+        "leaves out the label 0 .* and 'b' was in none",
+    ),
+}
+
+
+@pytest.mark.parametrize('case', WARNED)
+def test_what_may_be_meant_is_warned_of(case, monkeypatch):
+    said = []
+    monkeypatch.setattr(data_samples, 'print_log', lambda text, *_: said.append(text))
+    dataset, words = WARNED[case]
+    check_dataset(dataset, model_of(len(dataset.metainfo['classes'])))
+    assert len(said) == 1 and re.search(words, said[0]), said
+
+
+def loop(dataset, *metrics):
+    loader = SimpleNamespace(dataset=dataset)
+    return SimpleNamespace(dataloader=loader, evaluator=SimpleNamespace(metrics=metrics))
+
+
+@pytest.mark.parametrize(
+    'trained, validated, words',
+    [
+        (Data(), Data(classes=('disc',)), "'disc' is class 1 of Data .*, and class 0 of Data"),
+        (
+            Data(masks=[mask(0, 1)], reduce_zero_label=True),
+            Data(masks=[mask(0, 1)]),
+            'reduce_zero_label is True for Data .* and False for Data',
+        ),
+    ],
+)
+def test_training_and_validation_mean_the_same_by_a_label(trained, validated, words):
+    runner = SimpleNamespace(model=model_of(), train_loop=loop(trained), val_loop=loop(validated))
+    with pytest.raises(DataError, match=words):
+        DataCheckHook().before_train(runner)
+    runner.val_loop = loop(trained)
+    DataCheckHook().before_train(runner)
+
+
+def test_categories_are_numbered_by_the_files(monkeypatch):
+    """Whatever the order of the names in the config."""
+    names = {'a.json': ['square', 'disc'], 'b.json': ['x', 'disc', 'square']}
+    monkeypatch.setattr(annotations, 'names_read', names)
+    one, other = Data(cat_ids=[3, 7]), Data(cat_ids=[3, 7], ann_file='b.json')
+    runner = SimpleNamespace(model=model_of(), train_loop=loop(one), val_loop=loop(other))
+    with pytest.raises(DataError, match=r"'square' is class 0 of Data \(a.json\), and class 1 of"):
+        DataCheckHook().before_train(runner)
+    names['a.json'].reverse()
+    DataCheckHook().before_train(runner)
+
+
+def test_a_checkpoint_and_the_test_data_mean_the_same_by_a_label():
+    hook, runner = DataCheckHook(), SimpleNamespace(model=model_of(), test_loop=loop(Data()))
+    for classes, is_right in (
+        (('square', 'disc'), True),
+        (('rectangle', 'circle'), True),  # other words
+        ((), True),
+        (('disc', 'square'), False),
+    ):
+        hook.after_load_checkpoint(runner, dict(meta=dict(dataset_meta=dict(classes=classes))))
+        if is_right:
+            hook.before_test(runner)
+        else:
+            with pytest.raises(DataError, match="'disc' is class 0 of the checkpoint"):
+                hook.before_test(runner)
+
+
+def test_an_evaluator_of_other_images():
+    data = boxes(20, 10, (9, 9))
+    data.item['img_id'] = 4
+    runner = SimpleNamespace(model=model_of())
+    for known, is_right in (
+        ({4: dict(file_name='x/a.png')}, True),
+        ({4: dict(file_name='b.jpg')}, False),
+        ({5: dict(file_name='a.jpg')}, False),
+        ({}, True),
+    ):
+        metric = SimpleNamespace(_coco_api=SimpleNamespace(imgs=known))
+        runner.test_loop = loop(data, metric)
+        if is_right:
+            DataCheckHook().before_test(runner)
+        else:
+            with pytest.raises(DataError, match='annotations of other images'):
+                DataCheckHook().before_test(runner)
 
 
 class Repeated(torch.utils.data.Dataset):

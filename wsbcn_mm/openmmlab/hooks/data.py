@@ -4,13 +4,10 @@ None of these raises in the hosts: labels shift, the metrics look fine or are al
 """
 
 import difflib
-import itertools
 import json
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 from mmengine import fileio
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
@@ -18,43 +15,68 @@ from mmengine.runner import Runner
 from torch import nn
 from torch.utils.data import ConcatDataset, Dataset
 
+from wsbcn_mm.openmmlab import annotations
 from wsbcn_mm.openmmlab.compat import DataError, no_image_in, unwrapped
-
-IGNORED = 255  # what a mask says where it says nothing, in mmsegmentation
-FEW, MANY = 8, 200  # masks that are looked at
-ENOUGH = 20  # so many images, and one class alone: that is not how they were drawn
+from wsbcn_mm.openmmlab.data_samples import (
+    IGNORED,
+    check_images,
+    check_labels,
+    check_masks,
+    check_objects,
+)
 
 
 @HOOKS.register_module()
 class DataCheckHook(Hook):
     """Compares the data sets of a run with its model before anything is trained or evaluated.
 
-    Raises `DataError` where a setting cannot be meant; everything else runs as before:
+    Raises `DataError` where a setting cannot be meant, and warns where it may be; everything else
+    runs as before:
 
-    - no image at all (a wrong ``img_suffix`` or folder);
-    - classes of the config that the annotation file does not have: the labels of those behind them
-      shift;
-    - a head with fewer classes than the data;
-    - masks that are pictures (RGB), that hold labels the config has no class for, or that are 0
-      and 255 alone: 255 means "ignore" (and so does 0, with ``reduce_zero_label``); for training,
-      masks of "ignore" alone.
+    - no image at all (a wrong ``img_suffix`` or folder), no object that counts;
+    - classes of the config that the annotation file does not have, or has twice: the labels of
+      those behind them shift;
+    - a head with fewer classes than the data; labels of classes that it does not have;
+    - classes that training, validation and the checkpoint number otherwise;
+    - images of another size than their annotations say; boxes beyond the image;
+    - an evaluator that reads the annotations of other images;
+    - masks that are pictures (RGB), have another size than their image, hold labels the config has
+      no class for, or are 0 and 255 alone: 255 means "ignore" (and so does 0, with
+      ``reduce_zero_label``); for training, masks of "ignore" alone.
     """
+
+    _learned: tuple[str, ...] = ()
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Keeps the names of the classes that the weights were trained on."""
+        meta = (checkpoint.get('meta') or {}).get('dataset_meta') or {}
+        self._learned = tuple(meta.get('classes') or ())
 
     def before_train(self, runner: Runner) -> None:
         """Looks at the data of training and of validation."""
-        self._check(runner, runner.train_loop, learned=True)
-        self._check(runner, runner.val_loop)
+        trained = self._check(runner, runner.train_loop, learned=True)
+        validated = self._check(runner, runner.val_loop)
+        if len(trained) == len(validated) == 1:
+            _check_same(trained[0], validated[0])
 
     def before_test(self, runner: Runner) -> None:
         """Looks at the data of testing."""
-        self._check(runner, runner.test_loop)
+        for dataset in self._check(runner, runner.test_loop):
+            if not hasattr(dataset, 'cat_ids'):  # numbered by the file, whatever the names' order
+                what = f'{type(dataset).__name__} ({_place(dataset)})'
+                _check_order(self._learned, 'the checkpoint', _classes_of(dataset), what)
 
     @staticmethod
-    def _check(runner: Runner, loop: Any, learned: bool = False) -> None:
+    def _check(runner: Runner, loop: Any, learned: bool = False) -> list[Any]:
         model = unwrapped(runner.model)
         loader = getattr(loop, 'dataloader', None)
-        for dataset in _inner(getattr(loader, 'dataset', None)):
+        datasets = list(_inner(getattr(loader, 'dataset', None)))
+        for dataset in datasets:
             check_dataset(dataset, model, learned)
+        if len(datasets) == 1:
+            for metric in getattr(getattr(loop, 'evaluator', None), 'metrics', ()):
+                _check_evaluator(metric, datasets[0])
+        return datasets
 
 
 def _inner(dataset: Any) -> Iterator[Any]:
@@ -82,11 +104,25 @@ def check_dataset(dataset: Any, model: nn.Module, learned: bool = False) -> None
     kind = type(dataset).__name__
     if len(dataset) == 0:
         raise DataError(no_image_in(dataset))
-    classes = dataset.metainfo.get('classes')
-    if not classes:
-        return
+    classes = dataset.metainfo.get('classes') or ()
     if isinstance(classes, str):
         raise DataError(f'{kind}: classes is one text\n  add a comma: classes=({classes!r},)')
+    if classes:
+        _check_classes(dataset, classes, model)
+    if not hasattr(dataset, 'get_data_info'):  # none of mmengine's
+        return
+    numbers = {module.num_classes for _, module in _heads(model)}
+    if len(numbers) == 1:
+        check_labels(dataset, numbers.pop(), learned)
+    check_objects(dataset, learned)
+    check_images(dataset)
+    if classes:
+        check_masks(dataset, classes, {IGNORED, *_ignored(model)}, learned)
+
+
+def _check_classes(dataset: Any, classes: Any, model: nn.Module) -> None:
+    """The data have each class once, and every head has them all."""
+    kind = type(dataset).__name__
     twice = [name for i, name in enumerate(classes) if name in classes[:i]]
     known = getattr(type(dataset), 'METAINFO', {}).get('classes', ())
     if twice and list(classes) != list(known):  # ImageNet has two cranes, a bird and a machine
@@ -103,7 +139,6 @@ def check_dataset(dataset: Any, model: nn.Module, learned: bool = False) -> None
                 f'{name} has num_classes={module.num_classes}, {kind} has {wanted} classes '
                 f'({shown})\n  set num_classes={wanted} there'
             )
-    _check_masks(dataset, len(classes), {IGNORED, *_ignored(model)}, learned)
 
 
 def _check_names(dataset: Any, classes: list[str]) -> None:
@@ -112,11 +147,22 @@ def _check_names(dataset: Any, classes: list[str]) -> None:
     The last ones may be missing, unless they are misspelt: the numbers of the others are the same.
     """
     found = getattr(dataset, 'cat_ids', None)
-    if found is None or len(found) >= len(classes):
+    if found is None or len(found) == len(set(found)) == len(classes):
         return
     arguments = getattr(dataset, 'backend_args', None)
     content = json.loads(fileio.get_text(dataset.ann_file, backend_args=arguments))
     there = [category['name'] for category in content['categories']]
+    numbers = [category['id'] for category in content['categories']]
+    for what, values in (('names', there), ('ids', numbers)):
+        twice = [value for i, value in enumerate(values) if value in values[:i]]
+        if twice and (what == 'ids' or twice[0] in classes):
+            raise DataError(
+                f'{type(dataset).__name__}: {dataset.ann_file} has two categories of the '
+                f'{what[:-1]} {twice[0]!r}, and the labels of the classes behind it shift\n'
+                '  make one of them, and give its id to the annotations of both'
+            )
+    if len(found) >= len(classes):
+        return
     missing = [name for name in classes if name not in there]
     others = [name for name in there if name not in classes]
     near = [difflib.get_close_matches(name, others, n=1) for name in missing[:4]]
@@ -156,70 +202,67 @@ def _ignored(model: nn.Module) -> Iterator[int]:
             yield number
 
 
-def _check_masks(dataset: Any, num_classes: int, ignored: set[int], learned: bool) -> None:
-    read = _mask_reader(dataset)
-    if read is None:
+# ---- two data sets, a data set and what else is there --------------------------------------------
+
+
+def _place(dataset: Any) -> str:
+    """Where a data set lies, in short."""
+    prefixes = getattr(dataset, 'data_prefix', None) or {}
+    return str(getattr(dataset, 'ann_file', '') or next(iter(prefixes.values()), ''))
+
+
+def _classes_of(dataset: Any) -> tuple[str, ...]:
+    """The names of the classes in the order of their labels."""
+    classes = tuple(dataset.metainfo.get('classes') or ())
+    if hasattr(dataset, 'cat_ids'):  # in the order of the file
+        names = annotations.names_read.get(str(dataset.ann_file), [])
+        return tuple(name for name in names if name in classes)
+    return classes
+
+
+def _check_same(trained: Any, validated: Any) -> None:
+    """The labels of training and of validation mean the same."""
+    names = [f'{type(d).__name__} ({_place(d)})' for d in (trained, validated)]
+    _check_order(_classes_of(trained), names[0], _classes_of(validated), names[1])
+    reduced = [getattr(d, 'reduce_zero_label', None) for d in (trained, validated)]
+    if None not in reduced and reduced[0] != reduced[1]:
+        raise DataError(
+            f'reduce_zero_label is {reduced[0]} for {names[0]} and {reduced[1]} for {names[1]}: '
+            'every label means another class there\n  set the same for training and validation'
+        )
+
+
+def _check_order(one: tuple[str, ...], of_one: str, other: tuple[str, ...], of_other: str) -> None:
+    """Classes of one name have one number; other names are other words for what may be the same."""
+    numbers = {name: i for i, name in enumerate(other)}
+    for i, name in enumerate(one):
+        if numbers.get(name, i) != i and one.count(name) == other.count(name) == 1:
+            raise DataError(
+                f'{name!r} is class {i} of {of_one}, and class {numbers[name]} of {of_other}\n'
+                f'  {", ".join(one[:6])} there, {", ".join(other[:6])} here: give both the same '
+                'classes in the same order (a folder of a class may be empty, but must be there)'
+            )
+
+
+def _check_evaluator(metric: Any, dataset: Any) -> None:
+    """COCO's metric reads a file of its own: that must be of these images."""
+    known = getattr(getattr(metric, '_coco_api', None), 'imgs', None)
+    if not known or not hasattr(dataset, 'cat_ids'):
         return
-    seen: set[int] = set()
-    order = np.random.default_rng(0).permutation(len(dataset))[:MANY].tolist()
-    for i in itertools.islice(order, FEW):
-        seen |= _labels(*read(i), num_classes, ignored)
-    reduced, more = dataset.reduce_zero_label, iter(order[FEW:])
-    while learned and seen <= ignored and (i := next(more, None)) is not None:
-        seen |= _labels(*read(i), num_classes, ignored)
-    if learned and seen <= ignored:
-        raise DataError(
-            f'the masks of {type(dataset).__name__} ({read(order[0])[0]}, ...) hold '
-            f'{", ".join(map(str, sorted(seen)))} alone, which means "ignore": there is nothing to '
-            'learn\n  write them as class numbers: 0 for the first class, 1 for the second'
-        )
-    if reduced and len(order) < ENOUGH:  # 0 and 255 are 1 and 0 in the file: one class of several
-        return
-    while seen == {0, IGNORED} and (i := next(more, None)) is not None:
-        seen |= _labels(*read(i), num_classes, ignored)
-    if seen == {0, IGNORED} and num_classes > 1 and reduced:
-        raise DataError(
-            f'with reduce_zero_label=True the masks of {type(dataset).__name__} '
-            f'({read(order[0])[0]}, ...) are class 0 and "ignore" alone: the label 0 of the files '
-            'is no class then\n  set reduce_zero_label=False where it is one (the background)'
-        )
-    if seen == {0, IGNORED} and num_classes > 1:
-        raise DataError(
-            f'the masks of {type(dataset).__name__} ({read(order[0])[0]}, ...) are 0 and 255 '
-            'alone, and 255 means "ignore": nothing of the object would count\n'
-            '  write them as class numbers: 0 for the background, 1 for the object'
-        )
-
-
-def _labels(path: str, mask: np.ndarray, num_classes: int, ignored: set[int]) -> set[int]:
-    if mask.ndim != 2:
-        raise DataError(
-            f'{path} is a picture of shape {mask.shape}, not a mask with one class number per '
-            'pixel\n  convert colours to class numbers (a PNG with a palette holds them, too)'
-        )
-    labels = set(np.unique(mask).tolist())
-    wrong = sorted(label for label in labels - ignored if label >= num_classes)
-    if wrong:
-        raise DataError(
-            f'{path} holds the label {wrong[0]}, and the config has {num_classes} classes '
-            f'(labels 0 to {num_classes - 1}, {IGNORED} to ignore)\n  name all classes in '
-            'metainfo, or write the masks anew'
-        )
-    return labels
-
-
-def _mask_reader(dataset: Any) -> Callable[[int], tuple[str, np.ndarray]] | None:
-    """Reads a mask as the data set's pipeline does; None where it reads none."""
-    steps = getattr(getattr(dataset, 'pipeline', None), 'transforms', [])
-    load = next((s for s in steps if type(s).__name__ == 'LoadAnnotations'), None)
-    if load is None or not hasattr(dataset, 'seg_map_suffix') or not hasattr(dataset, 'label_map'):
-        return None  # not a segmentation of mmsegmentation
-
-    def read(index: int) -> tuple[str, np.ndarray]:
+    for index in range(0, len(dataset), max(1, len(dataset) // 8)):
         info = dataset.get_data_info(index)
-        path = info.get('seg_map_path')
-        if not path or not os.path.exists(path):
-            raise DataError(f'{type(dataset).__name__}: no mask {path} for {info.get("img_path")}')
-        return path, load(info)['gt_seg_map']
+        number, path = info.get('img_id'), info.get('img_path')
+        if number is None or not isinstance(path, str):
+            return
+        other = known.get(number, {}).get('file_name')
+        if other is None or _stem(other) != _stem(path):
+            what = f'calls {other}' if other else 'does not list'
+            raise DataError(
+                f'{type(metric).__name__} reads the annotations of other images: its ann_file '
+                f'{what} image {number}, which is {path} in {dataset.ann_file}\n  name the same '
+                'file as ann_file of the evaluator and of the data set'
+            )
 
-    return read
+
+def _stem(path: str) -> str:
+    return path.replace('\\', '/').rpartition('/')[2].rpartition('.')[0] or path

@@ -1,0 +1,296 @@
+"""Some images of a data set as its pipeline reads them, against what is said about them.
+
+Few files are read; what is in memory already may be looked at whole.
+"""
+
+import itertools
+import logging
+import os
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from mmengine.dataset import Compose
+from mmengine.logging import print_log
+
+from wsbcn_mm.openmmlab.compat import DataError
+from wsbcn_mm.openmmlab.reading import missing
+
+IGNORED = 255  # what a mask says where it says nothing, in mmsegmentation
+FEW, MANY = 8, 200  # images that are looked at
+ENOUGH = 20  # so many images, and one class alone: that is not how they were drawn
+BACKGROUND = ('background', 'bg', '_background_')
+
+
+def _some(dataset: Any, count: int) -> list[int]:
+    """The numbers of some images, the same every time."""
+    return np.random.default_rng(0).permutation(len(dataset))[:count].tolist()
+
+
+def _loader(dataset: Any, name: str) -> Callable[[dict], dict | None] | None:
+    """The step of a data set's pipeline whose name begins so; its errors name the file."""
+    steps = getattr(getattr(dataset, 'pipeline', None), 'transforms', [])
+    step = next((s for s in steps if type(s).__name__.startswith(name)), None)
+    return None if step is None else Compose([step])
+
+
+def _size_of_image(dataset: Any) -> Callable[[dict], tuple[int, ...] | None]:
+    """Answers (height, width) of an image as it is read; None where it is not read from a file."""
+    load = _loader(dataset, 'LoadImage')
+
+    def size(info: dict) -> tuple[int, ...] | None:
+        if load is None or not isinstance(info.get('img_path'), str):
+            return None
+        data = load(dict(info))
+        image = None if data is None else data.get('img')
+        return tuple(image.shape[:2]) if isinstance(image, np.ndarray) else None
+
+    return size
+
+
+# ---- detection -----------------------------------------------------------------------------------
+
+
+def check_objects(dataset: Any, learned: bool) -> None:
+    """Training data of a detector have an object that counts; test data, if they have any.
+
+    Raises:
+        DataError: MMDetection leaves all of them out.
+    """
+    annotated = any((getattr(dataset, 'cat_img_map', None) or {}).values())
+    if not hasattr(dataset, 'cat_ids') or not (learned or annotated):
+        return
+    if _loader(dataset, 'LoadAnnotations') is None:  # a teacher's images have none
+        return
+    for index in itertools.chain(_some(dataset, MANY), range(len(dataset))):
+        objects = dataset.get_data_info(index).get('instances')
+        if objects is None or any(not o.get('ignore_flag') for o in objects):
+            return
+    text = (
+        f'{type(dataset).__name__}: no image of {getattr(dataset, "ann_file", "it")} has an object '
+        'that counts\n  MMDetection leaves out those of other classes than metainfo.classes, with '
+        'iscrowd=1, with an area of 0, with a width or height below 1 pixel (are they fractions of '
+        'the image?), and those beyond the width and height that the file says of their image'
+    )
+    if learned:
+        raise DataError(text)
+    print_log(f'data: {text}', 'current', logging.WARNING)
+
+
+def check_images(dataset: Any) -> None:
+    """Images have the size that their annotations say, and boxes lie inside.
+
+    Raises:
+        DataError: another size, and boxes beyond the image.
+    """
+    size_of, unlike, boxes, beyond = _size_of_image(dataset), [], 0, 0
+    for index in _some(dataset, FEW):
+        info = dataset.get_data_info(index)
+        is_whole = {'height', 'width', 'instances'} <= info.keys()
+        size = size_of(info) if is_whole else None
+        if size is None:
+            continue
+        if (info['height'], info['width']) != size:
+            unlike.append((info, size))
+        found = np.array([o['bbox'] for o in info.get('instances') or []], float).reshape(-1, 4)
+        boxes += len(found)
+        # As much as a twentieth may be a matter of drawing, or of what an edge is.
+        beyond += int((found[:, 2:] > 1.05 * np.array(size[::-1]) + 1).any(axis=1).sum())
+    kind = f'{type(dataset).__name__} ({getattr(dataset, "ann_file", "")})'
+    if unlike:
+        info, size = unlike[0]
+        text = (
+            f'{kind}: {len(unlike)} of {min(FEW, len(dataset))} images have another size than it '
+            f'says: {info["img_path"]} is {size[1]} x {size[0]} as it is read, and width x height '
+            f'are {info["width"]} x {info["height"]} there'
+        )
+        if beyond:
+            raise DataError(
+                f'{text}, and boxes lie beyond the image\n  are the annotations those of these '
+                'images, before they were resized or turned (EXIF)? Scale them, or take the others'
+            )
+        print_log(f'data: {text}', 'current', logging.WARNING)
+    elif boxes and beyond > boxes / 2:
+        text = f'{kind}: {beyond} of {boxes} boxes lie beyond their image'
+        mend = 'bbox is [x, y, width, height], not [x1, y1, x2, y2]'
+        print_log(f'data: {text}: {mend}', 'current', logging.WARNING)
+
+
+# ---- classification ------------------------------------------------------------------------------
+
+
+def check_labels(dataset: Any, num_classes: int, learned: bool) -> None:
+    """Labels of images and videos are those of classes that there are.
+
+    Test data may have others: where people are found again, they are not those of the training.
+
+    Raises:
+        DataError: one of training data is too large, or negative.
+    """
+    if num_classes < 2:
+        return
+    for index in _some(dataset, MANY):
+        info = dataset.get_data_info(index)
+        label = info.get('gt_label', info.get('label'))
+        if label is None or isinstance(label, (str, dict)):
+            return
+        for number in np.atleast_1d(np.asarray(label)).ravel().tolist():
+            if isinstance(number, int) and (number >= num_classes or (learned and number < 0)):
+                path = info.get('img_path') or info.get('filename') or info.get('frame_dir')
+                text = label_beyond(str(path), number, num_classes)
+                text = f'{type(dataset).__name__} ({getattr(dataset, "ann_file", "")}): {text}'
+                if learned:
+                    raise DataError(text)
+                print_log(f'data: {text}', 'current', logging.WARNING)
+                return
+    names, folders = dataset.metainfo.get('classes'), getattr(dataset, 'folder_to_idx', None)
+    for folder, number in (folders or {}).items():
+        if names and folder in names and list(names).index(folder) != number:
+            raise DataError(
+                f'{type(dataset).__name__}: the folder {folder} is class {number}, by the order of '
+                f'the alphabet, and metainfo.classes calls that {names[number]!r}\n  write the '
+                f'classes in that order: {", ".join(folders or ())}'
+            )
+
+
+def label_beyond(path: str, label: int, num_classes: int) -> str:
+    """A label is none of the classes of the model."""
+    mend = f'count them from 0, or set num_classes of the head to {label + 1}'
+    if label < 0:
+        mend = 'the list has no label for it: write "FILE LABEL"'
+    return (
+        f'the label of {path} is {label}, and the model has {num_classes} classes (labels 0 to '
+        f'{num_classes - 1})\n  {mend}'
+    )
+
+
+# ---- segmentation --------------------------------------------------------------------------------
+
+
+def check_masks(dataset: Any, classes: Any, ignored: set[int], learned: bool) -> None:
+    """Masks are of their images and hold labels of classes that there are, and more than one.
+
+    Args:
+        dataset: Of mmsegmentation; others are passed over.
+        classes: The names.
+        ignored: Labels that mean nothing.
+        learned: It is trained on.
+
+    Raises:
+        DataError: with the first mask that cannot be meant.
+    """
+    num_classes, read = len(classes), _mask_reader(dataset)
+    if read is None:
+        return
+    seen: set[int] = set()
+    order = _some(dataset, MANY)
+    for first in itertools.islice(order, FEW):
+        seen |= labels_of(*read(first), num_classes, ignored)
+    _check_sizes(dataset, read)
+    reduced, more = dataset.reduce_zero_label, iter(order[FEW:])
+    while learned and seen <= ignored and (i := next(more, None)) is not None:
+        seen |= labels_of(*read(i), num_classes, ignored)
+    if learned and seen <= ignored:
+        raise DataError(
+            f'the masks of {type(dataset).__name__} ({read(order[0])[0]}, ...) hold '
+            f'{", ".join(map(str, sorted(seen)))} alone, which means "ignore": there is nothing to '
+            'learn\n  write them as class numbers: 0 for the first class, 1 for the second'
+        )
+    if reduced and classes[0] in BACKGROUND and num_classes - 1 not in seen:
+        print_log(
+            f'data: reduce_zero_label=True leaves out the label 0 of the masks, {classes[0]!r} of '
+            f'{type(dataset).__name__} is their label 1 then, and {classes[-1]!r} was in none of '
+            'those looked at: is label 0 the background? Then set reduce_zero_label=False',
+            'current',
+            logging.WARNING,
+        )
+    if reduced and len(order) < ENOUGH:  # 0 and 255 are 1 and 0 in the file: one class of several
+        return
+    while seen == {0, IGNORED} and (i := next(more, None)) is not None:
+        seen |= labels_of(*read(i), num_classes, ignored)
+    if seen == {0, IGNORED} and num_classes > 1 and reduced:
+        raise DataError(
+            f'with reduce_zero_label=True the masks of {type(dataset).__name__} '
+            f'({read(order[0])[0]}, ...) are class 0 and "ignore" alone: the label 0 of the files '
+            'is no class then\n  set reduce_zero_label=False where it is one (the background)'
+        )
+    if seen == {0, IGNORED} and num_classes > 1:
+        raise DataError(
+            f'the masks of {type(dataset).__name__} ({read(order[0])[0]}, ...) are 0 and 255 '
+            'alone, and 255 means "ignore": nothing of the object would count\n'
+            '  write them as class numbers: 0 for the background, 1 for the object'
+        )
+
+
+def _check_sizes(dataset: Any, read: Callable[[int], tuple[str, np.ndarray]]) -> None:
+    """A mask of another size than its image is learned in some pipelines, and tested in none."""
+    size_of = _size_of_image(dataset)
+    for i in _some(dataset, FEW):
+        size = size_of(dataset.get_data_info(i))
+        path, mask = read(i)
+        if size is not None and mask.shape != size:
+            print_log(f'data: {another_size(path, mask.shape, size)}', 'current', logging.WARNING)
+            return
+
+
+def another_size(path: str, shape: tuple[int, ...], image: tuple[int, ...]) -> str:
+    """A mask is not of the size (height, width) of its image."""
+    return (
+        f'the mask {path} is {shape[1]} x {shape[0]}, and its image {image[1]} x {image[0]}\n'
+        '  write it at the size of the image, without interpolation between class numbers'
+    )
+
+
+def labels_of(path: str, mask: np.ndarray, num_classes: int, ignored: set[int]) -> set[int]:
+    """The class numbers in a mask.
+
+    Args:
+        path: For messages.
+        mask: As it is read.
+        num_classes: That there are.
+        ignored: Labels that mean nothing.
+
+    Raises:
+        DataError: it is no mask, or holds another number.
+    """
+    if mask.ndim != 2:
+        raise DataError(
+            f'{path} is a picture of shape {mask.shape}, not a mask with one class number per '
+            'pixel\n  convert colours to class numbers (a PNG with a palette holds them, too)'
+        )
+    labels = set(np.unique(mask).tolist())
+    wrong = sorted(label for label in labels - ignored if label >= num_classes)
+    if wrong:
+        raise DataError(
+            f'{path} holds the label {wrong[0]}, and the config has {num_classes} classes '
+            f'(labels 0 to {num_classes - 1}, {IGNORED} to ignore)\n  name all classes in '
+            'metainfo, or write the masks anew'
+            + (
+                '; or set reduce_zero_label=True, where 0 is no class and 1 the first'
+                if wrong == [num_classes]
+                else ''
+            )
+        )
+    return labels
+
+
+def _mask_reader(dataset: Any) -> Callable[[int], tuple[str, np.ndarray]] | None:
+    """Reads a mask as the data set's pipeline does; None where it reads none."""
+    load = _loader(dataset, 'LoadAnnotations')
+    if load is None or not hasattr(dataset, 'seg_map_suffix') or not hasattr(dataset, 'label_map'):
+        return None  # not a segmentation of mmsegmentation
+
+    def read(index: int) -> tuple[str, np.ndarray]:
+        info = dataset.get_data_info(index)
+        path = info.get('seg_map_path')
+        if not path or not os.path.exists(path):
+            image = info.get('img_path')
+            mend = missing(str(path if image is None or os.path.exists(image) else image))
+            file = getattr(dataset, 'ann_file', '')
+            kind = type(dataset).__name__ + (f' ({file})' if file else '')
+            raise DataError(f'{kind}: no mask {path} for {image}\n  {mend}')
+        data = load(info)
+        assert data is not None
+        return path, data['gt_seg_map']
+
+    return read
