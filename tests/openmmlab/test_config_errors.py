@@ -36,6 +36,7 @@ class BodyOfMistakes(BaseModule):
         norm_cfg=None,
         year=None,
         nms=None,
+        size=None,
         init_cfg=None,
     ):
         super().__init__(init_cfg)
@@ -43,12 +44,18 @@ class BodyOfMistakes(BaseModule):
             raise ValueError(f'no channels: {channels}')
         self.conv = nn.Conv2d(in_channels, channels, 3, strides[0])
         self.norm = build_norm_layer(norm_cfg, channels)[1]
-        self.nms = nms
+        self.nms, self.size = nms, size
 
     def forward(self, x):
         if self.nms is not None:
             batched_nms(torch.zeros(1, 4), torch.zeros(1), torch.zeros(1), self.nms)
+        if self.size is not None:
+            x = cropped(x, self.size)
         return self.norm(self.conv(x))
+
+
+def cropped(x, size):
+    return x[..., : size[0], : size[1]]
 
 
 @MODELS.register_module()
@@ -254,6 +261,13 @@ MISTAKES = [
         dict(type='mmseg.FCNHead', _scope_='mmseg', in_channels=3, channels=8, num_classes=3)
         | dict(in_index=5),
         r'{0}.in_index: FCNHead stopped at it\n  .*\n  got 5\n  at .*\n  with inputs of shape',
+    ),
+    ('model.backbone.size', (4,), r'{0} must be a number, or several\n  got \(4,\): a comma'),
+    (
+        'model.backbone',
+        dict(type='mmdet.FPN', _scope_='mmdet', in_channels=[3], out_channels=8, num_outs=2)
+        | dict(start_level=7),
+        r'(?s){0}: FPN stopped\n  IndexError.*\n  from .*start_level=7',
     ),
     ('compile', dict(backend='inductr'), "compile cannot be used\n  .*'inductr'"),
 ]

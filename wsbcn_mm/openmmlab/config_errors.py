@@ -104,6 +104,8 @@ def explain(cfg: Config, error: BaseException) -> str | None:
             return text
     if text := _other_channels(builds, frames) or _shared_parameters(error, frames):
         return text
+    if isinstance(error, IndexError) and (text := _one_alone(root, frames, error)):
+        return text
     if builds and (text := _stopped_at_settings(root, builds[-1], frames, error)):
         return text
     if builds and _is_of(builds[-1], frames, error):
@@ -122,7 +124,8 @@ def _is_of(build: Build, frames: list[Frame], error: BaseException) -> bool:
     last = frames[-1]
     called = last.code.co_name.startswith('build')  # with arguments that do not fit
     if build.runs:
-        return called or (last.raises and _after(build, frames) is not None)
+        inner = _after(build, frames)
+        return called or (inner is not None and (last.raises or _is_of_hosts(inner, error)))
     if build.kind is None:  # read by mmengine itself
         hosts = [frame.module for frame in frames if frame.module.startswith(('mm', 'wsbcn_mm'))]
         return hosts[-1].startswith('mmengine.')
@@ -132,6 +135,12 @@ def _is_of(build: Build, frames: list[Frame], error: BaseException) -> bool:
         or isinstance(error, (ImportError, OSError))
         or last.code in build.methods('__init__')
     )
+
+
+def _is_of_hosts(inner: list[Frame], error: BaseException) -> bool:
+    """Whether the hosts' own layers stopped at sizes: what they were made of does not fit."""
+    sizes = isinstance(error, (IndexError, RuntimeError)) and not isinstance(error, OUT_OF_MEMORY)
+    return sizes and all(frame.module.startswith((*HOSTS, 'mmcv', 'torch')) for frame in inner)
 
 
 def _after(build: Build, frames: list[Frame]) -> list[Frame] | None:
@@ -359,6 +368,17 @@ def _stopped_at_settings(
         f'  {_said(error)}\n  got {", ".join(_short(value) for _, value in found)}\n'
         f'  at {last.module}: {_cut(text, 120)}' + (f'\n  with {", ".join(had)}' if had else '')
     )
+
+
+def _one_alone(root: dict, frames: list[Frame], error: BaseException) -> str | None:
+    """A setting that a comma made a tuple of one, in the hands of who looks for a second."""
+    for place, value in walk(root.get('model'), ('model',)):
+        if _comma(value) and any(f.names.get(str(place[-1])) == value for f in frames):
+            return (
+                f'{dotted(place)} must be a number, or several\n  got {value!r}{_comma(value)}\n'
+                f'  it ended in {_said(error)}'
+            )
+    return None
 
 
 def _handed_on(root: dict, build: Build, last: Frame, names: list[str]) -> list[tuple[Place, Any]]:

@@ -223,10 +223,10 @@ def _build_of(root: dict, outer: Place, frame: Frame) -> Build | None:
         part = root.get('optim_wrapper')
         return Build(('optim_wrapper',), part, type(own))
     if isinstance(own, Hook):
-        return _object(root, own, ('custom_hooks', 'default_hooks'))
+        return _object(root, own, ('custom_hooks', 'default_hooks'), outer)
     if isinstance(own, BaseMetric):
-        return _object(root, own, EVALUATORS)
-    return None if isinstance(own, nn.Module) else _object(root, own, ('model',))
+        return _object(root, own, EVALUATORS, outer)
+    return None if isinstance(own, nn.Module) else _object(root, own, ('model',), outer)
 
 
 def _part(
@@ -289,9 +289,14 @@ def _module(root: dict, name: str, frames: list[Frame]) -> Build | None:
     return Build(place, part, type(module), runs=True)
 
 
-def _object(root: dict, own: object, fields: tuple[str, ...]) -> Build | None:
-    """What was built from a dict of these fields and runs, by its class and what it has."""
-    for place, value in walk({key: root.get(key) for key in fields}, ()):
+def _object(root: dict, own: object, fields: tuple[str, ...], outer: Place) -> Build | None:
+    """What was built from a dict of these fields and runs, by its class and what it has.
+
+    Of several alike that in the part around it.
+    """
+    places = list(walk({key: root.get(key) for key in fields}, ()))
+    places.sort(key=lambda item: item[0][: len(outer)] != outer)
+    for place, value in places:
         is_it = isinstance(value, dict) and type_name(value) == type(own).__name__
         if is_it and all(getattr(own, key, item) == item for key, item in value.items()):
             return Build(place, value, type(own), runs=True)
