@@ -4,10 +4,12 @@ import pytest
 
 pytest.importorskip('mmengine', reason="configs are mmengine's")
 
+from types import FunctionType
+
 import torch
 from mmengine.config import Config
 from mmengine.dataset import BaseDataset
-from mmengine.structures import BaseDataElement, PixelData
+from mmengine.structures import BaseDataElement, InstanceData, PixelData
 from torch import nn
 
 from wsbcn_mm.openmmlab import data_errors
@@ -53,6 +55,18 @@ def labelled(label):
     sample = DataSample(metainfo=dict(img_path='a.jpg'))
     sample.set_field(torch.tensor([label]), 'gt_label')
     return sample
+
+
+def test_what_the_pipeline_does_not_give_is_named():
+
+    of_host = FunctionType((lambda s: s.masks).__code__, {'__name__': 'mmdet.models'})
+    text = said_of(lambda: of_host(InstanceData()))
+    assert text.startswith('the samples have no masks, which the model learns\n')
+    pytest.importorskip('mmdet', reason='its transform')
+    from mmdet.datasets.transforms import Mosaic
+
+    text = said_of(lambda: Mosaic(prob=1).transform(dict(mix_results=[{}] * 3)))
+    assert text.startswith("Mosaic needs 'img', which no step of the pipeline before it gives")
 
 
 class Model(nn.Module):

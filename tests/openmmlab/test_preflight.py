@@ -73,6 +73,13 @@ def test_check_data_looks_at_the_loaders_it_is_told(tmp_path):
         preflight.check_data(cfg, 'train_dataloader', 'val_dataloader')
 
 
+def test_a_list_in_the_place_of_a_data_set(tmp_path):
+    cfg = Config(dict(train_dataloader=dict(dataset=[coco(tmp_path), coco(tmp_path)])))
+    with pytest.raises(ValueError, match=r'train_dataloader.dataset is a list.*\n.*ConcatDataset'):
+        preflight.check_data(cfg, 'train_dataloader')
+    preflight.check_data(Config(dict(train_dataloader=dict(dataset=[dict(inputs=1)]))))
+
+
 def test_check_data_lets_the_embedded_dataset_draw_itself(tmp_path):
     pytest.importorskip('mmdet', reason='registered there')
     import wsbcn_mm.openmmlab.datasets.shapes_coco  # noqa: F401  as the config's custom_imports

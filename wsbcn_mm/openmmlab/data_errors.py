@@ -18,6 +18,7 @@ from wsbcn_mm.openmmlab.config import datasets_of
 from wsbcn_mm.openmmlab.config_places import Frame, frames_of
 from wsbcn_mm.openmmlab.data_samples import IGNORED, another_size, label_beyond, labels_of
 from wsbcn_mm.openmmlab.errors import first_line
+from wsbcn_mm.openmmlab.reading import lacking
 
 LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
 # What a line of a list must be, by the name of the class that reads it or of a base of it.
@@ -35,7 +36,7 @@ def explain(cfg: Config, error: BaseException) -> str | None:
         lines = damaged_annotations(cfg, *_loaders_in(frames, cfg))
         if lines:
             return '\n'.join(lines) + f'\n  it ended in {type(error).__name__}: {first_line(error)}'
-    return _of_list(error, frames) or _of_sample(error, frames)
+    return _of_list(error, frames) or _of_pipeline(error, frames) or _of_sample(error, frames)
 
 
 def _loaders_in(frames: list[Frame], cfg: Config) -> list[str]:
@@ -70,6 +71,21 @@ def _of_list(error: BaseException, frames: list[Frame]) -> str | None:
                 f'must be {wanted[0]}: spaces between, the label a number from 0, no heading, no '
                 'empty line'
             )
+    return None
+
+
+def _of_pipeline(error: BaseException, frames: list[Frame]) -> str | None:
+    """What a transform or a head looks for and the pipeline does not give."""
+    step = frames[-1].names.get('self') if frames else None
+    if isinstance(error, KeyError) and '.transforms.' in frames[-1].module and step is not None:
+        return lacking(step, error)
+    released = bool(frames) and frames[-1].is_released
+    if isinstance(error, AttributeError) and isinstance(error.obj, BaseDataElement) and released:
+        return (
+            f'the samples have no {error.name}, which the model learns\n  {first_line(error)}\n'
+            '  load them: LoadAnnotations with with_mask=True, with_seg=True; a step that mixes '
+            'images (Mosaic, MixUp) may drop them, and CopyPaste keeps masks'
+        )
     return None
 
 

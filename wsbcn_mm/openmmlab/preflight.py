@@ -48,7 +48,17 @@ def check_data(cfg: Config, *loaders: str) -> None:
     Raises:
         FileNotFoundError: the first annotation file or image folder that is missing, with the
             layout that is expected.
+        ValueError: a list in the place of a data set.
     """
+    for loader in loaders:
+        parts = (cfg.get(loader) or {}).get('dataset')
+        if isinstance(parts, (list, tuple)) and any(
+            'type' in p for p in parts if hasattr(p, 'get')
+        ):
+            raise ValueError(
+                f'{loader}.dataset is a list of data sets, which mmengine takes for the samples\n  '
+                "write dict(type='ConcatDataset', datasets=[...])"
+            )
     for loader, dataset in datasets_of(cfg, *loaders):
         kind = type_name(dataset)
         if not _reads_as_the_host(cfg, dataset):

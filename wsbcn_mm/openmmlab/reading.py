@@ -42,12 +42,23 @@ def mend_of(transforms: list[Any], error: Exception, data: dict[str, Any]) -> st
     name = type(step).__name__
     if 'Annotations' in name and (wrong := _wrong_object(data)):
         return wrong
+    if step is not None and isinstance(error, KeyError) and not name.startswith('Load'):
+        return lacking(step, error)
     if step is None or name.startswith('Load') or name.endswith(('Init', 'Decode')):
         file = data.get('seg_map_path') if 'Annotations' in name else path
         damage = damage_of(file) if isinstance(file, str) else None
         where = '' if damage is None else f'{file} {damage}: '
         return f'{where}restore the file, or take it out of the dataset'
     return f'it failed in {name}: correct its arguments in the pipeline, or take the file out'
+
+
+def lacking(step: Any, error: KeyError) -> str:
+    """What to do about a transform that does not find what an earlier one makes."""
+    return (
+        f'{type(step).__name__} needs {error.args[0]!r}, which no step of the pipeline before it '
+        'gives: LoadImageFromFile gives img, LoadAnnotations what it loads (with_bbox, with_mask, '
+        'with_seg)'
+    )
 
 
 def missing(path: str, data: dict[str, Any] | None = None) -> str:
