@@ -30,7 +30,7 @@ What `bash tools/dev/matrix.sh` has tested: a row for each stack of `tools/dev/s
 by that script. A stack without a row has not been tested by it. Without OpenMMLab: the layers, the
 two functions and all backends against the specification, `torch.compile`, checkpointing,
 transforms, the CUDA kernels in Triton's interpreter. With it: its own tests and those of the tools.
-Since d517ce7 MMPretrain is tested on the fork too; MMAction2 is not: 1.2.0 refuses the fork's mmcv.
+On the fork MMPretrain is tested too, MMAction2 is not: 1.2.0 refuses the fork's mmcv.
 
 Promised is what lies between the oldest and the newest torch here, with Python 3.10 to 3.13; a
 newer torch gets one line when the package is imported. torch 2.1 to 2.5 is refused: the C++
