@@ -174,7 +174,7 @@ WRONG = {
         '(?s)3 of 3 images have another size .* is 20 x 10 .* are 40 x 20 there, and boxes lie b',
     ),
     'labels from 1': (labelled(2), model_of(), '(?s)label of a.jpg is 2, .* 2 classes.*from 0'),
-    'no label': (labelled(-1), model_of(), '(?s)label of a.jpg is -1.*"FILE LABEL"'),
+    'no label': (labelled(-1), model_of(), '(?s)label of a.jpg is -1.*the list has no label'),
     'folders in another order': (
         labelled(0, folder_to_idx=dict(disc=0, square=1)),
         model_of(),

@@ -157,7 +157,7 @@ def label_beyond(path: str, label: int, num_classes: int) -> str:
     """A label is none of the classes of the model."""
     mend = f'count them from 0, or set num_classes of the head to {label + 1}'
     if label < 0:
-        mend = 'the list has no label for it: write "FILE LABEL"'
+        mend = 'the list has no label for it: end its line with one, counted from 0'
     return (
         f'the label of {path} is {label}, and the model has {num_classes} classes (labels 0 to '
         f'{num_classes - 1})\n  {mend}'
