@@ -94,6 +94,20 @@ def boxes(width, height, *corners, **settings):
     return Data(cat_ids=[3, 7], item=item, steps=steps, **settings)
 
 
+class CocoDataset(Data):
+    """Named as MMDetection's."""
+
+    def load_data_list(self):
+        pass
+
+
+class Sorted(CocoDataset):
+    """Numbers the categories in an order of its own, as Objects365 does."""
+
+    def load_data_list(self):
+        pass
+
+
 def labelled(label, **settings):
     """Data of a classifier."""
     return Data(item=dict(img_path='a.jpg', gt_label=label), **settings)
@@ -288,10 +302,13 @@ def test_categories_are_numbered_by_the_files(monkeypatch):
     """Whatever the order of the names in the config."""
     names = {'a.json': ['square', 'disc'], 'b.json': ['x', 'disc', 'square']}
     monkeypatch.setattr(annotations, 'names_read', names)
-    one, other = Data(cat_ids=[3, 7]), Data(cat_ids=[3, 7], ann_file='b.json')
+    one, other = CocoDataset(cat_ids=[3, 7]), CocoDataset(cat_ids=[3, 7], ann_file='b.json')
     runner = SimpleNamespace(model=model_of(), train_loop=loop(one), val_loop=loop(other))
-    with pytest.raises(DataError, match=r"'square' is class 0 of Data \(a.json\), and class 1 of"):
+    with pytest.raises(DataError, match=r"'square' is class 0 of CocoDataset .*, and class 1 of"):
         DataCheckHook().before_train(runner)
+    runner.val_loop = loop(Sorted(cat_ids=[3, 7], ann_file='b.json'))
+    DataCheckHook().before_train(runner)
+    runner.val_loop = loop(other)
     names['a.json'].reverse()
     DataCheckHook().before_train(runner)
 

@@ -214,9 +214,11 @@ def _place(dataset: Any) -> str:
 def _classes_of(dataset: Any) -> tuple[str, ...]:
     """The names of the classes in the order of their labels."""
     classes = tuple(dataset.metainfo.get('classes') or ())
-    if hasattr(dataset, 'cat_ids'):  # in the order of the file
+    if hasattr(dataset, 'cat_ids'):  # in the order of the file, unless a class sorts (Objects365)
+        reads = (k.__name__ for k in type(dataset).__mro__ if 'load_data_list' in vars(k))
         names = annotations.names_read.get(str(dataset.ann_file), [])
-        return tuple(name for name in names if name in classes)
+        by_file = next(reads, None) == 'CocoDataset'
+        return tuple(name for name in names if name in classes) if by_file else ()
     return classes
 
 
