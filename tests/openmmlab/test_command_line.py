@@ -6,11 +6,12 @@ pytest.importorskip('mmengine', reason="configs are mmengine's")
 pytest.importorskip('mmcv', reason='a config is not read without mmcv')
 
 import argparse
+import re
 
 from mmengine.config import Config
 
 from tests.openmmlab.tiny import make_runner
-from wsbcn_mm.openmmlab import command_line, config, optimizers
+from wsbcn_mm.openmmlab import command_line, config, optimizers, options
 
 
 def test_work_dir_comes_from_the_argument_then_the_config_then_the_name(monkeypatch):
@@ -171,3 +172,51 @@ def test_the_optimizer_is_logged_in_short(tmp_path, level):
     assert 'optimizer: 6 parameters\n' in said and '\n  1 are not trained\n' in said
     assert '\n  4 with lr=0.01, weight_decay=0\n  2 with lr=0.01, weight_decay=0.1\n' in said
     assert ('paramwise_options' in said) == ('requires_grad=False' in said) == (level == 'DEBUG')
+
+
+OPTIONS = [
+    (
+        'param_scheduler.7.end=3',
+        r'param_scheduler.7.end: param_scheduler is a list of 1, .*\n  got 7',
+    ),
+    ('param_scheduler.-1.end=3', r'is a list of 1, .*numbers from 0\n  got -1'),
+    ('lr.x=3', r'lr.x: lr is 0.1, which has nothing inside\n  got x'),
+    ('load_from.x=3', 'load_from is None, which has nothing inside'),
+    ('model', 'key=value is expected\n  got model'),
+    ('param_scheduler[0].end=3', r'named by its number: param_scheduler.0.end\n'),
+    ("model={'type':'A'}", 'no dict can be given: set what is in it, model.name=value'),
+    ('model.a=dict(type=A)', 'no dict can be given'),
+    ('model.a=[(1,2', 'Imbalanced brackets'),
+]
+
+
+@pytest.mark.parametrize('option, words', OPTIONS)
+def test_options_that_cannot_be_set(option, words, capsys):
+    cfg = Config(dict(model=dict(type='A'), lr=0.1, load_from=None, param_scheduler=[dict(end=1)]))
+    with pytest.raises(SystemExit) as end, command_line.errors_in_one_line():
+        args = command_line.parser_of('').parse_args(['a.py', 'b.pth', '--cfg-options', option])
+        options.merge(cfg, args.cfg_options)
+    assert re.search(words, f'{end.value.code}{capsys.readouterr().err}')
+
+
+def test_options_that_change_nothing_are_named():
+    """Variables of a config file are read before the options."""
+    cfg = Config(
+        dict(
+            data_root='data/a/',
+            max_epochs=3,
+            train_dataloader=dict(dataset=dict(data_root='data/a/', ann_file='data/a/x.json')),
+            train_cfg=dict(max_epochs=3, val_interval=3),
+        )
+    )
+    given = {'data_root': 'b/', 'max_epochs': 5, 'modle.depth': 1, 'train_cfg.max_epochs': 5}
+    given |= {'load_from': 'a', 'find_unused_parameters': True, 'randomness.seed': 1}
+    root, epochs, typo = options.unread(cfg, given)
+    inner = 'train_dataloader.dataset'
+    assert root.endswith(f'\n  set {inner}.data_root, {inner}.ann_file')
+    assert 'max_epochs is a variable' in epochs and epochs.endswith('\n  set train_cfg.max_epochs')
+    assert typo.endswith('changes nothing: nothing reads modle\n  did you mean model?')
+    template = command_line.parser_of('').parse_args(
+        ['a.py', 'b.pth', '--cfg-options', 'default_hooks.checkpoint.filename_tmpl=epoch_{}.pth']
+    )
+    assert template.cfg_options == {'default_hooks.checkpoint.filename_tmpl': 'epoch_{}.pth'}

@@ -3,22 +3,27 @@
 import ast
 import copy
 import inspect
+import sys
 from collections.abc import Callable, Iterator
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from mmengine import registry as registries
 from mmengine.config import Config
-from mmengine.registry import DATASETS
+from mmengine.registry import DATASETS, MODELS
 
 from wsbcn_mm.openmmlab import compat
 from wsbcn_mm.openmmlab.errors import first_line
+from wsbcn_mm.openmmlab.options import merge, unread
 
 # Detection, segmentation, classification of images, of videos: a config's scope is a package.
 HOSTS = ('mmdet', 'mmseg', 'mmpretrain', 'mmaction')
 PRETRAINED = ('Pretrained', 'PretrainedInit')  # the initialisation from a file
+# Classes of the hosts that evaluate an argument as Python (a mode of OpenCV) when they are built.
+EVALUATING = {'CameraMotionCompensation'}
 
 
 def load_config(path: str, options: dict | None = None) -> Config:
@@ -31,13 +36,15 @@ def load_config(path: str, options: dict | None = None) -> Config:
     Raises:
         FileNotFoundError: no such file; the message names files with a similar name.
         ImportError: the config's scope needs a package that is missing or too old.
-        ValueError: it is not a model's config.
+        ValueError: it is not a model's config, or has no place for an override.
     """
     file, _ = find_config(path)
     compat.require('mmengine', 'mmcv')
     cfg = read_config(file)
     if options:
-        cfg.merge_from_dict(options)
+        for line in unread(cfg, options):
+            print(f'warning: {line}', file=sys.stderr)
+        merge(cfg, options)
     if cfg.get('default_scope') in HOSTS:
         compat.require(cfg.default_scope)
     if not isinstance(cfg.get('model'), dict):
@@ -58,8 +65,16 @@ def read_config(path: str | Path) -> Config:
     """
     try:
         return with_names(Config.fromfile(path))
-    except ImportError:  # says all there is to say
-        raise
+    except ImportError as error:
+        first: BaseException = error
+        while first.__cause__ or first.__context__:
+            first = first.__cause__ or first.__context__  # type: ignore[assignment]
+        if first is error:  # says all there is to say
+            raise
+        raise ImportError(
+            f'{path} imports what cannot be imported (custom_imports)\n  {type(first).__name__}: '
+            f'{first_line(first)}\n  modules of your own are found below the folders of PYTHONPATH'
+        ) from error
     except FileNotFoundError as error:
         if error.filename is None:
             raise
@@ -128,7 +143,8 @@ def foreign_config(text: str) -> Config:
     """The config in somebody's checkpoint, such that its model can be built without running it.
 
     `read_text` reads it. Building a model calls what its types name, and mmengine imports a name
-    that it does not know: here each of them must be registered by the hosts or by this package.
+    that it does not know: here each of them must be registered by the hosts or by this package, or
+    be a plain word that no module has (operators, ``'nms'``: the hosts look them up elsewhere).
 
     Raises:
         ValueError: it is more than data, has no model of these hosts, or names something else.
@@ -143,14 +159,19 @@ def foreign_config(text: str) -> Config:
     compat.require(scope)
     import_module(f'{scope}.models')
     known = {name for registry in vars(registries).values() for name in _registered(registry)}
+    known -= EVALUATING
     for part in _dicts(model):
         part.pop('_scope_', None)
         for key in {'type', 'kind'} & part.keys():
             name = str(part[key]).rpartition('.')[2]
-            if name not in known:
+            if name not in known and not _names_no_module(str(part[key])):
                 raise ValueError(f'the config names {part[key]!r}, which no host has registered')
             part[key] = name
     return Config(dict(cfg.to_dict(), default_scope=scope))
+
+
+def _names_no_module(name: str) -> bool:
+    return name.isidentifier() and name not in EVALUATING and find_spec(name) is None
 
 
 def _registered(registry: object) -> Iterator[str]:
@@ -184,20 +205,31 @@ def type_name(cfg: object) -> str:
     return str(getattr(kind, '__name__', kind)).rpartition('.')[2]
 
 
+def find_scope(cfg: Config) -> str | None:
+    """One of `HOSTS`; None where the config is of none."""
+    scope = cfg.get('default_scope')
+    if scope is None:  # a config in pure Python has types such as mmdet.models.RetinaNet
+        model = cfg.get('model') or {}
+        kind = model.get('kind') or model.get('type')
+        scope = str(kind).partition('.')[0]
+        if scope not in HOSTS and isinstance(kind, str):  # a class of the user's, by its bases
+            bases = getattr(MODELS.get(kind), '__mro__', ())
+            packages = [base.__module__.partition('.')[0] for base in bases]
+            scope = next((package for package in packages if package in HOSTS), None)
+    return scope if scope in HOSTS else None
+
+
 def scope_of(cfg: Config) -> str:
     """One of `HOSTS`.
 
     Raises:
         ValueError: the config is of none.
     """
-    model = cfg.get('model') or {}
-    scope = cfg.get('default_scope')
-    if scope is None:  # a config in pure Python has types such as mmdet.models.RetinaNet
-        scope = str(model.get('kind') or model.get('type')).partition('.')[0]
-    if scope not in HOSTS:
+    scope = find_scope(cfg)
+    if scope is None:
         raise ValueError(
             f'a config of {", ".join(HOSTS)} is needed\n  got default_scope '
-            f'{cfg.get("default_scope")!r}, model {model.get("type")!r}'
+            f'{cfg.get("default_scope")!r}, model {(cfg.get("model") or {}).get("type")!r}'
         )
     return scope
 
