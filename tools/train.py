@@ -90,7 +90,7 @@ def configure(args: argparse.Namespace) -> Config:
     if args.resume is not None:
         for line in command_line.resume_from(cfg, args.resume):
             print(f'not resumed from: {line}', file=sys.stderr)
-    elif cfg.get('load_from'):
+    elif cfg.get('load_from') is not None:
         checkpoints.check_checkpoint(cfg.load_from)
     preflight.check_amp(cfg)
     preflight.check_pretrained(cfg)
@@ -111,7 +111,7 @@ def main() -> None:
     with command_line.errors_in_one_line():
         cfg = configure(args)
     with command_line.errors_of_a_run(cfg, 'train_dataloader', 'val_dataloader'):
-        command_line.build_runner(cfg).train()
+        command_line.train(cfg, may_be_done=args.resume == 'auto')
 
 
 if __name__ == '__main__':

@@ -124,6 +124,8 @@ def fake_runner(model=None, **cfg):
         model=tiny_model() if model is None else model,
         logger=logging.getLogger('report'),
         cfg=cfg,
+        optim_wrapper=None,
+        param_schedulers=None,
     )
 
 

@@ -143,6 +143,18 @@ def test_a_good_one_comes_in_by_every_address(evil, address, monkeypatch):
         assert (model.conv.weight == 2).all()
 
 
+def test_no_text_in_it_runs_when_a_training_goes_on(tmp_path):
+    """mmengine runs ``meta['config']`` of a checkpoint that it resumes from."""
+    make_runner(tmp_path).train()
+    file, mark = tmp_path / 'epoch_1.pth', tmp_path / 'mark'
+    content = torch.load(file, weights_only=False)
+    content['meta']['config'] = f"open({str(mark)!r}, 'w')"
+    torch.save(content, file)
+    runner = make_runner(tmp_path, epochs=2, load_from=str(file), resume=True)
+    runner.train()
+    assert runner.epoch == 2 and not mark.exists()
+
+
 # ---- texts in a checkpoint ---------------------------------------------------------------------
 
 
@@ -192,6 +204,9 @@ def foreign(model, scope='mmdet'):
         (dict(type='Converted', kind='os.mkdir', path='MARK'), 'os.mkdir'),
         (dict(type='mmengine.dump', obj=1, file='MARK'), 'mmengine.dump'),
         (dict(type='this'), 'this'),  # a module of Python that prints when it is imported
+        (dict(type='A', nms=dict(type='os.nms')), 'os.nms'),
+        # Evaluates its argument as Python.
+        (dict(type='A', cmc=dict(type='CameraMotionCompensation', warp_mode='1')), 'CameraMotion'),
     ],
 )
 def test_a_config_in_a_checkpoint_names_what_is_registered_or_is_not_built(model, words):
@@ -206,6 +221,8 @@ def test_a_config_in_a_checkpoint_names_what_is_registered_or_is_not_built(model
 def test_a_config_in_a_checkpoint_may_hold_classes_by_their_path():
     pytest.importorskip('mmdet', reason='the scope of the config')
     model = dict(type='mmdet.models.detectors.retinanet.RetinaNet', backbone=dict(type='ResNet'))
+    # Words that the hosts look up among mmcv's operators.
+    model |= dict(test_cfg=dict(nms=dict(type='nms')), roi=dict(type='RoIAlign'))
     cfg = config.foreign_config(foreign(model, scope=None))
     assert (cfg.default_scope, cfg.model.type) == ('mmdet', 'RetinaNet')
 

@@ -14,9 +14,17 @@ from mmengine.registry import DATA_SAMPLERS, DATASETS, METRICS, MODELS
 
 from tests.openmmlab.tiny import TinyModel
 from wsbcn_mm.openmmlab import command_line, config
+from wsbcn_mm.openmmlab.hooks import checkpoints as checkpoint_hooks
 from wsbcn_mm.openmmlab.hooks.estimates import EstimatesHook
 
-MODELS.register_module(name='SetUpModel', module=TinyModel, force=True)
+
+class SetUpModel(TinyModel):
+    def __init__(self, wide=False):
+        super().__init__()
+        self.more = torch.nn.Linear(2, 2) if wide else None
+
+
+MODELS.register_module(name='SetUpModel', module=SetUpModel, force=True)
 _numbers = itertools.count()
 OURS = ('AtomicCheckpointHook', 'EstimatesHook', 'StandardizationHook', 'CheckpointReportHook')
 
@@ -171,3 +179,50 @@ def test_hooks_that_are_objects(tmp_path):
     assert [hook.steps for hook in runner.hooks if isinstance(hook, Counting)] == [4]
     assert {'ShownEstimatesHook', 'ShownCheckpointHook'} <= set(names)
     assert not {'EstimatesHook', 'AtomicCheckpointHook'} & set(names)
+
+
+def resumed(work_dir, **settings):
+    """A training of one epoch with settings, resumed with others."""
+    ckpt = work_dir / 'epoch_1.pth'
+    if not ckpt.is_file():
+        train(cfg_of(work_dir, param_scheduler=dict(type='LinearLR', end=9)))
+    basic = dict(train_cfg=dict(by_epoch=True, max_epochs=2), load_from=str(ckpt), resume=True)
+    return cfg_of(
+        work_dir, **(basic | dict(param_scheduler=dict(type='LinearLR', end=9)) | settings)
+    )
+
+
+@pytest.mark.parametrize(
+    'settings, words',
+    [
+        (dict(optim_wrapper=dict(optimizer=dict(type='Adam', lr=0.1))), 'is of another optimizer'),
+        (dict(model=dict(type='SetUpModel', wide=True)), 'is of another training: its optimizer'),
+        (
+            dict(train_cfg=dict(by_epoch=True, max_epochs=1)),
+            r'nothing was left.*epochs=1, and .*_1',
+        ),
+    ],
+)
+def test_what_cannot_be_resumed(settings, words, tmp_path):
+    cfg = resumed(tmp_path, **settings)
+    config.add_hook(cfg, dict(type='CheckpointReportHook'))
+    with pytest.raises(SystemExit, match=rf'(?s)^error: .*{words}'):
+        with command_line.errors_of_a_run(cfg):
+            command_line.train(cfg)
+
+
+def test_what_goes_on_otherwise_than_said(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(checkpoint_hooks, 'print_log', lambda text, *_: said.append(text))
+    optimizer = dict(type='SGD', lr=0.5)
+    schedulers = [dict(type='LinearLR', end=5)] * 2
+    cfg = resumed(tmp_path, optim_wrapper=dict(optimizer=optimizer), param_scheduler=schedulers)
+    config.add_hook(cfg, dict(type='CheckpointReportHook'))
+    command_line.train(cfg)
+    assert [text.partition('\n')[0] for text in said] == [
+        'the checkpoint brings the settings of its optimizer along: '
+        'initial_lr=0.01 (the config: 0.5)',
+        'the checkpoint holds 1 schedulers, and this config has 2',
+        'the checkpoint brings its schedule along: param_scheduler[0] has end=9 (the config: 5)',
+    ]
+    command_line.train(resumed(tmp_path, train_cfg=dict(by_epoch=True, max_epochs=1)), True)

@@ -39,6 +39,10 @@ class CheckpointRefused(pickle.UnpicklingError, ValueError):
     """A checkpoint that is damaged, or that would run code."""
 
 
+class CheckpointNotHad(OSError):
+    """A checkpoint that is named by an address and cannot be had from there."""
+
+
 class CheckpointMismatch(ValueError):
     """A checkpoint leaves tensors of the model unfilled, or was made for other layers."""
 
@@ -46,7 +50,7 @@ class CheckpointMismatch(ValueError):
 # ---- finding and reading -----------------------------------------------------------------------
 
 
-def is_address(source: str | Path) -> bool:
+def is_address(source: str | os.PathLike) -> bool:
     """Whether a checkpoint is named by an address (``https://``, ``torchvision://``), no file."""
     return '://' in str(source)
 
@@ -68,11 +72,17 @@ def find_checkpoint(source: str | Path) -> Path:
     """The local file of that name, ``~`` expanded.
 
     Raises:
-        FileNotFoundError: no such file; the message lists the checkpoints beside it.
+        FileNotFoundError: no such file; the message lists the checkpoints beside it, or in it where
+            it is a folder.
+        ValueError: it is no name of a file.
     """
+    if not isinstance(source, (str, os.PathLike)) or not str(source):
+        raise ValueError(
+            f'a checkpoint is named by a path or an address; without one: None\n  got {source!r}'
+        )
     path = Path(source).expanduser()
     if not path.is_file():
-        folder = path.parent
+        folder = path if path.is_dir() else path.parent
         there = sorted(file.name for file in folder.glob('*.pth') if file.is_file())
         raise FileNotFoundError(
             f'no checkpoint file {path}\n  in {folder}: {", ".join(there) or "no .pth files"}'
@@ -113,7 +123,7 @@ def check_checkpoint(source: str | Path) -> None:
         FileNotFoundError: no such file.
         ValueError: it is damaged, would run code, or is no checkpoint.
     """
-    if not is_address(source):
+    if not (isinstance(source, str) and is_address(source)):
         read_checkpoint(source, checksums=False)
 
 
@@ -176,7 +186,21 @@ def guard_loaders() -> None:
         filename: str | os.PathLike, map_location: Any = None, logger: str = 'current'
     ) -> object:
         with code_refused(filename):
-            return original(str(filename), map_location, logger)
+            try:
+                content = original(str(filename), map_location, logger)
+            except CheckpointRefused:
+                raise
+            except Exception as error:  # of torch.hub, of storages, of lists of names
+                if not is_address(filename):
+                    raise
+                raise CheckpointNotHad(
+                    f'{filename} cannot be loaded: {type(error).__name__}: {first_line(error)}\n'
+                    '  is the name right, and can this machine reach it? A file that was brought '
+                    'here another way is named by its path'
+                ) from error
+        if isinstance(content, dict):
+            meta_of(content).pop('config', None)  # a text that mmengine runs when it resumes
+        return content
 
     load_checkpoint.refuses_code = True  # type: ignore[attr-defined]
     CheckpointLoader.register_scheme(prefixes='', loader=load_from_local, force=True)

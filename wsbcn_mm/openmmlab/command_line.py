@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.config import Config, ConfigDict
+from mmengine.hooks import Hook
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
-from wsbcn_mm.openmmlab import annotations, compat, config, config_errors, optimizers
+from wsbcn_mm.openmmlab import annotations, compat, config, config_errors, optimizers, options
 from wsbcn_mm.openmmlab.checkpoints import (
     CheckpointMismatch,
     CheckpointRefused,
@@ -25,27 +26,6 @@ from wsbcn_mm.openmmlab.registry import ATOMIC_CHECKPOINT_HOOK, ESTIMATES_HOOK, 
 WRITE_MASKS = ('IoUMetric', 'CityscapesMetric', 'DepthMetric')  # with `output_dir`
 # What a mistake of the user raises; anything else is a defect and keeps its traceback.
 USER_ERRORS = (ValueError, ImportError, OSError, compat.DataError)
-
-
-class Options(DictAction):
-    """mmengine's ``--cfg-options``; what it cannot read is an error of the command line."""
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        option_string: str | None = None,
-    ) -> None:
-        """Reads the values."""
-        try:
-            super().__call__(parser, namespace, values, option_string)
-        except (AssertionError, RecursionError, ValueError):
-            parser.error(
-                f'{option_string} takes KEY=VALUE with numbers, texts and lists of them as values: '
-                'a.b.c=1, "a.b=[1,2]"; what is a dict, key by key: a.b.type=X a.b.size=3\n  got '
-                + ' '.join(values)
-            )
 
 
 def parser_of(
@@ -65,7 +45,7 @@ def parser_of(
     parser.add_argument(
         '--cfg-options',
         nargs='+',
-        action=Options,
+        action=options.OptionsAction,
         help='override settings of the config: a.b.c=value, key="[a,b]", key="[(a,b),(c,d)]"',
     )
     if launcher:
@@ -113,18 +93,27 @@ def errors_of_a_run(cfg: Config, *loaders: str) -> Iterator[None]:
     except CheckpointMismatch as error:
         where = f'{cfg.load_from}: ' if cfg.get('load_from') else ''
         sys.exit(f'error: {where}{error}')
-    except (CheckpointRefused, compat.DataError, config_errors.ConfigError) as error:
+    except (CheckpointRefused, compat.DataError, config_errors.ConfigError, NothingToTrain) as error:
         sys.exit(f'error: {error}')
     except Exception as error:
         mistake = config_errors.explain(cfg, error)
         if mistake is not None:
             sys.exit(f'error: {mistake}')
         if isinstance(error, OSError):
-            sys.exit(f'error: {error}')
+            sys.exit(f'error: {_said(cfg, error)}')
         damaged = '\n'.join(annotations.damaged_annotations(cfg, *loaders))
         if not damaged:
             raise
         raise compat.DataError(f'{type(error).__name__}: {error}\nand besides {damaged}') from error
+
+
+def _said(cfg: Config, error: OSError) -> str:
+    """What the system refused; where it is the work dir, how to name another."""
+    if error.filename is None or error.strerror is None:
+        return str(error)
+    text = f'{error.filename}: {error.strerror}'
+    inside = str(error.filename).startswith(str(cfg.get('work_dir') or '').rstrip('/') or '\0')
+    return f'{text}\n  another folder for what a run writes: --work-dir' if inside else text
 
 
 # ---- set-up --------------------------------------------------------------------------------------
@@ -144,6 +133,45 @@ def build_runner(cfg: Config) -> Runner:
     optimizers.log_in_short(runner)
     runner.register_hook(dict(type='StandardizationHook'))
     return runner
+
+
+class NothingToTrain(ValueError):
+    """Not one step was done."""
+
+
+class _FirstStep(Hook):
+    """Keeps with which iteration a training began."""
+
+    iteration = 0
+
+    def before_train(self, runner: Runner) -> None:
+        self.iteration = runner.iter
+
+
+def train(cfg: Config, may_be_done: bool = False) -> None:
+    """Trains what a config says.
+
+    Args:
+        cfg: The config.
+        may_be_done: A training that is at its end already is no error: a script that starts it
+            again and again until it is.
+
+    Raises:
+        NothingToTrain: a ValueError; not one step was done.
+    """
+    runner, first = build_runner(cfg), _FirstStep()
+    runner.register_hook(first)
+    runner.train()
+    if runner.iter > first.iteration:
+        return
+    loop = cfg.get('train_cfg') or {}
+    length = ', '.join(f'train_cfg.{k}={v}' for k, v in loop.items() if k.startswith('max_'))
+    text = f'nothing was left to train: {length}'
+    if cfg.get('resume'):
+        text += f', and {cfg.load_from} is at epoch {runner.epoch}, iteration {runner.iter}'
+    if not may_be_done:
+        raise NothingToTrain(text)
+    print(text, file=sys.stderr)
 
 
 def prepare_distributed(cfg: Config, launcher: str) -> None:

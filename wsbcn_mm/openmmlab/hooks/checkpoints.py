@@ -23,6 +23,7 @@ from wsbcn_mm.openmmlab import checkpoints
 from wsbcn_mm.openmmlab.checkpoints import CheckpointMismatch
 from wsbcn_mm.openmmlab.compat import unwrapped
 from wsbcn_mm.openmmlab.files import remove_leftovers, write_atomically
+from wsbcn_mm.openmmlab.hooks import resuming
 
 BACKEND = 'wsbcn_atomic'
 
@@ -157,12 +158,15 @@ class CheckpointReportHook(Hook):
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Compares before the Runner copies the tensors; see the class."""
-        state_of_training = {'epoch', 'iter'} <= checkpoints.meta_of(checkpoint).keys()
-        if runner.cfg.get('resume') and not state_of_training:
-            raise CheckpointMismatch(
-                'the checkpoint holds no state of a training: no epoch and iter in its meta\n'
-                '  start from its weights: load_from without resume'
-            )
+        resumes = runner.cfg.get('resume')
+        if resumes:
+            wrong = resuming.cannot_go_on(runner, checkpoint)
+            if wrong is not None:
+                raise CheckpointMismatch(
+                    f'the checkpoint {wrong}\n  start from its weights: load_from without resume'
+                )
+            for line in resuming.goes_on_otherwise(runner, checkpoint):
+                print_log(f'the checkpoint {line}', runner.logger, logging.WARNING)
         state = checkpoints.state_dict_of(checkpoint)
         holder = checkpoints.holder_of_tensors(checkpoint)
         if holder is not checkpoint:
@@ -170,7 +174,7 @@ class CheckpointReportHook(Hook):
         found = checkpoints.compare(unwrapped(runner.model), state, checkpoint)
         if found.complete:
             return
-        if self.strict or not found.filled:
+        if self.strict or not found.filled or (resumes and found.other_shape):
             raise CheckpointMismatch(f'the checkpoint {found}')
         print_log(
             f'the checkpoint {found}\n  what is not filled starts from its initial values',
