@@ -6,6 +6,8 @@ pytest.importorskip('mmengine', reason="configs are mmengine's")
 pytest.importorskip('mmcv', reason='a config is not read without mmcv')
 
 from mmengine.config import Config
+from mmengine.model import BaseModel
+from mmengine.registry import MODELS
 
 from wsbcn_mm.openmmlab import compat, config
 
@@ -47,6 +49,29 @@ def test_a_missing_import_of_a_config_stays_an_import_error(file):
     file.write_text(file.read_text() + "custom_imports = dict(imports=['no_such_package'])\n")
     with pytest.raises(ImportError, match='no_such_package'):
         config.load_config(str(file))
+
+
+@pytest.mark.parametrize(
+    'kind, scope, found',
+    [
+        ('RetinaNet', 'mmdet', 'mmdet'),
+        ('mmseg.models.EncoderDecoder', None, 'mmseg'),
+        ('OwnDetector', None, 'mmdet'),  # by its bases
+        ('OwnModel', None, None),
+        ('RetinaNet', 'mmsegmentation', None),
+    ],
+)
+def test_the_host_of_a_config(kind, scope, found):
+    pytest.importorskip('mmdet', reason='one model derives from its')
+    from mmdet.models import BaseDetector
+
+    MODELS.register_module(name='OwnDetector', module=type('D', (BaseDetector,), {}), force=True)
+    MODELS.register_module(name='OwnModel', module=type('M', (BaseModel,), {}), force=True)
+    cfg = Config(dict(default_scope=scope, model=dict(type=kind)))
+    assert config.find_scope(cfg) == found
+    if found is None:
+        with pytest.raises(ValueError, match=f'is needed\n  got default_scope {scope!r}'):
+            config.scope_of(cfg)
 
 
 def test_load_config_wants_a_model(file):

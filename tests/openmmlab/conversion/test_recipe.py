@@ -76,6 +76,15 @@ def test_the_rate_does_not_go_below_what_was_measured(scope, start, gpus, old, n
     cfg = config(lr=old, **BASE_16)
     cfg.default_scope = scope
     assert changes(cfg, images=1, gpus=gpus, start=start)[0].get(LR, old) == pytest.approx(new)
+    cfg.default_scope, cfg.model = None, dict(type=f'{scope}.models.A')  # in pure Python
+    assert changes(cfg, images=1, gpus=gpus, start=start)[0].get(LR, old) == pytest.approx(new)
+
+
+@pytest.mark.parametrize('old, new', [(0.004, 0.001), (0.0001, 0.0001)])  # RTMDet, DETR
+def test_the_rate_of_adam_is_not_raised(old, new):
+    cfg = config(lr=old, **BASE_16)
+    cfg.optim_wrapper.optimizer.type = 'AdamW'
+    assert changes(cfg, images=1, gpus=1, start='scratch')[0].get(LR, old) == new
 
 
 def test_rates_of_others_are_left_to_the_linear_rule():

@@ -156,10 +156,12 @@ def _owners(model: nn.Module) -> dict[str, str]:
 
 
 def _line(where: str, value: str) -> str:
-    """The statement of a child config that sets one value: ``model = dict(backbone=dict(...))``."""
+    """What sets one value: a statement of a child config, ``model = dict(backbone=dict(...))``."""
+    if '[' in where:  # a child replaces lists as a whole; the command line takes no dicts
+        if value.startswith('dict('):
+            return f'{where} = {value}  (lists are replaced as a whole)'
+        return f'--cfg-options {where.replace("[", ".").replace("]", "")}={value}'
     keys = where.split('.')
-    if any('[' in key for key in keys):
-        return f'{".".join(keys)} = {value}  (lists are replaced as a whole)'
     for key in reversed(keys[1:]):
         value = f'dict({key}={value})'
     return f'{keys[0]} = {value}'
@@ -354,16 +356,17 @@ def _long_warm_up(cfg: Config, processes: int) -> list[Finding]:
     for place, scheduler in enumerate(schedulers):
         if count is None or not isinstance(scheduler, dict):
             continue
-        first, end = scheduler.get('start_factor', 1), scheduler.get('end')
+        first = scheduler.get('start_factor', scheduler.get('factor', 1))  # of ConstantLR
+        end = scheduler.get('end')
         rises = first < scheduler.get('end_factor', 1) and scheduler.get('begin', 0) == 0
         if not rises or not end or scheduler.get('by_epoch', True) or 2 * end <= count:
             continue
-        where = f'param_scheduler[{place}].end'
+        where, tenth = f'param_scheduler[{place}].end', str(max(1, count // 10))
         why = (
             f'the rate rises from {first:g} of itself until iteration {end}, and the training has '
             f'{count}: the whole rate holds for less than half of it'
         )
-        return [Finding('warning', 'long-warm-up', where, why, _line(where, str(count // 10)))]
+        return [Finding('warning', 'long-warm-up', where, why, _line(where, tenth))]
     return []
 
 

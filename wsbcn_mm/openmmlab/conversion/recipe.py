@@ -17,7 +17,13 @@ from typing import Any
 
 from mmengine.config import Config
 
-from wsbcn_mm.openmmlab.config import PRETRAINED, inner_datasets, prefixes_of, type_name
+from wsbcn_mm.openmmlab.config import (
+    PRETRAINED,
+    find_scope,
+    inner_datasets,
+    prefixes_of,
+    type_name,
+)
 from wsbcn_mm.openmmlab.conversion import schedulers
 from wsbcn_mm.openmmlab.conversion.changes import Setting
 from wsbcn_mm.openmmlab.conversion.probe import Node
@@ -111,7 +117,12 @@ def least_rate(cfg: Config, start: str | None) -> float | None:
     wrapper, lr = cfg.get('optim_wrapper') or {}, optimizer_setting(cfg, 'lr')
     if start is None or 'constructor' in wrapper or not isinstance(lr, (int, float)) or lr <= 0:
         return None
-    return LEAST_RATES.get((str(cfg.get('default_scope')), start, type_name(wrapper['optimizer'])))
+    kind = type_name(wrapper['optimizer'])
+    least = LEAST_RATES.get((str(find_scope(cfg)), start, kind))
+    if least is None or kind == 'SGD':
+        return least
+    # Adam's was measured on convolutions; transformers begin with a tenth of it and stay there.
+    return min(least, lr)
 
 
 # The rate times the steps of the optimizer: what turns a weight without a scale. Every training by
@@ -243,7 +254,7 @@ def rescaled(cfg: Config, batch: Batch) -> tuple[list[Setting], list[str]]:
     else:
         total = gpus * batch.images
         ratio = total / old_total
-        number = f'{gpus}' if gpus == old_gpus else f'{old_gpus} -> {gpus}'
+        number = f'{gpus}' if old_gpus in (gpus, None) else f'{old_gpus} -> {gpus}'
         rule = (
             f'{old} -> {batch.images} images per GPU, {number} GPUs: total {old_total} -> {total}'
         )
