@@ -57,6 +57,26 @@ def test_where_nothing_tells_the_number_of_gpus():
     assert found[LR] == 0.01 and 'taken to be for 4' in warnings[0]
 
 
+def test_the_name_of_what_a_config_inherits_its_rate_from(tmp_path):
+    """A child of MMSegmentation's, whose names alone say for how many images a rate is."""
+    wrapper = "optim_wrapper = dict(optimizer=dict(type='SGD', lr={}))\n"
+    (tmp_path / 'a_4xb4.py').write_text('train_dataloader=dict(batch_size=4)\n' + wrapper.format(1))
+    (tmp_path / 'b.py').write_text("_base_ = 'a_4xb4.py'\n")
+    (tmp_path / 'mine.py').write_text("_base_ = 'b.py'\n")
+    (tmp_path / 'other.py').write_text("_base_ = 'b.py'\n" + wrapper.format(2))
+    mine, other = (Config.fromfile(tmp_path / name) for name in ('mine.py', 'other.py'))
+    assert changes(mine, images=1, gpus=1) == (
+        {
+            'train_dataloader.batch_size': 1,
+            LR: 1 / 16,
+            'auto_scale_lr': dict(enable=False, base_batch_size=1),
+        },
+        [],
+    )
+    assert changes(other, images=1, gpus=1)[0][LR] == 2 / 4  # a rate of its own
+    assert recipe.gpus_to_train_with(mine) is None
+
+
 def test_a_rate_that_is_kept():
     found, _ = changes(config(**BASE_16), images=1, gpus=1, keep_lr=True)
     assert found == {'train_dataloader.batch_size': 1}

@@ -64,24 +64,45 @@ def base_batch_size(cfg: Config) -> int | None:
     return base if isinstance(base, int) else None
 
 
+def batch_of_bases(cfg: Config) -> tuple[int, int] | None:
+    """What `named_batch` finds in the nearest file that a config inherits its learning rate from.
+
+    A config of one's own is seldom named like those of the hosts, and MMSegmentation's say in their
+    names alone for how many images their rates are.
+    """
+    if not cfg.filename or not Path(cfg.filename).is_file():
+        return None
+    for base in Config._get_base_files(cfg.filename):
+        path, _ = Config._get_cfg_path(base, cfg.filename)
+        parent = Config.fromfile(path)
+        if optimizer_setting(parent, 'lr') == optimizer_setting(cfg, 'lr'):
+            found = named_batch(parent) or batch_of_bases(parent)
+            if found:
+                return found
+    return None
+
+
 def gpus_of_rate(cfg: Config) -> int | None:
     """The GPUs that the learning rate is for: by ``auto_scale_lr``, else by the file name."""
     base, images = base_batch_size(cfg), images_per_gpu(cfg)
     if base and images and base % images == 0:
         return base // images
-    named = named_batch(cfg)
+    named = named_batch(cfg) or (None if base else batch_of_bases(cfg))
     return named[0] if named else None
 
 
 def gpus_to_train_with(cfg: Config) -> int | None:
     """The GPUs that a config is meant for: by its file name, else by ``auto_scale_lr``."""
     named = named_batch(cfg)
+    if named is None and base_batch_size(cfg) is None:
+        return None
     return named[0] if named else gpus_of_rate(cfg)
 
 
 def images_of_rate(cfg: Config) -> int | None:
     """Images per iteration that the learning rate is for; None where nothing tells."""
-    base, named = base_batch_size(cfg), named_batch(cfg)
+    base = base_batch_size(cfg)
+    named = None if base else named_batch(cfg) or batch_of_bases(cfg)
     return base or (named[0] * named[1] if named else None)
 
 
