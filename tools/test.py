@@ -40,7 +40,7 @@ def configure(args: argparse.Namespace) -> Config:
 
     cfg = command_line.read_run(args)
     checkpoints.check_checkpoint(args.checkpoint)
-    cfg.load_from = args.checkpoint
+    cfg.load_from, cfg.resume = args.checkpoint, False  # weights alone, no state of a training
     preflight.check_test(cfg)
     preflight.check_data(cfg, 'test_dataloader')
     if args.show or args.show_dir:

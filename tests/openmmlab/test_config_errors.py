@@ -62,6 +62,9 @@ def cropped(x, size):
 class ModelOfMistakes(BaseModel):
     def __init__(self, backbone, mode='whole', share=False):
         super().__init__()
+        if mode == 'teacher':
+            backbone.update(more=1)  # as a detector's train_cfg goes into its heads
+            raise FileNotFoundError('no teacher')
         self.backbone = MODELS.build(backbone)
         self.head = nn.Conv2d(8, 1, 1)
         self.twin = nn.Sequential(self.head) if share else nn.Identity()
@@ -183,6 +186,8 @@ MISTAKES = [
     ('custom_hooks', [dict(type='EMAHok')], r"{0}\[0\].type: 'EMAHok' is not known"),
     ('log_processor', dict(type='LogProcesor'), "{0}.type: 'LogProcesor' is not known"),
     ('runner_type', 'Runer', "{0}: 'Runer' is not known"),
+    # files
+    ('model.mode', 'teacher', r'model: ModelOfMistakes cannot be made\n  FileNotFoundError: no t'),
     # arguments
     ('model.backbone.chanels', 8, '{0}: BodyOfMistakes has no such argument\n  did you mean chan'),
     ('model.backbone.channels', MISSING, 'model.backbone: BodyOfMistakes needs channels'),

@@ -223,10 +223,10 @@ def _build_of(root: dict, outer: Place, frame: Frame) -> Build | None:
         part = root.get('optim_wrapper')
         return Build(('optim_wrapper',), part, type(own))
     if isinstance(own, Hook):
-        return _object(root, own, ('custom_hooks', 'default_hooks'), outer)
+        return _object(root, own, ('custom_hooks', 'default_hooks'))
     if isinstance(own, BaseMetric):
-        return _object(root, own, EVALUATORS, outer)
-    return None if isinstance(own, nn.Module) else _object(root, own, ('model',), outer)
+        return _object(root, own, EVALUATORS)
+    return None if isinstance(own, nn.Module) else _object(root, own, ('model',))
 
 
 def _part(
@@ -238,10 +238,15 @@ def _part(
     if isinstance(kind, str):
         known = None if registry is None else registry.get(kind)
     place = place_of(root, part, outer)
-    if place is None and isinstance(kind, str) and known is None:
+    if place is None and isinstance(kind, str):
+        everything = list(walk(root, ()))
+        # What its class has changed in it already.
+        alike = [p for p, v in everything if isinstance(v, dict) and v.get('type') == kind]
+        place = alike[0] if len(alike) == 1 else None
         # A name alone, of which mmengine makes a dict.
-        named = [p for p, value in walk(root, ()) if value == kind and p[-1] != 'type']
-        return Build(named[0], kind, None, registry) if named else None
+        named = [p for p, v in everything if v == kind and p[-1] != 'type']
+        if place is None and known is None:
+            return Build(named[0], kind, None, registry) if named else None
     if place is None:
         return None
     passed = [names[n] for n in ('args', 'cfg_') if isinstance(names.get(n), dict)]
@@ -289,14 +294,9 @@ def _module(root: dict, name: str, frames: list[Frame]) -> Build | None:
     return Build(place, part, type(module), runs=True)
 
 
-def _object(root: dict, own: object, fields: tuple[str, ...], outer: Place) -> Build | None:
-    """What was built from a dict of these fields and runs, by its class and what it has.
-
-    Of several alike that in the part around it.
-    """
-    places = list(walk({key: root.get(key) for key in fields}, ()))
-    places.sort(key=lambda item: item[0][: len(outer)] != outer)
-    for place, value in places:
+def _object(root: dict, own: object, fields: tuple[str, ...]) -> Build | None:
+    """What was built from a dict of these fields and runs, by its class and what it has."""
+    for place, value in walk({key: root.get(key) for key in fields}, ()):
         is_it = isinstance(value, dict) and type_name(value) == type(own).__name__
         if is_it and all(getattr(own, key, item) == item for key, item in value.items()):
             return Build(place, value, type(own), runs=True)

@@ -44,12 +44,15 @@ def build_model(cfg: Config) -> Any:
     return model
 
 
-def load_model(cfg: Config, checkpoint: str | dict[str, Any]) -> Any:
+def load_model(
+    cfg: Config, checkpoint: str | dict[str, Any], source: str = 'the checkpoint'
+) -> Any:
     """Model and checkpoint together, in evaluation mode on the CPU.
 
     Args:
         cfg: The config.
         checkpoint: A file or an address, or what `checkpoints.read_checkpoint` returned.
+        source: Names the latter in errors.
 
     Returns:
         The model; ``dataset_meta`` holds class names and palette where the checkpoint has them.
@@ -57,7 +60,6 @@ def load_model(cfg: Config, checkpoint: str | dict[str, Any]) -> Any:
     Raises:
         CheckpointMismatch: the checkpoint is not one of this model.
     """
-    source = 'the checkpoint'
     if isinstance(checkpoint, str):
         source, checkpoint = checkpoint, checkpoints.read_checkpoint(checkpoint)
     model = build_model(cfg)
@@ -117,7 +119,7 @@ def load_planned(
         content, model.dataset_meta = dict(state_dict=model.state_dict()), None
     else:
         content = checkpoints.read_checkpoint(checkpoint)
-        model = load_model(cfg, content)
+        model = load_model(cfg, content, checkpoint)
     return PlannedModel(cfg, content, model, folding.plan(model, run=run_on(cfg, image)))
 
 

@@ -78,7 +78,7 @@ def goes_on_otherwise(runner: Runner, checkpoint: dict[str, Any]) -> Iterator[st
         yield f'holds {len(saved)} schedulers, and this config has {len(own)}'
     for number, (state, scheduler) in enumerate(zip(saved, own)):
         names = {*parameters_of(type(scheduler)), 'begin', 'end'}
-        here = {k: v for k, v in scheduler.state_dict().items() if k in names}
+        here = {k: v for k, v in vars(scheduler).items() if k in names}
         changed = _changed(state, here, ('last_step',))
         if changed:
             yield f'brings its schedule along: param_scheduler[{number}] has {changed}\n{ANEW}'
