@@ -62,12 +62,13 @@ def infer(args: argparse.Namespace) -> list[str]:
     from mmengine.utils import ProgressBar
 
     from wsbcn_mm.layers.standardization import weights_do_not_change
-    from wsbcn_mm.openmmlab import config
+    from wsbcn_mm.openmmlab import config, files
     from wsbcn_mm.openmmlab.compat import DataError
     from wsbcn_mm.openmmlab.deploy import inference, labels, predict
 
     if args.top_k < 1:
         raise ValueError(f'--top-k must be at least 1\n  got {args.top_k}')
+    files.check_place(args.output, folder=True)
     cfg = config.load_config(args.config, args.cfg_options)
     scope = config.scope_of(cfg)
     images = predict.find_images(args.source, args.output, predict.suffixes_of(cfg))

@@ -85,6 +85,13 @@ def test_load_config_names_files_that_may_have_been_meant(file):
         config.load_config(str(file.with_name('mask_rcnn_tiny.py')))
     assert str(error.value).startswith(f'no config file {file.with_name("mask_rcnn_tiny.py")}')
     assert f'did you mean\n    {file}' in str(error.value)
+    # A folder may hold the whole disk below it.
+    below = file.parent / 'below'
+    below.mkdir()
+    file.rename(below / file.name)
+    with pytest.raises(FileNotFoundError) as error:
+        config.load_config(str(file.with_name('mask_rcnn_tiny.py')))
+    assert 'below' not in str(error.value)
 
 
 def test_load_config_names_our_configs_from_any_folder(tmp_path, monkeypatch, root):

@@ -31,6 +31,23 @@ def test_write_and_replace(tmp_path):
     assert names(path.parent) == ['a.bin']
 
 
+@pytest.mark.parametrize('folder', [False, True])
+@pytest.mark.parametrize('place', ['file', 'file/below', 'new/a', 'closed/a', ''])
+def test_a_place_that_cannot_be_written_is_said_before(place, folder, tmp_path, monkeypatch):
+    (tmp_path / 'file').touch()
+    (tmp_path / 'closed').mkdir()
+    # As for another user than root, who may do everything.
+    monkeypatch.setattr(os, 'access', lambda path, mode: path.name != 'closed')
+    why = {'file/below': 'is a file', 'closed/a': 'this user may not write to .*closed'}
+    why |= {'file': 'is a file'} if folder else {}
+    if place in why:
+        with pytest.raises(OSError, match=f'{place} cannot be written: .*{why[place]}'):
+            files.check_place(tmp_path / place, folder)
+    else:
+        files.check_place(tmp_path / place, folder)
+    assert names(tmp_path) == ['closed', 'file']
+
+
 @pytest.mark.parametrize('step', ['open', 'fsync', 'replace'])
 def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch, step):
     path = tmp_path / 'a.pth'

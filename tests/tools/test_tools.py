@@ -76,6 +76,7 @@ def test_train_and_test(folder):
         '--out',
         folder / 'predictions.pkl',
         *SHORT,
+        'resume=True',  # of the training; here it says nothing
         cwd=folder,
     )
     assert done.returncode == 0, done.stderr[-3000:]

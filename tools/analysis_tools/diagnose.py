@@ -36,7 +36,7 @@ def main() -> None:
     args = parse_args()
     from diagnosis_page import read_numbers, write_page
 
-    from wsbcn_mm.openmmlab import checkpoints, command_line, config, preflight
+    from wsbcn_mm.openmmlab import checkpoints, command_line, config, files, preflight
     from wsbcn_mm.openmmlab.measure import diagnosis
 
     with command_line.errors_in_one_line():
@@ -44,11 +44,12 @@ def main() -> None:
             value = getattr(args, name)
             if value is not None and value <= 0:
                 raise ValueError(f'--{name.replace("_", "-")} must be positive\n  got {value}')
+        out = Path(args.out)
+        files.check_place(out, folder=True)
         other = read_numbers(args.against) if args.against else None
         cfg = config.load_config(args.config, args.cfg_options)
         checkpoints.check_checkpoint(args.checkpoint)
         preflight.check_data(cfg, 'train_dataloader', 'val_dataloader')
-        out = Path(args.out)
         cfg.work_dir, cfg.log_level, cfg.load_from = str(out / 'log'), 'ERROR', None
         with command_line.errors_of_a_run(cfg, 'train_dataloader', 'val_dataloader'):
             numbers = diagnosis.diagnose(

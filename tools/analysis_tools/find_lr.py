@@ -55,7 +55,7 @@ def draw(found: RangeTest, now: float, title: str, out: Path) -> None:
 def main() -> None:
     """Tests, draws, suggests."""
     args = parse_args()
-    from wsbcn_mm.openmmlab import command_line, config, preflight
+    from wsbcn_mm.openmmlab import command_line, config, files, preflight
     from wsbcn_mm.openmmlab.conversion import recipe
     from wsbcn_mm.openmmlab.measure import learning_rate
 
@@ -63,6 +63,7 @@ def main() -> None:
         out = Path(args.out)
         if out.suffix != '.png':
             raise ValueError(f'--out must name a .png file\n  got {args.out}')
+        files.check_place(out)
         cfg = config.load_config(args.config, args.cfg_options)
         preflight.check_amp(cfg)
         preflight.check_pretrained(cfg)

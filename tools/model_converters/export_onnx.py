@@ -100,8 +100,10 @@ def export_whole(
 
 def export(args: argparse.Namespace) -> None:
     """Raises before anything is written where something is wrong."""
+    from wsbcn_mm.openmmlab import files as places
     from wsbcn_mm.openmmlab.deploy import inference, onnx, parts
 
+    places.check_place(args.output, folder=True)
     if args.images and not args.whole:
         raise ValueError('--images are for --whole: parts are compared on a random image')
     for name in ('onnx', 'onnxscript', 'onnxruntime'):

@@ -88,9 +88,10 @@ def main() -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Raises before anything is written where something is wrong."""
-    from wsbcn_mm.openmmlab import config, preflight
+    from wsbcn_mm.openmmlab import config, files, preflight
     from wsbcn_mm.openmmlab.deploy import fold, inference
 
+    files.check_place(args.output, folder=True)
     cfg = config.load_config(args.config, args.cfg_options)
     if args.evaluate:
         preflight.check_data(cfg, 'test_dataloader')
@@ -98,10 +99,10 @@ def run(args: argparse.Namespace) -> None:
     planned = inference.load_planned(cfg, args.checkpoint, next(iter(images.values())))
     print(planned.plan)
     stem = f'{Path(args.config).stem}_folded'
-    files = fold.write_folded(
+    written = fold.write_folded(
         planned, args.checkpoint, args.output, stem, images, args.tolerance, args.evaluate
     )
-    for file in files:
+    for file in written:
         print(file)
 
 

@@ -49,6 +49,9 @@ def run(args: argparse.Namespace) -> None:
     )
     from wsbcn_mm.openmmlab.measure import recalibration
 
+    source = Path(args.checkpoint)
+    out = Path(args.out or source.with_name(f'{source.stem}_recalibrated.pth'))
+    files.check_place(out)
     cfg = config.load_config(args.config, args.cfg_options)
     checkpoint = checkpoints.read_checkpoint(args.checkpoint)
     state = checkpoints.state_dict_of(checkpoint, args.checkpoint)
@@ -82,8 +85,6 @@ def run(args: argparse.Namespace) -> None:
     if get_dist_info()[0] != 0:
         return
     keys = recalibration.write_statistics(target, checkpoint, args.keep_function)
-    source = Path(args.checkpoint)
-    out = Path(args.out or source.with_name(f'{source.stem}_recalibrated.pth'))
     files.save_atomically(checkpoint, out)
     for name in done.unreached:
         print(f'not used by these images, unchanged: {name}')

@@ -19,8 +19,9 @@ from wsbcn_mm.openmmlab.checkpoints import (
     CheckpointMismatch,
     CheckpointRefused,
     check_checkpoint,
+    is_address,
 )
-from wsbcn_mm.openmmlab.files import latest_complete
+from wsbcn_mm.openmmlab.files import check_place, latest_complete
 from wsbcn_mm.openmmlab.registry import ATOMIC_CHECKPOINT_HOOK, ESTIMATES_HOOK, NORM_NAMED
 
 WRITE_MASKS = ('IoUMetric', 'CityscapesMetric', 'DepthMetric')  # with `output_dir`
@@ -124,6 +125,8 @@ def read_run(args: argparse.Namespace) -> Config:
     cfg = config.load_config(args.config, args.cfg_options)
     cfg.launcher = args.launcher
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or f'./work_dirs/{Path(args.config).stem}'
+    if not is_address(cfg.work_dir):
+        check_place(cfg.work_dir, folder=True)
     return cfg
 
 

@@ -104,13 +104,21 @@ def find_packages_by_import_name() -> None:
 
 
 def near_names(path: str | Path, *folders: Path) -> str:
-    """Lines that name the configs below the folders whose names resemble that of ``path``."""
+    """Lines that name the configs whose names resemble that of ``path``.
+
+    Args:
+        path: What was looked for; its own folder is searched, and nothing below it.
+        *folders: Searched at any depth.
+    """
     known = {}
     for folder in folders:
         if folder.is_dir():
             for file in folder.rglob('*.py'):
                 if '_base_' not in file.parts:
                     known[file.stem] = file
+    own = Path(path).parent
+    if own.is_dir():
+        known |= {file.stem: file for file in own.glob('*.py')}
     names = difflib.get_close_matches(Path(path).stem, known, n=3, cutoff=0.5)
     return ''.join(['\n  did you mean'] + [f'\n    {known[n]}' for n in names]) if names else ''
 

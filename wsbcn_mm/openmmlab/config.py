@@ -273,7 +273,7 @@ def find_config(source: str) -> tuple[Path, str | None]:
         if not Path(source).is_file():
             # Same folder first, then the repository's, then the package's.
             ours = Path(__file__).resolve().parents[1] / '.mim' / 'configs'
-            near = compat.near_names(source, ours, Path('configs'), Path(source).parent)
+            near = compat.near_names(source, ours, Path('configs'))
             raise FileNotFoundError(f'no config file {source}{near}')
         return Path(source), None
     known = (*HOSTS, 'wsbcn_mm')

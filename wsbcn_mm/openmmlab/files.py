@@ -9,6 +9,25 @@ from pathlib import Path
 import torch
 
 
+def check_place(path: str | Path, folder: bool = False) -> None:
+    """Looks whether something can be written there, before hours are spent on what it is.
+
+    Args:
+        path: What is to be written; nothing is made here.
+        folder: It is one, and may be there already.
+
+    Raises:
+        OSError: it is, or something above it is, a file; or this user may not write there.
+    """
+    path = Path(path)
+    places = [path.absolute(), *path.absolute().parents][0 if folder else 1 :]
+    above = next(place for place in places if place.exists())
+    if not above.is_dir():
+        raise NotADirectoryError(f'{path} cannot be written: {above} is a file')
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise PermissionError(f'{path} cannot be written: this user may not write to {above}')
+
+
 def write_atomically(path: str | Path, content: bytes) -> None:
     """Writes a file that nobody ever sees half-written, whatever kills this process or the machine.
 
