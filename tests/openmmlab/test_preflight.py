@@ -5,10 +5,13 @@ import pytest
 pytest.importorskip('mmengine', reason="configs are mmengine's")
 pytest.importorskip('mmcv', reason='a config is not read without mmcv')
 
+import copy
+import re
+
 import torch
 from mmengine.config import Config
 
-from wsbcn_mm.openmmlab import preflight
+from wsbcn_mm.openmmlab import config, preflight
 
 
 def coco(root):
@@ -61,7 +64,11 @@ def test_check_data_names_each_missing_path_until_all_are_there(dataset, wrapper
         first = f'train_dataloader: {inner["type"]} needs {tmp_path / part}, which does not exist'
         assert message.splitlines()[0] == first
         assert LAYOUT[dataset] in message
-        assert '--cfg-options train_dataloader.dataset.data_root=' in message
+        key = re.search(r'--cfg-options (\S+)=', message)[1]
+        other = copy.deepcopy(cfg)
+        other.merge_from_dict({key: 'other'})
+        found = [d for _, d in config.datasets_of(other, 'train_dataloader')]
+        assert 'other' in [d.get('data_root') for d in found]
         make(tmp_path / part)
     preflight.check_data(cfg, 'train_dataloader')
 

@@ -16,6 +16,7 @@ from wsbcn_mm.openmmlab.config import (
     prefixes_of,
     type_name,
 )
+from wsbcn_mm.openmmlab.config_places import walk
 from wsbcn_mm.openmmlab.registry import KEPT
 
 # By what the name of the dataset's class holds.
@@ -68,8 +69,14 @@ def check_data(cfg: Config, *loaders: str) -> None:
                 layout = next((text for name, text in LAYOUTS.items() if name in kind), '')
                 raise FileNotFoundError(
                     f'{loader}: {kind} needs {path}, which does not exist\n{layout}'
-                    f'  or name another place: --cfg-options {loader}.dataset.data_root=...'
+                    f'  or name another place: --cfg-options {_key_of(cfg, dataset)}.data_root=...'
                 )
+
+
+def _key_of(cfg: Config, part: dict) -> str:
+    """How the command line names a part of a config."""
+    place = next(place for place, value in walk(cfg._cfg_dict, ()) if value is part)
+    return '.'.join(map(str, place))
 
 
 def check_test(cfg: Config) -> None:
