@@ -8,10 +8,13 @@ pytest.importorskip('mmcv', reason='a config is not read without mmcv')
 import argparse
 import re
 
+import torch
 from mmengine.config import Config
 
 from tests.openmmlab.tiny import make_runner
 from wsbcn_mm.openmmlab import command_line, config, optimizers, options
+
+DDP = 'MMDistributedDataParallel'
 
 
 def test_work_dir_comes_from_the_argument_then_the_config_then_the_name(monkeypatch):
@@ -64,6 +67,22 @@ def test_which_process_this_is(monkeypatch):
     monkeypatch.setenv('SLURM_PROCID', '3')
     monkeypatch.setenv('SLURM_NTASKS', '8')
     assert command_line.processes('slurm') == (3, 8) and command_line.processes('none') == (0, 1)
+
+
+@pytest.mark.parametrize(
+    'own, wrapper',
+    [
+        (None, dict(type=DDP, broadcast_buffers=False, find_unused_parameters=True)),
+        (dict(broadcast_buffers=True), dict(broadcast_buffers=True)),
+        (dict(type=DDP, static_graph=True), dict(type=DDP, static_graph=True)),
+    ],
+)
+def test_a_wrapper_on_the_cpu_names_no_device(own, wrapper, monkeypatch):
+    monkeypatch.setattr(torch.distributed, 'init_process_group', lambda name: None)
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    cfg = Config(dict(find_unused_parameters=True, model_wrapper_cfg=own))
+    command_line.prepare_distributed(cfg, 'pytorch')
+    assert cfg.model_wrapper_cfg == dict(wrapper, device_ids=None)
 
 
 def test_augment_test_replaces_the_innermost_pipeline():

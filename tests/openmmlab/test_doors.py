@@ -22,8 +22,12 @@ from mmengine.registry import WEIGHT_INITIALIZERS
 from mmengine.runner import checkpoint as loaders
 
 from tests.openmmlab.tiny import make_runner, tiny_model
-from wsbcn_mm.openmmlab import config
-from wsbcn_mm.openmmlab.checkpoints import CheckpointRefused, read_checkpoint
+from wsbcn_mm.openmmlab import command_line, config
+from wsbcn_mm.openmmlab.checkpoints import (
+    CheckpointRefused,
+    check_checkpoint,
+    read_checkpoint,
+)
 
 
 class Mark:
@@ -153,6 +157,25 @@ def test_no_text_in_it_runs_when_a_training_goes_on(tmp_path):
     runner = make_runner(tmp_path, epochs=2, load_from=str(file), resume=True)
     runner.train()
     assert runner.epoch == 2 and not mark.exists()
+
+
+@pytest.mark.parametrize('key', ['load_from', 'init_cfg'])
+@pytest.mark.parametrize('name', ['http://127.0.0.1:9/a.pth', 'open-mmlab://no_such'])
+def test_what_cannot_be_had_is_named_with_its_place(key, name, tmp_path, monkeypatch):
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+    cfg = config.Config(dict(model=dict(init_cfg=dict(checkpoint=name)), load_from=None))
+    if key == 'load_from':
+        cfg = config.Config(dict(model=dict(), load_from=name))
+    place = 'load_from' if key == 'load_from' else 'model.init_cfg.checkpoint'
+    with pytest.raises(SystemExit, match=f'error: {place}: {name} cannot be loaded: .*Error'):
+        with command_line.errors_of_a_run(cfg):
+            WEIGHT_INITIALIZERS.build(dict(type='Pretrained', checkpoint=name))(tiny_model())
+
+
+@pytest.mark.parametrize('source', [['a', 'b'], '', 3])
+def test_what_is_no_name_of_a_checkpoint(source):
+    with pytest.raises(ValueError, match=r'named by a path or an address.*\n  got '):
+        check_checkpoint(source)
 
 
 # ---- texts in a checkpoint ---------------------------------------------------------------------

@@ -40,7 +40,20 @@ class CheckpointRefused(pickle.UnpicklingError, ValueError):
 
 
 class CheckpointNotHad(OSError):
-    """A checkpoint that is named by an address and cannot be had from there."""
+    """A checkpoint that is named by an address and cannot be had from there.
+
+    Args:
+        source: The address.
+        reason: What its loader raised.
+    """
+
+    def __init__(self, source: str | os.PathLike, reason: BaseException) -> None:
+        self.source = str(source)
+        super().__init__(
+            f'{source} cannot be loaded: {type(reason).__name__}: {first_line(reason)}\n  is the '
+            'name right, and can this machine reach it? A file that was brought here another way '
+            'is named by its path'
+        )
 
 
 class CheckpointMismatch(ValueError):
@@ -193,11 +206,7 @@ def guard_loaders() -> None:
             except Exception as error:  # of torch.hub, of storages, of lists of names
                 if not is_address(filename):
                     raise
-                raise CheckpointNotHad(
-                    f'{filename} cannot be loaded: {type(error).__name__}: {first_line(error)}\n'
-                    '  is the name right, and can this machine reach it? A file that was brought '
-                    'here another way is named by its path'
-                ) from error
+                raise CheckpointNotHad(filename, error) from error
         if isinstance(content, dict):
             meta_of(content).pop('config', None)  # a text that mmengine runs when it resumes
         return content

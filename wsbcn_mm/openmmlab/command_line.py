@@ -17,10 +17,12 @@ from mmengine.runner import Runner
 from wsbcn_mm.openmmlab import annotations, compat, config, config_errors, optimizers, options
 from wsbcn_mm.openmmlab.checkpoints import (
     CheckpointMismatch,
+    CheckpointNotHad,
     CheckpointRefused,
     check_checkpoint,
     is_address,
 )
+from wsbcn_mm.openmmlab.config_places import dotted, walk
 from wsbcn_mm.openmmlab.files import check_place, latest_complete
 from wsbcn_mm.openmmlab.registry import ATOMIC_CHECKPOINT_HOOK, ESTIMATES_HOOK, NORM_NAMED
 
@@ -94,6 +96,9 @@ def errors_of_a_run(cfg: Config, *loaders: str) -> Iterator[None]:
     except CheckpointMismatch as error:
         where = f'{cfg.load_from}: ' if cfg.get('load_from') else ''
         sys.exit(f'error: {where}{error}')
+    except CheckpointNotHad as error:
+        named = [p for p, value in walk(cfg._cfg_dict, ()) if value == error.source]
+        sys.exit(f'error: {", ".join(map(dotted, named[:1]))}: {error}')
     except (CheckpointRefused, compat.DataError, config_errors.ConfigError, NothingToTrain) as error:
         sys.exit(f'error: {error}')
     except Exception as error:
@@ -185,15 +190,17 @@ def prepare_distributed(cfg: Config, launcher: str) -> None:
     started here, and the wrapper is told that there is no device.
 
     Args:
-        cfg: Changed in place: ``model_wrapper_cfg`` where the config does not set it.
+        cfg: Changed in place: ``model_wrapper_cfg``.
         launcher: The value of ``--launcher``.
     """
     if launcher != 'pytorch' or torch.cuda.is_available():
         return
     torch.distributed.init_process_group('gloo')
-    wrapper = dict(type='MMDistributedDataParallel', device_ids=None, broadcast_buffers=False)
+    wrapper = dict(type='MMDistributedDataParallel', broadcast_buffers=False)
     wrapper['find_unused_parameters'] = cfg.get('find_unused_parameters', False)
-    cfg.setdefault('model_wrapper_cfg', wrapper)
+    wrapper = cfg.get('model_wrapper_cfg') or wrapper
+    if config.type_name(wrapper).endswith('DistributedDataParallel') or 'type' not in wrapper:
+        cfg.model_wrapper_cfg = dict(wrapper, device_ids=None)
 
 
 def processes(launcher: str) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 import ast
 import copy
 import inspect
+import os
 import sys
 from collections.abc import Callable, Iterator
 from importlib import import_module
@@ -42,7 +43,7 @@ def load_config(path: str, options: dict | None = None) -> Config:
     compat.require('mmengine', 'mmcv')
     cfg = read_config(file)
     if options:
-        for line in unread(cfg, options):
+        for line in unread(cfg, options) if os.environ.get('RANK', '0') == '0' else ():
             print(f'warning: {line}', file=sys.stderr)
         merge(cfg, options)
     if cfg.get('default_scope') in HOSTS:
