@@ -26,6 +26,11 @@ class Head(nn.Module):
             setattr(self, key, value)
 
 
+class EdgeHead(Head):
+    def loss_by_feat(self, seg_logits, batch_data_samples):
+        raise NotImplementedError
+
+
 def model_of(num_classes=2, **heads):
     return nn.ModuleDict(
         dict(
@@ -118,6 +123,10 @@ def mask(*labels):
 
 
 RIGHT = {
+    'edges beside the classes': (
+        Data(tuple('abc')),
+        model_of(3, auxiliary_head=nn.ModuleList([EdgeHead(2)])),
+    ),
     'plain': (Data(), model_of()),
     'more classes than data': (Data(classes=('square',)), model_of()),
     'all categories': (Data(cat_ids=[3, 7]), model_of()),

@@ -190,8 +190,14 @@ def _heads(model: nn.Module) -> Iterator[tuple[str, Any]]:
         number = getattr(module, 'num_classes', None)
         if other or 'head' not in name or getattr(module, 'class_agnostic', False):
             continue
-        if isinstance(number, int):
+        if isinstance(number, int) and not (name.startswith('aux') and _makes_targets(module)):
             yield name, module
+
+
+def _makes_targets(head: nn.Module) -> bool:
+    """A loss of its own: one beside the classes, such as that of STDC for the edges, two of them."""
+    loss = getattr(head, 'loss_by_feat', None)
+    return loss is not None and not loss.__qualname__.startswith('BaseDecodeHead.')
 
 
 def _ignored(model: nn.Module) -> Iterator[int]:
