@@ -6,7 +6,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from mmengine.config import Config, ConfigDict
@@ -22,6 +21,7 @@ from wsbcn_mm.openmmlab.checkpoints import (
     check_checkpoint,
     is_address,
 )
+from wsbcn_mm.openmmlab.config_errors import ConfigError
 from wsbcn_mm.openmmlab.config_places import dotted, walk
 from wsbcn_mm.openmmlab.files import check_place, latest_complete
 from wsbcn_mm.openmmlab.registry import ATOMIC_CHECKPOINT_HOOK, ESTIMATES_HOOK, NORM_NAMED
@@ -99,7 +99,7 @@ def errors_of_a_run(cfg: Config, *loaders: str) -> Iterator[None]:
     except CheckpointNotHad as error:
         named = [p for p, value in walk(cfg._cfg_dict, ()) if value == error.source]
         sys.exit(f'error: {", ".join(map(dotted, named[:1]))}: {error}')
-    except (CheckpointRefused, compat.DataError, config_errors.ConfigError, NothingToTrain) as error:
+    except (CheckpointRefused, NothingToTrain, compat.DataError, ConfigError) as error:
         sys.exit(f'error: {error}')
     except Exception as error:
         mistake = config_errors.explain(cfg, error)

@@ -53,8 +53,12 @@ class OptionsAction(DictAction):
                 raise argparse.ArgumentError(self, message)
         try:
             super().__call__(parser, namespace, values, option_string)
-        except (AssertionError, ValueError) as error:  # brackets, commas
-            raise argparse.ArgumentError(self, str(error)) from error
+        except (AssertionError, RecursionError, ValueError) as error:  # brackets, commas
+            message = (
+                'takes KEY=VALUE with numbers, texts and lists of them as values: a.b.c=1, '
+                f'"a.b=[1,2]"\n  got {" ".join(values)}'
+            )
+            raise argparse.ArgumentError(self, message) from error
 
 
 def merge(cfg: Config, options: dict[str, Any]) -> None:

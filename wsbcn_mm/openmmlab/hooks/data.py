@@ -195,7 +195,7 @@ def _heads(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _makes_targets(head: nn.Module) -> bool:
-    """A loss of its own: one beside the classes, such as that of STDC for the edges, two of them."""
+    """A loss of its own, beside the classes: that of STDC for the edges has two."""
     loss = getattr(head, 'loss_by_feat', None)
     return loss is not None and not loss.__qualname__.startswith('BaseDecodeHead.')
 
