@@ -31,6 +31,10 @@ class EdgeHead(Head):
         raise NotImplementedError
 
 
+class RPNHead(Head):
+    pass
+
+
 def model_of(num_classes=2, **heads):
     return nn.ModuleDict(
         dict(
@@ -123,6 +127,7 @@ def mask(*labels):
 
 
 RIGHT = {
+    'proposals alone': (Data(), nn.ModuleDict(dict(bbox_head=RPNHead(1)))),
     'edges beside the classes': (
         Data(tuple('abc')),
         model_of(3, auxiliary_head=nn.ModuleList([EdgeHead(2)])),

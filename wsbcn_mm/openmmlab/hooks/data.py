@@ -186,7 +186,8 @@ def _heads(model: nn.Module) -> Iterator[tuple[str, Any]]:
         return  # its heads tell words of a text apart
     for name, module in model.named_modules():
         # A region proposal tells objects from background; a backbone's classes are ImageNet's.
-        other = 'rpn' in name or 'backbone' in name or 'semantic' in name
+        kind = type(module).__name__
+        other = 'rpn' in name or 'RPN' in kind or 'backbone' in name or 'semantic' in name
         number = getattr(module, 'num_classes', None)
         if other or 'head' not in name or getattr(module, 'class_agnostic', False):
             continue
