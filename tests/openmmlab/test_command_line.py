@@ -224,7 +224,7 @@ def test_options_that_change_nothing_are_named():
     inner = 'train_dataloader.dataset'
     assert root.endswith(f'\n  set {inner}.data_root, {inner}.ann_file')
     assert 'max_epochs is a variable' in epochs and epochs.endswith('\n  set train_cfg.max_epochs')
-    assert typo.endswith('changes nothing: nothing reads modle\n  did you mean model?')
+    assert typo.endswith('neither mmengine nor these tools read modle\n  did you mean model?')
     template = command_line.parser_of('').parse_args(
         ['a.py', 'b.pth', '--cfg-options', 'default_hooks.checkpoint.filename_tmpl=epoch_{}.pth']
     )

@@ -99,7 +99,7 @@ def _why_no_place(cfg: Config, key: str) -> str:
 
 
 def unread(cfg: Config, options: dict[str, Any]) -> list[str]:
-    """A line for each option that changes nothing: a name that nobody reads.
+    """A line for each option that most likely changes nothing: its name is read by nobody known.
 
     Most often a variable of the config file (``data_root``, ``num_classes``): what the file has
     made of it stays as it is.
@@ -121,13 +121,13 @@ def unread(cfg: Config, options: dict[str, Any]) -> list[str]:
             more = f' and {len(places) - 4} more' if len(places) > 4 else ''
             where = f'\n  set {", ".join(places[:4])}{more}' if places else ''
             lines.append(
-                f'--cfg-options {key} changes nothing: {name} is a variable of the config file, '
-                f'and what the file made of it stays{where}'
+                f'--cfg-options {key}: {name} is a variable of the config file, which neither '
+                f'mmengine nor these tools read; what the file made of it stays{where}'
             )
         else:
             near = difflib.get_close_matches(name, sorted(read | {*cfg}), n=1, cutoff=0.6)
             mean = f'\n  did you mean {near[0]}?' if near else ''
-            lines.append(f'--cfg-options {key} changes nothing: nothing reads {name}{mean}')
+            lines.append(f'--cfg-options {key}: neither mmengine nor these tools read {name}{mean}')
     return lines
 
 

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from experiments import loop
 from wsbcn_mm.diagnostics import ActivationObserver, singularities
-from wsbcn_mm.estimates import layers_of
 from wsbcn_mm.openmmlab.config import load_config
 from wsbcn_mm.shapes import draw_dataset
 
@@ -69,26 +68,12 @@ class Recorder(Hook):
             self.losses = {}
 
 
-class FreezeEstimates(Hook):
-    """From a step on, BCN layers normalise in training with the estimates as they are."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
-        """Their channel stages go to evaluation, as those that ``norm_eval`` freezes."""
-        if runner.iter >= self.step:  # the loop calls train() before each step
-            for layer in layers_of(runner.model).values():
-                layer.bn.eval()
-
-
 def config(run: dict, folder: str | Path, weights: dict[str, Tensor] | None = None) -> Config:
     """The config of a run.
 
     The task's ``arguments``: ``root``, ``images`` (seen in training), ``val_images`` (choose the
     learning rate), ``test_images`` (reported), for nuclei ``crop``; ``options`` of the config where
-    another network is wanted. A row may have ``options``, too, which come last,
-    and ``freeze_estimates``, the step from which the estimates stay.
+    another network is wanted. A row may have ``options``, too, which come last.
 
     Args:
         run: See `experiments.grid.spec`.
@@ -222,8 +207,6 @@ def run(
         runner = Runner.from_cfg(cfg)
         recorder = Recorder(cfg.train_cfg['max_iters'])
         runner.register_hook(recorder)
-        if 'freeze_estimates' in run:
-            runner.register_hook(FreezeEstimates(run['freeze_estimates']))
         runner.train()
         trained = copy.deepcopy(runner.model)  # an evaluation averages statistics anew
         metrics = {} if recorder.diverged else evaluate(runner, run['images_per_step'])

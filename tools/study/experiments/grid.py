@@ -75,8 +75,7 @@ def spec(grid: dict, cell: Cell, lr: float, seed: int) -> dict:
     """All that defines a run."""
     task, row = grid['tasks'][cell.task], grid['rows'][cell.row]
     norms = {part: _norm(task, row[part]) for part in ('norm', 'roi_norm') if part in row}
-    keys = ('frozen', 'accumulate', 'options', 'freeze_estimates')
-    further = {key: row[key] for key in keys if key in row}
+    further = {key: row[key] for key in ('frozen', 'accumulate', 'options') if key in row}
     if 'head' in row:
         head = grid['rows'][row['head']]
         further['head'] = dict(norm=_norm(task, head['norm']), conv=head.get('conv'))
