@@ -51,9 +51,9 @@ class EstimatesHook(Hook):
             layers have ``momentum='cumulative'``, with the variance around the true mean, so that
             nothing is left of where the estimates began. In a short training of a detector from
             scratch it was worth 4 points of mask mAP on one data set (docs/study.md); on others it
-            made no difference (docs/reliability.md), and it is off. A layer counts its steps in the checkpoint
-            (``num_batches_tracked``): resuming goes on, and statistics that were loaded with their
-            counter stay.
+            made no difference (docs/reliability.md), and it is off. A layer counts its steps in the
+            checkpoint (``num_batches_tracked``): resuming goes on, and statistics that were loaded
+            with their counter stay.
         scale: What the rate in the config is the weight of. ``'images'``: of a single image; a step
             with several, of all ranks where they share their estimates, has a larger rate, so that
             as many images are remembered. Of a video a 2d network takes the frames of a clip as
