@@ -54,7 +54,9 @@ def test_weights_that_are_edited_before_the_backward_pass_are_refused(scope):
     with torch.autograd.graph.allow_mutation_on_saved_tensors():
         try:
             loss = model(X).square().sum()
-        except AttributeError:
+        except AttributeError as error:
+            if "'list' object has no attribute 'data_ptr'" not in str(error):
+                raise
             pytest.skip('this torch does not know operators that write into lists of tensors there')
         with torch.no_grad():
             model[0].weight.mul_(2)

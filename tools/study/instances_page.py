@@ -18,20 +18,28 @@ WINDOW = 5  # points of a curve that a drawn one averages: images differ more th
 
 
 def gaps_table(rows: Rows) -> str:
-    """Each row against GN + WS: mean and deviation of the differences, seed by seed."""
+    """Each row against GN + WS: mean and deviation of the differences, seed by seed; its mAP."""
     theirs = {record['seed']: record for record in rows[AGAINST]}
-    head = [f'{name} loss, %' for name in LOSSES] + ['segm mAP, points']
+    head = [f'{name} loss, %' for name in LOSSES]
+    head += ['segm mAP, points', 'segm mAP', 'statistics averaged anew']
     lines = [f'| | seeds | {" | ".join(head)} |', '|---' * (len(head) + 2) + '|']
     for row, records in rows.items():
         pairs = [(r, theirs[r['seed']]) for r in records if r['seed'] in theirs]
-        if row == AGAINST or not pairs:
+        if not pairs:
+            continue
+        own = [
+            _spread([100 * r['metrics'][key] for r, _ in pairs if key in r['metrics']], '.1f')
+            for key in ('test', 'test_recalibrated')
+        ]
+        if row == AGAINST:
+            lines.append(f'| {row} | {len(pairs)} {"| " * len(LOSSES)}| | {" | ".join(own)} |')
             continue
         gaps = [
             [100 * (_loss(ours, name) / _loss(other, name) - 1) for ours, other in pairs]
             for name in LOSSES
         ]
         gaps.append([100 * (a['metrics']['test'] - b['metrics']['test']) for a, b in pairs])
-        lines.append(f'| {row} | {len(pairs)} | {" | ".join(map(_spread, gaps))} |')
+        lines.append(f'| {row} | {len(pairs)} | {" | ".join([*map(_spread, gaps), *own])} |')
     return '\n'.join(lines)
 
 
@@ -40,9 +48,11 @@ def _loss(record: dict, name: str) -> float:
     return sum(record['losses']['images'][part] for part in LOSSES[name])
 
 
-def _spread(values: list[float]) -> str:
+def _spread(values: list[float], form: str = '+.1f') -> str:
+    if not values:
+        return ''
     spread = f' ± {statistics.stdev(values):.1f}' if len(values) > 1 else ''
-    return f'{statistics.mean(values):+.1f}{spread}'
+    return f'{statistics.mean(values):{form}}{spread}'
 
 
 def plot_losses(rows: Rows, target: Path) -> None:

@@ -77,7 +77,7 @@ def _of_list(error: BaseException, frames: list[Frame]) -> str | None:
 def _of_pipeline(error: BaseException, frames: list[Frame]) -> str | None:
     """What a transform or a head looks for and the pipeline does not give."""
     step = frames[-1].names.get('self') if frames else None
-    if isinstance(error, KeyError) and '.transforms.' in frames[-1].module and step is not None:
+    if step is not None and isinstance(error, KeyError) and '.transforms.' in frames[-1].module:
         return lacking(step, error)
     released = bool(frames) and frames[-1].is_released
     if isinstance(error, AttributeError) and isinstance(error.obj, BaseDataElement) and released:
