@@ -91,6 +91,34 @@ def test_what_is_finished_is_not_run_again(smoke):
         list(grids.missing_runs(grid, results))
 
 
+def test_a_part_runs_seed_by_seed_each_row_at_its_own_rates(tmp_path):
+    from experiments import grid as grids
+
+    task = dict(dataset='digits', epochs=1, weight_decay=0, num_groups=2)
+    grid = dict(
+        seeds=[0, 1],
+        tasks={
+            'a': dict(task, lrs=dict(BN=[0.1], GN=[0.2, 0.3])),
+            'b': dict(task, lrs=[0.4]),
+        },
+        rows=dict(BN=dict(norm=dict(type='BN')), GN=dict(norm=dict(type='GN', num_groups='task'))),
+        order=[dict(tasks=['a', 'b'], images_per_step=[1], rows=['BN', 'GN'])],
+    )
+    results, done = grids.Results(tmp_path), []
+    while run := next(grids.missing_runs(grid, results), None):
+        results.put(dict(run, metrics=dict(val=run['lr'])))
+        done.append((run['task'], run['row'], run['lr'], run['seed']))
+    first = [
+        ('a', 'BN', 0.1),
+        ('a', 'GN', 0.2),
+        ('a', 'GN', 0.3),
+        ('b', 'BN', 0.4),
+        ('b', 'GN', 0.4),
+    ]
+    best = [run for run in first if run[2] != 0.2]
+    assert done == [(*run, 0) for run in first] + [(*run, 1) for run in best]
+
+
 def test_the_rate_is_chosen_on_validation(smoke):
     from experiments import grid as grids
 
@@ -193,8 +221,9 @@ def test_tables_and_plots_regenerate_from_the_committed_records(tmp_path, monkey
     assert pictures == {p.name for p in tmp_path.glob('*.png')}
 
 
-def test_the_document_quotes_the_tables():
-    text = (ROOT / 'docs/study.md').read_text()
+@pytest.mark.parametrize('page', ['study.md', 'which_norm.md'])
+def test_the_pages_quote_the_tables(page):
+    text = (ROOT / 'docs' / page).read_text()
     quoted = re.findall('<!-- from tables.md -->(.*?)<!-- end -->', text, re.DOTALL)
     assert quoted
     made = set((ROOT / 'docs/study/tables.md').read_text().splitlines())
@@ -219,6 +248,12 @@ def test_a_grid_with_a_wrong_name_is_refused(tmp_path):
         '[{tasks: [b], images_per_step: [1], rows: [BN]}]'
     )
     with pytest.raises(ValueError, match=r"order names \['b'\]"):
+        grids.load(path)
+    path.write_text(
+        'seeds: [0]\ntasks: {a: {lrs: {GN: [0.1]}}}\nrows: {BN: {}}\norder: '
+        '[{tasks: [a], images_per_step: [1], rows: [BN]}]'
+    )
+    with pytest.raises(ValueError, match='lrs of a has no rate for BN'):
         grids.load(path)
     path.write_text('seeds: [0]')
     with pytest.raises(ValueError, match='lacks order, rows, tasks'):

@@ -4,7 +4,7 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -37,6 +37,7 @@ COLOURS = {
     'BCN + WS (estimate), 8 micro-steps': '#45979e',
     'FRN + TLU': '#8a63a8',
     'EvoNorm-S0': '#b08fc7',
+    'BCN + WS, warm-up': '#6fb7bd',
     'frozen BN, GN + WS in the head': '#d4798f',
     'frozen BN, BCN + WS in the head': '#5b8c3a',
 }
@@ -114,17 +115,18 @@ def entry(study: Study, cell: grids.Cell, metric: str) -> str:
     values = study.values(cell, metric)
     if not values:
         return ''
-    spread = f' ± {statistics.stdev(values):.1f}' if len(values) > 1 else ''
     missing = len(grids.seeds(study.grid, cell.task)) - len(values)
     seeds = f'; {len(values)} seed{"s" * (len(values) > 1)}' if missing else ''
     diverged = sum(r['diverged'] for r in study.records(cell))
     failed = f'; {diverged} diverged' if diverged else ''
-    return f'{statistics.mean(values):.1f}{spread} (lr {study.lr(cell):g}{seeds}{failed})'
+    return f'{mean(values)} (lr {study.lr(cell):g}{seeds}{failed})'
 
 
 def search_table(study: Study, task: str) -> str:
-    """Validation metric of every searched learning rate, first seed."""
+    """Validation metric of every searched learning rate, first seed; empty where none is."""
     lrs = study.grid['tasks'][task]['lrs']
+    if isinstance(lrs, dict) or len(lrs) == 1:
+        return ''
     head = '| | images per step | ' + ' | '.join(f'lr {lr:g}' for lr in lrs) + ' |'
     lines = [head, '|---' * (len(lrs) + 2) + '|']
     for row in study.rows(task):
@@ -164,52 +166,85 @@ def singularity_table(study: Study, task: str, count: int) -> str:
 
 
 OURS = 'BCN + WS (estimate)'
-FROZEN = 'frozen BN, GN + WS in the head'
+FROZEN = ('frozen BN, GN + WS in the head', 'frozen BN, BCN + WS in the head')
 
 
-def bars(study: Study) -> str:
-    """What BCN + WS at one image per step must show, task by task.
+def parts_of(studies: Sequence[Study]) -> list[tuple[Study, str]]:
+    """Each study with each of its tasks."""
+    return [(study, task) for study in studies for task in study.tasks()]
 
-    The spread is the larger one of the two cells' deviations over the seeds.
-    """
-    lines = ['| task | BCN + WS at 1 image against | difference | spread | |', '|---' * 5 + '|']
-    for task in study.tasks() if OURS in study.grid['rows'] else ():
-        ours = study.values(grids.Cell(task, OURS, 1), 'test')
-        for row, count in (('BN', 1), (FROZEN, 1), ('GN', 1), ('GN + WS', 1), ('BN', 8)):
-            if row not in study.grid['rows']:
-                continue
-            theirs = study.values(grids.Cell(task, row, count), 'test')
-            if len(ours) < 2 or len(theirs) < 2:
-                continue
-            difference = statistics.mean(ours) - statistics.mean(theirs)
-            spread = max(statistics.stdev(ours), statistics.stdev(theirs))
-            verdict = (
-                'better'
-                if difference > spread
-                else 'worse'
-                if -difference > spread
-                else ('within the spread')
-            )
-            name = f'{row} at {count} image{"s" * (count > 1)}'
-            lines.append(f'| {task} | {name} | {difference:+.1f} | {spread:.1f} | {verdict} |')
+
+def overview(studies: Sequence[Study]) -> str:
+    """One image per step, a line a task: means and deviations of the test metric."""
+    columns = [('BN',), FROZEN, ('GN',), ('GN + WS',), (OURS,)]
+    names = ['BN', 'frozen BN', 'GN', 'GN + WS', 'BCN + WS']
+    lines = [f'| task, test metric in % | {" | ".join(names)} |', '|---' * 6 + '|']
+    for study, task in parts_of(studies):
+        cells = [
+            next((c for c in study.of(task) if c.row in rows and c.images_per_step == 1), None)
+            for rows in columns
+        ]
+        texts = ['' if c is None else mean(study.values(c, 'test')) for c in cells]
+        if texts[-1]:
+            lines.append(f'| {task}, {metric_of(study, task)} | {" | ".join(texts)} |')
     return '\n'.join(lines)
 
 
-def tables(study: Study) -> str:
+def mean(values: list[float]) -> str:
+    """Mean and deviation; empty without a value."""
+    spread = f' ± {statistics.stdev(values):.1f}' if len(values) > 1 else ''
+    return f'{statistics.mean(values):.1f}{spread}' if values else ''
+
+
+def bars(studies: Sequence[Study]) -> str:
+    """What BCN + WS at one image per step must show, task by task, on both splits.
+
+    The spread is the larger one of the two cells' deviations over the seeds.
+    """
+    lines = ['| task | BCN + WS at 1 image against | test | validation |', '|---' * 4 + '|']
+    others = [(row, 1) for row in ('BN', *FROZEN, 'GN', 'GN + WS')] + [('BN', 8)]
+    for study, task in parts_of(studies):
+        for row, count in others:
+            cells = grids.Cell(task, OURS, 1), grids.Cell(task, row, count)
+            if not {*cells} <= {*study.cells}:
+                continue
+            verdicts = [
+                verdict(*(study.values(cell, split) for cell in cells)) for split in ('test', 'val')
+            ]
+            if all(verdicts):
+                name = f'{row} at {count} image{"s" * (count > 1)}'
+                lines.append(f'| {task} | {name} | {" | ".join(verdicts)} |')
+    return '\n'.join(lines)
+
+
+def verdict(ours: list[float], theirs: list[float]) -> str:
+    """The difference of two cells against the spread; empty with fewer than two runs of one."""
+    if len(ours) < 2 or len(theirs) < 2:
+        return ''
+    difference = statistics.mean(ours) - statistics.mean(theirs)
+    spread = max(statistics.stdev(ours), statistics.stdev(theirs))
+    word = 'better' if difference > spread else 'worse' if -difference > spread else 'level'
+    return f'{difference:+.1f}, spread {spread:.1f}: {word}'
+
+
+def tables(*studies: Study) -> str:
     """All tables as Markdown."""
     parts = [
         '<!-- Made by tools/study/make_report.py from the records: do not edit. -->',
+        '## At one image per step',
+        overview(studies),
         '## BCN + WS at one image per step',
-        bars(study),
+        bars(studies),
     ]
-    for task in study.tasks():
+    for study, task in parts_of(studies):
         records = [r for cell in study.of(task) for r in study.records(cell)]
         parts.append(f'## {task}')
         for metric, name in METRICS.items():
             text = table(study, task, metric)
             if text:
                 parts += [f'{records[0]["metric"]}, {name}, %:', text]
-        parts += ['Learning-rate search (validation, first seed):', search_table(study, task)]
+        if text := search_table(study, task):
+            parts += ['Learning-rate search (validation, first seed):', text]
         for count in study.columns(task):
             if count in (1, 8):
                 parts += [
@@ -227,9 +262,9 @@ def main_rows(study: Study, task: str) -> list[str]:
 
 def panels(count: int) -> tuple[Figure, list[Axes]]:
     """A figure with so many axes, three side by side."""
-    rows = -(-count // 3)
+    rows, columns = -(-count // 3), min(count, 3)
     figure, axes = plt.subplots(
-        rows, min(count, 3), figsize=(13.5, 3.9 * rows), squeeze=False, layout='constrained'
+        rows, columns, figsize=(4.5 * columns, 3.9 * rows), squeeze=False, layout='constrained'
     )
     for axis in axes.flat[count:]:
         axis.remove()
@@ -414,7 +449,8 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(f'error: {error}')
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    text = tables(study)
+    longer = Study(HERE / 'grids' / 'longer.yaml', args.results)
+    text = tables(study, longer)
     plot_one_image(study, out / 'one_image.png')
     plot_metric(study, out / 'metric.png')
     plot_along(study, out / 'loss.png', loss_of, 'training loss')
@@ -426,6 +462,9 @@ def main(arguments: list[str] | None = None) -> None:
             f'\n## Along the training: {record["task"]}, {record["images_per_step"]} image(s) per '
             f'step, lr {record["lr"]:g}\n\nMeans over the second half:\n\n{trace_table(record)}\n'
         )
+    if longer.tasks():
+        plot_one_image(longer, out / 'longer.png')
+        plot_along(longer, out / 'longer_loss.png', loss_of, 'training loss')
     instances = Study(HERE / 'grids' / 'instances.yaml', args.results)
     for task in instances.tasks():
         rows = {r: instances.records(grids.Cell(task, r, 1)) for r in instances.rows(task)}

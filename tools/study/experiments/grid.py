@@ -3,7 +3,8 @@
 A grid is a YAML file; see tools/study/grids/study.yaml. A *cell* is a task, a row (norm and conv)
 and a number of images per step. For a cell with a search every learning rate runs with the first
 seed; the one with the best **validation** metric runs with the other seeds, and the table shows its
-**test** metric. Cells without a search take the rate of another column of the same row.
+**test** metric. Cells without a search take the rate of another column of the same row. A part of
+the order is run seed by seed, so that what is finished compares its rows.
 """
 
 import fcntl
@@ -51,24 +52,37 @@ def load(path: str | Path) -> dict:
         unknown += [n for n in part['rows'] if n not in grid['rows']]
         if unknown:
             raise ValueError(f'{path}: order names {unknown}, which tasks and rows do not define')
+        for name in part['tasks']:
+            lrs = grid['tasks'][name].get('lrs')
+            without = [row for row in part['rows'] if isinstance(lrs, dict) and row not in lrs]
+            if without:
+                raise ValueError(f'{path}: lrs of {name} has no rate for {", ".join(without)}')
     return grid
 
 
 def cells(grid: dict) -> list[Cell]:
     """Every cell once, the important ones first."""
-    found = {
-        Cell(task, row, count): None
-        for part in grid['order']
+    return list({cell: None for part in grid['order'] for cell in _cells_of(part)})
+
+
+def _cells_of(part: dict) -> list[Cell]:
+    return [
+        Cell(task, row, count)
         for task in part['tasks']
         for count in part['images_per_step']
         for row in part['rows']
-    }
-    return list(found)
+    ]
 
 
 def seeds(grid: dict, task: str) -> list[int]:
     """The seeds of a task: its own or those of the grid."""
     return grid['tasks'][task].get('seeds', grid['seeds'])
+
+
+def rates(grid: dict, cell: Cell) -> list[float]:
+    """The learning rates of a cell's search: its task has them for all rows or for each row."""
+    lrs = grid['tasks'][cell.task]['lrs']
+    return lrs[cell.row] if isinstance(lrs, dict) else lrs
 
 
 def spec(grid: dict, cell: Cell, lr: float, seed: int) -> dict:
@@ -152,32 +166,40 @@ class Results:
 def best_lr(grid: dict, results: Results, cell: Cell) -> float | None:
     """The searched learning rate with the best validation metric; None while the search runs."""
     cell, best = search_cell(grid, cell), None
-    for lr in grid['tasks'][cell.task]['lrs']:
+    for lr in rates(grid, cell):
         record = results.get(spec(grid, cell, lr, seeds(grid, cell.task)[0]))
         if record is None:
             return None
         value = record['metrics'].get('val')
         if value is not None and (best is None or value > best[0]):
             best = (value, float(lr))
-    return float(grid['tasks'][cell.task]['lrs'][0]) if best is None else best[1]
+    return float(rates(grid, cell)[0]) if best is None else best[1]
 
 
 def missing_runs(grid: dict, results: Results) -> Iterator[dict]:
     """The runs that are still to do, in order; the answers follow what is finished meanwhile."""
-    for cell in cells(grid):
-        searched = search_cell(grid, cell)
-        if searched == cell or searched not in cells(grid):
-            for lr in grid['tasks'][cell.task]['lrs']:
-                run = spec(grid, searched, lr, seeds(grid, cell.task)[0])
-                if results.get(run) is None:
-                    yield run
-        lr = best_lr(grid, results, cell)
-        if lr is None:
-            continue  # the search is still to do, or another process does it
-        for seed in seeds(grid, cell.task):
-            run = spec(grid, cell, lr, seed)
-            if results.get(run) is None:
-                yield run
+    yielded = []
+    for run in _runs(grid, results):
+        if run not in yielded and results.get(run) is None:
+            yielded.append(run)
+            yield run
+
+
+def _runs(grid: dict, results: Results) -> Iterator[dict]:
+    every = cells(grid)
+    for part in grid['order']:
+        found = _cells_of(part)
+        for cell in found:
+            searched = search_cell(grid, cell)
+            if searched == cell or searched not in every:
+                for lr in rates(grid, searched):
+                    yield spec(grid, searched, lr, seeds(grid, cell.task)[0])
+        for number in range(max(len(seeds(grid, cell.task)) for cell in found)):
+            for cell in found:
+                best = best_lr(grid, results, cell)
+                # None: the search is still to do, or another process does it.
+                if best is not None and number < len(seeds(grid, cell.task)):
+                    yield spec(grid, cell, best, seeds(grid, cell.task)[number])
 
 
 class Claim:
