@@ -97,7 +97,7 @@ def test_keep_predictions_of_detection_adds_an_evaluator(evaluators):
     with pytest.raises(ValueError, match=r'(?s)\.pkl.*got out\.json'):
         command_line.keep_predictions(cfg, 'out.json')
     command_line.keep_predictions(cfg, 'out.pkl')
-    assert [e.type for e in cfg.test_evaluator] == ['CocoMetric', 'DumpDetResults']
+    assert [e.type for e in cfg.test_evaluator] == ['CocoMetric', 'mmdet.DumpDetResults']
     assert cfg.test_evaluator[1].out_file_path == 'out.pkl'
 
 

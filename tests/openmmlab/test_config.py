@@ -39,6 +39,35 @@ def test_a_file_that_is_no_config_says_so_in_two_lines(file, text, reason):
     assert reason in str(error.value) and len(str(error.value).splitlines()) == 2
 
 
+def test_what_a_config_in_pure_python_holds_is_found_by_its_name(file):
+    """As a name, an operator is looked up among the operators, and L1Loss's module is hidden."""
+    pytest.importorskip('mmdet')
+    file.write_text("""
+from mmcv.ops import ModulatedDeformConv2dPack, RoIAlign, nms
+from mmdet.models.detectors import MaskRCNN
+from mmdet.models.losses.smooth_l1_loss import L1Loss
+from torch.nn import GroupNorm
+model = dict(
+    type=MaskRCNN, loss=dict(type=L1Loss), norm=dict(type=GroupNorm), roi_layer=dict(type=RoIAlign),
+    conv=[dict(type=ModulatedDeformConv2dPack)], nms=dict(type=nms))
+""")
+    model = config.load_config(str(file)).model
+    found = {name: getattr(part, 'type', None) for name, part in model.items()}
+    assert (found['roi_layer'], found['nms']) == ('RoIAlign', 'nms')
+    assert MODELS.get(found['loss']).__name__ == 'L1Loss'
+    assert MODELS.get(found['norm']).__name__ == 'GroupNorm'
+    assert MODELS.get(model.conv[0].type).__name__ == 'ModulatedDeformConv2dPack'
+
+
+def test_a_config_of_a_former_major_version_says_so(file):
+    old = 'data = dict(train=dict(type="CocoDataset"))\nlr_config = dict(policy="step")\n'
+    file.write_text(file.read_text() + old)
+    with pytest.raises(ValueError, match='(?s)MMDetection 2.* has data, lr_config, .*Migration'):
+        config.load_config(str(file))
+    file.write_text(file.read_text() + 'optim_wrapper = dict(type="OptimWrapper")\n')
+    assert config.load_config(str(file)).data.train.type == 'CocoDataset'
+
+
 def test_a_missing_base_is_named(file):
     file.write_text("_base_ = 'wsbcn_mm::mask_rcnn/mask-rcnn_r50_fpn_ws-bnc_8xb1-2x_coco.py'\n")
     with pytest.raises(FileNotFoundError, match='(?s)has no such config.*ws-bcn_8xb1-2x_coco'):
@@ -57,6 +86,8 @@ def test_a_missing_import_of_a_config_stays_an_import_error(file):
         ('RetinaNet', 'mmdet', 'mmdet'),
         ('mmseg.models.EncoderDecoder', None, 'mmseg'),
         ('OwnDetector', None, 'mmdet'),  # by its bases
+        ('OwnDetector', 'own_scope', 'mmdet'),
+        ('mmseg.EncoderDecoder', 'own_scope', 'mmseg'),
         ('OwnModel', None, None),
         ('RetinaNet', 'mmsegmentation', None),
     ],

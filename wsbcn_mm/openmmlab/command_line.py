@@ -348,10 +348,6 @@ def keep_predictions(cfg: Config, out: str) -> None:
         return
     if not out.endswith(('.pkl', '.pickle')):
         raise ValueError(f'--out must name a .pkl file, except for segmentation\n  got {out}')
-    # Without a default scope (in pure Python) a name must say where it is registered.
-    if scope == 'mmdet':
-        dump = dict(type='DumpDetResults' if cfg.get('default_scope') else 'mmdet.DumpDetResults')
-    else:
-        dump = dict(type='mmengine.DumpResults')
-    dump['out_file_path'] = out
-    cfg.test_evaluator = [*evaluators, dump]
+    # The config may have no default scope (in pure Python), or one of its own.
+    kind = 'mmdet.DumpDetResults' if scope == 'mmdet' else 'mmengine.DumpResults'
+    cfg.test_evaluator = [*evaluators, dict(type=kind, out_file_path=out)]

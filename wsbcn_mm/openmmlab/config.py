@@ -15,6 +15,7 @@ import torch
 from mmengine import registry as registries
 from mmengine.config import Config
 from mmengine.registry import DATASETS, MODELS
+from mmengine.utils import get_object_from_string
 
 from wsbcn_mm.openmmlab import compat
 from wsbcn_mm.openmmlab.errors import first_line
@@ -23,6 +24,9 @@ from wsbcn_mm.openmmlab.options import merge, unread
 # Detection, segmentation, classification of images, of videos: a config's scope is a package.
 HOSTS = ('mmdet', 'mmseg', 'mmpretrain', 'mmaction')
 PRETRAINED = ('Pretrained', 'PretrainedInit')  # the initialisation from a file
+# Fields of a config for MMCV 1, and what MMEngine has in their place.
+FORMER = ('data', 'optimizer', 'optimizer_config', 'lr_config', 'runner', 'checkpoint_config')
+TODAY = ('default_scope', 'train_dataloader', 'test_dataloader', 'optim_wrapper')
 # Classes of the hosts that evaluate an argument as Python (a mode of OpenCV) when they are built.
 EVALUATING = {'CameraMotionCompensation'}
 
@@ -48,12 +52,26 @@ def load_config(path: str, options: dict | None = None) -> Config:
         merge(cfg, options)
     if cfg.get('default_scope') in HOSTS:
         compat.require(cfg.default_scope)
+    _check_age(cfg, path)
     if not isinstance(cfg.get('model'), dict):
         raise ValueError(
             f'{path} has no model: no top-level `model = dict(type=...)`\n'
             '  is it a file of _base_ parts, or of a dataset?'
         )
     return cfg
+
+
+def _check_age(cfg: Config, path: str) -> None:
+    """A config of the hosts' former major versions has other fields, and nothing of it is found."""
+    old = [key for key in FORMER if isinstance(cfg.get(key), dict)]
+    if len(old) < 2 or any(key in cfg for key in TODAY):
+        return
+    raise ValueError(
+        f'{path} is written for MMDetection 2, MMSegmentation 0 or another host of that age (MMCV '
+        f'1): it has {", ".join(old)}, and none of {", ".join(TODAY)}\n  the documentation of '
+        'MMDetection 3, MMSegmentation 1, MMPretrain and MMAction2 says under "Migration" what '
+        'each field has become'
+    )
 
 
 def read_config(path: str | Path) -> Config:
@@ -70,10 +88,8 @@ def read_config(path: str | Path) -> Config:
         first: BaseException = error
         while first.__cause__ or first.__context__:
             first = first.__cause__ or first.__context__  # type: ignore[assignment]
-        if first is error:  # says all there is to say
-            raise
         raise ImportError(
-            f'{path} imports what cannot be imported (custom_imports)\n  {type(first).__name__}: '
+            f'{path} imports what cannot be imported\n  {type(first).__name__}: '
             f'{first_line(first)}\n  modules of your own are found below the folders of PYTHONPATH'
         ) from error
     except FileNotFoundError as error:
@@ -194,7 +210,34 @@ def _dicts(value: object) -> Iterator[dict]:
 def with_names(cfg: Config) -> Config:
     """A config in pure Python holds classes; the same with their names (``mmdet.models.FPN``)."""
     # What else tells them apart is the file; a config of the other kind imports nothing.
-    return Config(cfg.to_dict(), filename=cfg.filename) if cfg._imported_names else cfg
+    if not cfg._imported_names:
+        return cfg
+    content = cfg.to_dict()
+    for part in _dicts(content):
+        if isinstance(part.get('type'), str):
+            part['type'] = _findable(part['type'])
+    return Config(content, filename=cfg.filename)
+
+
+def _findable(name: str) -> str:
+    """A name by which the hosts find what a config in pure Python holds.
+
+    Operators of mmcv are looked up by their own names (``RoIAlign``). Where a function has the name
+    of its module (``mmdet.models.losses.smooth_l1_loss``), mmengine finds no class by way of it:
+    ``mmdet.models.losses.L1Loss``.
+    """
+    module, _, own = name.rpartition('.')
+    kind = get_object_from_string(name) if module else None
+    if name.startswith('mmcv.ops.') and kind not in MODELS.module_dict.values():
+        return own
+    if not module or kind is not None:
+        return name
+    kind = getattr(import_module(module), own)
+    while '.' in module:
+        module = module.rpartition('.')[0]
+        if get_object_from_string(f'{module}.{own}') is kind:
+            return f'{module}.{own}'
+    return name
 
 
 def type_name(cfg: object) -> str:
@@ -207,17 +250,23 @@ def type_name(cfg: object) -> str:
 
 
 def find_scope(cfg: Config) -> str | None:
-    """One of `HOSTS`; None where the config is of none."""
+    """One of `HOSTS`; None where the config is of none.
+
+    A config in pure Python has no default scope, and types such as ``mmdet.models.RetinaNet``. A
+    package of the user's may have a scope of its own: its model's bases tell.
+    """
     scope = cfg.get('default_scope')
-    if scope is None:  # a config in pure Python has types such as mmdet.models.RetinaNet
-        model = cfg.get('model') or {}
-        kind = model.get('kind') or model.get('type')
-        scope = str(kind).partition('.')[0]
-        if scope not in HOSTS and isinstance(kind, str):  # a class of the user's, by its bases
-            bases = getattr(MODELS.get(kind), '__mro__', ())
-            packages = [base.__module__.partition('.')[0] for base in bases]
-            scope = next((package for package in packages if package in HOSTS), None)
-    return scope if scope in HOSTS else None
+    if scope in HOSTS:
+        return scope
+    model = cfg.get('model') or {}
+    kind = model.get('kind') or model.get('type')
+    package = str(kind).partition('.')[0]
+    if package not in HOSTS and isinstance(kind, str):
+        with MODELS.switch_scope_and_registry(scope) as registry:
+            bases = getattr(registry.get(kind), '__mro__', ())
+        packages = [base.__module__.partition('.')[0] for base in bases]
+        package = next((package for package in packages if package in HOSTS), '')
+    return package if package in HOSTS else None
 
 
 def scope_of(cfg: Config) -> str:
@@ -239,7 +288,7 @@ def use_scope(cfg: Config) -> str:
     """Registers everything of the config's package; names are looked up there from now on."""
     scope = scope_of(cfg)
     import_module(f'{scope}.utils').register_all_modules(init_default_scope=False)
-    registries.init_default_scope(scope)
+    registries.init_default_scope(cfg.get('default_scope') or scope)
     return scope
 
 

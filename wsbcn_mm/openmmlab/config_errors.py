@@ -180,6 +180,8 @@ def _unknown_type(build: Build, scope: str | None) -> str | None:
         where = f'{where} (default_scope is {scope!r}, which is none of {", ".join(HOSTS)})'
     near = difflib.get_close_matches(name, _names_in(build.registry), n=3, cutoff=0.6)
     mean = f'\n  did you mean {" or ".join(map(repr, near))}?' if near else ''
+    if scope is None and not near and '.' not in name:
+        mean = f'\n  the config has no default_scope, which is one of {", ".join(HOSTS)}'
     return (
         f'{where}: {name!r} is not known ({build.registry.name} of '
         f'{build.registry.scope}){mean}\n  a class of your own is known once its module is '

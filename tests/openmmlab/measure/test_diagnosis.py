@@ -96,6 +96,9 @@ val_dataloader = dict(dataset=dict(
 """
 
 
+TWICE = 'val_dataloader.dataset.metainfo.classes=[disc,disc]'
+
+
 @pytest.fixture(scope='module')
 def model_files(tmp_path_factory):
     """A config on four small images and a checkpoint of its untrained model."""
@@ -186,6 +189,10 @@ def test_page(model_files, tmp_path, monkeypatch):
         (['small.py', 'none.pth'], 'no checkpoint file'),
         (['small.py', 'model.pth', '--images', '0'], '--images must be positive'),
         (['small.py', 'model.pth', '--against', 'small.py'], 'small.py is not JSON'),
+        (
+            ['small.py', 'model.pth', '--cfg-options', TWICE],
+            "BaseSegDataset: classes names 'disc' twice",
+        ),
     ],
 )
 def test_tool_says_what_is_wrong(model_files, tmp_path, monkeypatch, arguments, words):

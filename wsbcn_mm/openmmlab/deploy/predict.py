@@ -226,8 +226,9 @@ class Predictor:
         self._read = Reader(cfg)
         if self.gives_labels:
             return
-        kind = 'DetLocalVisualizer' if scope_of(cfg) == 'mmdet' else 'SegLocalVisualizer'
-        if kind == 'SegLocalVisualizer' and not self.meta.get('palette'):
+        scope = scope_of(cfg)
+        kind = 'mmdet.DetLocalVisualizer' if scope == 'mmdet' else 'mmseg.SegLocalVisualizer'
+        if scope == 'mmseg' and not self.meta.get('palette'):
             self.meta['palette'] = _colours(len(self.meta['classes']))
         look = {k: v for k, v in (cfg.get('visualizer') or {}).items() if k == 'alpha'}
         self._visualizer = VISUALIZERS.build(

@@ -70,9 +70,7 @@ class DataCheckHook(Hook):
     def _check(runner: Runner, loop: Any, learned: bool = False) -> list[Any]:
         model = unwrapped(runner.model)
         loader = getattr(loop, 'dataloader', None)
-        datasets = list(_inner(getattr(loader, 'dataset', None)))
-        for dataset in datasets:
-            check_dataset(dataset, model, learned)
+        datasets = check_datasets(getattr(loader, 'dataset', None), model, learned)
         if len(datasets) == 1:
             for metric in getattr(getattr(loop, 'evaluator', None), 'metrics', ()):
                 _check_evaluator(metric, datasets[0])
@@ -88,6 +86,14 @@ def _inner(dataset: Any) -> Iterator[Any]:
         yield from _inner(dataset.dataset)
     elif getattr(dataset, 'metainfo', None) is not None:
         yield dataset
+
+
+def check_datasets(dataset: Any, model: nn.Module, learned: bool = False) -> list[Any]:
+    """`check_dataset` for all that read files below the wrappers; returns these."""
+    datasets = list(_inner(dataset))
+    for inner in datasets:
+        check_dataset(inner, model, learned)
+    return datasets
 
 
 def check_dataset(dataset: Any, model: nn.Module, learned: bool = False) -> None:

@@ -24,6 +24,7 @@ from wsbcn_mm.diagnostics import (
 from wsbcn_mm.layers import BatchChannelNorm
 from wsbcn_mm.layers.standardization import standardize_once_per_forward, weights_do_not_change
 from wsbcn_mm.openmmlab import checkpoints, config_errors
+from wsbcn_mm.openmmlab.hooks.data import check_datasets
 from wsbcn_mm.openmmlab.measure.verdict import Skill, loss_fallen, verdict
 from wsbcn_mm.structure import NORMS, is_conv
 
@@ -53,6 +54,7 @@ def diagnose(
 
     Raises:
         ValueError: the checkpoint leaves tensors unfilled.
+        DataError: the data are not the model's, see `DataCheckHook`.
     """
     with config_errors.named(cfg):
         runner = Runner.from_cfg(cfg)
@@ -61,6 +63,7 @@ def diagnose(
     checkpoints.load(runner.model, state, content, source=checkpoint)
     model = runner.model.eval()
     loader = Runner.build_dataloader(cfg.val_dataloader, seed=0)
+    check_datasets(loader.dataset, model)
     shown, skill = 0, Skill()
     seen, estimates = ActivationObserver(model), EstimateObserver(model)
     with torch.no_grad(), weights_do_not_change(model), seen, estimates:
@@ -74,6 +77,7 @@ def diagnose(
     if step_size is None:
         step_size = cfg.optim_wrapper.optimizer.lr
     loader = Runner.build_dataloader(cfg.train_dataloader, seed=0)
+    check_datasets(loader.dataset, model, learned=True)
     model.train()
     standardize_once_per_forward(model)
     steps, observer = [], WeightGradientObserver(model)

@@ -133,7 +133,7 @@ class RisingRate(Hook):
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None
     ) -> None:
         """Keeps the loss; ends the test where it has become useless to go on."""
-        self.losses.append(float(outputs['loss']))
+        self.losses.append(float(outputs['loss'].detach()))
         done = len(self.losses) // self.accumulate
         self.report(f'step {done}/{self.steps}, rate {self.rate(max(done - 1, 0)):.2g}')
         window = max(3, round(WINDOW * self.steps)) * self.accumulate
