@@ -232,6 +232,29 @@ def test_options(tmp_path):
     assert filled.frozen_stages == 1
 
 
+@pytest.mark.parametrize('images, end', [(40, 12), (8000, 8000)])
+def test_a_warm_up_made_for_more_images(tmp_path, images, end):
+    """500 steps of 16 images are 8000 of one: all of 3 epochs over 40, a third over 8000."""
+    (tmp_path / 'a.json').write_text(f'{{"images": {[{}] * images}}}')
+    rest = dict(
+        optim_wrapper=dict(type='OptimWrapper', optimizer=dict(type='SGD', lr=0.02)),
+        train_cfg=dict(type='EpochBasedTrainLoop', max_epochs=3),
+        param_scheduler=[
+            dict(type='LinearLR', start_factor=0.001, by_epoch=False, begin=0, end=500),
+            dict(type='MultiStepLR', begin=0, end=3, by_epoch=True, milestones=[2], gamma=0.1),
+        ],
+        train_dataloader=dict(
+            batch_size=2,
+            dataset=dict(type='CocoDataset', data_root=str(tmp_path), ann_file='a.json'),
+        ),
+    )
+    done = convert_config(tiny(tmp_path, retinanet(), **rest), gpus=1)
+    assert done.cfg.param_scheduler[0].end == end
+    assert ('param_scheduler[0].end' in str(done)) == (images == 40)
+    write_config(done, tmp_path / 'done.py')
+    assert 'long-warm-up' not in {finding.code for finding in audit(tmp_path / 'done.py', gpus=1)}
+
+
 def test_a_checkpoint_brings_its_formula_and_affine(tmp_path):
     source, file = tiny(tmp_path, retinanet()), tmp_path / 'converted.pth'
     torch.save(dict(meta=dict(formula='std_eps', affine='channel'), state_dict={}), file)

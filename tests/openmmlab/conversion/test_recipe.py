@@ -136,6 +136,11 @@ def test_the_steps_of_a_training(tmp_path):
     assert recipe.steps(cfg, processes=1) is None
     cfg.train_dataloader.dataset = dataset
     assert recipe.steps(cfg, processes=1) == 12 * 3
+    for taken, images in ((3, 3), (-4, 4), ([0, 4], 2), (9, 5), (0, None)):
+        cfg.train_dataloader.dataset = dict(dataset, indices=taken)
+        assert recipe.training_images(cfg) == images
+    cfg.train_dataloader.dataset = dict(dataset, ann_file='nowhere.json', indices=3)
+    assert recipe.training_images(cfg) == 3
     (tmp_path / 'damaged.json').write_text('{"images": [{}')
     cfg.train_dataloader.dataset = dict(dataset, ann_file='damaged.json')
     assert recipe.steps(cfg, processes=1) is None  # whoever trains on it says so

@@ -27,7 +27,7 @@ from wsbcn_mm.openmmlab.config import (
     with_names,
 )
 from wsbcn_mm.openmmlab.config_places import dotted, value_at
-from wsbcn_mm.openmmlab.conversion import probe, recipe, weights
+from wsbcn_mm.openmmlab.conversion import probe, recipe, schedulers, weights
 from wsbcn_mm.openmmlab.conversion.probe import CannotBuild, Node
 from wsbcn_mm.openmmlab.registry import ESTIMATES_HOOK, KEPT, NORM_NAMED
 
@@ -350,24 +350,16 @@ def _short_training(cfg: Config, processes: int, start: str | None) -> list[Find
 
 def _long_warm_up(cfg: Config, processes: int) -> list[Finding]:
     """A rate that is still rising when half of the training is over."""
-    count, schedulers = recipe.iterations(cfg, processes), cfg.get('param_scheduler') or []
-    if not isinstance(schedulers, list):  # of one optimizer: a dict, or a list
-        schedulers = [schedulers]
-    for place, scheduler in enumerate(schedulers):
-        if count is None or not isinstance(scheduler, dict):
-            continue
-        first = scheduler.get('start_factor', scheduler.get('factor', 1))  # of ConstantLR
-        end = scheduler.get('end')
-        rises = first < scheduler.get('end_factor', 1) and scheduler.get('begin', 0) == 0
-        if not rises or not end or scheduler.get('by_epoch', True) or 2 * end <= count:
-            continue
-        where, tenth = f'param_scheduler[{place}].end', str(max(1, count // 10))
-        why = (
-            f'the rate rises from {first:g} of itself until iteration {end}, and the training has '
-            f'{count}: the whole rate holds for less than half of it'
-        )
-        return [Finding('warning', 'long-warm-up', where, why, _line(where, tenth))]
-    return []
+    found = schedulers.long_warm_up(cfg, recipe.iterations(cfg, processes))
+    if found is None:
+        return []
+    where = dotted(found.place)
+    why = (
+        f'the rate rises from {found.first:g} of itself until iteration {found.end}, and the '
+        f'training has {found.count}: the whole rate holds for less than half of it'
+    )
+    fix = _line(where, str(found.better))
+    return [Finding('warning', 'long-warm-up', where, why, fix)]
 
 
 def _averaged(cfg: Config, model: nn.Module) -> list[Finding]:

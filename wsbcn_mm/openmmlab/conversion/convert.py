@@ -17,7 +17,7 @@ from wsbcn_mm.openmmlab.checkpoints import read_checkpoint
 from wsbcn_mm.openmmlab.config import find_config, read_config, with_names
 from wsbcn_mm.openmmlab.config_places import Place, dotted, value_at
 from wsbcn_mm.openmmlab.conversion import backbone as backbones
-from wsbcn_mm.openmmlab.conversion import probe, recipe
+from wsbcn_mm.openmmlab.conversion import probe, recipe, schedulers
 from wsbcn_mm.openmmlab.conversion.changes import Conversion
 from wsbcn_mm.openmmlab.conversion.layers import convert_layers
 from wsbcn_mm.openmmlab.conversion.probe import Node
@@ -107,6 +107,7 @@ def convert_config(
     conversion.warnings += warnings
     for setting in (*settings, *recipe.no_decay_of_norms(conversion.cfg)):
         conversion.set(setting.place, setting.value, setting.why)
+    _shorten_warm_up(conversion, gpus or recipe.gpus_of_rate(conversion.cfg) or 1)
     if norm == 'BCN' and not recipe.has_estimates_hook(conversion.cfg):
         why = 'the same estimates on all ranks; their rate by images per step'
         hooks = conversion.cfg.get('custom_hooks') or []
@@ -125,6 +126,14 @@ def _check_count(name: str, value: int) -> None:
         raise TypeError(f'{name} must be an int\n  got {value!r}')
     if value < 1:
         raise ValueError(f'{name} must be at least 1\n  got {value}')
+
+
+def _shorten_warm_up(conversion: Conversion, gpus: int) -> None:
+    """A warm-up made for COCO is most of a training on a few images."""
+    found = schedulers.long_warm_up(conversion.cfg, recipe.iterations(conversion.cfg, gpus))
+    if found is not None:
+        why = f'the rate would still rise when half of the {found.count} iterations are over'
+        conversion.set(found.place, found.better, why)
 
 
 def _import_this_package(conversion: Conversion) -> None:

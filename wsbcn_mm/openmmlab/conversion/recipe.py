@@ -181,7 +181,7 @@ def steps(cfg: Config, processes: int) -> int | None:
 
 
 def training_images(cfg: Config) -> int | None:
-    """How many images a training set lists.
+    """How many images a training set lists, of which ``indices`` may take some.
 
     None where it is wrapped, is no list of the hosts, or is so long that counting takes seconds: a
     training on it is not short.
@@ -189,6 +189,14 @@ def training_images(cfg: Config) -> int | None:
     dataset = (cfg.get('train_dataloader') or {}).get('dataset')
     if not isinstance(dataset, dict) or dataset not in inner_datasets(dataset):
         return None
+    taken = dataset.get('indices')  # the first so many, the last (below 0), or these
+    if taken is None:
+        return _listed(dataset)
+    taken = abs(taken) if isinstance(taken, int) else len(taken)
+    return min(taken, _listed(dataset) or taken) or None
+
+
+def _listed(dataset: dict[str, Any]) -> int | None:
     root, names = dataset.get('data_root') or '', dataset.get('ann_file') or ''
     file = Path(root, names)
     if not names or not file.is_file():

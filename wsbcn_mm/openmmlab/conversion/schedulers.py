@@ -15,6 +15,7 @@ import importlib
 import itertools
 import warnings
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,8 +24,10 @@ from mmengine.optim.scheduler.momentum_scheduler import MomentumSchedulerMixin
 from mmengine.registry import PARAM_SCHEDULERS, DefaultScope
 
 from wsbcn_mm.openmmlab.config import HOSTS
+from wsbcn_mm.openmmlab.config_places import Place
 
 STEPS = 64  # of a trial run
+LONGEST_WARM_UP = 0.5  # of a training
 SHAPE_TOLERANCE = 0.05  # of the range: most schedulers reach their end one step before it
 
 
@@ -68,6 +71,44 @@ def over_other_iterations(
     if sum(apart) / len(apart) > SHAPE_TOLERANCE * (max(slow) - min(slow)):
         raise UnknownScheduler(f'{kind.__name__} does not go by its counts alone')
     return _counts_times(kind, scheduler, factor)
+
+
+@dataclass(frozen=True)
+class WarmUp:
+    """A rate that rises, counted in iterations.
+
+    Attributes:
+        place: Of its end in the config.
+        first: Share of the rate that it begins with.
+        end: Iteration from which on the whole rate holds.
+        count: Iterations of the training.
+        better: Where it should end.
+    """
+
+    place: Place
+    first: float
+    end: int
+    count: int
+
+    @property
+    def better(self) -> int:
+        return max(1, self.count // 10)
+
+
+def long_warm_up(cfg: Config, count: int | None) -> WarmUp | None:
+    """What is still rising when half of a training of ``count`` iterations is over, if anything."""
+    found: Any = cfg.get('param_scheduler') or []
+    listed = isinstance(found, (list, tuple))
+    for i, scheduler in enumerate(found if listed else [found]):
+        if count is None or not isinstance(scheduler, dict):
+            continue  # unknown; a dict of several optimizers has no such keys
+        first: Any = scheduler.get('start_factor', scheduler.get('factor', 1))  # of ConstantLR
+        end = scheduler.get('end')
+        rises = first < scheduler.get('end_factor', 1) and scheduler.get('begin', 0) == 0
+        if rises and end and not scheduler.get('by_epoch', True) and end > LONGEST_WARM_UP * count:
+            place = ('param_scheduler', *((i,) if listed else ()), 'end')
+            return WarmUp(place, first, end, count)
+    return None
 
 
 def _counts_times(kind: type, scheduler: Mapping[str, Any], factor: float) -> dict[str, Any]:
