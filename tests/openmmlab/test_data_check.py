@@ -14,6 +14,7 @@ from torch import nn
 
 from wsbcn_mm.openmmlab import annotations, data_samples
 from wsbcn_mm.openmmlab.compat import DataError
+from wsbcn_mm.openmmlab.hooks import data
 from wsbcn_mm.openmmlab.hooks.data import DataCheckHook, check_dataset
 from wsbcn_mm.openmmlab.hooks.estimates import EstimatesHook
 
@@ -258,6 +259,28 @@ def test_the_hook_looks_below_the_wrappers_and_at_every_loop():
             hook.before_train(runner(train, val))
     with pytest.raises(DataError, match='no image'):
         hook.before_test(runner(None, test=bad))
+
+
+@pytest.mark.parametrize(
+    'heads, classes, loaded, words',
+    [
+        (80, ('square', 'disc', 'star'), False, 'bbox_head has num_classes=80, and Data 3 .square'),
+        (80, ('square', 'disc', 'star'), True, None),  # may be COCO's own
+        (3, ('square', 'disc', 'star'), False, None),
+        (2, ('square',), False, None),  # a background beside it
+        (80, (), False, None),
+    ],
+)
+def test_classes_that_the_data_do_not_have(heads, classes, loaded, words, monkeypatch):
+    """Said once, and no error; not where weights are loaded that may know them."""
+    said = []
+    monkeypatch.setattr(data, 'print_log', lambda text, *_: said.append(text))
+    hook, runner = DataCheckHook(), SimpleNamespace(val_loop=None, train_loop=loop(Data(classes)))
+    runner.model = model_of(heads, mask_head=Head(heads))
+    if loaded:
+        hook.after_load_checkpoint(runner, {})
+    hook.before_train(runner)
+    assert len(said) == (words is not None) and all(re.search(words, text) for text in said)
 
 
 WARNED = {

@@ -5,11 +5,13 @@ None of these raises in the hosts: labels shift, the metrics look fine or are al
 
 import difflib
 import json
+import logging
 from collections.abc import Iterator
 from typing import Any
 
 from mmengine import fileio
 from mmengine.hooks import Hook
+from mmengine.logging import print_log
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import nn
@@ -36,7 +38,8 @@ class DataCheckHook(Hook):
     - no image at all (a wrong ``img_suffix`` or folder), no object that counts;
     - classes of the config that the annotation file does not have, or has twice: the labels of
       those behind them shift;
-    - a head with fewer classes than the data; labels of classes that it does not have;
+    - a head with fewer classes than the data, or with more, where no weights are loaded that may
+      know them; labels of classes that it does not have;
     - classes that training, validation and the checkpoint number otherwise;
     - images of another size than their annotations say; boxes beyond the image;
     - an evaluator that reads the annotations of other images;
@@ -46,9 +49,11 @@ class DataCheckHook(Hook):
     """
 
     _learned: tuple[str, ...] = ()
+    _has_weights = False
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Keeps the names of the classes that the weights were trained on."""
+        self._has_weights = True
         meta = (checkpoint.get('meta') or {}).get('dataset_meta') or {}
         self._learned = tuple(meta.get('classes') or ())
 
@@ -58,6 +63,8 @@ class DataCheckHook(Hook):
         validated = self._check(runner, runner.val_loop)
         if len(trained) == len(validated) == 1:
             _check_same(trained[0], validated[0])
+        if not self._has_weights:
+            _check_surplus(trained, unwrapped(runner.model))
 
     def before_test(self, runner: Runner) -> None:
         """Looks at the data of testing."""
@@ -134,17 +141,44 @@ def _check_classes(dataset: Any, classes: Any, model: nn.Module) -> None:
     if twice and list(classes) != list(known):  # ImageNet has two cranes, a bird and a machine
         raise DataError(f'{kind}: classes names {twice[0]!r} twice\n  name each class once')
     _check_names(dataset, list(classes))
-    # Boxes are of things alone, where data have stuff as well.
-    boxes = len(dataset.metainfo.get('thing_classes') or classes)
     for name, module in _heads(model):
-        wanted = boxes if 'bbox' in name or 'mask' in name else len(classes)
+        wanted = _classes_for(name, dataset)
         one_logit = getattr(module, 'out_channels', None) == 1 and wanted <= 2
         if module.num_classes < wanted and not one_logit:
-            shown = ', '.join(map(str, classes[:4])) + (', ...' if len(classes) > 4 else '')
             raise DataError(
                 f'{name} has num_classes={module.num_classes}, {kind} has {wanted} classes '
-                f'({shown})\n  set num_classes={wanted} there'
+                f'({_shown(classes)})\n  set num_classes={wanted} there'
             )
+
+
+def _classes_for(head: str, dataset: Any) -> int:
+    """How many classes of the data are a head's: boxes are of things alone, where there is
+    stuff as well.
+    """
+    classes = dataset.metainfo.get('classes') or ()
+    things = dataset.metainfo.get('thing_classes') or classes
+    return len(things if 'bbox' in head or 'mask' in head else classes)
+
+
+def _shown(classes: Any) -> str:
+    return ', '.join(map(str, classes[:4])) + (', ...' if len(classes) > 4 else '')
+
+
+def _check_surplus(datasets: list[Any], model: nn.Module) -> None:
+    """Warns of a head that was left as it was made for other data."""
+    if not datasets or not all(dataset.metainfo.get('classes') for dataset in datasets):
+        return
+    for name, module in _heads(model):
+        wanted = max(_classes_for(name, dataset) for dataset in datasets)
+        if module.num_classes > max(wanted, 2):  # one class and its background may be two
+            classes = datasets[0].metainfo['classes']
+            text = (
+                f'{name} has num_classes={module.num_classes}, and {type(datasets[0]).__name__} '
+                f'{wanted} ({_shown(classes)}): the others have nothing to learn\n  set '
+                f'num_classes={wanted}, unless weights that know them are loaded later'
+            )
+            print_log(f'data: {text}', 'current', logging.WARNING)
+            return
 
 
 def _check_names(dataset: Any, classes: list[str]) -> None:
