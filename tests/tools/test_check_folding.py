@@ -1,4 +1,4 @@
-"""tools/dev/check_folding.py: networks one by one, and its records."""
+"""tools/dev: check_folding.py goes network by network; the table of evaluate_folded.py."""
 
 import pytest
 
@@ -9,6 +9,8 @@ import json
 import sys
 
 import check_folding
+import evaluate_folded
+import torch
 
 from tests.openmmlab.deploy.models import LISTED
 
@@ -32,3 +34,18 @@ def test_check_folding_goes_through_networks_and_goes_on(tmp_path, monkeypatch, 
     file.write_text('\n'.join(map(json.dumps, rows)))
     with pytest.raises(SystemExit, match='(?s)too large.*segmenter.py: fold_float64 1e-09'):
         check_folding.main()
+
+
+def test_what_the_evaluation_of_a_folded_model_shows():
+    def result(top1, *scores):
+        return dict(metrics={'acc/top1': top1}, scores=torch.tensor(scores, dtype=torch.float64))
+
+    found = {
+        evaluate_folded.TRAINED: result(0.5, [0.75, 0.25], [0.5, 0.5 - 1e-7]),
+        evaluate_folded.FOLDED: result(0.5, [0.75, 0.25], [0.5, 0.5 + 1e-7]),
+    }
+    assert evaluate_folded.table(found).splitlines()[2:] == [
+        '| acc/top1 | 0.5000 | 0.5000 |',
+        '| largest difference of a score | 0.0e+00 | 2.0e-07 |',
+        '| same class, of 2 samples | 2 | 1 |',
+    ]

@@ -1,0 +1,5 @@
+# quick_tsm_r18_ws-bcn_1xb1_shapes.py with Batch Normalization and
+# plain convolutions, and nothing else changed.
+_base_ = './quick_tsm_r18_ws-bcn_1xb1_shapes.py'
+model = dict(backbone=dict(norm_cfg=dict(_delete_=True, type='BN'), conv_cfg=None))
+custom_hooks = []  # no estimates to keep
