@@ -89,12 +89,8 @@ def export_whole(
     counts = onnx.check_graph(file)
     print(', '.join(f'{count} {name}' for name, count in sorted(counts.items())))
     session = onnx.onnxruntime_session(file)
-    for name, batch in batches.items():
-        found = detector.check_detector(session, model, batch)
-        print(
-            f'{name}: {found["found"]:.0f} found; largest differences: boxes {found["boxes"]:.2g} '
-            f'pixels, scores {found["scores"]:.2g}, masks {found["masks"]:.2g} of their pixels'
-        )
+    found = {n: detector.check_detector(session, model, batch) for n, batch in batches.items()}
+    print(detector.report(found))
     return file
 
 

@@ -257,6 +257,13 @@ def test_a_whole_detector(folder, tmp_path, monkeypatch, capsys):
         detector.check_detector(session, model, uneven(cfg))
 
 
+def test_that_nothing_was_found_is_said():
+    """Two random images show next to nothing of a model that knows its own classes."""
+    nothing = dict(found=0.0, boxes=0.0, scores=0.0, masks=0.0)
+    assert 'compares little' in detector.report({'a': nothing, 'b': nothing})
+    assert 'compares little' not in detector.report({'a': nothing, 'b': {**nothing, 'found': 1.0}})
+
+
 def uneven(cfg):
     """A random image, resized to less than half its width and half its height."""
     batch = inference.batch_of(cfg, inference.random_image(70, 50))

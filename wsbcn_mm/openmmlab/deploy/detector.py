@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +129,21 @@ def check_detector(session: Any, model: Any, batch: dict[str, Any]) -> dict[str,
         if len(scores) == settings.max_per_img:
             least = max(least, float(scores.min()))
     return _compared(dict(zip(names, values)), wanted, least, max(height, width))
+
+
+def report(results: Mapping[str, Mapping[str, float]]) -> str:
+    """What `check_detector` returned, by image, in words."""
+    lines = [
+        f'{name}: {found["found"]:.0f} found; largest differences: boxes {found["boxes"]:.2g} '
+        f'pixels, scores {found["scores"]:.2g}, masks {found["masks"]:.2g} of their pixels'
+        for name, found in results.items()
+    ]
+    if not any(found['found'] for found in results.values()):
+        lines.append(
+            'neither finds anything there, which compares little: --images with objects that the '
+            'model finds compare more'
+        )
+    return '\n'.join(lines)
 
 
 def _compared(
