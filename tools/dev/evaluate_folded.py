@@ -44,7 +44,10 @@ if kind == 'trained':
 else:
     sys.modules['wsbcn_mm'] = None  # importing it fails
     for name in json.loads(missing):
-        sys.modules[name] = Empty(name)
+        module = sys.modules[name] = Empty(name)
+        parent, _, child = name.rpartition('.')
+        if parent in sys.modules:
+            setattr(sys.modules[parent], child, module)
 
 from mmcv.cnn import fuse_conv_bn
 from mmengine.config import Config
