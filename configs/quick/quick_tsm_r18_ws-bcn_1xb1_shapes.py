@@ -74,7 +74,7 @@ test_dataloader = val_dataloader
 val_evaluator = dict(type='AccMetric', metric_options=dict(top_k_accuracy=dict(topk=(1,))))
 test_evaluator = val_evaluator
 
-max_epochs = 3  # 1,440 steps of one clip
+max_epochs = 5  # 2,400 steps of one clip
 train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=max_epochs, val_interval=max_epochs)
 # AdamW: what all features have in common is 15 times as large as what tells clips apart, so at one
 # clip per step a rate of SGD that the classifier bears does not move the convolutions.
