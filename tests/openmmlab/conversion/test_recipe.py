@@ -5,6 +5,7 @@ import pytest
 pytest.importorskip('mmengine', reason="configs are mmengine's")
 pytest.importorskip('mmdet', reason='one scheduler is of mmdet')
 
+import torch
 from mmengine.config import Config
 
 from wsbcn_mm.openmmlab.conversion import recipe, schedulers
@@ -245,6 +246,24 @@ def test_rates_and_counts_are_told_apart(scheduler, rates, counts):
     assert set(schedulers.rates_of(cfg, scheduler, 0.01)) == rates
     longer = schedulers.over_other_iterations(cfg, scheduler, 8.0)
     assert {key for key in longer if longer[key] != scheduler[key]} == counts
+
+
+@pytest.mark.parametrize('kind', ['LinearLR', 'ConstantLR', 'mmdet.QuadraticWarmupLR'])
+@pytest.mark.parametrize('factor', [1 / 16, 1 / 1000])
+def test_a_warm_up_of_few_steps_still_ends(kind, factor):
+    """One that ended after the first step would leave the rate there: the hosts set it no more."""
+    warm_up = dict(type=kind, begin=0, end=16, by_epoch=False)
+    short = schedulers.over_other_iterations(config(), warm_up, factor)
+    assert short['end'] == 2
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 0.1)
+    built = schedulers.scheduler_class(config(), short)(optimizer, begin=0, end=short['end'])
+    rates = [optimizer.param_groups[0]['lr']]
+    for _ in range(4):
+        optimizer.step()
+        built.step()
+        rates.append(optimizer.param_groups[0]['lr'])
+    assert rates[0] < 0.1 and rates[-1] == pytest.approx(0.1)
+    assert schedulers.WarmUp((), 0.0, 500, 6).better == 2
 
 
 def test_a_scheduler_that_waits_for_a_metric():

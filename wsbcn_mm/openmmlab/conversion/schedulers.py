@@ -28,6 +28,7 @@ from wsbcn_mm.openmmlab.config_places import Place
 
 STEPS = 64  # of a trial run
 LONGEST_WARM_UP = 0.5  # of a training
+SHORTEST = 2  # iterations of a scheduler: one that ends after the first leaves the rate there
 SHAPE_TOLERANCE = 0.05  # of the range: most schedulers reach their end one step before it
 
 
@@ -70,7 +71,11 @@ def over_other_iterations(
     apart = [abs(a - b) for a, b in zip(_values(kind, short, 1.0), slow[::2])]
     if sum(apart) / len(apart) > SHAPE_TOLERANCE * (max(slow) - min(slow)):
         raise UnknownScheduler(f'{kind.__name__} does not go by its counts alone')
-    return _counts_times(kind, scheduler, factor)
+    new = _counts_times(kind, scheduler, factor)
+    begin, end = scheduler.get('begin', 0), scheduler.get('end')
+    if isinstance(end, int) and end - begin >= SHORTEST:
+        new['end'] = max(new['end'], new.get('begin', 0) + SHORTEST)
+    return new
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,7 @@ class WarmUp:
 
     @property
     def better(self) -> int:
-        return max(1, self.count // 10)
+        return max(SHORTEST, self.count // 10)
 
 
 def long_warm_up(cfg: Config, count: int | None) -> WarmUp | None:
