@@ -39,6 +39,21 @@ def test_parts_in_any_size(trained, tmp_path):
             assert onnx.check_results(part, file) < 1e-4
 
 
+class LooksAtMemory(nn.Module):
+    """As kernels of mmcv's own do, which no exporter can follow."""
+
+    def forward(self, x):
+        return (x + x.data_ptr(),)
+
+
+def test_a_layer_that_cannot_be_exported_is_named(tmp_path):
+    pytest.importorskip('onnxscript', reason="torch's exporter needs it")
+    part = parts.Part('image', nn.Sequential(nn.ReLU(), LooksAtMemory()), torch.ones(1, 3), ['y'])
+    with pytest.raises(onnx.NotExportable, match='image: .* stops in LooksAtMemory\n +RuntimeErr'):
+        onnx.export_part(part, tmp_path / 'a.onnx')
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize('kind', ['computed', 'foreign', 'constant'])
 def test_graphs_that_are_refused(tmp_path, kind):
     """A weight that is computed in the graph, as a WS convolution's; an operator of somebody."""

@@ -7,6 +7,7 @@ constant (a computed one is refused by TensorRT) and when onnxruntime gives what
 import copy
 import json
 import logging
+import traceback
 import warnings
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from wsbcn_mm.openmmlab import config
 from wsbcn_mm.openmmlab.deploy.parts import Part
+from wsbcn_mm.openmmlab.errors import first_line
 
 CONVS = ('Conv', 'ConvTranspose')
 GROUP_NORM_OPSET = 21  # the first with GroupNormalization as torch defines it
@@ -85,6 +87,9 @@ def export_part(
         dynamic: Leave batch size, height and width open (not the frames of a clip). The number of
             RoIs always is.
         metadata: Written into the file, values as JSON; how to prepare an image, names of classes.
+
+    Raises:
+        NotExportable: torch's exporter cannot; the message names the layer.
     """
     import onnx
 
@@ -100,18 +105,35 @@ def export_part(
     logging.getLogger('torch.onnx._internal.exporter._registration').setLevel(logging.ERROR)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter('ignore')
-        program = torch.onnx.export(
-            _exportable(part.module, opset),
-            (x,),
-            dynamo=True,
-            opset_version=opset,
-            verbose=False,
-            input_names=[part.input_name],
-            output_names=part.outputs,
-            dynamic_shapes=shapes,
-        )
+        try:
+            program = torch.onnx.export(
+                _exportable(part.module, opset),
+                (x,),
+                dynamo=True,
+                opset_version=opset,
+                verbose=False,
+                input_names=[part.input_name],
+                output_names=part.outputs,
+                dynamic_shapes=shapes,
+            )
+        except torch.onnx.OnnxExporterError as error:
+            raise NotExportable(_why_not(part, error)) from error
     assert program is not None  # what the exporter of the dynamo kind returns
     onnx.save(with_metadata(program.model_proto, metadata or {}), str(path))
+
+
+def _why_not(part: Part, error: Exception) -> str:
+    """The layer at which torch's exporter stopped, and its reason."""
+    cause = error.__cause__ or error
+    layers = [frame.f_locals.get('self') for frame, _ in traceback.walk_tb(cause.__traceback__)]
+    kinds = [type(layer) for layer in layers if isinstance(layer, nn.Module)]
+    ours = [kind.__name__ for kind in kinds if not kind.__module__.startswith('torch.')]
+    reason = first_line(cause)
+    return (
+        f"{part.name}: torch's exporter stops in {ours[-1] if ours else 'the network'}\n"
+        f'  {type(cause).__name__}: {reason}\n'
+        '  fold.py makes what the host runs without this package'
+    )
 
 
 def with_metadata(proto: Any, metadata: dict) -> Any:
