@@ -99,6 +99,26 @@ def test_scales_are_not_taken_apart_in_the_child(change):
     same(layer.state_dict(), expected.state_dict())
 
 
+def test_tensors_that_are_spread_over_processes_are_refused():
+    distributed = pytest.importorskip('torch.distributed')
+    if not distributed.is_gloo_available():
+        pytest.skip('this torch has no gloo')
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, distribute_module, distribute_tensor
+
+    distributed.init_process_group('gloo', store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh('cpu', (1,))
+        x = distribute_tensor(X, mesh, [Replicate()])
+        scoped = nn.Sequential(WSConv2d(8, 8, 3), WSConv2d(8, 8, 3)).double()
+        standardize_once_per_forward(scoped)
+        for layer in (norm(), WSConv2d(8, 8, 3).double(), scoped):
+            with pytest.raises(TypeError, match=r'got a DTensor(.|\n)*fully_shard'):
+                distribute_module(layer, mesh)(x)
+    finally:
+        distributed.destroy_process_group()
+
+
 def test_mkldnn_tensors_are_refused():
     """torch would take the raw weight, or the channel stage alone."""
     conv = WSConv2d(8, 8, 3).eval()

@@ -16,6 +16,7 @@ what there is.
 
 import contextlib
 import os
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -26,6 +27,8 @@ from torch import Tensor
 
 from wsbcn_mm.backends import cpu, eager, states, triton
 from wsbcn_mm.backends.ops import Kernels
+
+WHOLE = (Tensor, torch.nn.Parameter)  # what is of one of these types is no DTensor
 
 
 class Backend(Protocol):
@@ -122,7 +125,10 @@ def select(x: Tensor) -> str:
 
     Raises:
         RuntimeError: a backend was asked for by name and does not support ``x``.
+        TypeError: ``x`` is a part of a tensor that is spread over processes.
     """
+    if type(x) not in WHOLE and not torch.compiler.is_compiling():
+        _check_whole(x)
     if _forced is not None:
         reason = BACKENDS[_forced].supports(x)
         if reason is not None:
@@ -140,6 +146,17 @@ def select(x: Tensor) -> str:
             )
         return 'eager'
     return name if BACKENDS[name].supports(x) is None else 'eager'
+
+
+def _check_whole(x: Tensor) -> None:
+    # Somebody else has imported it, or there is none.
+    spread = getattr(sys.modules.get('torch.distributed.tensor'), 'DTensor', ())
+    if isinstance(x, spread):
+        raise TypeError(
+            'the layers of wsbcn_mm take whole tensors\n  got a DTensor: distribute_module and '
+            'parallelize_module spread a layer over processes, which is not supported here\n  '
+            'fully_shard (FSDP2) gives a layer its whole weight, and is'
+        )
 
 
 # Known from here on: torch.compile traces select().
