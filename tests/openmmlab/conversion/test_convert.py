@@ -83,8 +83,8 @@ def test_a_segmenter_in_all_three_places():
     assert model.backbone.norm_cfg == dict(type='BCN', num_groups='auto')  # a stem of 32 channels
     for part in (model.decode_head, model.auxiliary_head):
         assert part.norm_cfg == BCN and part.conv_cfg == WS
-    assert conversion.cfg.optim_wrapper.optimizer.lr == 0.03  # from scratch, at 4 images
-    assert conversion.cfg.param_scheduler[0].eta_min == 3e-4
+    assert conversion.cfg.optim_wrapper.optimizer.lr == 0.12  # from scratch, at 4 images
+    assert conversion.cfg.param_scheduler[0].eta_min == 1.2e-3
     assert conversion.cfg.auto_scale_lr.base_batch_size == 4
     # Half as many images per iteration, so twice as many iterations of everything.
     assert conversion.cfg.param_scheduler[0].end == conversion.cfg.train_cfg.max_iters == 80_000

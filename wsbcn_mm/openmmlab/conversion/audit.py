@@ -308,7 +308,8 @@ def _learning_rate(cfg: Config, images: int, gpus: int | None, start: str | None
     # A base batch size is counted per step or per micro-step; mmengine itself does the latter.
     if wanted in (total, total * recipe.accumulation(cfg)):
         return []
-    rate = max(lr * total / wanted, recipe.least_rate(cfg, start) or 0.0)
+    per_step = total * recipe.accumulation(cfg)
+    rate = max(lr * total / wanted, recipe.least_rate(cfg, start, per_step) or 0.0)
     if total < wanted and rate >= lr:  # the linear rule would take it too far down
         return []
     fix = _line(LR, f'{rate:.6g}')
@@ -325,7 +326,8 @@ def _unscaled_child(cfg: Config, images: int, lr: float, start: str | None) -> l
         size, rate = recipe.images_per_gpu(old), recipe.optimizer_setting(old, 'lr')
         same_base = recipe.base_batch_size(old) == recipe.base_batch_size(cfg)
         if size and size != images and rate == lr and same_base:
-            wanted = max(lr * images / size, recipe.least_rate(cfg, start) or 0.0)
+            least = recipe.least_rate(cfg, start, images * recipe.accumulation(cfg))
+            wanted = max(lr * images / size, least or 0.0)
             if images < size and wanted >= lr:
                 return []
             why = f'lr = {lr} is that of {parent}, for {size} images per GPU instead of {images}'
@@ -337,7 +339,8 @@ def _unscaled_child(cfg: Config, images: int, lr: float, start: str | None) -> l
 def _short_training(cfg: Config, processes: int, start: str | None) -> list[Finding]:
     """A rate with which so short a training learns nothing."""
     lr, steps = recipe.optimizer_setting(cfg, 'lr'), recipe.steps(cfg, processes)
-    least = recipe.least_rate(cfg, start)
+    per_step = (recipe.batch_size(cfg) or 1) * processes * recipe.accumulation(cfg)
+    least = recipe.least_rate(cfg, start, per_step)
     if least is None or steps is None or lr >= least or lr * steps >= recipe.LEAST_ROUTE:
         return []
     why = (

@@ -126,22 +126,28 @@ LEAST_RATES: dict[tuple[str, str, str], float] = {
     ('mmdet', 'pretrained', 'SGD'): 0.01,
     ('mmdet', 'scratch', 'AdamW'): 0.001,
 }
+# Upwards from there the linear rule holds: to so many images per step, where that was measured.
+LINEAR_UP_TO: dict[tuple[str, str, str], int] = {('mmseg', 'scratch', 'SGD'): 8}
 
 
-def least_rate(cfg: Config, start: str | None) -> float | None:
+def least_rate(cfg: Config, start: str | None, images: int = 1) -> float | None:
     """The rate below which the linear rule does not take a config; None where none was measured.
 
     Args:
         cfg: The config, for its optimizer.
         start: ``'scratch'`` or ``'pretrained'``; None: unknown.
+        images: Per step of the optimizer.
     """
     wrapper, lr = cfg.get('optim_wrapper') or {}, optimizer_setting(cfg, 'lr')
     if start is None or 'constructor' in wrapper or not isinstance(lr, (int, float)) or lr <= 0:
         return None
     kind = type_name(wrapper['optimizer'])
-    least = LEAST_RATES.get((str(find_scope(cfg)), start, kind))
-    if least is None or kind == 'SGD':
-        return least
+    key = (str(find_scope(cfg)), start, kind)
+    least = LEAST_RATES.get(key)
+    if least is None:
+        return None
+    if kind == 'SGD':
+        return least * min(images, LINEAR_UP_TO.get(key, 1))
     # Adam's was measured on convolutions; transformers begin with a tenth of it and stay there.
     return min(least, lr)
 
@@ -300,9 +306,11 @@ def rescaled(cfg: Config, batch: Batch) -> tuple[list[Setting], list[str]]:
         scale['base_batch_size'] = gpus * batch.images
         settings.append(Setting(('auto_scale_lr',), scale, 'what the learning rate is for'))
     rate, why = 1.0 if batch.keep_lr else ratio * accumulate / old_accumulate, 'linear rule'
-    least, lr = least_rate(cfg, batch.start), optimizer_setting(cfg, 'lr')
+    per_step = (gpus or 1) * batch.images * accumulate
+    least, lr = least_rate(cfg, batch.start, per_step), optimizer_setting(cfg, 'lr')
     if not batch.keep_lr and least is not None and lr * rate < least:
-        why = f'what {batch.start} training needs at one image, where the linear rule says '
+        count = 'one image' if per_step == 1 else f'{per_step} images'
+        why = f'what {batch.start} training needs at {count}, where the linear rule says '
         why, rate = f'{why}{lr * rate:.3g}', least / lr
     for more, warned in (
         _rates(cfg, rate, f'{why}: {rule}'),
