@@ -46,14 +46,16 @@ def test_what_a_config_in_pure_python_holds_is_found_by_its_name(file):
 from mmcv.ops import ModulatedDeformConv2dPack, RoIAlign, nms
 from mmdet.models.detectors import MaskRCNN
 from mmdet.models.losses.smooth_l1_loss import L1Loss
+from mmdet.models.losses.smooth_l1_loss import Missing
 from torch.nn import GroupNorm
 model = dict(
-    type=MaskRCNN, loss=dict(type=L1Loss), norm=dict(type=GroupNorm), roi_layer=dict(type=RoIAlign),
+    type=MaskRCNN, missing=dict(type=Missing), loss=dict(type=L1Loss), norm=dict(type=GroupNorm), roi_layer=dict(type=RoIAlign),
     conv=[dict(type=ModulatedDeformConv2dPack)], nms=dict(type=nms))
 """)
     model = config.load_config(str(file)).model
     found = {name: getattr(part, 'type', None) for name, part in model.items()}
     assert (found['roi_layer'], found['nms']) == ('RoIAlign', 'nms')
+    assert found['missing'] == 'mmdet.models.losses.smooth_l1_loss.Missing'  # not our business
     assert MODELS.get(found['loss']).__name__ == 'L1Loss'
     assert MODELS.get(found['norm']).__name__ == 'GroupNorm'
     assert MODELS.get(model.conv[0].type).__name__ == 'ModulatedDeformConv2dPack'

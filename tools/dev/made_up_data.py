@@ -14,7 +14,7 @@ from mmengine.config import Config
 from mmengine.structures import InstanceData, PixelData
 from torch import Tensor
 
-from wsbcn_mm.openmmlab.config import type_name
+from wsbcn_mm.openmmlab.config import find_scope, type_name
 from wsbcn_mm.openmmlab.deploy import clips
 from wsbcn_mm.openmmlab.deploy.settings import dicts
 
@@ -29,7 +29,7 @@ def batch(cfg: Config, images: int, size: int) -> dict[str, Any]:
         images: How many.
         size: Pixels of their sides; people that are to be known again are half as wide as high.
     """
-    scope = cfg.get('default_scope')
+    scope = find_scope(cfg)
     channels = (cfg.model.get('backbone') or {}).get('in_channels', 3)
     shape = (channels, size, size // 2 if is_of_people(cfg) else size)
     generator = torch.Generator().manual_seed(0)

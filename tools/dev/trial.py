@@ -19,7 +19,7 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, DefaultScope
 
 from wsbcn_mm.layers import WeightStandardized
-from wsbcn_mm.openmmlab.config import model_of
+from wsbcn_mm.openmmlab.config import find_scope, model_of
 from wsbcn_mm.openmmlab.conversion import probe
 from wsbcn_mm.openmmlab.deploy.settings import dicts, drop_pretrained
 from wsbcn_mm.openmmlab.errors import first_line
@@ -125,7 +125,7 @@ def _sizes(cfg: Config) -> list[int]:
         return [256]  # what their pooling is for
     own = (cfg.model.get('backbone') or {}).get('img_size')
     own = own[0] if isinstance(own, (list, tuple)) else own
-    sizes = SIZES_IN.get(cfg.get('default_scope'), SIZES)
+    sizes = SIZES_IN.get(find_scope(cfg), SIZES)
     return [sizes[0], own] if own else list(sizes)
 
 

@@ -232,7 +232,10 @@ def _findable(name: str) -> str:
         return own
     if not module or kind is not None:
         return name
-    kind = getattr(import_module(module), own)
+    try:
+        kind = getattr(import_module(module), own)
+    except (ImportError, AttributeError):  # the host says so, should it ever be built
+        return name
     while '.' in module:
         module = module.rpartition('.')[0]
         if get_object_from_string(f'{module}.{own}') is kind:
