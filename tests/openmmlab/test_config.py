@@ -49,8 +49,8 @@ from mmdet.models.losses.smooth_l1_loss import L1Loss
 from mmdet.models.losses.smooth_l1_loss import Missing
 from torch.nn import GroupNorm
 model = dict(
-    type=MaskRCNN, missing=dict(type=Missing), loss=dict(type=L1Loss), norm=dict(type=GroupNorm), roi_layer=dict(type=RoIAlign),
-    conv=[dict(type=ModulatedDeformConv2dPack)], nms=dict(type=nms))
+    type=MaskRCNN, missing=dict(type=Missing), loss=dict(type=L1Loss), norm=dict(type=GroupNorm),
+    roi_layer=dict(type=RoIAlign), conv=[dict(type=ModulatedDeformConv2dPack)], nms=dict(type=nms))
 """)
     model = config.load_config(str(file)).model
     found = {name: getattr(part, 'type', None) for name, part in model.items()}
