@@ -125,7 +125,7 @@ def _sizes(cfg: Config) -> list[int]:
         return [256]  # what their pooling is for
     own = (cfg.model.get('backbone') or {}).get('img_size')
     own = own[0] if isinstance(own, (list, tuple)) else own
-    sizes = SIZES_IN.get(find_scope(cfg), SIZES)
+    sizes = SIZES_IN.get(str(find_scope(cfg)), SIZES)
     return [sizes[0], own] if own else list(sizes)
 
 
