@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from wsbcn_mm.openmmlab import annotations, data_samples
+from wsbcn_mm.openmmlab import annotations, data_check, data_samples
 from wsbcn_mm.openmmlab.compat import DataError
-from wsbcn_mm.openmmlab.hooks import data
-from wsbcn_mm.openmmlab.hooks.data import DataCheckHook, check_dataset
+from wsbcn_mm.openmmlab.data_check import check_dataset
+from wsbcn_mm.openmmlab.hooks.data import DataCheckHook
 from wsbcn_mm.openmmlab.hooks.estimates import EstimatesHook
 
 
@@ -274,7 +274,7 @@ def test_the_hook_looks_below_the_wrappers_and_at_every_loop():
 def test_classes_that_the_data_do_not_have(heads, classes, loaded, words, monkeypatch):
     """Said once, and no error; not where weights are loaded that may know them."""
     said = []
-    monkeypatch.setattr(data, 'print_log', lambda text, *_: said.append(text))
+    monkeypatch.setattr(data_check, 'print_log', lambda text, *_: said.append(text))
     hook, runner = DataCheckHook(), SimpleNamespace(val_loop=None, train_loop=loop(Data(classes)))
     runner.model = model_of(heads, mask_head=Head(heads))
     if loaded:

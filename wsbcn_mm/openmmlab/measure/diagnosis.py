@@ -24,7 +24,7 @@ from wsbcn_mm.diagnostics import (
 from wsbcn_mm.layers import BatchChannelNorm
 from wsbcn_mm.layers.standardization import standardize_once_per_forward, weights_do_not_change
 from wsbcn_mm.openmmlab import checkpoints, config_errors
-from wsbcn_mm.openmmlab.hooks.data import check_datasets
+from wsbcn_mm.openmmlab.data_check import check_datasets
 from wsbcn_mm.openmmlab.measure.verdict import Skill, loss_fallen, verdict
 from wsbcn_mm.structure import NORMS, is_conv
 

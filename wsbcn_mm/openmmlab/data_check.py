@@ -1,0 +1,258 @@
+"""What everybody gets wrong once in a data set, in a sentence; see `hooks.data.DataCheckHook`.
+
+None of these raises in the hosts: labels shift, the metrics look fine or are all zero.
+"""
+
+import difflib
+import json
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+from mmengine import fileio
+from mmengine.logging import print_log
+from torch import nn
+from torch.utils.data import ConcatDataset, Dataset
+
+from wsbcn_mm.openmmlab import annotations
+from wsbcn_mm.openmmlab.compat import DataError, no_image_in
+from wsbcn_mm.openmmlab.data_samples import (
+    IGNORED,
+    check_images,
+    check_labels,
+    check_masks,
+    check_objects,
+)
+
+
+def _inner(dataset: Any) -> Iterator[Any]:
+    """The data sets that read files, below the wrappers."""
+    if isinstance(dataset, ConcatDataset):
+        for part in dataset.datasets:
+            yield from _inner(part)
+    elif isinstance(getattr(dataset, 'dataset', None), Dataset):
+        yield from _inner(dataset.dataset)
+    elif getattr(dataset, 'metainfo', None) is not None:
+        yield dataset
+
+
+def check_datasets(dataset: Any, model: nn.Module, learned: bool = False) -> list[Any]:
+    """`check_dataset` for all that read files below the wrappers; returns these."""
+    datasets = list(_inner(dataset))
+    for inner in datasets:
+        check_dataset(inner, model, learned)
+    return datasets
+
+
+def check_dataset(dataset: Any, model: nn.Module, learned: bool = False) -> None:
+    """See `DataCheckHook`.
+
+    Args:
+        dataset: Of mmengine's BaseDataset, or anything else with ``metainfo``.
+        model: The model that shall take it.
+        learned: It is trained on: there must be something to learn.
+
+    Raises:
+        DataError: one sentence with the place and the mend.
+    """
+    kind = type(dataset).__name__
+    if len(dataset) == 0:
+        raise DataError(no_image_in(dataset))
+    classes = dataset.metainfo.get('classes') or ()
+    if isinstance(classes, str):
+        raise DataError(f'{kind}: classes is one text\n  add a comma: classes=({classes!r},)')
+    if classes:
+        _check_classes(dataset, classes, model)
+    if not hasattr(dataset, 'get_data_info'):  # none of mmengine's
+        return
+    numbers = {module.num_classes for _, module in _heads(model)}
+    if len(numbers) == 1:
+        check_labels(dataset, numbers.pop(), learned)
+    check_objects(dataset, learned)
+    check_images(dataset)
+    if classes:
+        check_masks(dataset, classes, {IGNORED, *_ignored(model)}, learned)
+
+
+def _check_classes(dataset: Any, classes: Any, model: nn.Module) -> None:
+    """The data have each class once, and every head has them all."""
+    kind = type(dataset).__name__
+    twice = [name for i, name in enumerate(classes) if name in classes[:i]]
+    known = getattr(type(dataset), 'METAINFO', {}).get('classes', ())
+    if twice and list(classes) != list(known):  # ImageNet has two cranes, a bird and a machine
+        raise DataError(f'{kind}: classes names {twice[0]!r} twice\n  name each class once')
+    _check_names(dataset, list(classes))
+    for name, module in _heads(model):
+        wanted = _classes_for(name, dataset)
+        one_logit = getattr(module, 'out_channels', None) == 1 and wanted <= 2
+        if module.num_classes < wanted and not one_logit:
+            raise DataError(
+                f'{name} has num_classes={module.num_classes}, {kind} has {wanted} classes '
+                f'({_shown(classes)})\n  set num_classes={wanted} there'
+            )
+
+
+def _classes_for(head: str, dataset: Any) -> int:
+    """How many classes of the data are a head's: boxes are of things alone, where there is
+    stuff as well.
+    """
+    classes = dataset.metainfo.get('classes') or ()
+    things = dataset.metainfo.get('thing_classes') or classes
+    return len(things if 'bbox' in head or 'mask' in head else classes)
+
+
+def _shown(classes: Any) -> str:
+    return ', '.join(map(str, classes[:4])) + (', ...' if len(classes) > 4 else '')
+
+
+def check_surplus(datasets: list[Any], model: nn.Module) -> None:
+    """Warns of a head that was left as it was made for other data."""
+    if not datasets or not all(dataset.metainfo.get('classes') for dataset in datasets):
+        return
+    for name, module in _heads(model):
+        wanted = max(_classes_for(name, dataset) for dataset in datasets)
+        if module.num_classes > max(wanted, 2):  # one class and its background may be two
+            classes = datasets[0].metainfo['classes']
+            text = (
+                f'{name} has num_classes={module.num_classes}, and {type(datasets[0]).__name__} '
+                f'{wanted} ({_shown(classes)}): the others have nothing to learn\n  set '
+                f'num_classes={wanted}, unless weights that know them are loaded later'
+            )
+            print_log(f'data: {text}', 'current', logging.WARNING)
+            return
+
+
+def _check_names(dataset: Any, classes: list[str]) -> None:
+    """The hosts number the categories that they find by name: one that is not found shifts others.
+
+    The last ones may be missing, unless they are misspelt: the numbers of the others are the same.
+    """
+    found = getattr(dataset, 'cat_ids', None)
+    if found is None or len(found) == len(set(found)) == len(classes):
+        return
+    arguments = getattr(dataset, 'backend_args', None)
+    content = json.loads(fileio.get_text(dataset.ann_file, backend_args=arguments))
+    there = [category['name'] for category in content['categories']]
+    numbers = [category['id'] for category in content['categories']]
+    for what, values in (('names', there), ('ids', numbers)):
+        twice = [value for i, value in enumerate(values) if value in values[:i]]
+        if twice and (what == 'ids' or twice[0] in classes):
+            raise DataError(
+                f'{type(dataset).__name__}: {dataset.ann_file} has two categories of the '
+                f'{what[:-1]} {twice[0]!r}, and the labels of the classes behind it shift\n'
+                '  make one of them, and give its id to the annotations of both'
+            )
+    if len(found) >= len(classes):
+        return
+    missing = [name for name in classes if name not in there]
+    others = [name for name in there if name not in classes]
+    near = [difflib.get_close_matches(name, others, n=1) for name in missing[:4]]
+    meant = ', '.join(f'{a!r} for {b[0]!r}' for a, b in zip(missing, near) if b)
+    shift = missing != classes[len(found) :] or not found
+    if not shift and not meant:
+        return
+    what = 'the labels of the classes behind it shift' if shift else 'its objects are left out'
+    raise DataError(
+        f'{type(dataset).__name__}: {dataset.ann_file} has no category {", ".join(missing[:4])}'
+        f'{", ..." if len(missing) > 4 else ""}, and {what}\n'
+        f'  its categories: {", ".join(there[:8])}{", ..." if len(there) > 8 else ""}'
+        + (f'\n  is it {meant}?' if meant else '')
+        + '\n  write the names of metainfo.classes as the file does'
+    )
+
+
+def _heads(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The heads that tell the classes of the data apart."""
+    if hasattr(model, 'language_model'):
+        return  # its heads tell words of a text apart
+    for name, module in model.named_modules():
+        # A region proposal tells objects from background; a backbone's classes are ImageNet's.
+        kind = type(module).__name__
+        other = 'rpn' in name or 'RPN' in kind or 'backbone' in name or 'semantic' in name
+        number = getattr(module, 'num_classes', None)
+        if other or 'head' not in name or getattr(module, 'class_agnostic', False):
+            continue
+        if isinstance(number, int) and not (name.startswith('aux') and _makes_targets(module)):
+            yield name, module
+
+
+def _makes_targets(head: nn.Module) -> bool:
+    """A loss of its own, beside the classes: that of STDC for the edges has two."""
+    loss = getattr(head, 'loss_by_feat', None)
+    return loss is not None and not loss.__qualname__.startswith('BaseDecodeHead.')
+
+
+def _ignored(model: nn.Module) -> Iterator[int]:
+    """The labels that the model's losses leave out."""
+    for module in model.modules():
+        number = getattr(module, 'ignore_index', None)
+        if isinstance(number, int):
+            yield number
+
+
+# ---- two data sets, a data set and what else is there --------------------------------------------
+
+
+def place(dataset: Any) -> str:
+    """Where a data set lies, in short."""
+    prefixes = getattr(dataset, 'data_prefix', None) or {}
+    return str(getattr(dataset, 'ann_file', '') or next(iter(prefixes.values()), ''))
+
+
+def classes_of(dataset: Any) -> tuple[str, ...]:
+    """The names of the classes in the order of their labels."""
+    classes = tuple(dataset.metainfo.get('classes') or ())
+    if hasattr(dataset, 'cat_ids'):  # in the order of the file, unless a class sorts (Objects365)
+        reads = (k.__name__ for k in type(dataset).__mro__ if 'load_data_list' in vars(k))
+        names = annotations.names_read.get(str(dataset.ann_file), [])
+        by_file = next(reads, None) == 'CocoDataset'
+        return tuple(name for name in names if name in classes) if by_file else ()
+    return classes
+
+
+def check_same(trained: Any, validated: Any) -> None:
+    """The labels of training and of validation mean the same."""
+    names = [f'{type(d).__name__} ({place(d)})' for d in (trained, validated)]
+    check_order(classes_of(trained), names[0], classes_of(validated), names[1])
+    reduced = [getattr(d, 'reduce_zero_label', None) for d in (trained, validated)]
+    if None not in reduced and reduced[0] != reduced[1]:
+        raise DataError(
+            f'reduce_zero_label is {reduced[0]} for {names[0]} and {reduced[1]} for {names[1]}: '
+            'every label means another class there\n  set the same for training and validation'
+        )
+
+
+def check_order(one: tuple[str, ...], of_one: str, other: tuple[str, ...], of_other: str) -> None:
+    """Classes of one name have one number; other names are other words for what may be the same."""
+    numbers = {name: i for i, name in enumerate(other)}
+    for i, name in enumerate(one):
+        if numbers.get(name, i) != i and one.count(name) == other.count(name) == 1:
+            raise DataError(
+                f'{name!r} is class {i} of {of_one}, and class {numbers[name]} of {of_other}\n'
+                f'  {", ".join(one[:6])} there, {", ".join(other[:6])} here: give both the same '
+                'classes in the same order (a folder of a class may be empty, but must be there)'
+            )
+
+
+def check_evaluator(metric: Any, dataset: Any) -> None:
+    """COCO's metric reads a file of its own: that must be of these images."""
+    known = getattr(getattr(metric, '_coco_api', None), 'imgs', None)
+    if not known or not hasattr(dataset, 'cat_ids'):
+        return
+    for index in range(0, len(dataset), max(1, len(dataset) // 8)):
+        info = dataset.get_data_info(index)
+        number, path = info.get('img_id'), info.get('img_path')
+        if number is None or not isinstance(path, str):
+            return
+        other = known.get(number, {}).get('file_name')
+        if other is None or _stem(other) != _stem(path):
+            what = f'calls {other}' if other else 'does not list'
+            raise DataError(
+                f'{type(metric).__name__} reads the annotations of other images: its ann_file '
+                f'{what} image {number}, which is {path} in {dataset.ann_file}\n  name the same '
+                'file as ann_file of the evaluator and of the data set'
+            )
+
+
+def _stem(path: str) -> str:
+    return path.replace('\\', '/').rpartition('/')[2].rpartition('.')[0] or path
