@@ -127,7 +127,7 @@ LEAST_RATES: dict[tuple[str, str, str], float] = {
     ('mmdet', 'scratch', 'AdamW'): 0.001,
 }
 # Upwards from there the linear rule holds: to so many images per step, where that was measured.
-LINEAR_UP_TO: dict[tuple[str, str, str], int] = {('mmseg', 'scratch', 'SGD'): 8}
+LINEAR_UP_TO: dict[tuple[str, str, str], int] = {('mmseg', 'scratch', 'SGD'): 4}
 
 
 def least_rate(cfg: Config, start: str | None, images: int = 1) -> float | None:
