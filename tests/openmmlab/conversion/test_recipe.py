@@ -78,6 +78,17 @@ def test_the_name_of_what_a_config_inherits_its_rate_from(tmp_path):
     assert recipe.gpus_to_train_with(mine) is None
 
 
+def test_why_the_rate_changes_is_said_in_numbers_that_agree():
+    """RTMDet's 8xb32 has an ``auto_scale_lr`` for 16 images."""
+    for images, words in (
+        (2, '2 -> 1 images per GPU, 8 -> 1 GPUs: total 16 -> 1'),
+        (32, '32 -> 1 images per GPU, 1 GPUs: 1 images per step, and auto_scale_lr says 16'),
+    ):
+        settings, _ = recipe.rescaled(config(images=images, **BASE_16), Batch(images=1, gpus=1))
+        (reason,) = [s.why for s in settings if s.place[-1] == 'lr']
+        assert reason == f'linear rule: {words}'
+
+
 def test_a_rate_that_is_kept():
     found, _ = changes(config(**BASE_16), images=1, gpus=1, keep_lr=True)
     assert found == {'train_dataloader.batch_size': 1}

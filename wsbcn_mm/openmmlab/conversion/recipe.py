@@ -289,13 +289,12 @@ def rescaled(cfg: Config, batch: Batch) -> tuple[list[Setting], list[str]]:
     else:
         total = gpus * batch.images
         ratio = total / old_total
-        number = f'{gpus}' if old_gpus in (gpus, None) else f'{old_gpus} -> {gpus}'
-        rule = f'{old} -> {batch.images} images per GPU, {number} GPUs: total '
-        if (old_gpus or gpus) * old != old_total:  # auto_scale_lr is for another batch
-            rule = f'{gpus} GPUs: {total} images per step, where auto_scale_lr has the rate for '
-            rule = f'{old} -> {batch.images} images per GPU, {rule}{old_total}'
+        rule = f'{old} -> {batch.images} images per GPU, '
+        if (old_gpus or gpus) * old == old_total:
+            number = f'{gpus}' if old_gpus in (gpus, None) else f'{old_gpus} -> {gpus}'
+            rule += f'{number} GPUs: total {old_total} -> {total}'
         else:
-            rule += f'{old_total} -> {total}'
+            rule += f'{gpus} GPUs: {total} images per step, and auto_scale_lr says {old_total}'
     old_accumulate = accumulation(cfg)
     accumulate = batch.accumulate or old_accumulate
     if accumulate != old_accumulate:
