@@ -25,6 +25,11 @@ def reported(folder: str) -> set[tuple[str, ...]]:
     }
 
 
+def test_the_readme_counts_the_configs():
+    there = [p for p in (ROOT / 'configs').rglob('*.py') if '_base_' not in p.parts]
+    assert f'\n{len(there)} configs, each' in (ROOT / 'README.md').read_text()
+
+
 @pytest.mark.parametrize('folder', FOLDERS)
 def test_the_page_of_a_folder_of_configs(folder):
     text = page_of(folder)
