@@ -241,36 +241,41 @@ def standardizing(model: nn.Module, dtype: torch.dtype) -> Case:
 
 
 class _Use(torch.autograd.Function):
-    """A use of a weight whose gradient is there already, and, as a convolution's, nobody else's."""
+    """Uses weights, whose gradients are there already.
+
+    One node for all: what stands in for the convolutions shall not be what is measured. A gradient
+    that Python has seen is never overwritten, as a convolution's is: what is measured writes to
+    other memory, and is a little more than a network pays.
+    """
 
     @staticmethod
-    def forward(ctx: Any, w_hat: Tensor, gradients: list[Tensor]) -> Tensor:
+    def forward(ctx: Any, gradients: list[Tensor], *w_hats: Tensor) -> Tensor:
         ctx.gradients = gradients
-        return w_hat.new_zeros((), dtype=torch.float32)
+        return w_hats[0].new_zeros((), dtype=torch.float32)
 
     @staticmethod
-    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:
-        return ctx.gradients.pop(), None
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = tuple(ctx.gradients)
+        ctx.gradients.clear()
+        return None, *gradients
 
 
 def _ws_case(
     standardize: Callable[[], list[Tensor]], weights: Sequence[Tensor], dtype: torch.dtype
 ) -> Case:
     cotangents = [torch.randn_like(w, dtype=dtype) for w in weights]
-    gradients: list[list[Tensor]] = [[] for _ in weights]
+    gradients: list[Tensor] = []
 
     def prepare() -> None:
         _clear_gradients(weights)
-        for box, cotangent in zip(gradients, cotangents):
-            box[:] = [cotangent.clone()]
+        gradients[:] = [cotangent.clone() for cotangent in cotangents]
 
     def forward() -> list[Tensor]:
         with peers.autocast(weights[0].device, dtype):
             return standardize()
 
     def backward(outputs: list[Tensor]) -> None:
-        uses = [_Use.apply(w_hat, box) for w_hat, box in zip(outputs, gradients)]
-        torch.stack(uses).sum().backward()
+        _Use.apply(gradients, *outputs).backward()
 
     return Case(forward, backward, prepare)
 
