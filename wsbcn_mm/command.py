@@ -9,9 +9,9 @@ from pathlib import Path
 TOOLS = Path(__file__).resolve().parent / '.mim' / 'tools'
 # Name -> (file, what it does).
 COMMANDS = {
-    'train': ('train.py', 'trains a detector or a segmenter'),
+    'train': ('train.py', 'trains the model of any config'),
     'test': ('test.py', 'evaluates a checkpoint'),
-    'infer': ('infer.py', 'runs an image or a folder'),
+    'infer': ('infer.py', 'runs an image, a video or a folder'),
     'convert': ('model_converters/convert_config.py', 'a config with WS + BCN'),
     'convert-checkpoint': ('model_converters/convert_checkpoint.py', 'published weights'),
     'recalibrate': ('model_converters/recalibrate.py', 'measures the running statistics again'),
