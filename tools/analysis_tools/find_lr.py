@@ -56,7 +56,7 @@ def main() -> None:
     """Tests, draws, suggests."""
     args = parse_args()
     from wsbcn_mm.openmmlab import command_line, config, files, preflight
-    from wsbcn_mm.openmmlab.conversion import recipe
+    from wsbcn_mm.openmmlab.conversion import schedulers
     from wsbcn_mm.openmmlab.measure import learning_rate
 
     with command_line.errors_in_one_line():
@@ -83,10 +83,11 @@ def main() -> None:
         if found.suggestion is None:
             sys.exit(
                 'no suggestion: the loss fell at no rate. Look at the picture: try --steps '
-                f'{3 * args.steps} or another range (--lowest, --highest)'
+                f'{3 * args.steps} or another range (--lowest, --highest). Where the loss jumps '
+                'from step to step, as with one label a step, keep the rate of convert_config.py'
             )
         print(f'suggested learning rate: {found.suggestion:g} (the config has {now:g})')
-        print(f'--cfg-options {recipe.rate_options(cfg, found.suggestion)}')
+        print(f'--cfg-options {schedulers.rate_options(cfg, found.suggestion)}')
 
 
 if __name__ == '__main__':

@@ -169,6 +169,28 @@ def test_a_warm_up_longer_than_half_of_the_training(tmp_path, iterations, kind):
         assert finding.fix == f'--cfg-options param_scheduler.1.end={end}'
 
 
+@pytest.mark.parametrize(
+    'scheduler, words',
+    [
+        (dict(type='MultiStepLR', milestones=[8, 11], end=12), 'to epoch 8, training ends at 3'),
+        (dict(type='CosineAnnealingLR', begin=5, T_max=9), 'to epoch 5, training ends at 3'),
+        (dict(type='PolyLR', eta_min=0, end=99), 'to epoch 99, training ends at 3'),
+        (dict(type='MultiStepLR', milestones=[2, 11], end=12), None),
+        (dict(type='PolyLR', eta_min=0, end=4), None),
+    ],
+)
+def test_a_schedule_for_another_length(tmp_path, scheduler, words):
+    """What a user has who shortens ``max_epochs`` and nothing else."""
+    warm_up = dict(type='LinearLR', start_factor=1e-3, by_epoch=False, begin=0, end=500)
+    loop = dict(_delete_=True, type='EpochBasedTrainLoop', max_epochs=3)
+    path = write(tmp_path, train_cfg=loop, param_scheduler=[warm_up, scheduler])
+    finding = found(path).get('schedule-cut-off')
+    if words is None:
+        assert finding is None
+    else:
+        assert finding.where == 'param_scheduler.1' and words in finding.why
+
+
 def test_a_rate_with_which_so_short_a_training_learns_nothing(tmp_path):
     """The rate of 16 images divided for one: too little in 500 steps, enough in a long run."""
     low = dict(optimizer=dict(SGD, lr=0.00125))

@@ -104,6 +104,7 @@ def test_a_rate_that_is_kept():
         ('mmseg', 'scratch', 32, 0.01, 0.12),  # as far as that was measured
         ('mmdet', 'scratch', 4, 0.02, 0.02),
         ('mmseg', 'scratch', 4, 0.8, 0.2),  # above what is least the linear rule holds
+        ('mmpretrain', 'scratch', 1, 0.01, 0.003),
         ('mmseg', None, 1, 0.01, 0.000625),
     ],
 )
@@ -115,11 +116,25 @@ def test_the_rate_does_not_go_below_what_was_measured(scope, start, gpus, old, n
     assert changes(cfg, images=1, gpus=gpus, start=start)[0].get(LR, old) == pytest.approx(new)
 
 
-@pytest.mark.parametrize('old, new', [(0.004, 0.001), (0.0001, 0.0001)])  # RTMDet, DETR
-def test_the_rate_of_adam_is_not_raised(old, new):
+@pytest.mark.parametrize(
+    'scope, old, new',  # RTMDet, DETR, SegFormer
+    [('mmdet', 0.004, 0.001), ('mmdet', 0.0001, 0.0001), ('mmseg', 6e-5, 6e-5)],
+)
+def test_the_rate_of_adam_is_not_raised(scope, old, new):
     cfg = config(lr=old, **BASE_16)
-    cfg.optim_wrapper.optimizer.type = 'AdamW'
+    cfg.optim_wrapper.optimizer.type, cfg.default_scope = 'AdamW', scope
     assert changes(cfg, images=1, gpus=1, start='scratch')[0].get(LR, old) == new
+
+
+@pytest.mark.parametrize('kind, start', [('Adam', 'scratch'), ('AdamW', 'pretrained')])
+def test_the_rate_of_adam_goes_with_the_root_of_the_batch(kind, start):
+    """Mask2Former: the linear rule makes 6.25e-6 of it for one image."""
+    cfg = config(lr=6e-5, **BASE_16)
+    cfg.optim_wrapper.optimizer.type, cfg.default_scope = kind, 'mmseg'
+    settings, _ = recipe.rescaled(cfg, Batch(images=1, gpus=1, start=start))
+    ((rate, why),) = [(s.value, s.why) for s in settings if s.place[-1] == 'lr']
+    assert rate == pytest.approx(6e-5 / 4) and why.startswith('root rule: 2 -> 1 images per GPU')
+    assert changes(cfg, images=1, gpus=4, accumulate=16, start=start)[0][LR] == 1.2e-4  # upwards
 
 
 def test_rates_of_others_are_left_to_the_linear_rule():
@@ -223,7 +238,7 @@ def test_the_line_for_a_rate():
             dict(type='PolyLR', eta_min=1e-4, power=0.9, end=100, by_epoch=False),
         ]
     )
-    assert recipe.rate_options(cfg, 0.2) == f'{LR}=0.2 param_scheduler.1.eta_min=0.001'
+    assert schedulers.rate_options(cfg, 0.2) == f'{LR}=0.2 param_scheduler.1.eta_min=0.001'
 
 
 # ---- schedulers --------------------------------------------------------------------------------

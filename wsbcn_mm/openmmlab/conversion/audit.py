@@ -96,8 +96,8 @@ def audit_config(
 
     Codes, beside those of `wsbcn_mm.audit.audit_model`: ``groups`` (do not divide a width),
     ``frozen-random-weights``, ``learning-rate``, ``rate-too-low``, ``long-warm-up``,
-    ``weight-decay``, ``formula`` (a checkpoint of another WS formula), ``checkpoint`` (of other
-    layers), ``unsynchronised-estimates``.
+    ``schedule-cut-off``, ``weight-decay``, ``formula`` (a checkpoint of another WS formula),
+    ``checkpoint`` (of other layers), ``unsynchronised-estimates``.
     """
     if isinstance(source, Config):
         cfg = with_names(copy.deepcopy(source))
@@ -135,7 +135,7 @@ def audit_built(
     start = _start(cfg, nodes, model, owner)
     findings += _learning_rate(cfg, images, gpus, start)
     findings += _short_training(cfg, processes, start)
-    findings += _long_warm_up(cfg, processes)
+    findings += _schedule(cfg, processes)
     findings += _weight_decay(cfg, model)
     findings += _checkpoints(cfg, nodes, model, owner)
     findings += _unsynchronised(cfg, model, processes)
@@ -309,11 +309,13 @@ def _learning_rate(cfg: Config, images: int, gpus: int | None, start: str | None
     if wanted in (total, total * recipe.accumulation(cfg)):
         return []
     per_step = total * recipe.accumulation(cfg)
-    rate = max(lr * total / wanted, recipe.least_rate(cfg, start, per_step) or 0.0)
-    if total < wanted and rate >= lr:  # the linear rule would take it too far down
+    rate, rule = recipe.rate_at(cfg, total / wanted, start, per_step)
+    if total < wanted and rate >= lr:  # the rule would take it too far down
         return []
     fix = _line(LR, f'{rate:.6g}')
-    fix += f' with auto_scale_lr = dict(base_batch_size={total}), or train with --auto-scale-lr'
+    fix += f' with auto_scale_lr = dict(base_batch_size={total})'
+    if rule == 'linear rule':  # which mmengine follows, whatever the optimizer is
+        fix += ', or train with --auto-scale-lr'
     return [Finding('warning', 'learning-rate', LR, f'{why}, and {total} are trained with', fix)]
 
 
@@ -326,8 +328,8 @@ def _unscaled_child(cfg: Config, images: int, lr: float, start: str | None) -> l
         size, rate = recipe.images_per_gpu(old), recipe.optimizer_setting(old, 'lr')
         same_base = recipe.base_batch_size(old) == recipe.base_batch_size(cfg)
         if size and size != images and rate == lr and same_base:
-            least = recipe.least_rate(cfg, start, images * recipe.accumulation(cfg))
-            wanted = max(lr * images / size, least or 0.0)
+            per_step = images * recipe.accumulation(cfg)
+            wanted = recipe.rate_at(cfg, images / size, start, per_step)[0]
             if images < size and wanted >= lr:
                 return []
             why = f'lr = {lr} is that of {parent}, for {size} images per GPU instead of {images}'
@@ -351,18 +353,21 @@ def _short_training(cfg: Config, processes: int, start: str | None) -> list[Find
     return [Finding('warning', 'rate-too-low', LR, why, fix)]
 
 
-def _long_warm_up(cfg: Config, processes: int) -> list[Finding]:
-    """A rate that is still rising when half of the training is over."""
-    found = schedulers.long_warm_up(cfg, recipe.iterations(cfg, processes))
-    if found is None:
-        return []
-    where = dotted(found.place)
-    why = (
-        f'the rate rises from {found.first:g} of itself until iteration {found.end}, and the '
-        f'training has {found.count}: the whole rate holds for less than half of it'
-    )
-    fix = _line(where, str(found.better))
-    return [Finding('warning', 'long-warm-up', where, why, fix)]
+def _schedule(cfg: Config, processes: int) -> list[Finding]:
+    """A rate that rises for half of the training, or is lowered after its end."""
+    findings, count = [], recipe.iterations(cfg, processes)
+    if (up := schedulers.long_warm_up(cfg, count)) is not None:
+        where = dotted(up.place)
+        why = (
+            f'the rate rises from {up.first:g} of itself until iteration {up.end}, and the '
+            f'training has {up.count}: the whole rate holds for less than half of it'
+        )
+        findings += [Finding('warning', 'long-warm-up', where, why, _line(where, str(up.better)))]
+    if (cut := schedulers.cut_off(cfg, count)) is not None:
+        why = f'it counts to {cut.unit} {cut.count}, training ends at {cut.total}: no low rates'
+        fix = f'begin, end, milestones, T_max that fit {cut.total} {cut.unit}s'
+        findings.append(Finding('warning', 'schedule-cut-off', cut.place, why, fix))
+    return findings
 
 
 def _averaged(cfg: Config, model: nn.Module) -> list[Finding]:

@@ -124,10 +124,15 @@ LEAST_RATES: dict[tuple[str, str, str], float] = {
     ('mmseg', 'pretrained', 'SGD'): 0.01,
     ('mmdet', 'scratch', 'SGD'): 0.02,
     ('mmdet', 'pretrained', 'SGD'): 0.01,
+    ('mmseg', 'scratch', 'AdamW'): 0.001,
     ('mmdet', 'scratch', 'AdamW'): 0.001,
+    ('mmpretrain', 'scratch', 'SGD'): 0.003,
 }
 # Upwards from there the linear rule holds: to so many images per step, where that was measured.
-LINEAR_UP_TO: dict[tuple[str, str, str], int] = {('mmseg', 'scratch', 'SGD'): 4}
+LINEAR_UP_TO: dict[tuple[str, str, str], int] = {
+    ('mmseg', 'scratch', 'SGD'): 4,
+    ('mmpretrain', 'scratch', 'SGD'): 8,
+}
 
 
 def least_rate(cfg: Config, start: str | None, images: int = 1) -> float | None:
@@ -150,6 +155,35 @@ def least_rate(cfg: Config, start: str | None, images: int = 1) -> float | None:
         return least * min(images, LINEAR_UP_TO.get(key, 1))
     # Adam's was measured on convolutions; transformers begin with a tenth of it and stay there.
     return min(least, lr)
+
+
+# These divide a step by the size of the gradients: what the noise of a small batch does to it grows
+# with the root of the batch (Malladi et al., arXiv 2205.10287; You et al., arXiv 1904.00962).
+BY_THE_ROOT = ('Adam', 'AdamW', 'Adamax', 'NAdam', 'RAdam', 'Lamb', 'LAMB')
+
+
+def rate_at(cfg: Config, ratio: float, start: str | None, images: int) -> tuple[float, str]:
+    """The learning rate at another number of images per step.
+
+    The linear rule, for Adam and its kind that of the root, down to `least_rate`.
+
+    Args:
+        cfg: The config, for its optimizer, which has a rate.
+        ratio: Images per step to those that the rate is for.
+        start: As in `least_rate`.
+        images: Per step of the optimizer.
+
+    Returns:
+        The rate, and by which rule.
+    """
+    lr = optimizer_setting(cfg, 'lr')
+    root = type_name(cfg.optim_wrapper.optimizer) in BY_THE_ROOT
+    rate, rule = lr * (math.sqrt(ratio) if root else ratio), f'{"root" if root else "linear"} rule'
+    least = least_rate(cfg, start, images)
+    if least is None or rate >= least:
+        return rate, rule
+    count = 'one image' if images == 1 else f'{images} images'
+    return least, f'what {start} training needs at {count}, where the {rule} says {rate:.3g}'
 
 
 # The rate times the steps of the optimizer: what turns a weight without a scale. Every training by
@@ -254,9 +288,8 @@ class Batch:
 def rescaled(cfg: Config, batch: Batch) -> tuple[list[Setting], list[str]]:
     """What another batch changes: images, learning rate, iterations.
 
-    Rates follow the linear rule, in the images per step of the optimizer, down to what one image
-    per step needs (`least_rate`). Where a schedule counts iterations, all its counts follow the
-    images per iteration, so that as many images are seen.
+    Rates follow the images per step of the optimizer, see `rate_at`. Where a schedule counts
+    iterations, all its counts follow the images per iteration, so that as many images are seen.
 
     Args:
         cfg: The config.
@@ -304,30 +337,18 @@ def rescaled(cfg: Config, batch: Batch) -> tuple[list[Setting], list[str]]:
         scale = dict(cfg.get('auto_scale_lr') or dict(enable=False))
         scale['base_batch_size'] = gpus * batch.images
         settings.append(Setting(('auto_scale_lr',), scale, 'what the learning rate is for'))
-    rate, why = 1.0 if batch.keep_lr else ratio * accumulate / old_accumulate, 'linear rule'
     per_step = (gpus or 1) * batch.images * accumulate
-    least, lr = least_rate(cfg, batch.start, per_step), optimizer_setting(cfg, 'lr')
-    if not batch.keep_lr and least is not None and lr * rate < least:
-        count = 'one image' if per_step == 1 else f'{per_step} images'
-        why = f'what {batch.start} training needs at {count}, where the linear rule says '
-        why, rate = f'{why}{lr * rate:.3g}', least / lr
-    for more, warned in (
-        _rates(cfg, rate, f'{why}: {rule}'),
-        _schedule(cfg, rate, 1 / ratio, batch.stretch),
-    ):
-        settings += more
-        warnings += warned
-    return settings, warnings
-
-
-def _rates(cfg: Config, factor: float, rule: str) -> tuple[list[Setting], list[str]]:
-    """The learning rate times a factor; the schedulers' own rates are theirs, see `_schedule`."""
-    if factor == 1:
-        return [], []
-    lr = optimizer_setting(cfg, 'lr')
-    if not isinstance(lr, (int, float)):
-        return [], ['the config has no optim_wrapper.optimizer.lr to scale']
-    return [Setting(('optim_wrapper', 'optimizer', 'lr'), float(f'{lr * factor:.6g}'), rule)], []
+    lr, factor, times = optimizer_setting(cfg, 'lr'), 1.0, ratio * accumulate / old_accumulate
+    if not batch.keep_lr and isinstance(lr, (int, float)):
+        rate, why = rate_at(cfg, times, batch.start, per_step)
+        factor = rate / lr if lr else 1.0
+        if factor != 1:
+            place = ('optim_wrapper', 'optimizer', 'lr')
+            settings.append(Setting(place, float(f'{rate:.6g}'), f'{why}: {rule}'))
+    elif not batch.keep_lr and times != 1:
+        warnings.append('the config has no optim_wrapper.optimizer.lr to scale')
+    more, warned = _schedule(cfg, factor, 1 / ratio, batch.stretch)
+    return settings + more, warnings + warned
 
 
 def _schedule(
@@ -403,30 +424,6 @@ def _iterations_of_loop(cfg: Config, factor: float) -> list[Setting]:
         place = ('default_hooks', 'checkpoint', 'interval')
         settings.append(Setting(place, times(hook['interval']), why))
     return settings
-
-
-def rate_options(cfg: Config, rate: float) -> str:
-    """What is put behind ``--cfg-options`` for a rate: with it the schedulers' own rates.
-
-    Args:
-        cfg: The config, with the rate that it has now.
-        rate: The new one.
-    """
-    old = cfg.optim_wrapper.optimizer.lr
-    found: dict[str, Any] = {'optim_wrapper.optimizer.lr': rate}
-    for place, scheduler in _places('param_scheduler', cfg.get('param_scheduler') or []):
-        for name in schedulers.rates_of(cfg, scheduler, old):
-            found[f'{place}.{name}'] = schedulers.at_other_rate(scheduler, [name], rate / old)[name]
-    return ' '.join(
-        f'{key}={value}' if isinstance(value, float) else f'{key}="{value}"'
-        for key, value in found.items()
-    )
-
-
-def _places(place: str, value: Any) -> list[tuple[str, dict[str, Any]]]:
-    if isinstance(value, (list, tuple)):
-        return [found for i, part in enumerate(value) for found in _places(f'{place}.{i}', part)]
-    return [(place, value)] if 'type' in value else []
 
 
 # ---- weight decay ------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from wsbcn_mm.openmmlab.config_places import Place
 
 STEPS = 64  # of a trial run
 LONGEST_WARM_UP = 0.5  # of a training
+HALF_DONE = 0.5  # of a schedule
 SHORTEST = 2  # iterations of a scheduler: one that ends after the first leaves the rate there
 SHAPE_TOLERANCE = 0.05  # of the range: most schedulers reach their end one step before it
 
@@ -113,6 +114,46 @@ def long_warm_up(cfg: Config, count: int | None) -> WarmUp | None:
         if rises and end and not scheduler.get('by_epoch', True) and end > LONGEST_WARM_UP * count:
             place = ('param_scheduler', *((i,) if listed else ()), 'end')
             return WarmUp(place, first, end, count)
+    return None
+
+
+@dataclass(frozen=True)
+class CutOff:
+    """A scheduler whose work the end of the training cuts off.
+
+    Attributes:
+        place: Of the scheduler in the config.
+        count: When it does its work.
+        total: When the training ends.
+        unit: What both count.
+    """
+
+    place: str
+    count: int
+    total: int
+    unit: str
+
+
+def cut_off(cfg: Config, iterations: int | None) -> CutOff | None:
+    """The first scheduler that has not begun, or is not half done, when the training ends.
+
+    Args:
+        cfg: The config.
+        iterations: Of the whole training; None: unknown.
+    """
+    for place, scheduler in _places('param_scheduler', cfg.get('param_scheduler') or []):
+        epochs = scheduler.get('by_epoch', True)
+        total = (cfg.get('train_cfg') or {}).get('max_epochs') if epochs else iterations
+        if not total:
+            continue
+        unit = 'epoch' if epochs else 'iteration'
+        first = min(scheduler.get('milestones') or [scheduler.get('begin', 0)])
+        if first >= total:
+            return CutOff(place, first, total, unit)
+        steady = {'milestones', 'factor', 'start_factor'} & {*scheduler}  # also a warm-up
+        end = scheduler.get('end')
+        if isinstance(end, int) and end > total / HALF_DONE and not steady:
+            return CutOff(place, end, total, unit)
     return None
 
 
@@ -221,3 +262,27 @@ def _values(kind: type, scheduler: Mapping[str, Any], lr: float) -> list[float]:
 
 # What mmengine's builder takes out of a scheduler's config.
 _BUILDERS_OWN = ('type', 'convert_to_iter_based', '_scope_')
+
+
+def rate_options(cfg: Config, rate: float) -> str:
+    """What is put behind ``--cfg-options`` for a rate: with it the schedulers' own rates.
+
+    Args:
+        cfg: The config, with the rate that it has now.
+        rate: The new one.
+    """
+    old = cfg.optim_wrapper.optimizer.lr
+    found: dict[str, Any] = {'optim_wrapper.optimizer.lr': rate}
+    for place, scheduler in _places('param_scheduler', cfg.get('param_scheduler') or []):
+        for name in rates_of(cfg, scheduler, old):
+            found[f'{place}.{name}'] = at_other_rate(scheduler, [name], rate / old)[name]
+    return ' '.join(
+        f'{key}={value}' if isinstance(value, float) else f'{key}="{value}"'
+        for key, value in found.items()
+    )
+
+
+def _places(place: str, value: Any) -> list[tuple[str, dict[str, Any]]]:
+    if isinstance(value, (list, tuple)):
+        return [found for i, part in enumerate(value) for found in _places(f'{place}.{i}', part)]
+    return [(place, value)] if 'type' in value else []
