@@ -196,7 +196,7 @@ MISTAKES = [
     ('param_scheduler.0.start_facto', 0.1, r'param_scheduler\[0\].start_facto: LinearLR has no'),
     (f'{LOADER}.batchsize', 1, '{0}: DataLoader has no such argument\n  did you mean batch_size'),
     (f'{LOADER}.dataset', MISSING, 'train_dataloader has no dataset'),
-    (f'{LOADER}.dataset.annfile', 'x', '{0}: DataOfMistakes has no such argument'),
+    (f'{LOADER}.dataset.labels', 'x', r'{0}: DataOfMistakes has no such .*\n.*\n.*_delete_=True'),
     ('train_cfg.max_epoch', 3, '{0}: IterBasedTrainLoop has no such argument'),
     ('train_cfg.max_iters', MISSING, 'train_cfg: IterBasedTrainLoop needs max_iters'),
     ('randomness.sed', 0, '{0}: set_randomness has no such argument\n  did you mean seed'),

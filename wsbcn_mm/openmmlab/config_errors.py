@@ -210,7 +210,8 @@ def _wrong_arguments(build: Build, raised_in: CodeType) -> str | None:
     unknown = [k for k in build.part if k in build.given and k not in known]
     if unknown:
         near = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0.6)
-        mean = f'did you mean {near[0]}?' if near else f'it has {", ".join(known)}'
+        mean = f'it has {", ".join(known)}\n  if a base gives it: {build.where} with _delete_=True'
+        mean = f'did you mean {near[0]}?' if near else mean
         return f'{build.where}.{unknown[0]}: {build.name} has no such argument\n  {mean}'
     missing = [
         k for k, p in known.items() if p.default is p.empty and k not in build.given and k != 'self'
