@@ -7,11 +7,12 @@ pytest.importorskip('pycocotools', reason='reads the files')
 
 import copy
 import json
+import re
 
 from mmengine.config import Config
 from pycocotools.coco import COCO
 
-from wsbcn_mm.openmmlab import annotations
+from wsbcn_mm.openmmlab import annotations, segments
 from wsbcn_mm.openmmlab.compat import DataError
 
 WHOLE = dict(
@@ -97,7 +98,8 @@ def read(tmp_path, **changes):
     file.write_text(json.dumps(content))
     with annotations.looked_at():
         COCO(str(file))
-    assert annotations.names_read == {str(file): [c['name'] for c in content['categories']]}
+    assert set(annotations.files_read) == {str(file)}
+    assert annotations.files_read[str(file)].names == [c['name'] for c in content['categories']]
 
 
 IMAGE, OBJECT = WHOLE['images'][0], WHOLE['annotations'][0]
@@ -136,3 +138,40 @@ def test_what_is_lost_and_may_be_meant_is_warned_of(changes, words, tmp_path, mo
     monkeypatch.setattr(annotations, 'print_log', lambda text, *_: said.append(text))
     read(tmp_path, **changes)
     assert len(said) == len(words) and all(w in text for w, text in zip(words, said))
+
+
+@pytest.mark.parametrize(
+    'mask, kinds, words',
+    [
+        ([[0, 0, 2, 0, 2, 2]], [], ''),
+        ([[0, 0, 2, 0, 2, 2], [1, 1]], ['short'], 'has a polygon of 2 numbers, less than three'),
+        ([[0, 0, 2, 0, 2, 2, 1]], ['short'], 'has a polygon of 7 numbers, which are no pairs'),
+        ([[0, 0, 2, 2]], ['short', 'ends'], 'has a polygon of 4 numbers'),
+        ([0, 0, 2, 0, 2, 2], ['wrong'], 'is one list of numbers'),
+        ([], ['wrong'], 'is missing or empty'),
+        (dict(size=[2, 3], counts=[2, 3, 1]), [], ''),
+        (dict(size=[2, 3], counts='231'), [], ''),  # the same in short
+        (
+            dict(size=[3, 2], counts=[2, 3, 1]),
+            ['wrong'],
+            r'RLE of size \[3, 2\], .*has \[2, 3\]',
+        ),
+        (dict(size=[2, 3], counts=[2, 3]), ['wrong'], 'is an RLE of 5 pixels, and its .* has 6'),
+        (dict(size=[2, 3], counts='23'), ['wrong'], 'is an RLE of 5 pixels'),
+        (dict(size=[2, 3], counts=[7, -1]), ['wrong'], 'is an RLE of 6 pixels'),
+        (dict(size=[2, 3]), ['wrong'], 'is an RLE whose counts are a NoneType'),
+    ],
+)
+def test_segmentations_that_are_none_are_found(mask, kinds, words, tmp_path):
+    """pycocotools fills up an RLE of too few pixels with what is in memory."""
+    image = dict(id=4, file_name='a.png', height=2, width=3)
+    read(tmp_path, images=[image], annotations=[dict(OBJECT, segmentation=mask)])
+    (file,) = annotations.files_read.values()
+    for kind in ('wrong', 'short', 'ends'):
+        text = segments.said(getattr(file.segments, kind), [1])
+        assert (text is not None) == (kind in kinds)
+        assert text is None or re.search(f'^the segmentation of annotation 5 .*{words}', text), text
+        assert segments.said(getattr(file.segments, kind), [2]) is None  # no category of these
+    if not kinds:
+        rle = COCO(str(tmp_path / 'a.json')).annToRLE(dict(OBJECT, segmentation=mask))
+        assert rle['size'] == [2, 3]

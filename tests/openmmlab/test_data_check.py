@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from wsbcn_mm.openmmlab import annotations, data_check, data_samples
+from wsbcn_mm.openmmlab import annotations, data_check, data_samples, segments
 from wsbcn_mm.openmmlab.compat import DataError
 from wsbcn_mm.openmmlab.data_check import check_dataset
 from wsbcn_mm.openmmlab.hooks.data import DataCheckHook
@@ -335,10 +335,16 @@ def test_training_and_validation_mean_the_same_by_a_label(trained, validated, wo
     DataCheckHook().before_train(runner)
 
 
+def files(monkeypatch, **names):
+    """As if the files ``a``, ``b`` had been read, with these categories."""
+    read = {f'{f}.json': annotations.Read(n, segments.Segments()) for f, n in names.items()}
+    monkeypatch.setattr(annotations, 'files_read', read)
+    return read
+
+
 def test_categories_are_numbered_by_the_files(monkeypatch):
     """Whatever the order of the names in the config."""
-    names = {'a.json': ['square', 'disc'], 'b.json': ['x', 'disc', 'square']}
-    monkeypatch.setattr(annotations, 'names_read', names)
+    read = files(monkeypatch, a=['square', 'disc'], b=['x', 'disc', 'square'])
     one, other = CocoDataset(cat_ids=[3, 7]), CocoDataset(cat_ids=[3, 7], ann_file='b.json')
     runner = SimpleNamespace(model=model_of(), train_loop=loop(one), val_loop=loop(other))
     with pytest.raises(DataError, match=r"'square' is class 0 of CocoDataset .*, and class 1 of"):
@@ -346,11 +352,47 @@ def test_categories_are_numbered_by_the_files(monkeypatch):
     runner.val_loop = loop(Sorted(cat_ids=[3, 7], ann_file='b.json'))
     DataCheckHook().before_train(runner)
     runner.val_loop = loop(other)
-    names['a.json'].reverse()
+    read['a.json'].names.reverse()
     DataCheckHook().before_train(runner)
 
 
-def test_a_checkpoint_and_the_test_data_mean_the_same_by_a_label():
+@pytest.mark.parametrize(
+    'trained, tested, says',
+    [
+        (['square', 'disc'], ['square', 'disc'], ''),
+        (['disc', 'square'], ['square', 'disc'], "'disc' is class 0 of the checkpoint"),
+        (None, ['square', 'disc'], ''),  # a checkpoint of others: its names alone
+        (None, ['disc', 'square'], 'must have listed them as this one does'),
+    ],
+)
+def test_a_checkpoint_and_the_test_data_mean_the_same_by_a_label(
+    trained, tested, says, monkeypatch
+):
+    """Of COCO's layout; the config names the classes in the order square, disc."""
+    said = []
+    monkeypatch.setattr(data_check, 'print_log', lambda text, *_: said.append(text))
+    read = files(monkeypatch, a=trained or [])
+    data = CocoDataset(cat_ids=[3, 7])
+    runner = SimpleNamespace(model=model_of(), train_loop=loop(data), val_loop=None)
+    checkpoint = dict(meta=dict(dataset_meta=data.metainfo))
+    hook = DataCheckHook()
+    hook.before_train(runner)
+    hook.before_save_checkpoint(runner, checkpoint)
+    hook = DataCheckHook()
+    hook.after_load_checkpoint(runner, checkpoint)
+    read['a.json'].names[:] = tested
+    runner.test_loop = loop(data)
+    said.clear()
+    if trained and says:
+        with pytest.raises(DataError, match=says):
+            hook.before_test(runner)
+        return
+    hook.before_test(runner)
+    assert (says in '\n'.join(said)) if says else not said
+    assert tested == ['square', 'disc'] or 'labels are numbered as a.json lists' in said[0]
+
+
+def test_a_checkpoint_and_other_data_mean_the_same_by_a_label():
     hook, runner = DataCheckHook(), SimpleNamespace(model=model_of(), test_loop=loop(Data()))
     for classes, is_right in (
         (('square', 'disc'), True),
@@ -364,6 +406,50 @@ def test_a_checkpoint_and_the_test_data_mean_the_same_by_a_label():
         else:
             with pytest.raises(DataError, match="'disc' is class 0 of the checkpoint"):
                 hook.before_test(runner)
+
+
+class LoadMasks(LoadAnnotations):
+    def __init__(self, poly2mask=True):
+        self.with_mask, self.poly2mask = True, poly2mask
+
+
+@pytest.mark.parametrize(
+    'kind, steps, metrics, words',
+    [
+        ('wrong', [LoadMasks()], (), 'the segmentation of annotation 4 is bad\n  write a list'),
+        ('wrong', [LoadMasks(poly2mask=False)], (), None),  # left out, whatever they are
+        ('wrong', [LoadAnnotations()], ('bbox',), None),
+        ('wrong', [LoadAnnotations()], ('segm',), 'does not evaluate segm with a.json: .* is bad'),
+        ('ends', [LoadAnnotations()], ('bbox', 'segm'), 'does not evaluate segm'),
+        ('short', [LoadMasks()], ('segm',), None),
+    ],
+)
+def test_masks_are_looked_at_where_they_are_used(kind, steps, metrics, words, monkeypatch):
+    read = files(monkeypatch, a=['square', 'disc'])
+    getattr(read['a.json'].segments, kind)[3].add(4, 'is bad')
+    metric = SimpleNamespace(_coco_api=SimpleNamespace(imgs={4: dict(file_name='a.jpg')}))
+    metric.metrics = metrics
+    data = CocoDataset(cat_ids=[3, 7], steps=steps)
+    data.item = dict(data.item, img_id=4, img_path='a.jpg')
+    runner = SimpleNamespace(model=model_of(), test_loop=loop(data, metric))
+    if words is None:
+        DataCheckHook().before_test(runner)
+        return
+    with pytest.raises(DataError, match=words):
+        DataCheckHook().before_test(runner)
+
+
+@pytest.mark.parametrize(
+    'poly2mask, words', [(True, 'it is left out'), (False, '2 objects are RLE')]
+)
+def test_masks_that_are_left_out(poly2mask, words, monkeypatch):
+    said = []
+    monkeypatch.setattr(data_check, 'print_log', lambda text, *_: said.append(text))
+    found = files(monkeypatch, a=['square', 'disc'])['a.json'].segments
+    found.encoded.update({3: 2, 9: 5})
+    found.short[7 if poly2mask else 9].add(4, 'is bad')
+    check_dataset(CocoDataset(cat_ids=[3, 7], steps=[LoadMasks(poly2mask)]), model_of())
+    assert len(said) == 1 and words in said[0]
 
 
 def test_an_evaluator_of_other_images():

@@ -11,6 +11,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from mmengine.logging import print_log
 
 from wsbcn_mm.openmmlab.compat import DataError
 from wsbcn_mm.openmmlab.config import datasets_of, type_name
+from wsbcn_mm.openmmlab.segments import Segments, look_at
 
 
 def is_number(value: object) -> bool:
@@ -241,8 +243,20 @@ def check_index(coco: Any, file: str) -> list[str]:
     return notes
 
 
-# The names of the categories of each file that was read, in its order.
-names_read: dict[str, list[str]] = {}
+@dataclass
+class Read:
+    """What is remembered of a file that pycocotools has read.
+
+    Attributes:
+        names: Those of the categories, in its order.
+        segments: What its segmentations are.
+    """
+
+    names: list[str]
+    segments: Segments
+
+
+files_read: dict[str, Read] = {}
 
 
 @contextmanager
@@ -258,15 +272,17 @@ def looked_at() -> Iterator[None]:
     from pycocotools.coco import COCO
 
     original = COCO.__init__
-    names_read.clear()
+    files_read.clear()
 
     def read(self, annotation_file=None):
         original(self, annotation_file)
         file = str(annotation_file)
         own = type(self).createIndex is COCO.createIndex  # panoptic files have other entries
-        if annotation_file is None or not own or file in names_read:
+        if annotation_file is None or not own or file in files_read:
             return
-        names_read[file] = [c.get('name') for c in self.dataset.get('categories') or []]
+        names = [c.get('name') for c in self.dataset.get('categories') or []]
+        entries = self.dataset.get('annotations') or []
+        files_read[file] = Read(names, look_at(entries, self.imgs))
         for note in check_index(self, file):
             print_log(f'data: {note}', 'current', logging.WARNING)
 

@@ -14,7 +14,7 @@ from mmengine.logging import print_log
 from torch import nn
 from torch.utils.data import ConcatDataset, Dataset
 
-from wsbcn_mm.openmmlab import annotations
+from wsbcn_mm.openmmlab import annotations, segments
 from wsbcn_mm.openmmlab.compat import DataError, no_image_in
 from wsbcn_mm.openmmlab.data_samples import (
     IGNORED,
@@ -68,6 +68,7 @@ def check_dataset(dataset: Any, model: nn.Module, learned: bool = False) -> None
     numbers = {module.num_classes for _, module in _heads(model)}
     if len(numbers) == 1:
         check_labels(dataset, numbers.pop(), learned)
+    check_segments(dataset)
     check_objects(dataset, learned)
     check_images(dataset)
     if classes:
@@ -82,6 +83,15 @@ def _check_classes(dataset: Any, classes: Any, model: nn.Module) -> None:
     if twice and list(classes) != list(known):  # ImageNet has two cranes, a bird and a machine
         raise DataError(f'{kind}: classes names {twice[0]!r} twice\n  name each class once')
     _check_names(dataset, list(classes))
+    numbered = classes_of(dataset)
+    if numbered and numbered != tuple(classes) and set(numbered) == set(classes):
+        print_log(
+            f'data: {kind}: labels are numbered as {dataset.ann_file} lists its categories '
+            f'({_shown(numbered)}), not as metainfo.classes does ({_shown(classes)}): pictures of '
+            'the hosts show other names\n  write metainfo.classes in the order of the file',
+            'current',
+            logging.WARNING,
+        )
     for name, module in _heads(model):
         wanted = _classes_for(name, dataset)
         one_logit = getattr(module, 'out_channels', None) == 1 and wanted <= 2
@@ -161,6 +171,30 @@ def _check_names(dataset: Any, classes: list[str]) -> None:
     )
 
 
+def check_segments(dataset: Any) -> None:
+    """The masks that the pipeline loads are those of their images.
+
+    Raises:
+        DataError: one that cannot be read, or would be another.
+    """
+    read = annotations.files_read.get(str(getattr(dataset, 'ann_file', None)))
+    steps = getattr(getattr(dataset, 'pipeline', None), 'transforms', [])
+    load = next((step for step in steps if getattr(step, 'with_mask', False)), None)
+    if read is None or load is None or not hasattr(dataset, 'cat_ids'):
+        return
+    where, found = f'{type(dataset).__name__} ({dataset.ann_file})', read.segments
+    encoded = sum(found.encoded[number] for number in dataset.cat_ids)
+    if getattr(load, 'poly2mask', True):
+        if text := segments.said(found.wrong, dataset.cat_ids):
+            raise DataError(f'{where}: {text}\n  write {segments.EXPECTED}')
+    elif encoded:
+        text = f'{where}: {encoded} objects are RLEs, which LoadAnnotations leaves out with '
+        print_log(f'data: {text}poly2mask=False', 'current', logging.WARNING)
+    if text := segments.said(found.short, dataset.cat_ids):
+        text = f'{where}: {text}: it is left out, and the object, where it has no other'
+        print_log(f'data: {text}\n  write {segments.EXPECTED}', 'current', logging.WARNING)
+
+
 def _heads(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """The heads that tell the classes of the data apart."""
     if hasattr(model, 'language_model'):
@@ -204,7 +238,8 @@ def classes_of(dataset: Any) -> tuple[str, ...]:
     classes = tuple(dataset.metainfo.get('classes') or ())
     if hasattr(dataset, 'cat_ids'):  # in the order of the file, unless a class sorts (Objects365)
         reads = (k.__name__ for k in type(dataset).__mro__ if 'load_data_list' in vars(k))
-        names = annotations.names_read.get(str(dataset.ann_file), [])
+        read = annotations.files_read.get(str(dataset.ann_file))
+        names = read.names if read else []
         by_file = next(reads, None) == 'CocoDataset'
         return tuple(name for name in names if name in classes) if by_file else ()
     return classes
@@ -234,6 +269,16 @@ def check_order(one: tuple[str, ...], of_one: str, other: tuple[str, ...], of_ot
             )
 
 
+def note_order(named: tuple[str, ...], numbered: tuple[str, ...], what: str) -> None:
+    """The names in a checkpoint are those of a config, and the labels are numbered by a file."""
+    text = (
+        f'data: {what} lists its categories as {_shown(numbered)}, and the checkpoint names its '
+        f'classes as {_shown(named)}: labels go by the files, and the one that was trained on must '
+        'have listed them as this one does'
+    )
+    print_log(text, 'current', logging.WARNING)
+
+
 def check_evaluator(metric: Any, dataset: Any) -> None:
     """COCO's metric reads a file of its own: that must be of these images."""
     known = getattr(getattr(metric, '_coco_api', None), 'imgs', None)
@@ -251,6 +296,15 @@ def check_evaluator(metric: Any, dataset: Any) -> None:
                 f'{type(metric).__name__} reads the annotations of other images: its ann_file '
                 f'{what} image {number}, which is {path} in {dataset.ann_file}\n  name the same '
                 'file as ann_file of the evaluator and of the data set'
+            )
+    read = annotations.files_read.get(str(dataset.ann_file))
+    if read is None or 'segm' not in getattr(metric, 'metrics', ()):
+        return
+    for found in (read.segments.wrong, read.segments.ends):
+        if text := segments.said(found, dataset.cat_ids):
+            raise DataError(
+                f'{type(metric).__name__} does not evaluate segm with {dataset.ann_file}: {text}\n'
+                f'  write {segments.EXPECTED}'
             )
 
 

@@ -7,8 +7,9 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from wsbcn_mm.openmmlab.segments import EXPECTED, wrong_mask
+
 FEW = 2000  # names among which a similar one is looked for
-POLYGONS = 'a list of polygons, [[x1, y1, x2, y2, x3, y3, ...]]'
 
 
 def mend_of(transforms: list[Any], error: Exception, data: dict[str, Any]) -> str:
@@ -142,28 +143,6 @@ def _wrong_object(data: dict[str, Any]) -> str | None:
         if wrong:
             return (
                 f'object {number} of it, at bbox {instance.get("bbox")}: its segmentation {wrong}\n'
-                f'  write {POLYGONS}, or an RLE of the size of the image, or take the object out'
+                f'  write {EXPECTED}'
             )
-    return None
-
-
-def wrong_mask(mask: Any, size: list[Any]) -> str | None:
-    """What is wrong with a segmentation of COCO's format; None where nothing is.
-
-    Args:
-        mask: Polygons or an RLE.
-        size: (height, width) of the image.
-    """
-    if not mask:
-        return 'is missing or empty'
-    if isinstance(mask, dict):
-        if list(mask.get('size', ())) != size and None not in size:
-            return f'is an RLE of size {mask.get("size")}, and the image has {size}'
-        return None
-    if not isinstance(mask, list):
-        return f'is a {type(mask).__name__}'
-    if not isinstance(mask[0], list):
-        return 'is one list of numbers, not a list of such lists'
-    if any(not isinstance(x, (int, float)) for polygon in mask for x in polygon):
-        return 'holds something else than numbers'
     return None

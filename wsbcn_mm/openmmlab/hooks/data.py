@@ -6,6 +6,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
+from wsbcn_mm.openmmlab.checkpoints import meta_of
 from wsbcn_mm.openmmlab.compat import unwrapped
 from wsbcn_mm.openmmlab.data_check import (
     check_datasets,
@@ -14,8 +15,11 @@ from wsbcn_mm.openmmlab.data_check import (
     check_same,
     check_surplus,
     classes_of,
+    note_order,
     place,
 )
+
+BY_LABEL = 'classes_by_label'  # in the meta of a checkpoint
 
 
 @HOOKS.register_module()
@@ -38,14 +42,22 @@ class DataCheckHook(Hook):
       ``reduce_zero_label``); for training, masks of "ignore" alone.
     """
 
-    _learned: tuple[str, ...] = ()
+    _named: tuple[str, ...] = ()  # as the checkpoint's metainfo names the classes
+    _learned: tuple[str, ...] = ()  # in the order of its labels
+    _numbered: tuple[str, ...] = ()  # the same of what is trained on
     _has_weights = False
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Keeps the names of the classes that the weights were trained on."""
         self._has_weights = True
-        meta = (checkpoint.get('meta') or {}).get('dataset_meta') or {}
-        self._learned = tuple(meta.get('classes') or ())
+        meta = meta_of(checkpoint)
+        self._named = tuple((meta.get('dataset_meta') or {}).get('classes') or ())
+        self._learned = tuple(meta.get(BY_LABEL) or ())
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Writes the classes in the order of their labels: metainfo may have another."""
+        if self._numbered:
+            checkpoint['meta'][BY_LABEL] = list(self._numbered)
 
     def before_train(self, runner: Runner) -> None:
         """Looks at the data of training and of validation."""
@@ -53,15 +65,19 @@ class DataCheckHook(Hook):
         validated = self._check(runner, runner.val_loop)
         if len(trained) == len(validated) == 1:
             check_same(trained[0], validated[0])
+        if len({classes_of(dataset) for dataset in trained}) == 1:
+            self._numbered = classes_of(trained[0])
         if not self._has_weights:
             check_surplus(trained, unwrapped(runner.model))
 
     def before_test(self, runner: Runner) -> None:
         """Looks at the data of testing."""
         for dataset in self._check(runner, runner.test_loop):
-            if not hasattr(dataset, 'cat_ids'):  # numbered by the file, whatever the names' order
-                what = f'{type(dataset).__name__} ({place(dataset)})'
-                check_order(self._learned, 'the checkpoint', classes_of(dataset), what)
+            found, what = classes_of(dataset), f'{type(dataset).__name__} ({place(dataset)})'
+            if self._learned or not hasattr(dataset, 'cat_ids'):
+                check_order(self._learned or self._named, 'the checkpoint', found, what)
+            elif found != self._named and set(found) == set(self._named):
+                note_order(self._named, found, what)
 
     @staticmethod
     def _check(runner: Runner, loop: Any, learned: bool = False) -> list[Any]:
