@@ -30,6 +30,7 @@ def test_load_config_reads_and_overrides(file):
     [
         ('lr = (0.1\n', 'SyntaxError'),
         ('lr = undefined\n', "NameError: name 'undefined'"),
+        ('a = 1\nlr = undefined\n', 'stops at line 2 of '),
     ],
 )
 def test_a_file_that_is_no_config_says_so_in_two_lines(file, text, reason):

@@ -5,6 +5,7 @@ import copy
 import inspect
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from importlib.util import find_spec
@@ -100,8 +101,17 @@ def read_config(path: str | Path) -> Config:
         ) from error
     except Exception as error:
         raise ValueError(
-            f'{path} cannot be read as a config\n  {type(error).__name__}: {first_line(error)}'
+            f'{path} cannot be read as a config{_line_of(error)}\n  {type(error).__name__}: '
+            f'{first_line(error)}'
         ) from error
+
+
+def _line_of(error: BaseException) -> str:
+    """The line of a config that stopped it; nothing where the error names it, or is mmengine's."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    if frame.name != '<module>':
+        return ''
+    return f': it stops at line {frame.lineno} of {frame.filename}: {frame.line}'
 
 
 def read_text(text: str) -> Config:
