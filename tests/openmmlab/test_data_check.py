@@ -471,6 +471,17 @@ def test_an_evaluator_of_other_images():
                 DataCheckHook().before_test(runner)
 
 
+def test_nothing_to_evaluate_on(monkeypatch):
+    said = []
+    monkeypatch.setattr(data_check, 'print_log', lambda text, *_: said.append(text))
+    data = CocoDataset(cat_ids=[3, 7])
+    for anns, format_only in (({}, True), ({5: dict(id=5)}, False), ({}, False)):
+        assert not said
+        read = SimpleNamespace(imgs={4: dict(file_name='a.jpg')}, anns=anns)
+        data_check.check_evaluator(SimpleNamespace(_coco_api=read, format_only=format_only), data)
+    assert len(said) == 1 and 'a.json has no annotations' in said[0]
+
+
 class Repeated(torch.utils.data.Dataset):
     """A wrapper, as RepeatDataset is one."""
 

@@ -281,9 +281,14 @@ def note_order(named: tuple[str, ...], numbered: tuple[str, ...], what: str) -> 
 
 def check_evaluator(metric: Any, dataset: Any) -> None:
     """COCO's metric reads a file of its own: that must be of these images."""
-    known = getattr(getattr(metric, '_coco_api', None), 'imgs', None)
+    read_by_it = getattr(metric, '_coco_api', None)
+    known = getattr(read_by_it, 'imgs', None)
     if not known or not hasattr(dataset, 'cat_ids'):
         return
+    if getattr(read_by_it, 'anns', None) == {} and not getattr(metric, 'format_only', False):
+        text = f'data: {dataset.ann_file} has no annotations: what {type(metric).__name__} says is '
+        mend = 'test_evaluator.format_only=True with outfile_prefix=... writes the predictions'
+        print_log(f'{text}-1\n  {mend}', 'current', logging.WARNING)
     for index in range(0, len(dataset), max(1, len(dataset) // 8)):
         info = dataset.get_data_info(index)
         number, path = info.get('img_id'), info.get('img_path')
