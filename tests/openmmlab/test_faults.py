@@ -100,6 +100,7 @@ def test_a_segmentation_that_is_none_is_said(picture, mask, words):
         ('A.JPG', 'did you mean a.jpg?'),
         ('a', 'did you mean a.jpg?'),
         ('a.jpg.jpg', 'did you mean a.jpg?'),
+        ('b.jpg', 'did you mean b_mask.jpg?'),
         ('a_1.jpg', 'restore the file'),
         ('.jpg', 'take the empty line out'),
         ('\ufeffa.jpg', 'byte order mark'),
@@ -109,6 +110,7 @@ def test_a_segmentation_that_is_none_is_said(picture, mask, words):
 )
 def test_what_a_missing_file_may_mean(picture, name, words):
     (picture.parent / 'link.jpg').symlink_to('/nowhere')
+    (picture.parent / 'b_mask.jpg').touch()
     init_default_scope('mmdet')
     with pytest.raises(compat.DataError) as error:
         Compose([dict(type='LoadImageFromFile')])(dict(img_path=f'{picture.parent}/{name}'))

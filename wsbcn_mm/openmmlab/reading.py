@@ -104,6 +104,7 @@ def _near(stem: str, suffix: str, names: list[str]) -> list[str]:
     wanted = (stem + suffix).lower()
     same = [n for n in names if n.lower() in (wanted, stem.lower())]
     same = same or [n for n in names if os.path.splitext(n)[0] in (stem, stem + suffix)]
+    same = same or [n for n in names if n.startswith((f'{stem}_', f'{stem}-'))]  # 1_mask.png
     if same or len(names) > FEW:
         return same[:3]
     # 002.png is no slip for 001.png.
