@@ -47,6 +47,7 @@ def configure(args: argparse.Namespace) -> Config:
         command_line.draw_pictures(cfg, args.show, args.show_dir, args.wait_time)
     if args.tta:
         command_line.augment_test(cfg)
+    preflight.check_versions(cfg)
     if args.out is not None:
         command_line.keep_predictions(cfg, args.out)
     config.add_hook(cfg, dict(type='CheckpointReportHook', strict=True))

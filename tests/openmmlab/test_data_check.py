@@ -471,6 +471,52 @@ def test_an_evaluator_of_other_images():
                 DataCheckHook().before_test(runner)
 
 
+@pytest.mark.parametrize(
+    'name, is_right', [('square', True), ('sqare', False), ('star', True), ('', True)]
+)
+def test_classes_that_xml_files_write_otherwise(name, is_right, tmp_path):
+    """A class that no file has is no mistake, unless one is written alike."""
+    file = tmp_path / 'a.xml'
+    object_ = '<object><name>{}</name></object>'
+    file.write_text(f'<annotation>{object_.format("disc")}{object_.format(name)}</annotation>')
+    data = Data(item=dict(xml_path=str(file), instances=[]))
+    if is_right:
+        check_dataset(data, model_of(), learned=True)
+        return
+    with pytest.raises(DataError, match="objects sqare, .*\\n  is it 'square' for 'sqare'"):
+        check_dataset(data, model_of(), learned=True)
+
+
+class InfiniteSampler:
+    """Named as mmengine's."""
+
+
+class EpochBasedTrainLoop(SimpleNamespace):
+    """Named as mmengine's."""
+
+
+class IterBasedTrainLoop(SimpleNamespace):
+    """Named as mmengine's."""
+
+
+@pytest.mark.parametrize(
+    'kind, sampler, ends',
+    [
+        (EpochBasedTrainLoop, InfiniteSampler(), False),
+        (IterBasedTrainLoop, InfiniteSampler(), True),
+        (EpochBasedTrainLoop, None, True),
+    ],
+)
+def test_samplers_that_never_end(kind, sampler, ends):
+    loader = SimpleNamespace(dataset=Data(), sampler=sampler)
+    runner = SimpleNamespace(model=model_of(), train_loop=kind(dataloader=loader), val_loop=None)
+    if ends:
+        DataCheckHook().before_train(runner)
+        return
+    with pytest.raises(DataError, match='InfiniteSampler, never comes to an end'):
+        DataCheckHook().before_train(runner)
+
+
 def test_nothing_to_evaluate_on(monkeypatch):
     said = []
     monkeypatch.setattr(data_check, 'print_log', lambda text, *_: said.append(text))

@@ -41,6 +41,38 @@ def test_a_line_that_is_none_is_shown(line):
     assert 'every line must be "FILE LABEL"' in text
 
 
+def test_a_name_in_a_list_whose_file_is_missing_is_shown():
+    class XMLDataset(BaseDataset):
+        """Named as MMDetection's."""
+
+        def load_data_list(self):
+            for img_id in ('a', 'b.jpg'):
+                if '.' in img_id:
+                    raise FileNotFoundError(2, 'No such file or directory', f'{img_id}.xml')
+
+    text = said_of(lambda: XMLDataset(ann_file='list.txt'))
+    assert text.startswith("XMLDataset cannot read the line 'b.jpg' of list.txt\n")
+    assert 'every line must be the name of an image without its suffix' in text
+
+
+def test_the_step_that_takes_out_every_image_is_named():
+    class Images(BaseDataset):
+        def load_data_list(self):
+            return [dict(width=9)]
+
+    class Small:
+        def __init__(self):
+            self.least = 10
+
+        def __call__(self, data):
+            return data if data['width'] >= self.least else None
+
+    data = Images(pipeline=[lambda data: data, Small()], ann_file='a.json', max_refetch=2)
+    text = said_of(lambda: data[0])
+    assert text.startswith('Images (a.json): Small of its pipeline takes out every image')
+    assert 'it has least=10\n' in text
+
+
 class DataSample(BaseDataElement):
     """As the hosts call theirs."""
 

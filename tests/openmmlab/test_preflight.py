@@ -134,3 +134,22 @@ def test_mixed_precision_without_a_gpu_is_one_sentence(monkeypatch):
     preflight.check_amp(Config(dict(optim_wrapper=dict(type='OptimWrapper'))))
     monkeypatch.setattr(preflight, 'get_device', lambda: 'cuda')
     preflight.check_amp(cfg)
+
+
+@pytest.mark.parametrize(
+    'model, steps, fits',
+    [
+        ('EncoderDecoder', ['Load', 'Pack'], True),
+        ('EncoderDecoder', ['Load', 'TestTimeAug'], False),
+        ('SegTTAModel', ['Load', 'TestTimeAug'], True),
+    ],
+)
+def test_several_versions_of_an_image_are_for_a_model_of_theirs(model, steps, fits):
+    dataset = dict(type='A', pipeline=[dict(type=step) for step in steps])
+    cfg = Config(dict(model=dict(type=model), test_dataloader=dict(dataset=dataset)))
+    if fits:
+        preflight.check_versions(cfg)
+        return
+    for check in (preflight.check_versions, config.datasets_of_test):
+        with pytest.raises(ValueError, match='makes several versions of each image'):
+            check(cfg)

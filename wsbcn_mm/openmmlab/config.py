@@ -399,7 +399,8 @@ def datasets_of_test(cfg: Config) -> list[dict]:
     """The inner datasets that the config tests on; without a test loader those of validation.
 
     Raises:
-        ValueError: the config has neither, or none with a pipeline.
+        ValueError: the config has neither, or none with a pipeline; or one that makes several
+            versions of an image.
     """
     for loader in ('test_dataloader', 'val_dataloader'):
         found = [
@@ -408,10 +409,26 @@ def datasets_of_test(cfg: Config) -> list[dict]:
             if dataset.get('pipeline') is not None
         ]
         if found:
+            if versions := [d for d in found if makes_versions(d)]:
+                raise ValueError(several_versions(loader, versions[0]))
             return found
     raise ValueError(
         f'{cfg.filename or "the config"} has no test_dataloader and no val_dataloader whose '
         'dataset has a pipeline\n  what images are and how they are read is taken from there'
+    )
+
+
+def makes_versions(dataset: dict) -> bool:
+    """Whether the pipeline of a dataset is that of test-time augmentation."""
+    return any(type_name(step) == 'TestTimeAug' for step in dataset.get('pipeline') or ())
+
+
+def several_versions(loader: str, dataset: dict) -> str:
+    """A model as it was trained is given several versions of an image."""
+    return (
+        f'{loader}: the pipeline of {type_name(dataset)} makes several versions of each image '
+        '(TestTimeAug), and the model takes one\n  call that pipeline tta_pipeline, for '
+        'tools/test.py --tta, and give the data set one that ends in one image'
     )
 
 

@@ -3,7 +3,6 @@
 None of these raises in the hosts: labels shift, the metrics look fine or are all zero.
 """
 
-import difflib
 import json
 import logging
 from collections.abc import Iterator
@@ -18,11 +17,16 @@ from wsbcn_mm.openmmlab import annotations, segments
 from wsbcn_mm.openmmlab.compat import DataError, no_image_in
 from wsbcn_mm.openmmlab.data_samples import (
     IGNORED,
+    alike,
     check_images,
     check_labels,
     check_masks,
+    check_names_of_xml,
     check_objects,
 )
+
+# Samplers that go on for ever.
+ENDLESS = ('InfiniteSampler', 'MultiSourceSampler')
 
 
 def _inner(dataset: Any) -> Iterator[Any]:
@@ -69,6 +73,8 @@ def check_dataset(dataset: Any, model: nn.Module, learned: bool = False) -> None
     if len(numbers) == 1:
         check_labels(dataset, numbers.pop(), learned)
     check_segments(dataset)
+    if learned:
+        check_names_of_xml(dataset, list(classes))
     check_objects(dataset, learned)
     check_images(dataset)
     if classes:
@@ -156,8 +162,7 @@ def _check_names(dataset: Any, classes: list[str]) -> None:
         return
     missing = [name for name in classes if name not in there]
     others = [name for name in there if name not in classes]
-    near = [difflib.get_close_matches(name, others, n=1) for name in missing[:4]]
-    meant = ', '.join(f'{a!r} for {b[0]!r}' for a, b in zip(missing, near) if b)
+    meant = alike(missing, others)
     shift = missing != classes[len(found) :] or not found
     if not shift and not meant:
         return
@@ -277,6 +282,25 @@ def note_order(named: tuple[str, ...], numbered: tuple[str, ...], what: str) -> 
         'have listed them as this one does'
     )
     print_log(text, 'current', logging.WARNING)
+
+
+def check_ends(loop: Any, name: str) -> None:
+    """A loop over epochs, or over all images, needs a sampler that comes to an end.
+
+    Raises:
+        DataError: it has one that never does.
+    """
+    sampler = getattr(getattr(loop, 'dataloader', None), 'sampler', None)
+    kinds = [kind.__name__ for kind in type(loop).__mro__]
+    endless = next((k.__name__ for k in type(sampler).__mro__ if k.__name__ in ENDLESS), None)
+    if endless is not None and 'IterBasedTrainLoop' not in kinds:
+        mend = 'a DefaultSampler ends'
+        if name == 'train':
+            mend += ", or count steps: train_cfg=dict(type='IterBasedTrainLoop', max_iters=...)"
+        raise DataError(
+            f'{name}_dataloader.sampler, {endless}, never comes to an end, and '
+            f'{kinds[0]} waits for it\n  {mend}'
+        )
 
 
 def check_evaluator(metric: Any, dataset: Any) -> None:

@@ -20,12 +20,16 @@ from wsbcn_mm.openmmlab.data_samples import IGNORED, another_size, label_beyond,
 from wsbcn_mm.openmmlab.errors import first_line
 from wsbcn_mm.openmmlab.reading import lacking
 
+# How loops over the lines of a list call one, and what one that cannot be read raises.
+NAMES, KINDS = ('line', 'sample', 'img_id'), (ValueError, IndexError, FileNotFoundError)
 LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
+SPACES = 'spaces between, the label a number from 0'
 # What a line of a list must be, by the name of the class that reads it or of a base of it.
 LINES = {
-    'CustomDataset': '"FILE LABEL"',
-    'VideoDataset': '"FILE LABEL", with another delimiter=... where names have spaces',
-    'RawframeDataset': '"FOLDER FRAMES LABEL"',
+    'CustomDataset': f'"FILE LABEL", {SPACES}',
+    'VideoDataset': f'"FILE LABEL", {SPACES}, with another delimiter=... where names have spaces',
+    'RawframeDataset': f'"FOLDER FRAMES LABEL", {SPACES}',
+    'XMLDataset': 'the name of an image without its suffix',
 }
 
 
@@ -36,7 +40,12 @@ def explain(cfg: Config, error: BaseException) -> str | None:
         lines = damaged_annotations(cfg, *_loaders_in(frames, cfg))
         if lines:
             return '\n'.join(lines) + f'\n  it ended in {type(error).__name__}: {first_line(error)}'
-    return _of_list(error, frames) or _of_pipeline(error, frames) or _of_sample(error, frames)
+    return (
+        _of_list(error, frames)
+        or _of_empty(frames)
+        or _of_pipeline(error, frames)
+        or _of_sample(error, frames)
+    )
 
 
 def _loaders_in(frames: list[Frame], cfg: Config) -> list[str]:
@@ -60,18 +69,39 @@ def _of_list(error: BaseException, frames: list[Frame]) -> str | None:
     for frame in reversed(frames):
         dataset = frame.names.get('self')
         if frame.code.co_name == 'load_data_list' and isinstance(dataset, BaseDataset):
-            line = frame.names.get('line', frame.names.get('sample'))
+            line = next((frame.names[n] for n in NAMES if n in frame.names), None)
             wanted = [LINES[k.__name__] for k in type(dataset).__mro__ if k.__name__ in LINES]
-            if line is None or not wanted or not isinstance(error, (ValueError, IndexError)):
+            if line is None or not wanted or not isinstance(error, KINDS):
                 return None
             shown = line if isinstance(line, str) else ' '.join(line)
             return (
                 f'{type(dataset).__name__} cannot read the line {shown.strip()!r} of '
                 f'{dataset.ann_file}\n  {type(error).__name__}: {first_line(error)}\n  every line '
-                f'must be {wanted[0]}: spaces between, the label a number from 0, no heading, no '
-                'empty line'
+                f'must be {wanted[0]}; no heading, no empty line'
             )
     return None
+
+
+def _of_empty(frames: list[Frame]) -> str | None:
+    """A pipeline that gave up every image that was tried."""
+    if not frames or frames[-1].code is not BaseDataset.__getitem__.__code__:
+        return None
+    dataset, index = frames[-1].names['self'], frames[-1].names['idx']
+    data = dataset.get_data_info(index)
+    for step in getattr(dataset.pipeline, 'transforms', ()) if frames[-1].raises else ():
+        data = step(data)
+        if data is None:
+            return (
+                f'{type(dataset).__name__} ({dataset.ann_file}): {type(step).__name__} of its '
+                f'pipeline takes out every image that was tried\n  it has {_settings_of(step)}\n'
+                '  nothing may be left of their objects: choose lower limits, or leave it out '
+                '(keep_empty=True is what lets FilterAnnotations take images out)'
+            )
+    return None
+
+
+def _settings_of(step: Any) -> str:
+    return ', '.join(f'{k}={v!r}' for k, v in vars(step).items() if k[0] != '_')[:200] or 'none'
 
 
 def _of_pipeline(error: BaseException, frames: list[Frame]) -> str | None:

@@ -3,11 +3,13 @@
 Few files are read; what is in memory already may be looked at whole.
 """
 
+import difflib
 import itertools
 import logging
 import os
 from collections.abc import Callable
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 from mmengine.dataset import Compose
@@ -75,6 +77,36 @@ def check_objects(dataset: Any, learned: bool) -> None:
     if learned:
         raise DataError(text)
     print_log(f'data: {text}', 'current', logging.WARNING)
+
+
+def check_names_of_xml(dataset: Any, classes: list[str]) -> None:
+    """The names in VOC's XML files are those of the classes; MMDetection leaves others out.
+
+    Raises:
+        DataError: a class has no object, and others have a name that is nearly its.
+    """
+    found: set[str | None] = set()
+    for number, index in enumerate(_some(dataset, len(dataset))):
+        path = dataset.get_data_info(index).get('xml_path')
+        if not isinstance(path, str) or not os.path.isfile(path):
+            return
+        found |= {name.text for name in ElementTree.parse(path).iterfind('object/name')}
+        others = [name for name in found if name and name not in classes]
+        meant = alike([name for name in classes if name not in found], others, cutoff=0.8)
+        if not meant and number >= MANY:
+            return
+    if meant:
+        raise DataError(
+            f'{type(dataset).__name__}: {getattr(dataset, "ann_file", "")}: its XML files call '
+            f'objects {", ".join(sorted(others)[:4])}, which are left out\n  is it {meant}?'
+            '\n  write the names of metainfo.classes as the files do'
+        )
+
+
+def alike(missing: list[str], others: list[str], cutoff: float = 0.6) -> str:
+    """Which of the names that are missing may be meant by those that are there."""
+    near = [difflib.get_close_matches(name, others, n=1, cutoff=cutoff) for name in missing[:4]]
+    return ', '.join(f'{a!r} for {b[0]!r}' for a, b in zip(missing, near) if b)
 
 
 def check_images(dataset: Any) -> None:

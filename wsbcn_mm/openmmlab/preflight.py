@@ -13,7 +13,9 @@ from wsbcn_mm.openmmlab.config import (
     PRETRAINED,
     dataset_class,
     datasets_of,
+    makes_versions,
     prefixes_of,
+    several_versions,
     type_name,
 )
 from wsbcn_mm.openmmlab.config_places import walk
@@ -93,6 +95,17 @@ def check_test(cfg: Config) -> None:
             '  the validation data may serve: test_dataloader = val_dataloader, '
             "test_evaluator = val_evaluator, test_cfg = dict(type='TestLoop')"
         )
+
+
+def check_versions(cfg: Config) -> None:
+    """Raises where a pipeline makes several versions of an image, and the model takes one.
+
+    Raises:
+        ValueError: it is that of test-time augmentation, and the model is not.
+    """
+    for loader, dataset in datasets_of(cfg, 'test_dataloader'):
+        if 'TTA' not in type_name(cfg.model) and makes_versions(dataset):
+            raise ValueError(several_versions(loader, dataset))
 
 
 def _reads_as_the_host(cfg: Config, dataset: dict) -> bool:

@@ -10,6 +10,7 @@ from wsbcn_mm.openmmlab.checkpoints import meta_of
 from wsbcn_mm.openmmlab.compat import unwrapped
 from wsbcn_mm.openmmlab.data_check import (
     check_datasets,
+    check_ends,
     check_evaluator,
     check_order,
     check_same,
@@ -37,6 +38,8 @@ class DataCheckHook(Hook):
     - classes that training, validation and the checkpoint number otherwise;
     - images of another size than their annotations say; boxes beyond the image;
     - an evaluator that reads the annotations of other images;
+    - a sampler that never ends, in a loop that waits for its end;
+    - masks (COCO's) that are none, or not of their image;
     - masks that are pictures (RGB), have another size than their image, hold labels the config has
       no class for, or are 0 and 255 alone: 255 means "ignore" (and so does 0, with
       ``reduce_zero_label``); for training, masks of "ignore" alone.
@@ -61,6 +64,8 @@ class DataCheckHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         """Looks at the data of training and of validation."""
+        check_ends(runner.train_loop, 'train')
+        check_ends(runner.val_loop, 'val')
         trained = self._check(runner, runner.train_loop, learned=True)
         validated = self._check(runner, runner.val_loop)
         if len(trained) == len(validated) == 1:
@@ -72,6 +77,7 @@ class DataCheckHook(Hook):
 
     def before_test(self, runner: Runner) -> None:
         """Looks at the data of testing."""
+        check_ends(runner.test_loop, 'test')
         for dataset in self._check(runner, runner.test_loop):
             found, what = classes_of(dataset), f'{type(dataset).__name__} ({place(dataset)})'
             if self._learned or not hasattr(dataset, 'cat_ids'):
