@@ -69,9 +69,24 @@ def test_which_process_this_is(monkeypatch):
 def test_a_wrapper_on_the_cpu_names_no_device(own, wrapper, monkeypatch):
     monkeypatch.setattr(torch.distributed, 'init_process_group', lambda name: None)
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    monkeypatch.setenv('RANK', '0')
     cfg = Config(dict(find_unused_parameters=True, model_wrapper_cfg=own))
     command_line.prepare_distributed(cfg, 'pytorch')
     assert cfg.model_wrapper_cfg == dict(wrapper, device_ids=None)
+
+
+@pytest.mark.parametrize('launcher', command_line.STARTED)
+def test_processes_that_nobody_started(launcher, monkeypatch):
+    variable, starter = command_line.STARTED[launcher]
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    monkeypatch.setattr(command_line, 'get_device', lambda: 'cpu')
+    monkeypatch.delenv(variable, raising=False)
+    with pytest.raises(ValueError, match=f'{variable} is not set .*: the .* started by {starter}'):
+        command_line.prepare_distributed(Config({}), launcher)
+    monkeypatch.setenv(variable, '0')
+    if launcher != 'pytorch':
+        with pytest.raises(ValueError, match='gives each process a GPU'):
+            command_line.prepare_distributed(Config({}), launcher)
 
 
 def test_augment_test_replaces_the_innermost_pipeline():

@@ -528,6 +528,19 @@ def test_nothing_to_evaluate_on(monkeypatch):
     assert len(said) == 1 and 'a.json has no annotations' in said[0]
 
 
+def test_an_evaluator_with_other_boxes_for_the_same_names(monkeypatch):
+    said = []
+    monkeypatch.setattr(data_check, 'print_log', lambda text, *_: said.append(text))
+    data = boxes(20, 10, (9, 9))
+    data.item['img_id'] = 4
+    for found, says in (([0, 0, 9, 9], 0), (None, 0), ([0, 0, 9, 8], 1)):
+        read = SimpleNamespace(imgs={4: dict(file_name='a.jpg')}, anns={5: {}})
+        read.imgToAnns = {4: [dict(bbox=found)]}
+        data_check.check_evaluator(SimpleNamespace(_coco_api=read), data)
+        assert len(said) == says
+    assert 'has other boxes than a.json' in said[0]
+
+
 class Repeated(torch.utils.data.Dataset):
     """A wrapper, as RepeatDataset is one."""
 

@@ -94,6 +94,8 @@ def test_what_the_pipeline_does_not_give_is_named():
     of_host = FunctionType((lambda s: s.masks).__code__, {'__name__': 'mmdet.models'})
     text = said_of(lambda: of_host(InstanceData()))
     assert text.startswith('the samples have no masks, which the model learns\n')
+    of_host = FunctionType((lambda s: s.gt_label).__code__, {'__name__': 'mmpretrain.models'})
+    assert said_of(lambda: of_host(InstanceData())).endswith('or gt_label in a JSON file')
     pytest.importorskip('mmdet', reason='its transform')
     from mmdet.datasets.transforms import Mosaic
 

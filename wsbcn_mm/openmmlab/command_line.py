@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from mmengine.config import Config, ConfigDict
+from mmengine.device import get_device
 from mmengine.hooks import Hook
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
@@ -27,6 +28,12 @@ from wsbcn_mm.openmmlab.files import check_place, latest_complete
 from wsbcn_mm.openmmlab.registry import ATOMIC_CHECKPOINT_HOOK, ESTIMATES_HOOK, NORM_NAMED
 
 WRITE_MASKS = ('IoUMetric', 'CityscapesMetric', 'DepthMetric')  # with `output_dir`
+# What each launcher sets for its processes, and who starts these.
+STARTED = {
+    'pytorch': ('RANK', 'torchrun, as in tools/dist_train.sh'),
+    'slurm': ('SLURM_PROCID', 'srun, as in tools/slurm_train.sh'),
+    'mpi': ('OMPI_COMM_WORLD_LOCAL_RANK', 'mpirun'),
+}
 # What a mistake of the user raises; anything else is a defect and keeps its traceback.
 USER_ERRORS = (ValueError, ImportError, OSError, compat.DataError)
 
@@ -192,7 +199,22 @@ def prepare_distributed(cfg: Config, launcher: str) -> None:
     Args:
         cfg: Changed in place: ``model_wrapper_cfg``.
         launcher: The value of ``--launcher``.
+
+    Raises:
+        ValueError: nobody has started the processes, or the launcher needs a GPU.
     """
+    if launcher in STARTED:
+        variable, starter = STARTED[launcher]
+        if variable not in os.environ:
+            raise ValueError(
+                f'--launcher {launcher}: {variable} is not set in the environment: the processes '
+                f'are started by {starter}\n  one process alone needs no --launcher'
+            )
+        if launcher != 'pytorch' and get_device() == 'cpu':
+            raise ValueError(
+                f'--launcher {launcher} gives each process a GPU, and this machine has none\n  on '
+                f'CPUs: {STARTED["pytorch"][1]} (--launcher pytorch)'
+            )
     if launcher != 'pytorch' or torch.cuda.is_available():
         return
     torch.distributed.init_process_group('gloo')

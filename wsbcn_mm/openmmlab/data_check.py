@@ -313,6 +313,7 @@ def check_evaluator(metric: Any, dataset: Any) -> None:
         text = f'data: {dataset.ann_file} has no annotations: what {type(metric).__name__} says is '
         mend = 'test_evaluator.format_only=True with outfile_prefix=... writes the predictions'
         print_log(f'{text}-1\n  {mend}', 'current', logging.WARNING)
+    same: list[bool | None] = []
     for index in range(0, len(dataset), max(1, len(dataset) // 8)):
         info = dataset.get_data_info(index)
         number, path = info.get('img_id'), info.get('img_path')
@@ -326,6 +327,13 @@ def check_evaluator(metric: Any, dataset: Any) -> None:
                 f'{what} image {number}, which is {path} in {dataset.ann_file}\n  name the same '
                 'file as ann_file of the evaluator and of the data set'
             )
+        same.append(_same_boxes(info, getattr(read_by_it, 'imgToAnns', {}).get(number)))
+    if False in same and True not in same:
+        text = (
+            f'data: {type(metric).__name__} has other boxes than {dataset.ann_file} for images of '
+        )
+        mend = 'the same names: name the same file as ann_file of the evaluator and of the data set'
+        print_log(f'{text}{mend}', 'current', logging.WARNING)
     read = annotations.files_read.get(str(dataset.ann_file))
     if read is None or 'segm' not in getattr(metric, 'metrics', ()):
         return
@@ -335,6 +343,14 @@ def check_evaluator(metric: Any, dataset: Any) -> None:
                 f'{type(metric).__name__} does not evaluate segm with {dataset.ann_file}: {text}\n'
                 f'  write {segments.EXPECTED}'
             )
+
+
+def _same_boxes(info: dict[str, Any], entries: list[dict] | None) -> bool | None:
+    """Whether two files know an object of an image alike; None where one of them knows none."""
+    own = {tuple(item['bbox']) for item in info.get('instances') or []}
+    boxes = [entry['bbox'] for entry in entries or [] if annotations.is_box(entry.get('bbox'))]
+    other = {(x, y, x + width, y + height) for x, y, width, height in boxes}
+    return bool(own & other) if own and other else None
 
 
 def _stem(path: str) -> str:

@@ -111,11 +111,14 @@ def _of_pipeline(error: BaseException, frames: list[Frame]) -> str | None:
         return lacking(step, error)
     released = bool(frames) and frames[-1].is_released
     if isinstance(error, AttributeError) and isinstance(error.obj, BaseDataElement) and released:
-        return (
-            f'the samples have no {error.name}, which the model learns\n  {first_line(error)}\n'
-            '  load them: LoadAnnotations with with_mask=True, with_seg=True; a step that mixes '
+        mend = (
+            'load them: LoadAnnotations with with_mask=True, with_seg=True; a step that mixes '
             'images (Mosaic, MixUp) may drop them, and CopyPaste keeps masks'
         )
+        if error.name == 'gt_label':
+            mend = 'its annotations must have one: a list "FILE LABEL", or gt_label in a JSON file'
+        text = f'the samples have no {error.name}, which the model learns\n  {first_line(error)}'
+        return f'{text}\n  {mend}'
     return None
 
 

@@ -193,6 +193,10 @@ def test_page(model_files, tmp_path, monkeypatch):
             ['small.py', 'model.pth', '--cfg-options', TWICE],
             "BaseSegDataset: classes names 'disc' twice",
         ),
+        (
+            ['small.py', 'model.pth', '--cfg-options', 'val_dataloader=None'],
+            'small.py has no val_dataloader',
+        ),
     ],
 )
 def test_tool_says_what_is_wrong(model_files, tmp_path, monkeypatch, arguments, words):

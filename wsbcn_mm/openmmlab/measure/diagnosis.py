@@ -53,9 +53,15 @@ def diagnose(
         without ReLU), ``estimates``, ``gradients`` (by layer) and ``smoothness`` (a list).
 
     Raises:
-        ValueError: the checkpoint leaves tensors unfilled.
+        ValueError: the checkpoint leaves tensors unfilled, or the config has no such loader.
         DataError: the data are not the model's, see `DataCheckHook`.
     """
+    for name in ('val_dataloader', 'train_dataloader'):
+        if not cfg.get(name):
+            raise ValueError(
+                f'{cfg.filename or "the config"} has no {name}: activations and estimates are '
+                'those of validation images, gradients those of training batches'
+            )
     with config_errors.named(cfg):
         runner = Runner.from_cfg(cfg)
     content = checkpoints.read_checkpoint(checkpoint)
