@@ -528,6 +528,24 @@ def test_nothing_to_evaluate_on(monkeypatch):
     assert len(said) == 1 and 'a.json has no annotations' in said[0]
 
 
+@pytest.mark.parametrize(
+    'module, topk, fits',
+    [
+        ('mmpretrain.evaluation', (1, 5), False),
+        ('mmpretrain.evaluation', (1, 2), True),
+        ('mmaction.evaluation', (1, 5), True),  # counts as many as there are
+    ],
+)
+def test_more_answers_than_classes(module, topk, fits):
+    metric = type('Accuracy', (), dict(__module__=module, topk=topk))()
+    runner = SimpleNamespace(model=model_of(), test_loop=loop(Data(), metric))
+    if fits:
+        DataCheckHook().before_test(runner)
+        return
+    with pytest.raises(DataError, match=r'topk=\(1, 5\), and the model 2 classes'):
+        DataCheckHook().before_test(runner)
+
+
 def test_an_evaluator_with_other_boxes_for_the_same_names(monkeypatch):
     said = []
     monkeypatch.setattr(data_check, 'print_log', lambda text, *_: said.append(text))

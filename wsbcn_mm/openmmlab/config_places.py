@@ -298,9 +298,16 @@ def _object(root: dict, own: object, fields: tuple[str, ...]) -> Build | None:
     """What was built from a dict of these fields and runs, by its class and what it has."""
     for place, value in walk({key: root.get(key) for key in fields}, ()):
         is_it = isinstance(value, dict) and type_name(value) == type(own).__name__
-        if is_it and all(getattr(own, key, item) == item for key, item in value.items()):
+        if is_it and all(_alike(getattr(own, key, item), item) for key, item in value.items()):
             return Build(place, value, type(own), runs=True)
     return None
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Whether values are equal; lists and tuples of the same are."""
+    kinds = (list, tuple)
+    both = isinstance(one, kinds) and isinstance(other, kinds)
+    return bool(list(one) == list(other) if both else one == other)
 
 
 def value_at(root: Any, place: Place, *default: Any) -> Any:

@@ -345,6 +345,22 @@ def check_evaluator(metric: Any, dataset: Any) -> None:
             )
 
 
+def check_topk(metric: Any, model: nn.Module) -> None:
+    """MMPretrain's accuracy among the first k needs k classes, and says so after an epoch.
+
+    Raises:
+        DataError: there are fewer.
+    """
+    topk, numbers = getattr(metric, 'topk', None), {m.num_classes for _, m in _heads(model)}
+    if type(metric).__module__.partition('.')[0] != 'mmpretrain' or len(numbers) != 1 or not topk:
+        return
+    if max(topk) > (number := numbers.pop()):
+        raise DataError(
+            f'{type(metric).__name__} has topk={tuple(topk)}, and the model {number} classes\n  '
+            'set val_evaluator.topk=(1,), and the same of test_evaluator'
+        )
+
+
 def _same_boxes(info: dict[str, Any], entries: list[dict] | None) -> bool | None:
     """Whether two files know an object of an image alike; None where one of them knows none."""
     own = {tuple(item['bbox']) for item in info.get('instances') or []}

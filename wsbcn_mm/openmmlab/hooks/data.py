@@ -15,6 +15,7 @@ from wsbcn_mm.openmmlab.data_check import (
     check_order,
     check_same,
     check_surplus,
+    check_topk,
     classes_of,
     note_order,
     place,
@@ -90,7 +91,8 @@ class DataCheckHook(Hook):
         model = unwrapped(runner.model)
         loader = getattr(loop, 'dataloader', None)
         datasets = check_datasets(getattr(loader, 'dataset', None), model, learned)
-        if len(datasets) == 1:
-            for metric in getattr(getattr(loop, 'evaluator', None), 'metrics', ()):
+        for metric in getattr(getattr(loop, 'evaluator', None), 'metrics', ()):
+            check_topk(metric, model)
+            if len(datasets) == 1:
                 check_evaluator(metric, datasets[0])
         return datasets
