@@ -5,6 +5,7 @@ import pytest
 pytest.importorskip('mmengine', reason="the hook is mmengine's")
 
 import logging
+import re
 from types import SimpleNamespace
 
 import torch
@@ -51,6 +52,22 @@ def test_the_prefix_of_a_distributed_checkpoint_is_passed_over():
     model = tiny_model()
     state = {f'module.{key}': value for key, value in model.state_dict().items()}
     assert compare(model, state) == compare(model, model.state_dict())
+
+
+@pytest.mark.parametrize(
+    'change, words',
+    [
+        (lambda s: {f'_orig_mod.{k}': v for k, v in s.items()}, "begin with '_orig_mod.'"),
+        (
+            lambda s: {k[4:]: v for k, v in s.items() if k.startswith('bcn.')},
+            "of a part of the model alone \\('bcn.'\\)",
+        ),
+        (lambda s: {k: v for k, v in s.items() if 'conv' not in k}, 'of another config'),
+    ],
+)
+def test_names_that_differ_by_what_they_begin_with(change, words):
+    model = tiny_model()
+    assert re.search(words, str(compare(model, change(model.state_dict()))))
 
 
 def test_a_batch_norm_checkpoint_leaves_the_whole_norm_unfilled():
@@ -181,12 +198,13 @@ def test_the_runner_finds_the_tensors_where_the_tools_find_them(tmp_path):
     assert found.missing == ['conv.weight'] and not found.complete
 
 
-def test_weights_that_are_not_numbers_compute_nothing():
+@pytest.mark.parametrize('value', [torch.nan, torch.inf])
+def test_weights_that_are_not_numbers_compute_nothing(value):
     state = tiny_model().state_dict()
-    state['conv.weight'][0] = torch.nan
+    state['conv.weight'][0] = value
     found = compare(tiny_model(), state)
     assert found.not_numbers == ['conv.weight'] and not found.complete
-    assert 'fills all 9 tensors' in str(found) and 'NaN in the file: conv.weight' in str(found)
+    assert 'fills all 9 tensors' in str(found) and 'infinite in the file: conv.weight' in str(found)
 
 
 def test_nothing_is_resumed_from_weights_alone():

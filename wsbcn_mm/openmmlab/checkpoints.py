@@ -325,7 +325,7 @@ class Comparison:
         missing: Names that it does not have.
         other_shape: Names that it has in another shape, with the shape there and the model's.
         left_over: Names in the state dict that the model has no place for.
-        not_numbers: Names of parameters that it fills with NaN.
+        not_numbers: Names of parameters that it fills with NaN or infinity.
         unlike: What is wrong where the checkpoint records other settings of the layers, with the
             lines of a config that mend it.
     """
@@ -359,11 +359,25 @@ class Comparison:
         if self.left_over:
             lines.append(f'left over in the file: {_some(self.left_over)}')
         if unfilled:
-            lines.append('is it the checkpoint of another config (classes, norm, layers)?')
+            asked = 'is it the checkpoint of another config (classes, norm, layers)?'
+            lines.append(_prefixed(self.missing, self.left_over) or asked)
         if self.not_numbers:
-            lines.append(f'NaN in the file: {_some(self.not_numbers)}')
+            lines.append(f'NaN or infinite in the file: {_some(self.not_numbers)}')
             lines.append('did its training diverge? take an earlier one')
         return '\n  '.join([*lines, *self.unlike])
+
+
+def _prefixed(missing: list[str], left_over: list[str]) -> str | None:
+    """What names begin with, where that is all: a wrapper's name, or a part's."""
+    left = [name for name in left_over if not name.endswith('num_batches_tracked')]
+    wrapped = 'all names in the file begin with {!r}, a wrapper: save what it wraps'
+    part = 'it is the checkpoint of a part of the model alone ({!r})'
+    for longer, shorter, text in ((left, missing, wrapped), (missing, left, part)):
+        for name in longer if shorter else ():
+            prefix = name.removesuffix(shorter[0])
+            if prefix != name and {prefix + other for other in shorter} <= {*longer}:
+                return text.format(prefix)
+    return None
 
 
 def _some(names: list[str], at_most: int = 4) -> str:
@@ -436,7 +450,7 @@ def _load(
                 found.other_shape[name] = (value.shape, shapes[name])
             else:
                 found.filled.append(name)
-                if name in learned and not value.is_meta and value.isnan().any():
+                if name in learned and not value.is_meta and not value.isfinite().all():
                     found.not_numbers.append(name)
                 if copy:
                     continue

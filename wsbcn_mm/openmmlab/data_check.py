@@ -310,9 +310,11 @@ def check_evaluator(metric: Any, dataset: Any) -> None:
     if not known or not hasattr(dataset, 'cat_ids'):
         return
     if getattr(read_by_it, 'anns', None) == {} and not getattr(metric, 'format_only', False):
-        text = f'data: {dataset.ann_file} has no annotations: what {type(metric).__name__} says is '
+        lacks = (
+            f'data: {dataset.ann_file} has no annotations: what {type(metric).__name__} says is '
+        )
         mend = 'test_evaluator.format_only=True with outfile_prefix=... writes the predictions'
-        print_log(f'{text}-1\n  {mend}', 'current', logging.WARNING)
+        print_log(f'{lacks}-1\n  {mend}', 'current', logging.WARNING)
     same: list[bool | None] = []
     for index in range(0, len(dataset), max(1, len(dataset) // 8)):
         info = dataset.get_data_info(index)

@@ -68,9 +68,10 @@ def check_data(cfg: Config, *loaders: str) -> None:
             continue
         for path in _files_of(dataset):
             if not is_address(path) and not os.path.exists(path):
+                where = '' if os.path.isabs(path) else f' in {os.getcwd()}'
                 layout = next((text for name, text in LAYOUTS.items() if name in kind), '')
                 raise FileNotFoundError(
-                    f'{loader}: {kind} needs {path}, which does not exist\n{layout}'
+                    f'{loader}: {kind} needs {path}, which does not exist{where}\n{layout}'
                     f'  or name another place: --cfg-options {_key_of(cfg, dataset)}.data_root=...'
                 )
 

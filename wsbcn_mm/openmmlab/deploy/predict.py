@@ -26,8 +26,8 @@ from wsbcn_mm.openmmlab.config import (
 from wsbcn_mm.openmmlab.deploy import clips, labels
 from wsbcn_mm.openmmlab.errors import first_line
 
-SUFFIXES = ('.jpg', '.jpeg', '.jpe', '.jfif', '.jp2', '.png', '.bmp', '.ppm', '.pgm')
-SUFFIXES += ('.tif', '.tiff', '.webp', '.gif')
+JPEG = ('.jpg', '.jpeg', '.jpe', '.jfif', '.jp2')
+SUFFIXES = (*JPEG, '.png', '.bmp', '.ppm', '.pgm', '.tif', '.tiff', '.webp', '.gif')
 
 
 def find_images(
