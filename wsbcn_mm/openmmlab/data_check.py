@@ -340,9 +340,9 @@ def check_evaluator(metric: Any, dataset: Any) -> None:
     if read is None or 'segm' not in getattr(metric, 'metrics', ()):
         return
     for found in (read.segments.wrong, read.segments.ends):
-        if text := segments.said(found, dataset.cat_ids):
+        if wrong := segments.said(found, dataset.cat_ids):
             raise DataError(
-                f'{type(metric).__name__} does not evaluate segm with {dataset.ann_file}: {text}\n'
+                f'{type(metric).__name__} does not evaluate segm with {dataset.ann_file}: {wrong}\n'
                 f'  write {segments.EXPECTED}'
             )
 
