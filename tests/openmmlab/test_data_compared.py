@@ -10,6 +10,7 @@ from tests.openmmlab.data_sets import (
     CocoDataset,
     Data,
     LoadAnnotations,
+    LoadImageFromFile,
     Sorted,
     boxes,
     files,
@@ -17,7 +18,7 @@ from tests.openmmlab.data_sets import (
     mask,
     model_of,
 )
-from wsbcn_mm.openmmlab import data_check
+from wsbcn_mm.openmmlab import data_check, data_samples
 from wsbcn_mm.openmmlab.compat import DataError
 from wsbcn_mm.openmmlab.data_check import check_dataset
 from wsbcn_mm.openmmlab.hooks.data import DataCheckHook
@@ -144,7 +145,7 @@ def test_masks_are_looked_at_where_they_are_used(kind, steps, metrics, words, mo
 )
 def test_masks_that_are_left_out(poly2mask, words, monkeypatch):
     said = []
-    monkeypatch.setattr(data_check, 'print_log', lambda text, *_: said.append(text))
+    monkeypatch.setattr(data_samples, 'print_log', lambda text, *_: said.append(text))
     found = files(monkeypatch, a=['square', 'disc'])['a.json'].segments
     found.encoded.update({3: 2, 9: 5})
     found.short[7 if poly2mask else 9].add(4, 'is bad')
@@ -241,3 +242,16 @@ def test_an_evaluator_with_other_boxes_for_the_same_names(monkeypatch):
         data_check.check_evaluator(SimpleNamespace(_coco_api=read), data)
         assert len(said) == says
     assert 'has other boxes than a.json' in said[0]
+
+
+def test_masks_of_the_image_as_it_is_read(monkeypatch, tmp_path):
+    """Whatever size the file says it has; that is said by itself."""
+    (tmp_path / 'a.jpg').touch()
+    wrong = files(monkeypatch, a=['square', 'disc'])['a.json'].segments.wrong[3]
+    data = CocoDataset(cat_ids=[3, 7], steps=[LoadImageFromFile(), LoadMasks()])
+    data.data_prefix = dict(img=str(tmp_path))
+    wrong.add(4, 'is bad', dict(size=[10, 20], counts=[200]), 'a.jpg')
+    check_dataset(data, model_of())
+    wrong.mask = dict(size=[20, 10], counts=[200])
+    with pytest.raises(DataError, match='is bad'):
+        check_dataset(data, model_of())

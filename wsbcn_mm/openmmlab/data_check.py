@@ -23,10 +23,12 @@ from wsbcn_mm.openmmlab.data_samples import (
     check_masks,
     check_names_of_xml,
     check_objects,
+    check_segments,
 )
 
-# Samplers that go on for ever.
+# Samplers that go on for ever, and loops that wait for their end.
 ENDLESS = ('InfiniteSampler', 'MultiSourceSampler')
+WAITING = ('EpochBasedTrainLoop', 'ValLoop', 'TestLoop')
 
 
 def _inner(dataset: Any) -> Iterator[Any]:
@@ -176,30 +178,6 @@ def _check_names(dataset: Any, classes: list[str]) -> None:
     )
 
 
-def check_segments(dataset: Any) -> None:
-    """The masks that the pipeline loads are those of their images.
-
-    Raises:
-        DataError: one that cannot be read, or would be another.
-    """
-    read = annotations.files_read.get(str(getattr(dataset, 'ann_file', None)))
-    steps = getattr(getattr(dataset, 'pipeline', None), 'transforms', [])
-    load = next((step for step in steps if getattr(step, 'with_mask', False)), None)
-    if read is None or load is None or not hasattr(dataset, 'cat_ids'):
-        return
-    where, found = f'{type(dataset).__name__} ({dataset.ann_file})', read.segments
-    encoded = sum(found.encoded[number] for number in dataset.cat_ids)
-    if getattr(load, 'poly2mask', True):
-        if text := segments.said(found.wrong, dataset.cat_ids):
-            raise DataError(f'{where}: {text}\n  write {segments.EXPECTED}')
-    elif encoded:
-        text = f'{where}: {encoded} objects are RLEs, which LoadAnnotations leaves out with '
-        print_log(f'data: {text}poly2mask=False', 'current', logging.WARNING)
-    if text := segments.said(found.short, dataset.cat_ids):
-        text = f'{where}: {text}: it is left out, and the object, where it has no other'
-        print_log(f'data: {text}\n  write {segments.EXPECTED}', 'current', logging.WARNING)
-
-
 def _heads(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """The heads that tell the classes of the data apart."""
     if hasattr(model, 'language_model'):
@@ -290,16 +268,17 @@ def check_ends(loop: Any, name: str) -> None:
     Raises:
         DataError: it has one that never does.
     """
-    sampler = getattr(getattr(loop, 'dataloader', None), 'sampler', None)
-    kinds = [kind.__name__ for kind in type(loop).__mro__]
+    loader = getattr(loop, 'dataloader', None)
+    outer = getattr(loader, 'batch_sampler', None)
+    sampler = getattr(outer, 'sampler', None) or getattr(loader, 'sampler', None)
     endless = next((k.__name__ for k in type(sampler).__mro__ if k.__name__ in ENDLESS), None)
-    if endless is not None and 'IterBasedTrainLoop' not in kinds:
+    if endless is not None and type(loop).__name__ in WAITING:
         mend = 'a DefaultSampler ends'
         if name == 'train':
             mend += ", or count steps: train_cfg=dict(type='IterBasedTrainLoop', max_iters=...)"
         raise DataError(
             f'{name}_dataloader.sampler, {endless}, never comes to an end, and '
-            f'{kinds[0]} waits for it\n  {mend}'
+            f'{type(loop).__name__} waits for it\n  {mend}'
         )
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from mmengine.dataset import Compose
 from mmengine.logging import print_log
 
+from wsbcn_mm.openmmlab import annotations, segments
 from wsbcn_mm.openmmlab.compat import DataError
 from wsbcn_mm.openmmlab.reading import missing
 
@@ -79,6 +80,42 @@ def check_objects(dataset: Any, learned: bool) -> None:
     print_log(f'data: {text}', 'current', logging.WARNING)
 
 
+def _fits_the_file(dataset: Any, wrong: dict[Any, segments.Found]) -> bool:
+    """Whether the first is a mask of its image as it is read, which has another size than said."""
+    first = next(wrong[number] for number in dataset.cat_ids if number in wrong)
+    folder = (getattr(dataset, 'data_prefix', None) or {}).get('img')
+    if not isinstance(folder, str) or not isinstance(first.file_name, str):
+        return False
+    path = os.path.join(folder, first.file_name)
+    size = _size_of_image(dataset)(dict(img_path=path)) if os.path.isfile(path) else None
+    return size is not None and segments.wrong_mask(first.mask, list(size)) is None
+
+
+def check_segments(dataset: Any) -> None:
+    """The masks that the pipeline loads are those of their images.
+
+    Raises:
+        DataError: one that cannot be read, or would be another.
+    """
+    read = annotations.files_read.get(str(getattr(dataset, 'ann_file', None)))
+    steps = getattr(getattr(dataset, 'pipeline', None), 'transforms', [])
+    load = next((step for step in steps if getattr(step, 'with_mask', False)), None)
+    if read is None or load is None or not hasattr(dataset, 'cat_ids'):
+        return
+    where, found = f'{type(dataset).__name__} ({dataset.ann_file})', read.segments
+    encoded = sum(found.encoded[number] for number in dataset.cat_ids)
+    if getattr(load, 'poly2mask', True):
+        text = segments.said(found.wrong, dataset.cat_ids)
+        if text and not _fits_the_file(dataset, found.wrong):
+            raise DataError(f'{where}: {text}\n  write {segments.EXPECTED}')
+    elif encoded:
+        text = f'{where}: {encoded} objects are RLEs, which LoadAnnotations leaves out with '
+        print_log(f'data: {text}poly2mask=False', 'current', logging.WARNING)
+    if text := segments.said(found.short, dataset.cat_ids):
+        text = f'{where}: {text}: it is left out, and the object, where it has no other'
+        print_log(f'data: {text}\n  write {segments.EXPECTED}', 'current', logging.WARNING)
+
+
 def check_names_of_xml(dataset: Any, classes: list[str]) -> None:
     """The names in VOC's XML files are those of the classes; MMDetection leaves others out.
 
@@ -87,7 +124,8 @@ def check_names_of_xml(dataset: Any, classes: list[str]) -> None:
     """
     found: set[str | None] = set()
     for number, index in enumerate(_some(dataset, len(dataset))):
-        path = dataset.get_data_info(index).get('xml_path')
+        info = dataset.get_data_info(index)
+        path = info.get('xml_path') if isinstance(info, dict) else None
         if not isinstance(path, str) or not os.path.isfile(path):
             return
         found |= {name.text for name in ElementTree.parse(path).iterfind('object/name')}

@@ -31,7 +31,7 @@ def wrong_mask(mask: Any, size: list[Any]) -> str | None:
         return _wrong_size(mask, size) or _wrong_counts(mask)
     if not isinstance(mask, list):
         return f'is a {type(mask).__name__}'
-    if not isinstance(mask[0], list):
+    if not all(isinstance(polygon, list) for polygon in mask):
         return 'is one list of numbers, not a list of such lists'
     if any(not isinstance(x, (int, float)) for polygon in mask for x in polygon):
         return 'holds something else than numbers'
@@ -48,15 +48,15 @@ def _wrong_size(mask: dict[str, Any], size: list[Any]) -> str | None:
 
 def _wrong_counts(mask: dict[str, Any]) -> str | None:
     counts: Any = mask.get('counts')
-    height, width = mask['size']
     try:
+        pixels = mask['size'][0] * mask['size'][1]
         found = _pixels(counts) if isinstance(counts, str) else sum(counts)
         least = 0 if isinstance(counts, str) else min(counts, default=0)
     except TypeError:
         return f'is an RLE whose counts are a {type(counts).__name__}, not a list or a text'
-    if found == height * width and least >= 0:
+    if found == pixels and least >= 0:
         return None
-    return f'is an RLE of {found:g} pixels, and its size {mask["size"]} has {height * width}'
+    return f'is an RLE of {found:g} pixels, and its size {mask["size"]} has {pixels}'
 
 
 def _pixels(counts: str) -> int:
@@ -92,11 +92,13 @@ class Found:
     count: int = 0
     first: Any = None  # id of the annotation
     text: str = ''
+    mask: Any = None
+    file_name: Any = None  # of its image
 
-    def add(self, number: Any, text: str) -> None:
+    def add(self, number: Any, text: str, mask: Any = None, file_name: Any = None) -> None:
         """One more."""
         if not self.count:
-            self.first, self.text = number, text
+            self.first, self.text, self.mask, self.file_name = number, text, mask, file_name
         self.count += 1
 
 
@@ -127,7 +129,7 @@ def look_at(annotations: Iterable[dict[str, Any]], images: dict[Any, dict[str, A
     found, encoded, length = Segments(), [], 0
     for entry in annotations:
         mask = entry.get('segmentation')
-        if isinstance(mask, list) and mask and isinstance(mask[0], list):
+        if isinstance(mask, list) and mask and all(isinstance(p, list) for p in mask):
             for polygon in mask:
                 if len(polygon) % 2 or len(polygon) < 6:
                     break
@@ -155,16 +157,20 @@ def look_at(annotations: Iterable[dict[str, Any]], images: dict[Any, dict[str, A
 
 
 def _look_closely(found: Segments, entry: dict[str, Any], image: dict[str, Any]) -> None:
-    size = [image.get('height'), image.get('width')]
-    text = wrong_mask(entry.get('segmentation'), size)
+    mask, size = entry.get('segmentation'), [image.get('height'), image.get('width')]
+    text = wrong_mask(mask, size)
     if text is not None and _is_used(entry):
-        found.wrong[entry.get('category_id')].add(entry.get('id'), text)
+        kind = found.wrong[entry.get('category_id')]
+        kind.add(entry.get('id'), text, mask, image.get('file_name'))
 
 
 def _is_used(entry: dict[str, Any]) -> bool:
     """Whether MMDetection looks at an object at all."""
-    box, area = entry.get('bbox') or [], entry.get('area')
-    return len(box) == 4 and min(box[2:]) >= 1 and (area is None or area > 0)
+    box, area = entry.get('bbox'), entry.get('area', 1)
+    numbers = [*box[2:], area] if isinstance(box, list) and len(box) == 4 else [None]
+    if entry.get('ignore') or not all(isinstance(n, (int, float)) for n in numbers):
+        return False
+    return min(numbers[:2]) >= 1 and area > 0
 
 
 def said(found: dict[Any, Found], categories: Iterable[Any]) -> str | None:

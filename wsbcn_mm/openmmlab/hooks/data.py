@@ -61,7 +61,7 @@ class DataCheckHook(Hook):
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Writes the classes in the order of their labels: metainfo may have another."""
         if self._numbered:
-            checkpoint['meta'][BY_LABEL] = list(self._numbered)
+            checkpoint.setdefault('meta', {})[BY_LABEL] = list(self._numbered)
 
     def before_train(self, runner: Runner) -> None:
         """Looks at the data of training and of validation."""
