@@ -33,6 +33,7 @@ from wsbcn_mm.openmmlab.files import damage
 
 # Where a file may hold its tensors: OpenMMLab's and the authors' key, then others'.
 HOLDERS = ('state_dict', 'model', 'model_state_dict', 'state_dict_ema')
+BY_LABEL = 'classes_by_label'  # in the meta of a checkpoint: names in the order of the labels
 
 
 class CheckpointRefused(pickle.UnpicklingError, ValueError):

@@ -23,7 +23,7 @@ from PIL import Image
 from torch import nn
 
 from wsbcn_mm.openmmlab.compat import DataError
-from wsbcn_mm.openmmlab.deploy import predict
+from wsbcn_mm.openmmlab.deploy import inference, predict
 
 SHAPE = (24, 40)
 
@@ -198,6 +198,13 @@ def test_labels_are_named_in_the_order_of_the_annotation_file(tmp_path):
     model.dataset_meta = dict(classes=('disc', 'square'))
     names = predict.classes_of(cfg, model)['classes']
     assert names == ['square', 'disc']
+    meta = dict(dataset_meta=dict(classes=('disc', 'square'), palette=['red', 'green']))
+    model.dataset_meta = inference.by_label(meta)  # a checkpoint of others
+    assert predict.classes_of(cfg, model)['classes'] == names
+    for by_label, palette in ((['disc', 'square'], 'red'), (['square', 'disc'], 'green')):
+        model.dataset_meta = inference.by_label(dict(meta, classes_by_label=by_label))
+        found = predict.classes_of(cfg, model)
+        assert (found['classes'], found['palette'][0]) == (by_label, palette)
 
     writer = predict.CocoWriter(tmp_path / 'p.json', names, tmp_path / 'a.json')
     found = DetDataSample()

@@ -19,7 +19,7 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 from torch import nn
 
-from wsbcn_mm.openmmlab.checkpoints import meta_of
+from wsbcn_mm.openmmlab.checkpoints import BY_LABEL, meta_of
 from wsbcn_mm.openmmlab.deploy import stock
 from wsbcn_mm.openmmlab.deploy.inference import PlannedModel, preprocess
 from wsbcn_mm.openmmlab.deploy.parts import relative_error, tensor_parts
@@ -28,7 +28,7 @@ METRICS_TOLERANCE = 1e-3
 TOLERANCE = 1e-5  # where none is given; a network that rounds more by itself may have more
 EXACT = 1e-10  # what folding may change in float64
 ROUNDING = 2.0  # a folded model may be so many times further from float64 than the trained one
-META_KEPT = ('dataset_meta', 'epoch', 'iter')  # the config is that of the new model
+META_KEPT = ('dataset_meta', BY_LABEL, 'epoch', 'iter')  # the config is that of the new model
 
 
 class FoldingDiffers(ValueError):

@@ -66,8 +66,20 @@ def load_model(
     standardize_once_per_forward(model)
     state = checkpoints.state_dict_of(checkpoint, source)
     checkpoints.load(model, state, checkpoint, source=source)
-    model.dataset_meta = checkpoints.meta_of(checkpoint).get('dataset_meta')
+    model.dataset_meta = by_label(checkpoints.meta_of(checkpoint))
     return model
+
+
+def by_label(meta: dict) -> dict | None:
+    """What a checkpoint says of its data, the classes in the order of the labels if it has that."""
+    data, names = meta.get('dataset_meta'), meta.get(checkpoints.BY_LABEL)
+    if not data or not names or set(names) != set(data.get('classes') or ()):
+        return data
+    palette = data.get('palette')
+    if isinstance(palette, (list, tuple)) and len(palette) == len(names):
+        colours = dict(zip(data['classes'], palette))
+        palette = [colours[name] for name in names]
+    return {**data, 'classes': tuple(names), 'palette': palette, checkpoints.BY_LABEL: names}
 
 
 @dataclass

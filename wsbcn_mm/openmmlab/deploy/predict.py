@@ -14,6 +14,7 @@ from mmengine.dataset import Compose, pseudo_collate
 from mmengine.registry import VISUALIZERS
 from PIL import Image
 
+from wsbcn_mm.openmmlab.checkpoints import BY_LABEL
 from wsbcn_mm.openmmlab.compat import DataError
 from wsbcn_mm.openmmlab.config import (
     dataset_class,
@@ -164,7 +165,8 @@ def classes_of(cfg: Config, model: Any, required: bool = True) -> dict[str, Any]
     Where they are not ``required`` and nobody knows them, ``classes`` is None.
 
     The names are in the order of the labels. In COCO's layout that is the order of the annotation
-    file, whatever that of the names in the config is.
+    file that was trained on, whatever that of the names in the config is: checkpoints of ours hold
+    it, and of others the file that is tested on is asked.
     """
     meta = getattr(model, 'dataset_meta', None)
     # The names need no pipeline.
@@ -182,7 +184,8 @@ def classes_of(cfg: Config, model: Any, required: bool = True) -> dict[str, Any]
         )
     names = list(meta['classes'])
     file = Path(dataset.get('data_root') or '', dataset.get('ann_file') or '')
-    if _numbers_labels_by_file(cfg, kind) and file.is_file():
+    known = BY_LABEL in meta
+    if not known and _numbers_labels_by_file(cfg, kind) and file.is_file():
         names = [c['name'] for c in categories_of(file, names)] or names
     return {**meta, 'classes': names}
 

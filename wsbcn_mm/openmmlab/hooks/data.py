@@ -6,7 +6,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
-from wsbcn_mm.openmmlab.checkpoints import meta_of
+from wsbcn_mm.openmmlab.checkpoints import BY_LABEL, meta_of
 from wsbcn_mm.openmmlab.compat import unwrapped
 from wsbcn_mm.openmmlab.data_check import (
     check_datasets,
@@ -20,8 +20,6 @@ from wsbcn_mm.openmmlab.data_check import (
     note_order,
     place,
 )
-
-BY_LABEL = 'classes_by_label'  # in the meta of a checkpoint
 
 
 @HOOKS.register_module()
