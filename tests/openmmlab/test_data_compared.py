@@ -6,6 +6,8 @@ pytest.importorskip('mmengine', reason="the hook is mmengine's")
 
 from types import SimpleNamespace
 
+import torch
+
 from tests.openmmlab.data_sets import (
     CocoDataset,
     Data,
@@ -50,6 +52,11 @@ def test_categories_are_numbered_by_the_files(monkeypatch):
     runner = SimpleNamespace(model=model_of(), train_loop=loop(one), val_loop=loop(other))
     with pytest.raises(DataError, match=r"'square' is class 0 of CocoDataset .*, and class 1 of"):
         DataCheckHook().before_train(runner)
+    runner.val_loop, both = None, torch.utils.data.ConcatDataset([one, other])
+    runner.train_loop = loop(both)
+    with pytest.raises(DataError, match=r"'square' is class 0 of CocoDataset .*, and class 1 of"):
+        DataCheckHook().before_train(runner)
+    runner.train_loop = loop(one)
     runner.val_loop = loop(Sorted(cat_ids=[3, 7], ann_file='b.json'))
     DataCheckHook().before_train(runner)
     runner.val_loop = loop(other)

@@ -89,6 +89,15 @@ def labelled(label):
     return sample
 
 
+def test_boxes_without_masks_are_counted():
+    def pack(results):
+        return [results['gt_masks'][i] for i, _ in enumerate(results['gt_bboxes'])]
+
+    text = said_of(lambda: pack(dict(gt_bboxes=[1, 2, 3], gt_masks=[1])))
+    assert text.startswith('the pipeline gives 3 boxes and 1 masks: a step that mixes images')
+    assert said_of(lambda: pack(dict(gt_bboxes=[1], gt_masks={}))) is None  # a KeyError
+
+
 def test_what_the_pipeline_does_not_give_is_named():
 
     of_host = FunctionType((lambda s: s.masks).__code__, {'__name__': 'mmdet.models'})

@@ -240,6 +240,16 @@ def check_same(trained: Any, validated: Any) -> None:
         )
 
 
+def check_parts(first: Any, others: list[Any]) -> None:
+    """COCO files that are trained on together list their categories alike: labels go by them."""
+    for other in others:
+        steps = getattr(getattr(other, 'pipeline', None), 'transforms', [])
+        has_labels = any('LoadAnnotations' in type(step).__name__ for step in steps)
+        if has_labels and hasattr(first, 'cat_ids') and hasattr(other, 'cat_ids'):
+            names = [f'{type(d).__name__} ({place(d)})' for d in (first, other)]
+            check_order(classes_of(first), names[0], classes_of(other), names[1])
+
+
 def check_order(one: tuple[str, ...], of_one: str, other: tuple[str, ...], of_other: str) -> None:
     """Classes of one name have one number; other names are other words for what may be the same."""
     numbers = {name: i for i, name in enumerate(other)}

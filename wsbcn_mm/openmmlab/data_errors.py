@@ -43,6 +43,7 @@ def explain(cfg: Config, error: BaseException) -> str | None:
     return (
         _of_list(error, frames)
         or _of_empty(frames)
+        or _of_mixed(error, frames)
         or _of_pipeline(error, frames)
         or _of_sample(error, frames)
     )
@@ -98,6 +99,26 @@ def _of_empty(frames: list[Frame]) -> str | None:
                 '(keep_empty=True is what lets FilterAnnotations take images out)'
             )
     return None
+
+
+def _of_mixed(error: BaseException, frames: list[Frame]) -> str | None:
+    """Boxes of several images, and masks of the first."""
+    results = next(
+        (r for f in reversed(frames) if isinstance(r := f.names.get('results'), dict)), {}
+    )
+    boxes, masks = results.get('gt_bboxes'), results.get('gt_masks')
+    if (
+        not isinstance(error, IndexError)
+        or boxes is None
+        or masks is None
+        or len(boxes) == len(masks)
+    ):
+        return None
+    return (
+        f'the pipeline gives {len(boxes)} boxes and {len(masks)} masks: a step that mixes images '
+        '(Mosaic, MixUp) keeps the masks of one alone\n  CopyPaste keeps all; or load none: '
+        'LoadAnnotations with with_mask=False'
+    )
 
 
 def _settings_of(step: Any) -> str:

@@ -13,6 +13,7 @@ from wsbcn_mm.openmmlab.data_check import (
     check_ends,
     check_evaluator,
     check_order,
+    check_parts,
     check_same,
     check_surplus,
     check_topk,
@@ -69,6 +70,8 @@ class DataCheckHook(Hook):
         validated = self._check(runner, runner.val_loop)
         if len(trained) == len(validated) == 1:
             check_same(trained[0], validated[0])
+        elif trained:
+            check_parts(trained[0], [*trained[1:], *validated])
         if len({classes_of(dataset) for dataset in trained}) == 1:
             self._numbered = classes_of(trained[0])
         if not self._has_weights:
