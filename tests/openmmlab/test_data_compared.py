@@ -238,6 +238,18 @@ def test_more_answers_than_classes(module, topk, fits):
         DataCheckHook().before_test(runner)
 
 
+class IoUMetric:
+    """Named as MMSegmentation's."""
+
+
+def test_a_metric_that_needs_the_names_of_the_classes():
+    runner = SimpleNamespace(model=model_of(), test_loop=loop(Data(), IoUMetric()))
+    DataCheckHook().before_test(runner)
+    runner.test_loop = loop(Data(classes=None), IoUMetric())
+    with pytest.raises(DataError, match='has no names of classes, which IoUMetric needs'):
+        DataCheckHook().before_test(runner)
+
+
 def test_an_evaluator_with_other_boxes_for_the_same_names(monkeypatch):
     said = []
     monkeypatch.setattr(data_check, 'print_log', lambda text, *_: said.append(text))

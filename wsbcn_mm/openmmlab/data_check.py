@@ -352,6 +352,19 @@ def check_topk(metric: Any, model: nn.Module) -> None:
         )
 
 
+def check_named(metric: Any, dataset: Any) -> None:
+    """MMSegmentation's metric counts by class, and asks for their names after the first images.
+
+    Raises:
+        DataError: nobody has said them.
+    """
+    if type(metric).__name__ == 'IoUMetric' and not dataset.metainfo.get('classes'):
+        raise DataError(
+            f'{type(dataset).__name__} ({place(dataset)}) has no names of classes, which IoUMetric '
+            "needs\n  set metainfo=dict(classes=('background', ...)) of the data sets"
+        )
+
+
 def _same_boxes(info: dict[str, Any], entries: list[dict] | None) -> bool | None:
     """Whether two files know an object of an image alike; None where one of them knows none."""
     own = {tuple(item['bbox']) for item in info.get('instances') or []}

@@ -12,6 +12,7 @@ from wsbcn_mm.openmmlab.data_check import (
     check_datasets,
     check_ends,
     check_evaluator,
+    check_named,
     check_order,
     check_parts,
     check_same,
@@ -95,5 +96,6 @@ class DataCheckHook(Hook):
         for metric in getattr(getattr(loop, 'evaluator', None), 'metrics', ()):
             check_topk(metric, model)
             if len(datasets) == 1:
+                check_named(metric, datasets[0])
                 check_evaluator(metric, datasets[0])
         return datasets
