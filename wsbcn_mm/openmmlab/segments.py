@@ -166,11 +166,11 @@ def _look_closely(found: Segments, entry: dict[str, Any], image: dict[str, Any])
 
 def _is_used(entry: dict[str, Any]) -> bool:
     """Whether MMDetection looks at an object at all."""
-    box, area = entry.get('bbox'), entry.get('area', 1)
-    numbers = [*box[2:], area] if isinstance(box, list) and len(box) == 4 else [None]
+    box = entry.get('bbox')
+    numbers: list[Any] = [*box[2:], entry.get('area', 1)] if isinstance(box, list) else []
     if entry.get('ignore') or not all(isinstance(n, (int, float)) for n in numbers):
         return False
-    return min(numbers[:2]) >= 1 and area > 0
+    return len(numbers) == 3 and min(numbers[:2]) >= 1 and numbers[2] > 0
 
 
 def said(found: dict[Any, Found], categories: Iterable[Any]) -> str | None:
