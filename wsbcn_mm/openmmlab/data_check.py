@@ -367,7 +367,8 @@ def check_named(metric: Any, dataset: Any) -> None:
 
 def _same_boxes(info: dict[str, Any], entries: list[dict] | None) -> bool | None:
     """Whether two files know an object of an image alike; None where one of them knows none."""
-    own = {tuple(item['bbox']) for item in info.get('instances') or []}
+    items = [item.get('bbox') for item in info.get('instances') or []]
+    own = {tuple(box) for box in items if annotations.is_box(box)}
     boxes = [entry['bbox'] for entry in entries or [] if annotations.is_box(entry.get('bbox'))]
     other = {(x, y, x + width, y + height) for x, y, width, height in boxes}
     return bool(own & other) if own and other else None
