@@ -137,6 +137,24 @@ def test_the_rate_of_adam_goes_with_the_root_of_the_batch(kind, start):
     assert changes(cfg, images=1, gpus=4, accumulate=16, start=start)[0][LR] == 1.2e-4  # upwards
 
 
+@pytest.mark.parametrize(
+    'scope, start, kind, given, clipped',
+    [
+        ('mmdet', 'scratch', 'SGD', None, True),
+        ('mmdet', 'scratch', 'SGD', dict(max_norm=35), False),
+        ('mmdet', 'pretrained', 'SGD', None, False),
+        ('mmdet', 'scratch', 'AdamW', None, False),
+        ('mmseg', 'scratch', 'SGD', None, False),
+    ],
+)
+def test_a_detector_from_scratch_gets_clipped_gradients(scope, start, kind, given, clipped):
+    cfg = config(**BASE_16)
+    cfg.default_scope, cfg.optim_wrapper.optimizer.type = scope, kind
+    cfg.optim_wrapper.clip_grad = given
+    found = [(s.place[-1], s.value) for s in recipe.clipping(cfg, start)]
+    assert found == ([('clip_grad', dict(max_norm=10))] if clipped else [])
+
+
 def test_rates_of_others_are_left_to_the_linear_rule():
     """An optimizer that was not measured, and rates by layer."""
     cfg = config(**BASE_16)

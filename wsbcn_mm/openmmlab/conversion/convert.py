@@ -51,7 +51,7 @@ def convert_config(
     - ``batch_size`` is set; the learning rate and the schedulers' own rates follow by the linear
       rule down to what was measured at one image (`recipe.least_rate`), ``auto_scale_lr`` with
       them, and all iterations that are counted, so that training sees as many images as before.
-      Norms get no weight decay.
+      Norms get no weight decay, detectors from scratch clipped gradients.
     - `EstimatesHook` joins the custom hooks.
     - Checkpoints of the parts that changed are dropped: they hold weights of other layers. A
       backbone that was pretrained with BatchNorm is kept as it is (``backbone``).
@@ -105,6 +105,7 @@ def convert_config(
     batch = recipe.Batch(images_per_gpu, gpus, accumulate, keep_lr, schedule == 'images', start)
     settings, warnings = recipe.rescaled(conversion.cfg, batch)
     conversion.warnings += warnings
+    settings += recipe.clipping(conversion.cfg, start)
     for setting in (*settings, *recipe.no_decay_of_norms(conversion.cfg)):
         conversion.set(setting.place, setting.value, setting.why)
     _shorten_warm_up(conversion, gpus or recipe.gpus_of_rate(conversion.cfg) or 1)

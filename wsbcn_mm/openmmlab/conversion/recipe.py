@@ -163,7 +163,7 @@ BY_THE_ROOT = ('Adam', 'AdamW', 'Adamax', 'NAdam', 'RAdam', 'Lamb', 'LAMB')
 
 
 def rate_at(cfg: Config, ratio: float, start: str | None, images: int) -> tuple[float, str]:
-    """The learning rate at another number of images per step.
+    """The learning rate at another number of images per step, and by which rule.
 
     The linear rule, for Adam and its kind that of the root, down to `least_rate`.
 
@@ -172,9 +172,6 @@ def rate_at(cfg: Config, ratio: float, start: str | None, images: int) -> tuple[
         ratio: Images per step to those that the rate is for.
         start: As in `least_rate`.
         images: Per step of the optimizer.
-
-    Returns:
-        The rate, and by which rule.
     """
     lr = optimizer_setting(cfg, 'lr')
     root = type_name(cfg.optim_wrapper.optimizer) in BY_THE_ROOT
@@ -424,6 +421,16 @@ def _iterations_of_loop(cfg: Config, factor: float) -> list[Setting]:
         place = ('default_hooks', 'checkpoint', 'interval')
         settings.append(Setting(place, times(hook['interval']), why))
     return settings
+
+
+def clipping(cfg: Config, start: str | None) -> list[Setting]:
+    """Clipped gradients for a detector from scratch by SGD (docs/study.md, RetinaNet)."""
+    wrapper = cfg.get('optim_wrapper') or {}
+    ours = start == 'scratch' and find_scope(cfg) == 'mmdet' and optimizer_setting(cfg, 'lr')
+    if not ours or wrapper.get('clip_grad') or type_name(wrapper['optimizer']) != 'SGD':
+        return []
+    why = 'parts without a norm: a detector from scratch diverges'
+    return [Setting(('optim_wrapper', 'clip_grad'), dict(max_norm=10), why)]
 
 
 # ---- weight decay ------------------------------------------------------------------------------
