@@ -136,7 +136,7 @@ LINEAR_UP_TO: dict[tuple[str, str, str], int] = {
 
 
 def least_rate(cfg: Config, start: str | None, images: int = 1) -> float | None:
-    """The rate below which the linear rule does not take a config; None where none was measured.
+    """The rate below which the rule of `rate_at` takes no config; None where none was measured.
 
     Args:
         cfg: The config, for its optimizer.
