@@ -2,11 +2,18 @@
 // backends/autograd.py does for every backend, without Python in between, which takes longer than a
 // small map. The second derivative goes back there (`normalize_twice`).
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/saved_variable.h>
 #include <torch/library.h>
 
+#include <array>
+#include <memory>
+#include <mutex>
 #include <string>
 #include <tuple>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "batch_channel_norm.h"
@@ -14,7 +21,8 @@
 namespace wsbcn {
 namespace {
 
-using torch::autograd::AutogradContext;
+using torch::autograd::Node;
+using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 
 // An operator of backends/ops.py; the signature is checked when it is first used.
@@ -110,51 +118,110 @@ std::vector<Tensor> normalize_twice(const Tensor& grad, const Tensor& x, int64_t
                  affine.weight, affine.bias, eps);
 }
 
-struct Normalize : torch::autograd::Function<Normalize> {
-  // The tensors that are differentiated first, one by one: torch looks for them there.
-  static Tensor forward(AutogradContext* ctx, const Tensor& x, const OptionalTensor& batch_weight,
-                        const OptionalTensor& batch_bias, const OptionalTensor& weight,
-                        const OptionalTensor& bias, const Call& call) {
-    at::AutoDispatchBelowADInplaceOrView below;
-    auto [y, s] = normalize_with_statistics(x, {batch_weight, batch_bias, weight, bias}, call);
-    ctx->save_for_backward({x, or_undefined(batch_weight), or_undefined(batch_bias),
-                            or_undefined(weight), or_undefined(bias), s.m, s.q, s.mean, s.var,
-                            s.group_mean, s.inv_group_std});
-    ctx->saved_data["num_groups"] = call.num_groups;
-    ctx->saved_data["eps"] = call.eps;
-    ctx->saved_data["from_batch"] = call.from_batch;
-    return y;
+// Of torch's own classes, and not a torch::autograd::Function, which takes as long again as all of
+// this.
+struct NormalizeBackward : Node {
+  NormalizeBackward(const Tensor& x, const Affine& affine, const Statistics& s, const Call& call)
+      : num_groups(call.num_groups), eps(call.eps), from_batch(call.from_batch) {
+    const auto& [m, q, mean, var, group_mean, inv_group_std] = s;
+    const std::array<Tensor, kSaved> tensors{x,
+                                             or_undefined(affine.batch_weight),
+                                             or_undefined(affine.batch_bias),
+                                             or_undefined(affine.weight),
+                                             or_undefined(affine.bias),
+                                             m,
+                                             q,
+                                             mean,
+                                             var,
+                                             group_mean,
+                                             inv_group_std};
+    for (size_t i = 0; i < kSaved; ++i) {
+      if (tensors[i].defined()) saved[i] = SavedVariable(tensors[i], /*is_output=*/false);
+      there[i] = tensors[i].defined();
+    }
   }
 
-  static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    const variable_list saved = ctx->get_saved_variables();
-    const Tensor& x = saved[0];
-    const Affine affine{optional(saved[1]), optional(saved[2]), optional(saved[3]),
-                        optional(saved[4])};
-    const Statistics s{saved[5], saved[6], saved[7], saved[8], saved[9], saved[10]};
-    const int64_t num_groups = ctx->saved_data["num_groups"].toInt();
-    const double eps = ctx->saved_data["eps"].toDouble();
-    const bool from_batch = ctx->saved_data["from_batch"].toBool();
-    variable_list result(6);
-    if (is_differentiated(grads[0])) {
+  std::string name() const override { return "BatchChannelNormBackward"; }
+
+  variable_list apply(variable_list&& grads) override {
+    std::lock_guard<std::mutex> guard(mutex_);
+    TORCH_CHECK(!released, torch::autograd::ERR_BACKWARD_TWICE);
+    std::array<Tensor, kSaved> t;
+    for (size_t i = 0; i < kSaved; ++i) {
+      if (there[i]) t[i] = saved[i].unpack();
+    }
+    const Tensor& x = t[0];
+    const Tensor grad = grads[0].defined() ? std::move(grads[0]) : at::zeros_like(x);
+    const Affine affine{optional(t[1]), optional(t[2]), optional(t[3]), optional(t[4])};
+    const Statistics s{t[5], t[6], t[7], t[8], t[9], t[10]};
+    variable_list result(kInputs);
+    if (is_differentiated(grad)) {
       const OptionalTensor none;
-      auto gradients = normalize_twice(grads[0], x, num_groups, from_batch ? none : s.mean,
+      auto gradients = normalize_twice(grad, x, num_groups, from_batch ? none : s.mean,
                                        from_batch ? none : s.var, affine, eps);
-      for (size_t i = 0, next = 0; i < 5; ++i) {
-        if (saved[i].defined() && saved[i].requires_grad()) result[i] = gradients[next++];
+      for (size_t i = 0, next = 0; i < kInputs; ++i) {
+        if (t[i].defined() && t[i].requires_grad()) result[i] = gradients[next++];
       }
       return result;
     }
     auto [dx, d_batch_weight, d_batch_bias, d_weight, d_bias] =
-        normalize_backward(grads[0], x, num_groups, s, affine, eps, from_batch);
-    result[0] = dx;
-    result[1] = gradient_of(affine.batch_weight, d_batch_weight);
-    result[2] = gradient_of(affine.batch_bias, d_batch_bias);
-    result[3] = gradient_of(affine.weight, d_weight);
-    result[4] = gradient_of(affine.bias, d_bias);
+        normalize_backward(grad, x, num_groups, s, affine, eps, from_batch);
+    result[0] = std::move(dx);
+    result[1] = gradient_of(affine.batch_weight, std::move(d_batch_weight));
+    result[2] = gradient_of(affine.batch_bias, std::move(d_batch_bias));
+    result[3] = gradient_of(affine.weight, std::move(d_weight));
+    result[4] = gradient_of(affine.bias, std::move(d_bias));
     return result;
   }
+
+  void release_variables() override {
+    std::lock_guard<std::mutex> guard(mutex_);
+    released = true;
+    for (SavedVariable& variable : saved) variable.reset_data();
+  }
+
+  static constexpr size_t kInputs = 5, kSaved = 11;
+  std::array<SavedVariable, kSaved> saved;
+  std::array<bool, kSaved> there;
+  const int64_t num_groups;
+  const double eps;
+  const bool from_batch;
+  bool released = false;
 };
+
+// What a tensor holds its node by: torch's versions have had two kinds.
+using NodePointer = std::decay_t<decltype(std::declval<Tensor>().grad_fn())>;
+
+template <typename Pointer = NodePointer>
+Pointer held(std::unique_ptr<Node> node) {
+  if constexpr (std::is_same_v<Pointer, std::shared_ptr<Node>>) {
+    return Pointer(node.release(), [](auto* made) { deleteNode(made); });
+  } else {
+    return Pointer(std::move(node));
+  }
+}
+
+bool has_tangent(const OptionalTensor& tensor) {
+  return is_there(tensor) && tensor->_fw_grad(0).defined();
+}
+
+Tensor normalize_with_node(const Tensor& x, const Affine& affine, const Call& call) {
+  const auto& [batch_weight, batch_bias, weight, bias] = affine;
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      !x._fw_grad(0).defined() && !has_tangent(batch_weight) && !has_tangent(batch_bias) &&
+          !has_tangent(weight) && !has_tangent(bias),
+      "wsbcn_mm::batch_channel_norm has no forward-mode derivative: call the layer or "
+      "wsbcn_mm.functional.batch_channel_norm, which have one");
+  auto [y, s] = [&] {
+    at::AutoDispatchBelowADInplaceOrView below;
+    return normalize_with_statistics(x, affine, call);
+  }();
+  const NodePointer node = held(std::make_unique<NormalizeBackward>(x, affine, s, call));
+  node->set_next_edges(
+      torch::autograd::collect_next_edges(x, batch_weight, batch_bias, weight, bias));
+  torch::autograd::set_history(y, node);
+  return y;
+}
 
 bool requires_grad(const OptionalTensor& tensor) {
   return is_there(tensor) && tensor->requires_grad();
@@ -179,7 +246,7 @@ Tensor batch_channel_norm(const Tensor& x, int64_t num_groups, Tensor& running_m
       at::GradMode::is_enabled() &&
       (x.requires_grad() || requires_grad(batch_weight) || requires_grad(batch_bias) ||
        requires_grad(weight) || requires_grad(bias));
-  if (differentiable) return Normalize::apply(x, batch_weight, batch_bias, weight, bias, call);
+  if (differentiable) return normalize_with_node(x, affine, call);
   at::AutoDispatchBelowADInplaceOrView below;
   if (!call.rate.is_given()) return evaluate(x, affine, call);
   return std::get<0>(normalize_with_statistics(x, affine, call));
