@@ -7,6 +7,7 @@ pytest.importorskip('pycocotools', reason='reads the files')
 
 import copy
 import json
+import math
 import re
 
 from mmengine.config import Config
@@ -129,6 +130,13 @@ def test_what_is_lost_and_cannot_be_meant_is_refused(changes, words, tmp_path):
         (dict(annotations=dict(OBJECT, id=7, image_id=9)), ['1 of 3 annotations of images']),
         (dict(annotations=dict(OBJECT, id=7, category_id=9)), ['1 of 3 annotations of categories']),
         (dict(images=IMAGE), []),  # one image twice is one image
+        (
+            dict(annotations=dict(OBJECT, id=7, bbox=[0, 0, -2, 2])),
+            [r'1 of 3 annotations whose box is none (id 7: [0, 0, -2, 2])'],
+        ),
+        (dict(annotations=dict(OBJECT, id=7, bbox=[0, 0, math.nan, 2])), ['(id 7: [0, 0, nan']),
+        (dict(annotations=dict(OBJECT, id=7, bbox=[-math.inf, 0, 2, 2])), ['(id 7: [-inf, 0']),
+        (dict(annotations=dict(OBJECT, id=7, bbox=[0, 0, 0, 2])), ['(id 7: [0, 0, 0, 2])']),
         (dict(annotations=[]), []),
         ({}, []),
     ],

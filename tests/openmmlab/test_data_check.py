@@ -230,6 +230,19 @@ def test_classes_that_xml_files_write_otherwise(name, is_right, tmp_path):
         check_dataset(data, model_of(), learned=True)
 
 
+@pytest.mark.parametrize('box', [[9, 0, 4, 9], [4, 0, 4, 9], [0, float('nan'), 4, 9]])
+def test_boxes_that_end_before_they_begin(box, monkeypatch):
+    said = []
+    monkeypatch.setattr(data_samples, 'print_log', lambda text, *_: said.append(text))
+    right, wrong = (dict(bbox=b, ignore_flag=0) for b in ([0, 0, 9, 9], box))
+    data = Data(item=dict(xml_path='a.xml', instances=[right, dict(wrong, ignore_flag=1)]))
+    check_dataset(data, model_of(), learned=True)
+    assert not said  # ignored
+    data.item['instances'].append(wrong)
+    check_dataset(data, model_of(), learned=True)
+    assert len(said) == 1 and 'a.xml has the box' in said[0]
+
+
 class Repeated(torch.utils.data.Dataset):
     """A wrapper, as RepeatDataset is one."""
 

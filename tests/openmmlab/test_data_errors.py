@@ -55,6 +55,22 @@ def test_a_name_in_a_list_whose_file_is_missing_is_shown():
     assert 'every line must be the name of an image without its suffix' in text
 
 
+@pytest.mark.parametrize('text', ['nan', None])
+def test_an_xml_file_that_cannot_be_read_is_named(text):
+    class XMLDataset(BaseDataset):
+        """Named as MMDetection's."""
+
+        def load_data_list(self):
+            for img_id in ('a', 'b'):
+                self.parse_data_info(dict(img_id=img_id, xml_path=f'{img_id}.xml'))
+
+        def parse_data_info(self, img_info):
+            int(float(text.strip()))
+
+    said = said_of(lambda: XMLDataset(ann_file='list.txt'))
+    assert said.startswith('a.xml cannot be read\n') and 'bndbox with xmin' in said
+
+
 def test_the_step_that_takes_out_every_image_is_named():
     class Images(BaseDataset):
         def load_data_list(self):

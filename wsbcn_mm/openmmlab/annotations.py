@@ -240,7 +240,30 @@ def check_index(coco: Any, file: str) -> list[str]:
         if count == len(content['annotations']):
             raise DataError(f'{file} {text}\n  write the ids as they are there, text or number')
         notes.append(f'{file} {text}')
-    return notes
+    without = _without_size(content['annotations'])
+    return notes if without is None else [*notes, f'{file} {without}']
+
+
+def _without_size(entries: list[dict[str, Any]]) -> str | None:
+    """How many boxes are none; a few of no width or height alone are a matter of drawing."""
+    odd = [a for a in entries if _is_odd(a.get('bbox'))]
+    flat = all(is_box(a['bbox']) and min(a['bbox'][2:]) == 0 for a in odd)
+    if not odd or (flat and len(odd) * 100 < len(entries)):
+        return None
+    first = next((a for a in odd if not is_box(a['bbox']) or min(a['bbox'][2:]) < 0), odd[0])
+    return (
+        f'has {len(odd)} of {len(entries)} annotations whose box is none (id {first.get("id")}: '
+        f'{first["bbox"]}): MMDetection leaves them out, or learns NaN of them\n  write bbox as '
+        '[x, y, width, height] in pixels, the latter above 0'
+    )
+
+
+def _is_odd(box: Any) -> bool:
+    """Four numbers that are no [x, y, width, height]; what is none at all raises in the host."""
+    if not isinstance(box, list) or len(box) != 4 or not {*map(type, box)} <= {int, float}:
+        return False
+    x, y, width, height = box
+    return not (0 < width < math.inf and 0 < height < math.inf and math.isfinite(x + y))
 
 
 @dataclass

@@ -18,6 +18,7 @@ from wsbcn_mm.openmmlab.compat import DataError, no_image_in
 from wsbcn_mm.openmmlab.data_samples import (
     IGNORED,
     alike,
+    check_boxes,
     check_images,
     check_labels,
     check_masks,
@@ -78,6 +79,8 @@ def check_dataset(dataset: Any, model: nn.Module, learned: bool = False) -> None
     if learned:
         check_names_of_xml(dataset, list(classes))
     check_objects(dataset, learned)
+    if learned:
+        check_boxes(dataset)
     check_images(dataset)
     if classes:
         check_masks(dataset, classes, {IGNORED, *_ignored(model)}, learned)

@@ -72,6 +72,13 @@ def _of_list(error: BaseException, frames: list[Frame]) -> str | None:
         if frame.code.co_name == 'load_data_list' and isinstance(dataset, BaseDataset):
             line = next((frame.names[n] for n in NAMES if n in frame.names), None)
             wanted = [LINES[k.__name__] for k in type(dataset).__mro__ if k.__name__ in LINES]
+            inside = next((f.names['img_info'] for f in frames if 'xml_path' in _info(f)), None)
+            if inside is not None and not isinstance(error, OSError):
+                return (
+                    f'{inside["xml_path"]} cannot be read\n  {type(error).__name__}: '
+                    f'{first_line(error)}\n  an object needs a name and a bndbox with xmin, ymin, '
+                    'xmax, ymax in pixels, the size width and height'
+                )
             if line is None or not wanted or not isinstance(error, KINDS):
                 return None
             shown = line if isinstance(line, str) else ' '.join(line)
@@ -81,6 +88,11 @@ def _of_list(error: BaseException, frames: list[Frame]) -> str | None:
                 f'must be {wanted[0]}; no heading, no empty line'
             )
     return None
+
+
+def _info(frame: Frame) -> dict[str, Any]:
+    info = frame.names.get('img_info')
+    return info if isinstance(info, dict) else {}
 
 
 def _of_empty(frames: list[Frame]) -> str | None:

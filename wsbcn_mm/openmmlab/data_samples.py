@@ -147,6 +147,28 @@ def alike(missing: list[str], others: list[str], cutoff: float = 0.6) -> str:
     return ', '.join(f'{a!r} for {b[0]!r}' for a, b in zip(missing, near) if b)
 
 
+def check_boxes(dataset: Any) -> None:
+    """Boxes end behind where they begin; COCO's are looked at when they are read."""
+    if hasattr(dataset, 'cat_ids'):
+        return
+    for index in _some(dataset, MANY):
+        info = dataset.get_data_info(index)
+        objects = info.get('instances') if isinstance(info, dict) else None
+        boxes = [o['bbox'] for o in objects or [] if not o.get('ignore_flag') and 'bbox' in o]
+        corners = np.array([box for box in boxes if len(box) == 4], float).reshape(-1, 4)
+        wrong = ~(corners[:, 2:] > corners[:, :2]).all(1)  # NaN is no order
+        if wrong.any():
+            print_log(
+                f'data: {type(dataset).__name__}: {info.get("xml_path") or info.get("img_path")} '
+                f'has the box {corners[wrong][0].tolist()}, which ends before it begins or where '
+                'it does (x1, y1, x2, y2): the loss may be NaN\n  correct it, or set '
+                'filter_cfg=dict(bbox_min_size=1) where the data set takes that',
+                'current',
+                logging.WARNING,
+            )
+            return
+
+
 def check_images(dataset: Any) -> None:
     """Images have the size that their annotations say, and boxes lie inside.
 

@@ -6,6 +6,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
+from wsbcn_mm.openmmlab.arriving import Arriving
 from wsbcn_mm.openmmlab.checkpoints import BY_LABEL, meta_of
 from wsbcn_mm.openmmlab.compat import unwrapped
 from wsbcn_mm.openmmlab.data_check import (
@@ -43,13 +44,16 @@ class DataCheckHook(Hook):
     - masks (COCO's) that are none, or not of their image;
     - masks that are pictures (RGB), have another size than their image, hold labels the config has
       no class for, or are 0 and 255 alone: 255 means "ignore" (and so does 0, with
-      ``reduce_zero_label``); for training, masks of "ignore" alone.
+      ``reduce_zero_label``); for training, masks of "ignore" alone;
+    - training images that have all lost their objects in the pipeline, and boxes that are none
+      where the loss is not finite (`Arriving`).
     """
 
     _named: tuple[str, ...] = ()  # as the checkpoint's metainfo names the classes
     _learned: tuple[str, ...] = ()  # in the order of its labels
     _numbered: tuple[str, ...] = ()  # the same of what is trained on
     _has_weights = False
+    _arriving: Arriving | None = None
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Keeps the names of the classes that the weights were trained on."""
@@ -77,6 +81,24 @@ class DataCheckHook(Hook):
             self._numbered = classes_of(trained[0])
         if not self._has_weights:
             check_surplus(trained, unwrapped(runner.model))
+        self._arriving = Arriving(trained)
+
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
+        """Looks at what arrives."""
+        if self._arriving is not None:
+            self._arriving.before(data_batch)
+
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None
+    ) -> None:
+        """Looks at the loss where a box is none."""
+        if self._arriving is not None:
+            self._arriving.after(outputs)
+
+    def after_train(self, runner: Runner) -> None:
+        """Tells a training that has learned nothing from one that has."""
+        if self._arriving is not None:
+            self._arriving.end()
 
     def before_test(self, runner: Runner) -> None:
         """Looks at the data of testing."""
