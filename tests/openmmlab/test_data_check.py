@@ -112,6 +112,11 @@ WRONG = {
         model_of(),
         "(?s)the folder disc is class 0, .* calls that 'square'.*order: disc, square",
     ),
+    'a folder of an editor as a class': (
+        labelled(0, classes=('a', 'b'), folder_to_idx={'.ipynb_checkpoints': 0, 'b': 1}),
+        model_of(),
+        '(?s)\\.ipynb_checkpoints is taken for a class.*remove the folder',
+    ),
     'no name that the file has': (
         Data(classes=('a', 'b'), cat_ids=[], categories=['square']),
         model_of(),
@@ -228,6 +233,22 @@ def test_classes_that_xml_files_write_otherwise(name, is_right, tmp_path):
         return
     with pytest.raises(DataError, match="objects sqare, .*\\n  is it 'square' for 'sqare'"):
         check_dataset(data, model_of(), learned=True)
+
+
+@pytest.mark.parametrize('has_mask', [True, False])
+def test_images_that_an_editor_has_left_behind(has_mask, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(data_samples, 'print_log', lambda text, *_: said.append(text))
+    data = Data(masks=[mask(0, 1)], ann_file='', data_prefix=dict(img_path=str(tmp_path)))
+    path = tmp_path / '.ipynb_checkpoints' / 'a-checkpoint.png'
+    item = dict(img_path=str(path), seg_map_path=__file__ if has_mask else 'a', mask=mask(0, 1))
+    data.get_data_info = lambda index: item
+    if has_mask:
+        check_dataset(data, model_of())
+        assert len(said) == 1 and '1 of 1 images lie in' in said[0]
+        return
+    with pytest.raises(DataError, match='checkpoints, which an editor or a system has made'):
+        check_dataset(data, model_of())
 
 
 @pytest.mark.parametrize('box', [[9, 0, 4, 9], [4, 0, 4, 9], [0, float('nan'), 4, 9]])

@@ -71,6 +71,23 @@ def test_an_xml_file_that_cannot_be_read_is_named(text):
     assert said.startswith('a.xml cannot be read\n') and 'bndbox with xmin' in said
 
 
+def test_a_folder_of_an_editor_that_is_one_class_too_many():
+    class CustomDataset(BaseDataset):
+        """Named as MMPretrain's."""
+
+        img_prefix = 'train'
+
+        def load_data_list(self):
+            return self._find_samples()
+
+        def _find_samples(self):
+            classes = ['.ipynb_checkpoints', 'cat']
+            assert len(classes) == 1, "doesn't match the number of specified classes"
+
+    text = said_of(CustomDataset)
+    assert text.startswith('CustomDataset: train/.ipynb_checkpoints is taken for a class')
+
+
 def test_the_step_that_takes_out_every_image_is_named():
     class Images(BaseDataset):
         def load_data_list(self):

@@ -21,6 +21,7 @@ from wsbcn_mm.openmmlab.data_samples import (
     check_boxes,
     check_images,
     check_labels,
+    check_left_behind,
     check_masks,
     check_names_of_xml,
     check_objects,
@@ -72,6 +73,7 @@ def check_dataset(dataset: Any, model: nn.Module, learned: bool = False) -> None
         _check_classes(dataset, classes, model)
     if not hasattr(dataset, 'get_data_info'):  # none of mmengine's
         return
+    check_left_behind(dataset)
     numbers = {module.num_classes for _, module in _heads(model)}
     if len(numbers) == 1:
         check_labels(dataset, numbers.pop(), learned)

@@ -16,9 +16,15 @@ from wsbcn_mm.openmmlab.annotations import comes_from_annotations, damaged_annot
 from wsbcn_mm.openmmlab.compat import DataError, unwrapped
 from wsbcn_mm.openmmlab.config import datasets_of
 from wsbcn_mm.openmmlab.config_places import Frame, frames_of
-from wsbcn_mm.openmmlab.data_samples import IGNORED, another_size, label_beyond, labels_of
+from wsbcn_mm.openmmlab.data_samples import (
+    IGNORED,
+    another_size,
+    class_left_behind,
+    label_beyond,
+    labels_of,
+)
 from wsbcn_mm.openmmlab.errors import first_line
-from wsbcn_mm.openmmlab.reading import lacking
+from wsbcn_mm.openmmlab.reading import is_left_behind, lacking
 
 # How loops over the lines of a list call one, and what one that cannot be read raises.
 NAMES, KINDS = ('line', 'sample', 'img_id'), (ValueError, IndexError, FileNotFoundError)
@@ -42,6 +48,7 @@ def explain(cfg: Config, error: BaseException) -> str | None:
             return '\n'.join(lines) + f'\n  it ended in {type(error).__name__}: {first_line(error)}'
     return (
         _of_list(error, frames)
+        or _of_folders(frames)
         or _of_empty(frames)
         or _of_mixed(error, frames)
         or _of_pipeline(error, frames)
@@ -87,6 +94,16 @@ def _of_list(error: BaseException, frames: list[Frame]) -> str | None:
                 f'{dataset.ann_file}\n  {type(error).__name__}: {first_line(error)}\n  every line '
                 f'must be {wanted[0]}; no heading, no empty line'
             )
+    return None
+
+
+def _of_folders(frames: list[Frame]) -> str | None:
+    """Folders of classes, of which an editor has made one."""
+    dataset = frames[-1].names.get('self') if frames else None
+    if frames and frames[-1].code.co_name == '_find_samples' and isinstance(dataset, BaseDataset):
+        for folder in filter(is_left_behind, frames[-1].names.get('classes') or ()):
+            path = os.path.join(str(getattr(dataset, 'img_prefix', '')), folder)
+            return f'{type(dataset).__name__}: {class_left_behind(path)}'
     return None
 
 

@@ -17,7 +17,7 @@ from mmengine.logging import print_log
 
 from wsbcn_mm.openmmlab import annotations, segments
 from wsbcn_mm.openmmlab.compat import DataError
-from wsbcn_mm.openmmlab.reading import missing
+from wsbcn_mm.openmmlab.reading import is_left_behind, missing
 
 IGNORED = 255  # what a mask says where it says nothing, in mmsegmentation
 FEW, MANY = 8, 200  # images that are looked at
@@ -49,6 +49,38 @@ def _size_of_image(dataset: Any) -> Callable[[dict], tuple[int, ...] | None]:
         return tuple(image.shape[:2]) if isinstance(image, np.ndarray) else None
 
     return size
+
+
+def check_left_behind(dataset: Any) -> None:
+    """Folders that nobody has put there are neither classes nor images: the hosts list all.
+
+    Raises:
+        DataError: one is a class, or an image in one has no mask.
+    """
+    kind = type(dataset).__name__
+    root = str((getattr(dataset, 'data_prefix', None) or {}).get('img_path') or '')
+    for folder in filter(is_left_behind, getattr(dataset, 'folder_to_idx', None) or ()):
+        raise DataError(f'{kind}: {class_left_behind(os.path.join(root, folder))}')
+    if getattr(dataset, 'ann_file', None) or not os.path.isdir(root):
+        return
+    infos = [dataset.get_data_info(i) for i in range(len(dataset))]
+    odd = [i for i in infos if is_left_behind(os.path.relpath(str(i.get('img_path')), root))]
+    if not odd:
+        return
+    masks = [str(i['seg_map_path']) for i in odd if i.get('seg_map_path')]
+    text = f'{kind}: {len(odd)} of {len(infos)} images lie in such folders as'
+    text = f'{text} {os.path.dirname(odd[0]["img_path"])}, which {REMOVE}'
+    if _mask_reader(dataset) is not None and not all(map(os.path.exists, masks)):
+        raise DataError(text)
+    print_log(f'data: {text}', 'current', logging.WARNING)
+
+
+REMOVE = 'an editor or a system has made: remove the folder'
+
+
+def class_left_behind(folder: str) -> str:
+    """A folder is taken for a class."""
+    return f'{folder} is taken for a class, and the labels of others shift\n  it is what {REMOVE}'
 
 
 # ---- detection -----------------------------------------------------------------------------------

@@ -53,6 +53,16 @@ def mend_of(transforms: list[Any], error: Exception, data: dict[str, Any]) -> st
     return f'it failed in {name}: correct its arguments in the pipeline, or take the file out'
 
 
+def is_left_behind(path: str) -> bool:
+    """Whether an editor or a system made it: .ipynb_checkpoints, __MACOSX, ._a.png, .DS_Store.
+
+    Args:
+        path: Below the folder of the data.
+    """
+    parts = (part for part in Path(path).parts if part not in ('.', '..'))
+    return any(part.startswith('.') or part == '__MACOSX' for part in parts)
+
+
 def lacking(step: Any, error: KeyError) -> str:
     """What to do about a transform that does not find what an earlier one makes."""
     return (

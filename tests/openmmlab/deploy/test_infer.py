@@ -125,6 +125,9 @@ def test_files_with_one_result_are_named(tmp_path):
     (tmp_path / 'a.jpg').unlink()
     (tmp_path / 'out').mkdir()
     (tmp_path / 'out/b.png').write_bytes(b'x')  # a result of ours
+    (tmp_path / '.ipynb_checkpoints').mkdir()
+    for name in ('.ipynb_checkpoints/a-checkpoint.png', '._a.png'):  # what others leave behind
+        (tmp_path / name).write_bytes(b'x')
     assert predict.find_images(tmp_path, tmp_path / 'out') == [(tmp_path / 'a.png', Path('a.png'))]
     with pytest.raises(FileNotFoundError, match='no image in'):
         predict.find_images(tmp_path / 'out', tmp_path / 'out')

@@ -26,6 +26,7 @@ from wsbcn_mm.openmmlab.config import (
 )
 from wsbcn_mm.openmmlab.deploy import clips, labels
 from wsbcn_mm.openmmlab.errors import first_line
+from wsbcn_mm.openmmlab.reading import is_left_behind
 
 JPEG = ('.jpg', '.jpeg', '.jpe', '.jfif', '.jp2')
 SUFFIXES = (*JPEG, '.png', '.bmp', '.ppm', '.pgm', '.tif', '.tiff', '.webp', '.gif')
@@ -35,6 +36,8 @@ def find_images(
     source: Path, output: Path, suffixes: tuple[str, ...] = SUFFIXES
 ) -> list[tuple[Path, Path]]:
     """Image files below a folder, or one file, each with its path relative to the folder.
+
+    What systems and editors leave behind there (``.ipynb_checkpoints``, ``._a.png``) is none.
 
     Args:
         source: The folder, or the file.
@@ -54,6 +57,7 @@ def find_images(
         for file in sorted(source.rglob('*'))
         if file.name.lower().endswith(suffixes)
         and file.is_file()
+        and not is_left_behind(str(file.relative_to(source)))
         and output.resolve() not in file.resolve().parents
     ]
     if not files:
