@@ -48,6 +48,29 @@ def test_annotations_that_lack_something_are_named_after_a_failure(tmp_path):
     assert 'is damaged: Unexpected UTF-8 BOM' in line
 
 
+def test_files_of_other_formats_lack_nothing(tmp_path):
+    image, object_ = dict(WHOLE['images'][0]), dict(WHOLE['annotations'][0])
+    del object_['iscrowd']
+    lvis = dict(image, neg_category_ids=[], not_exhaustive_category_ids=[])
+    assert said_of(dict(WHOLE, images=[lvis], annotations=[object_]), tmp_path) == []
+    url = {k: v for k, v in lvis.items() if k != 'file_name'} | dict(coco_url='http://x/a.png')
+    assert said_of(dict(WHOLE, images=[url], annotations=[object_]), tmp_path) == []
+    panoptic = dict(image_id=4, file_name='a.png', segments_info=[])
+    assert said_of(dict(WHOLE, annotations=[panoptic]), tmp_path) == []
+    assert said_of(dict(WHOLE, annotations=[object_]), tmp_path) != []  # COCO's evaluation needs it
+
+
+def test_what_a_module_lacks_is_no_matter_of_the_file():
+    def read(action):
+        try:
+            exec('action()', dict(__name__='mmdet.evaluation.x', action=action))
+        except Exception as error:  # noqa: BLE001
+            return annotations.comes_from_annotations(error)
+
+    assert read(lambda: {}['bbox'])
+    assert not read(lambda: json.float)
+
+
 @pytest.mark.parametrize('box', [None, [0, 0, 2], ['0', '0', '2', '2'], [0, 0, float('nan'), 2]])
 def test_boxes_that_are_none_are_named_after_a_failure(box, tmp_path):
     annotation = dict(WHOLE['annotations'][0], bbox=box)

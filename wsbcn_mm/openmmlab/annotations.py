@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from mmengine.config import Config
@@ -69,6 +70,13 @@ ENTRIES: dict[str, dict[str, tuple[str, Callable[[object], bool]]]] = {
     },
 }
 
+# What files of other formats lack, by a key that they alone have: LVIS's, and panoptic ones.
+OTHERS: dict[str, dict[str, tuple[str, ...]]] = {
+    'coco_url': dict(images=('file_name',), annotations=('iscrowd',)),
+    'not_exhaustive_category_ids': dict(annotations=('iscrowd',)),
+    'segments_info': dict(annotations=('id', 'category_id', 'bbox', 'area', 'iscrowd')),
+}
+
 
 # ---- after a failure -----------------------------------------------------------------------------
 
@@ -119,7 +127,12 @@ READERS = (
 
 
 def comes_from_annotations(error: BaseException) -> bool:
-    """Whether an error, or one that it came from, was raised below code that reads annotations."""
+    """Whether an error, or one that it came from, was raised below code that reads annotations.
+
+    What a module lacks (``np.float``) is no matter of a file.
+    """
+    if isinstance(getattr(error, 'obj', None), ModuleType) or isinstance(error, ImportError):
+        return False
     seen: set[int] = set()
     chain: BaseException | None = error
     while chain is not None and id(chain) not in seen:
@@ -135,6 +148,7 @@ def _wrong_with(content: object) -> Iterator[str]:
     if not isinstance(content, dict):
         yield f'is damaged: a {type(content).__name__} instead of an object'
         return
+    other = next((lacks for key, lacks in OTHERS.items() if _have(content, key)), {})
     for name, keys in ENTRIES.items():
         entries = content.get(name)
         if not isinstance(entries, list):
@@ -150,8 +164,16 @@ def _wrong_with(content: object) -> Iterator[str]:
             yield f'has {len(others)} {name} that are no objects (first number {others[0]})'
             continue
         for key, (words, fits) in keys.items():
+            if key in other.get(name, ()):
+                continue
             yield from _wrong_values(name, entries, key, words, fits)
         yield from twice(name, entries)
+
+
+def _have(content: dict[str, Any], key: str) -> bool:
+    """Whether the first entry of a list has it."""
+    lists = (content.get(name) for name in ENTRIES)
+    return any(isinstance(e, list) and e and isinstance(e[0], dict) and key in e[0] for e in lists)
 
 
 def _wrong_values(
