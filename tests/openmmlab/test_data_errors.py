@@ -122,6 +122,15 @@ def labelled(label):
     return sample
 
 
+def test_a_weight_of_ignored_pixels_is_named():
+    def cross_entropy(label, class_weight, ignore_index=255):
+        return torch.stack([class_weight[cls] for cls in label])
+
+    text = said_of(lambda: cross_entropy(torch.tensor([[0, 255]]), torch.ones(2)))
+    assert text.startswith('a loss with class_weight stops at masks that hold 255 ("ignore"')
+    assert said_of(lambda: cross_entropy(torch.tensor([[0, 7]]), torch.ones(2))) is None
+
+
 def test_boxes_without_masks_are_counted():
     def pack(results):
         return [results['gt_masks'][i] for i, _ in enumerate(results['gt_bboxes'])]

@@ -7,6 +7,7 @@ import os
 from typing import Any
 
 import numpy as np
+import torch
 from mmengine.config import Config
 from mmengine.dataset import BaseDataset
 from mmengine.structures import BaseDataElement
@@ -52,6 +53,7 @@ def explain(cfg: Config, error: BaseException) -> str | None:
         or _of_empty(frames)
         or _of_mixed(error, frames)
         or _of_pipeline(error, frames)
+        or _of_weights(error, frames)
         or _of_sample(error, frames)
     )
 
@@ -170,6 +172,24 @@ def _of_pipeline(error: BaseException, frames: list[Frame]) -> str | None:
         text = f'the samples have no {error.name}, which the model learns\n  {first_line(error)}'
         return f'{text}\n  {mend}'
     return None
+
+
+def _of_weights(error: BaseException, frames: list[Frame]) -> str | None:
+    """MMSegmentation's cross-entropy looks up the weight of a class for pixels of none, too."""
+    # A comprehension is a function of its own.
+    last = next((f for f in reversed(frames) if {'class_weight', 'label'} <= {*f.names}), None)
+    names: dict[str, Any] = last.names if last else {}
+    weights, label, ignored = map(names.get, ('class_weight', 'label', 'ignore_index'))
+    if last is None or weights is None or not isinstance(label, torch.Tensor):
+        return None
+    if not isinstance(error, IndexError) or not len(weights) <= int(label.max()) == ignored:
+        return None
+    return (
+        f'a loss with class_weight stops at masks that hold {ignored} ("ignore", and what pads an '
+        f'image to the size): {last.code.co_name} looks up its weight, and has '
+        f'{len(weights)}\n  set class_weight=None there, or train on crops without such pixels\n'
+        f'  it ended in {type(error).__name__}: {first_line(error)}'
+    )
 
 
 def _of_sample(error: BaseException, frames: list[Frame]) -> str | None:
