@@ -1,6 +1,8 @@
 """What only a GPU can tell: the time of its kernels without the host, launches, the host's time."""
 
 import ctypes
+import itertools
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -26,11 +28,7 @@ def replayed(case: Case, repeats: int) -> dict[str, dict]:
         case.prepare()
         case.forward()
 
-    def both() -> None:
-        case.prepare()
-        case.backward(case.forward())
-
-    return {'forward': _replay(forward, repeats), 'both': _replay(both, repeats)}
+    return {'forward': _replay(forward, repeats), 'both': _replay(case.run, repeats)}
 
 
 def _replay(call: Callable[[], None], repeats: int) -> dict:
@@ -72,12 +70,7 @@ def launched(case: Case, repeats: int) -> dict[str, float]:
 
     Not by torch's profiler: once it has run in a process, every later launch takes longer.
     """
-
-    def call() -> None:
-        case.prepare()
-        case.backward(case.forward())
-
-    graph = captured(call, keep_graph=hasattr(torch.cuda.CUDAGraph, 'raw_cuda_graph'))
+    graph = captured(case.run, keep_graph=hasattr(torch.cuda.CUDAGraph, 'raw_cuda_graph'))
     found = dict(kernels_ms=_replayed(graph, repeats, 1)['ms'])
     if hasattr(graph, 'raw_cuda_graph'):  # torch 2.8 and later
         number = ctypes.c_size_t()
@@ -88,14 +81,30 @@ def launched(case: Case, repeats: int) -> dict[str, float]:
     return found
 
 
-def host(case: Case, repeats: int) -> float:
-    """Milliseconds that the host takes to launch one call on an idle GPU: nothing is waited for."""
-    samples = []
-    for _ in range(repeats + 1):
-        case.prepare()
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        case.backward(case.forward())
-        samples.append((time.perf_counter() - start) * 1e3)
+def host(cases: dict[str, Case], repeats: int) -> dict[str, dict[str, float]]:
+    """Milliseconds that the host takes to launch a step on an idle GPU: nothing is waited for.
+
+    Of ``repeats`` rounds in changing order the median, of each phase alone.
+    """
+    phases = 'forward', 'backward', 'update'
+    samples: dict[str, list[list[float]]] = {name: [] for name in cases}
+    order, generator = list(cases), random.Random(0)
+    for _ in range(repeats):
+        generator.shuffle(order)
+        for name in order:
+            case = cases[name]
+            case.prepare()
+            torch.cuda.synchronize()
+            marks = [time.perf_counter()]
+            result = case.forward()
+            marks.append(time.perf_counter())
+            case.backward(result)
+            marks.append(time.perf_counter())
+            case.update()
+            marks.append(time.perf_counter())
+            samples[name].append([(b - a) * 1e3 for a, b in itertools.pairwise(marks)])
     torch.cuda.synchronize()
-    return statistics.median(samples[1:])
+    return {
+        name: dict(zip(phases, map(statistics.median, zip(*rows))))
+        for name, rows in samples.items()
+    }

@@ -172,16 +172,17 @@ def backbone(rows: list[dict]) -> Lines:
         )
 
 
-GPU_HEADER = ['host ms', 'kernels ms', 'launches', 'peak MB']
+GPU_HEADER = ['host ms: forward, backward, optimizer', 'kernels ms', 'launches', 'peak MB']
 
 
 def _gpu_cells(step: dict) -> list[str]:
     """What is measured on a GPU alone, of a training step."""
     if 'peak' not in step:
         return ['-'] * len(GPU_HEADER)
-    formats = {'host_ms': '.2f', 'kernels_ms': '.2f', 'launches': '.0f'}  # a detector has none
+    formats = {'kernels_ms': '.2f', 'launches': '.0f'}  # a detector has none
     cells = [f'{step[name]:{how}}' if name in step else '-' for name, how in formats.items()]
-    return [*cells, f'{step["peak"] / 2**20:.0f}']
+    host = [f'{ms:.2f}' for ms in step.get('host', {}).values()] or ['-']
+    return [', '.join(host), *cells, f'{step["peak"] / 2**20:.0f}']
 
 
 def _backbone_title(row: dict) -> str:

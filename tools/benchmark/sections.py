@@ -327,15 +327,18 @@ def _time_backbones(settings, models, size, dtype, layout) -> dict:
     # In the same rounds: what our WS takes of a step.
     steps['WS alone'] = standardizing(models['WS + BCN'], dtype)
     training: dict[str, dict[str, Any]]
-    training = dict(timing.round_robin(steps, device, settings.repeats))
+    # Steps vary: the host of a GPU has other things to do.
+    rounds = 2 * settings.repeats if device.type == 'cuda' else settings.repeats
+    training = dict(timing.round_robin(steps, device, rounds))
     alone = training.pop('WS alone')['both']
     timing.add_ratios(training, 'conv + GN')
     step, without = training['WS + BCN']['both']['ms'], training['conv + BCN']['both']['ms']
     row['ws_share'] = {'alone': alone['ms'] / step, 'by_difference': 1 - without / step}
     if device.type == 'cuda':
+        host = gpu_timing.host({name: steps[name] for name in models}, 4 * settings.repeats)
         for name in models:
             training[name]['peak'] = timing.peak_bytes(steps[name])
-            training[name]['host_ms'] = gpu_timing.host(steps[name], settings.repeats)
+            training[name]['host'] = host[name]
             training[name] |= gpu_timing.launched(steps[name], settings.repeats)
 
     compared = {n: m for n, m in models.items() if n != peers.FROZEN}  # is conv + BN there
@@ -365,12 +368,11 @@ def _training_step(model: nn.Module, image: Tensor, dtype: torch.dtype) -> Case:
 
     def backward(outputs: list[Tensor]) -> None:
         torch.autograd.backward(outputs, cotangents)
-        optimizer.step()
 
     for y in forward():  # GroupNorm returns float32 under autocast: dtypes differ between models
         noise = torch.randn(y.shape, generator=generator, device=y.device)
         cotangents.append(noise.to(y.dtype).contiguous(memory_format=_layout_of(y)))
-    return Case(forward, backward, lambda: _clear_gradients(parameters))
+    return Case(forward, backward, lambda: _clear_gradients(parameters), optimizer.step)
 
 
 def _layout_of(y: Tensor) -> torch.memory_format:

@@ -26,11 +26,21 @@ def _nothing(*_) -> None:
 
 @dataclass
 class Case:
-    """One thing to time. ``prepare`` is not timed; ``backward`` gets what ``forward`` returned."""
+    """One thing to time. ``prepare`` is not timed; ``backward`` gets what ``forward`` returned.
+
+    ``update`` is an optimizer's step, and counts to ``backward``.
+    """
 
     forward: Callable[[], Any]
     backward: Callable[[Any], None] = _nothing
     prepare: Callable[[], None] = _nothing
+    update: Callable[[], None] = _nothing
+
+    def run(self) -> None:
+        """All of it."""
+        self.prepare()
+        self.backward(self.forward())
+        self.update()
 
 
 class Clock:
@@ -75,6 +85,7 @@ def _sample(case: Case, clock: Clock, calls: int) -> dict[str, float]:
         result = case.forward()
         middle = clock.mark()
         case.backward(result)
+        case.update()
         marks.append((start, middle, clock.mark()))
         del result  # not while the next call is timed
     forward = statistics.median(clock.ms(start, middle) for start, middle, _ in marks)
@@ -189,6 +200,6 @@ def peak_bytes(case: Case) -> int:
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    case.backward(case.forward())
+    case.run()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before

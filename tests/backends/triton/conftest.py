@@ -9,12 +9,10 @@ import torch
 
 # Nothing here imports Triton before a test runs: `cases` decides how it is imported.
 
-# As a GPU wants it, a program holds a group of these small maps. Then the same with samples that
-# are shared out; and three passes: in one tile, and in tiles of a few values, so that every loop
-# has several turns and every row several chunks.
+# As a GPU wants it, a program holds a group of these small maps. Then in three passes: in one tile,
+# and in tiles of a few values, so that every loop has several turns and every row several chunks.
 CUTS = {
     'held': {},
-    'shared out': dict(HELD_AT_ONCE=0, HOLDING=6),
     'passes': dict(HELD=0, HELD_BACKWARD=0),
     'small tiles': dict(HELD=0, HELD_BACKWARD=0, TILE=16, REDUCING=12, APPLYING=16),
 }

@@ -2,7 +2,6 @@
 // backends/autograd.py does for every backend, without Python in between, which takes longer than a
 // small map. The second derivative goes back there (`normalize_twice`).
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/library.h>
@@ -12,11 +11,11 @@
 #include <mutex>
 #include <string>
 #include <tuple>
-#include <type_traits>
 #include <utility>
 #include <vector>
 
 #include "batch_channel_norm.h"
+#include "node.h"
 
 namespace wsbcn {
 namespace {
@@ -118,8 +117,6 @@ std::vector<Tensor> normalize_twice(const Tensor& grad, const Tensor& x, int64_t
                  affine.weight, affine.bias, eps);
 }
 
-// Of torch's own classes, and not a torch::autograd::Function, which takes as long again as all of
-// this.
 struct NormalizeBackward : Node {
   NormalizeBackward(const Tensor& x, const Affine& affine, const Statistics& s, const Call& call)
       : num_groups(call.num_groups), eps(call.eps), from_batch(call.from_batch) {
@@ -188,18 +185,6 @@ struct NormalizeBackward : Node {
   const bool from_batch;
   bool released = false;
 };
-
-// What a tensor holds its node by: torch's versions have had two kinds.
-using NodePointer = std::decay_t<decltype(std::declval<Tensor>().grad_fn())>;
-
-template <typename Pointer = NodePointer>
-Pointer held(std::unique_ptr<Node> node) {
-  if constexpr (std::is_same_v<Pointer, std::shared_ptr<Node>>) {
-    return Pointer(node.release(), [](auto* made) { deleteNode(made); });
-  } else {
-    return Pointer(std::move(node));
-  }
-}
 
 bool has_tangent(const OptionalTensor& tensor) {
   return is_there(tensor) && tensor->_fw_grad(0).defined();

@@ -69,7 +69,20 @@ Pool& pool() {
   return *shared;
 }
 
+// Where the allocator of a GPU lets a tensor start, in bytes: convolutions count on a part of it.
+constexpr int64_t kStart = 512;
+
 }  // namespace
+
+at::Tensor part_of(const at::Tensor& memory, at::IntArrayRef shape, at::IntArrayRef strides,
+                   int64_t start) {
+  auto part =
+      c10::make_intrusive<c10::TensorImpl>(c10::TensorImpl::VIEW, c10::Storage(memory.storage()),
+                                           memory.key_set(), memory.dtype());
+  part->set_storage_offset(memory.storage_offset() + start);
+  part->set_sizes_and_strides(shape, strides);
+  return at::Tensor(std::move(part));
+}
 
 at::Tensor result_like(const at::Tensor& like, at::ScalarType dtype) {
   const auto options = like.options().dtype(dtype);
@@ -79,6 +92,26 @@ at::Tensor result_like(const at::Tensor& like, at::ScalarType dtype) {
   return at::from_blob(
       data, like.sizes(), like.strides(), [size](void* block) { pool().give(block, size); },
       options);
+}
+
+std::vector<at::Tensor> results_like(at::TensorList like, at::ScalarType dtype) {
+  std::vector<at::Tensor> results;
+  results.reserve(like.size());
+  if (like.size() < 2 || like[0].is_cpu()) {
+    for (const at::Tensor& tensor : like) results.push_back(result_like(tensor, dtype));
+    return results;
+  }
+  const int64_t step = kStart / c10::elementSize(dtype);
+  const auto room = [&](const at::Tensor& t) { return (t.numel() + step - 1) / step * step; };
+  int64_t size = 0;
+  for (const at::Tensor& tensor : like) size += room(tensor);
+  const at::Tensor memory = at::empty({size}, like[0].options().dtype(dtype));
+  int64_t start = 0;
+  for (const at::Tensor& tensor : like) {
+    results.push_back(part_of(memory, tensor.sizes(), tensor.strides(), start));
+    start += room(tensor);
+  }
+  return results;
 }
 
 void release_memory() {

@@ -7,10 +7,21 @@
 
 #include <ATen/ATen.h>
 
+#include <vector>
+
 namespace wsbcn {
+
+// A tensor in the memory of another one, `start` values from its first. As as_strided, which takes
+// longer: a layer has ten of them.
+at::Tensor part_of(const at::Tensor& memory, at::IntArrayRef shape, at::IntArrayRef strides,
+                   int64_t start);
 
 // Uninitialised, in the layout of `like`, which is dense.
 at::Tensor result_like(const at::Tensor& like, at::ScalarType dtype);
+
+// The same for several, all on one device. On a GPU one block of memory, of which each takes what an
+// allocation of its own would start with: there the allocations take as long as the kernel.
+std::vector<at::Tensor> results_like(at::TensorList like, at::ScalarType dtype);
 
 // Frees what is kept for later.
 void release_memory();

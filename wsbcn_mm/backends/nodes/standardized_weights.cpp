@@ -24,40 +24,64 @@ namespace {
 // See backends/states.py, `note_change`.
 std::atomic<int64_t> changes_so_far{0};
 
-// Whatever a standardized weight depends on, but for eps, formula and the writes that torch does
-// not count.
-struct State {
-  const void *tensor, *data;
-  int64_t version, size, stream, capture, graph_task, backward_calls, changes;
-  int8_t requires_grad, grad_mode, inference_mode, dtype, result_dtype;
+// What a standardized weight depends on beside the weight: of this thread, and of the device.
+struct Context {
+  int64_t stream, capture, graph_task, backward_calls, changes;
+  int8_t grad_mode, inference_mode;
 };
 
-// Its bytes are equal as long as a result holds; nothing where it cannot be known.
-std::optional<State> state_of(const Tensor& weight, bool one_pass) {
-  if (weight.is_inference() || weight.layout() != at::kStrided || weight.is_meta()) return {};
+// Whatever it depends on, but for eps, formula and the writes that torch does not count.
+struct State {
+  Context context;
+  const void *tensor, *data;
+  int64_t version, size;
+  int8_t requires_grad, dtype, result_dtype;
+};
+
+// Nothing where it cannot be known.
+std::optional<Context> context_of(c10::Device device, bool one_pass) {
+  Context context;
+  std::memset(&context, 0, sizeof context);  // what lies between the values is compared too
+  if (device.is_cuda()) {
+    context.stream = c10::impl::getDeviceGuardImpl(at::kCUDA)->getStream(device).id();
+    if (gpu::is_registered()) {
+      const std::optional<int64_t> capture = gpu::capture_on(device);
+      if (!capture) return {};
+      context.capture = *capture;
+    }
+  }
+  context.graph_task = torch::autograd::get_current_graph_task_id();
+  context.backward_calls = one_pass ? backward_calls() : 0;
+  context.changes = changes_so_far;
+  context.grad_mode = at::GradMode::is_enabled();
+  context.inference_mode = c10::InferenceMode::is_enabled();
+  return context;
+}
+
+bool has_state(const Tensor& weight) {
+  return !weight.is_inference() && weight.layout() == at::kStrided && !weight.is_meta();
+}
+
+// Its bytes are equal as long as a result holds; of a weight that has one.
+State state_of(const Tensor& weight, const Context& context) {
   State state;
-  std::memset(&state, 0, sizeof state);  // what lies between the values is compared too
+  std::memset(&state, 0, sizeof state);
+  std::memcpy(&state.context, &context, sizeof context);
   state.tensor = weight.unsafeGetTensorImpl();
   state.data = weight.has_storage() ? weight.storage().data() : nullptr;
   state.version = weight._version();
   state.size = c10::get_hash(weight.sizes(), weight.strides(), weight.storage_offset());
-  if (weight.is_cuda()) {
-    state.stream = c10::impl::getDeviceGuardImpl(at::kCUDA)->getStream(weight.device()).id();
-    if (gpu::is_registered()) {
-      const std::optional<int64_t> capture = gpu::capture_on(weight.device());
-      if (!capture) return {};
-      state.capture = *capture;
-    }
-  }
-  state.graph_task = torch::autograd::get_current_graph_task_id();
-  state.backward_calls = one_pass ? backward_calls() : 0;
-  state.changes = changes_so_far;
   state.requires_grad = weight.requires_grad();
-  state.grad_mode = at::GradMode::is_enabled();
-  state.inference_mode = c10::InferenceMode::is_enabled();
   state.dtype = static_cast<int8_t>(weight.scalar_type());
   state.result_dtype = static_cast<int8_t>(dtype_for(weight));
   return state;
+}
+
+std::optional<State> state_of(const Tensor& weight, bool one_pass) {
+  if (!has_state(weight)) return {};
+  const std::optional<Context> context = context_of(weight.device(), one_pass);
+  if (!context) return {};
+  return state_of(weight, *context);
 }
 
 bool are_equal(const State& one, const State& other) {
@@ -267,15 +291,21 @@ PyObject* weight_standardize_all_or_none(PyObject*, PyObject* const* arguments, 
   const Py_ssize_t count = PyList_GET_SIZE(arguments[0]);
   held.weights.reserve(count);
   held.states.reserve(count);
+  std::optional<c10::Device> device;
+  std::optional<Context> context;
   for (Py_ssize_t k = 0; k < count; ++k) {
     OptionalTensor weight;
-    if (!read(PyList_GET_ITEM(arguments[0], k), weight) || !weight || !is_of_ours(*weight)) {
+    if (!read(PyList_GET_ITEM(arguments[0], k), weight) || !weight || !is_of_ours(*weight) ||
+        !has_state(*weight)) {
       Py_RETURN_NONE;
     }
-    const std::optional<State> state = state_of(*weight, held.one_pass);
-    if (!state) Py_RETURN_NONE;
+    if (!device) {
+      device = weight->device();
+      context = context_of(*device, held.one_pass);
+    }
+    if (!context || weight->device() != *device) Py_RETURN_NONE;
+    held.states.push_back(state_of(*weight, *context));
     held.weights.push_back(std::move(*weight));
-    held.states.push_back(*state);
   }
   if (held.weights.empty() || !nothing_unusual() || dtype_for(held.weights[0]) != dtype) {
     Py_RETURN_NONE;

@@ -1,14 +1,17 @@
 // Weight Standardization with its gradients, as a node of torch's graph: of one weight, or of many
 // at once. The second derivative goes back to backends/autograd.py (`standardize_twice`).
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/functions/utils.h>
 #include <torch/library.h>
 
 #include <atomic>
+#include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "memory.h"
+#include "node.h"
 #include "weight_standardize.h"
 
 namespace wsbcn {
@@ -16,7 +19,7 @@ namespace {
 
 using at::Tensor;
 using at::TensorList;
-using torch::autograd::AutogradContext;
+using torch::autograd::Node;
 using torch::autograd::variable_list;
 
 // An operator of backends/ops.py; the signature is checked when it is first used.
@@ -54,11 +57,9 @@ Standardized standardize(TensorList weights, double eps, std::string_view formul
                          at::ScalarType dtype) {
   TORCH_CHECK(!weights.empty(), "there must be a weight");
   Standardized result;
+  result.w_hats = results_like(weights, dtype);
   int64_t rows = 0;
-  for (const Tensor& weight : weights) {
-    result.w_hats.push_back(result_like(weight, dtype));
-    rows += weight.size(0);
-  }
+  for (const Tensor& weight : weights) rows += weight.size(0);
   const auto statistics = weights[0].scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   result.mean = at::empty({rows}, weights[0].options().dtype(statistics));
   result.sigma = at::empty_like(result.mean);
@@ -97,43 +98,31 @@ int64_t backward_calls_address() {
   return reinterpret_cast<int64_t>(&backward_calls_so_far);
 }
 
-struct Standardize : torch::autograd::Function<Standardize> {
-  static variable_list forward(AutogradContext* ctx, TensorList weights, double eps,
-                               std::string formula, at::ScalarType dtype) {
-    at::AutoDispatchBelowADInplaceOrView below;
-    Standardized result = standardize(weights, eps, formula, dtype);
-    ctx->set_materialize_grads(false);
-    // Not save_for_backward, which allows a single backward pass and counts for activation
-    // checkpointing: uses of a layer share the node. Torch's check for edits is then ours to make.
-    std::vector<int64_t> versions, first_rows{0};
+struct StandardizeBackward : Node {
+  StandardizeBackward(TensorList of, double eps, std::string_view formula, Standardized& result)
+      : weights(of.vec()), mean(result.mean), sigma(result.sigma), eps(eps), formula(formula) {
+    versions.reserve(weights.size());
+    first_rows.reserve(weights.size());
+    int64_t rows = 0;
     for (const Tensor& weight : weights) {
       versions.push_back(version_of(weight));
-      first_rows.push_back(first_rows.back() + weight.size(0));
+      first_rows.push_back(rows);
+      rows += weight.size(0);
     }
-    ctx->saved_data["weights"] = weights.vec();
-    ctx->saved_data["versions"] = versions;
-    ctx->saved_data["first_rows"] = first_rows;
-    ctx->saved_data["mean"] = result.mean;
-    ctx->saved_data["sigma"] = result.sigma;
-    ctx->saved_data["eps"] = eps;
-    ctx->saved_data["formula"] = formula;
-    return result.w_hats;
   }
 
+  std::string name() const override { return "WeightStandardizeBackward"; }
+
   // A weight that was not used, or not joined to the graph, has no gradient and gets none.
-  static variable_list backward(AutogradContext* ctx, variable_list& grads) {
+  variable_list apply(variable_list&& grads) override {
     ++backward_calls_so_far;
-    auto& saved = ctx->saved_data;
-    const variable_list weights = saved["weights"].toTensorVector();
-    const std::vector<int64_t> versions = saved["versions"].toIntVector();
-    const std::vector<int64_t> first_rows = saved["first_rows"].toIntVector();
-    const Tensor mean = saved["mean"].toTensor(), sigma = saved["sigma"].toTensor();
-    const double eps = saved["eps"].toDouble();
-    const std::string formula = saved["formula"].toStringRef();
-    variable_list result(weights.size() + 3);
+    variable_list result(weights.size());
     variable_list used_grads, used_weights, out;
     std::vector<int64_t> offsets;
     std::vector<size_t> places;
+    for (auto* list : {&used_grads, &used_weights, &out}) list->reserve(weights.size());
+    offsets.reserve(weights.size());
+    places.reserve(weights.size());
     // The kernels of a GPU read what the convolutions of autocast give.
     const bool reads_any = weights[0].is_cuda() && have_one_dtype(grads);
     for (size_t k = 0; k < weights.size(); ++k) {
@@ -166,18 +155,44 @@ struct Standardize : torch::autograd::Function<Standardize> {
     for (size_t j = 0; j < places.size(); ++j) result[places[j]] = std::move(out[j]);
     return result;
   }
+
+  // Not SavedVariables, which allow a single backward pass and count for activation checkpointing:
+  // uses of a layer share the node. Torch's check for edits is then ours to make.
+  const std::vector<Tensor> weights;
+  std::vector<int64_t> versions, first_rows;
+  const Tensor mean, sigma;
+  const double eps;
+  const std::string formula;
 };
+
+bool is_differentiable(TensorList weights) {
+  if (!at::GradMode::is_enabled()) return false;
+  for (const Tensor& weight : weights) {
+    if (weight.requires_grad()) return true;
+  }
+  return false;
+}
 
 // weights dense, not empty, of one dtype and device.
 variable_list apply(TensorList weights, double eps, std::string_view formula,
                     at::ScalarType dtype) {
-  bool differentiable = false;
-  for (const Tensor& weight : weights) differentiable |= weight.requires_grad();
-  if (differentiable && at::GradMode::is_enabled()) {
-    return Standardize::apply(weights, eps, std::string(formula), dtype);
+  const bool differentiable = is_differentiable(weights);
+  Standardized result = [&] {
+    at::AutoDispatchBelowADInplaceOrView below;
+    return standardize(weights, eps, formula, dtype);
+  }();
+  if (!differentiable) return std::move(result.w_hats);
+  for (const Tensor& weight : weights) {
+    TORCH_CHECK_NOT_IMPLEMENTED(
+        !weight._fw_grad(0).defined(),
+        "wsbcn_mm::weight_standardize has no forward-mode derivative: call the layer or "
+        "wsbcn_mm.functional.weight_standardize, which have one");
   }
-  at::AutoDispatchBelowADInplaceOrView below;
-  return standardize(weights, eps, formula, dtype).w_hats;
+  const NodePointer node =
+      held(std::make_unique<StandardizeBackward>(weights, eps, formula, result));
+  node->set_next_edges(torch::autograd::collect_next_edges(weights));
+  for (const Tensor& w_hat : result.w_hats) torch::autograd::set_history(w_hat, node);
+  return std::move(result.w_hats);
 }
 
 }  // namespace

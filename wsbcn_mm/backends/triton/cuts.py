@@ -25,10 +25,10 @@ HELD_BACKWARD = 8192
 """The same where it holds x and grad."""
 
 HELD_AT_ONCE = 32768
-"""The same of a group in all samples, where one program goes through them twice."""
+"""The same of a group in all samples: one program goes through them, twice."""
 
-HOLDING = 4096
-"""Programs for such groups where samples can be shared out."""
+HELD_SAMPLES = 8
+"""How many samples that may be: for more of them three passes take less time."""
 
 Constants = dict[str, int]
 """The constants a kernel is compiled for."""
@@ -80,13 +80,15 @@ def cut_shape(
         block_c = block(channels, max(min(128, tile), tile // triton.next_power_of_2(length)))
         block_l = block(length, tile // block_c)
     else:
+        # Several rows for each warp, where one is short: rows of several are reduced across them.
         block_l = block(length, tile)
-        block_c = block(channels, tile // block_l)
+        block_c = block(channels, max(1, tile // 4 // block_l))
     blocks_of_channels = samples * triton.cdiv(channels, block_c)
     tiles_of_row = triton.cdiv(length, block_l)
     tiles = triton.cdiv(tiles_of_row, triton.cdiv(programs, blocks_of_channels))
     splits = triton.cdiv(tiles_of_row, tiles)
     layout = dict(
+        WHOLE=length <= block_l,
         AXIS=0 if channels_last else 1,
         VECTOR=math.gcd(channels if channels_last else length, 16 // itemsize),  # 128 bits
         BLOCK_C=block_c,
@@ -101,15 +103,13 @@ class Held(NamedTuple):
 
     num_groups: int
     length: int
-    shares: int  # of the samples, where they can be shared out
-    at_once: bool  # whether one program can take all of them
     layout: Constants
 
 
 def held(x: Tensor, num_groups: int, most: int) -> Held | None:
-    """How to cut x in this way; None: a group of a sample has more than ``most`` values."""
+    """How to cut x in this way; None: a group of a sample, or of all, has too many values."""
     contiguous = memory_format(x) == torch.contiguous_format
-    limits = most, HELD_AT_ONCE, HOLDING
+    limits = most, HELD_AT_ONCE, HELD_SAMPLES
     return held_shape(x.shape, contiguous, x.element_size(), num_groups, limits)
 
 
@@ -127,7 +127,10 @@ def held_shape(
     channels_last = not contiguous or length == 1
     block_c, block_l = triton.next_power_of_2(width), triton.next_power_of_2(length)
     values = block_c * block_l * max(1, itemsize // 4)
-    if values > limits[0]:
+    of_sample, at_once, most_samples = limits
+    if values > of_sample or samples * values > at_once or samples > most_samples:
+        return None
+    if channels * length >= 2**31:  # places in a sample are of 32 bits
         return None
     layout = dict(
         AXIS=0 if channels_last else 1,
@@ -136,9 +139,7 @@ def held_shape(
         BLOCK_L=block_l,
         num_warps=warps(2 * values, most=16),  # 8 per thread
     )
-    per_share = triton.cdiv(samples, triton.cdiv(limits[2], num_groups))
-    at_once = samples * values <= limits[1]
-    return Held(num_groups, length, triton.cdiv(samples, per_share), at_once, layout)
+    return Held(num_groups, length, layout)
 
 
 def merge_blocks(rows: int, splits: int) -> Constants:

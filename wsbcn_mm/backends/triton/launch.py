@@ -138,7 +138,7 @@ def normalize_backward(
     dx = torch.empty_like(x)
     cut = cuts.held(x, num_groups, cuts.HELD_BACKWARD)
     tensors = grad, x, dx
-    if cut is None or (through_statistics and not cut.at_once):
+    if cut is None:
         passes.gradients_of(tensors, statistics, affine, gradients, eps, through_statistics)
     else:
         at_once.gradients_of(tensors, cut, statistics, affine, gradients, eps, through_statistics)
@@ -161,13 +161,9 @@ def _normalize_from_x(
     statistics = Statistics(*device.small_results(x, *shapes))
     results = Results(torch.empty_like(x), *statistics)
     cut = cuts.held(x, num_groups, cuts.HELD)
-    if cut is not None and (cut.at_once or not stage_1.needs_all_samples):
+    if cut is not None:
         at_once.normalize(x, results, stage_1, cut, affine, eps)
-        return results.y, statistics
-    _, chunks = passes.moments(x, statistics.m, statistics.q)
-    if cut is not None and chunks is None:
-        at_once.update_statistics(x, results, stage_1, cut)
-        at_once.normalize(x, results, Stage1('given'), cut, affine, eps)
     else:
+        _, chunks = passes.moments(x, statistics.m, statistics.q)
         passes.normalize(x, results, stage_1, affine, eps, chunks)
     return results.y, statistics

@@ -11,14 +11,18 @@ from wsbcn_mm.backends.triton.work import Results, Stage1, written
 
 
 def moments(x: Tensor, m: Tensor, q: Tensor) -> tuple[cuts.Cut, tuple[Tensor, ...] | None]:
-    """The first pass: how x was cut, and the chunks that are left to be merged into m and q."""
+    """The first pass: how x was cut, and the chunks that are left to be merged into m and q.
+
+    Behind the chunks lies room for the two coefficients of each row.
+    """
     cut = cuts.cut(x, cuts.REDUCING)
-    chunks = chunks_of(x, cut)
+    size = chunks_of(x, cut)
+    chunks = device.scratch(x, size, size, m.numel(), m.numel()) if size else None
     device.start(
         forward.moments,
         cut.grid,
         x,
-        *(chunks or (m, q)),
+        *(chunks[:2] if chunks else (m, q)),
         x.size(1),
         cut.length,
         cut.tiles,
@@ -33,7 +37,7 @@ def merge(chunks: tuple[Tensor, ...], m: Tensor, q: Tensor, cut: cuts.Cut) -> No
     device.start(
         forward.merge_moments,
         (triton.cdiv(m.numel(), blocks['BLOCK_R']),),
-        *chunks,
+        *chunks[:2],
         m,
         q,
         *m.shape,
@@ -46,10 +50,9 @@ def merge(chunks: tuple[Tensor, ...], m: Tensor, q: Tensor, cut: cuts.Cut) -> No
     )
 
 
-def chunks_of(x: Tensor, cut: cuts.Cut) -> tuple[Tensor, ...] | None:
-    """Where a reducing pass writes what is left to be merged; None: it writes whole rows."""
-    size = x.size(0) * x.size(1) * cut.splits
-    return device.scratch(x, size, size) if cut.splits > 1 else None
+def chunks_of(x: Tensor, cut: cuts.Cut) -> int:
+    """Of what a reducing pass leaves to be merged, values of each kind; 0: it writes whole rows."""
+    return x.size(0) * x.size(1) * cut.splits if cut.splits > 1 else 0
 
 
 def normalize(
@@ -65,7 +68,7 @@ def normalize(
     assert m is not None and group_mean is not None
     (samples, channels), num_groups = m.shape, group_mean.size(1)
     running_mean, running_var, *counters = stage_1.running or (None, None, None, None)
-    scale, shift = device.scratch(x, samples * channels, samples * channels)
+    scale, shift = chunks[2:] if chunks else device.scratch(x, m.numel(), m.numel())
     cut = cuts.cut(x, cuts.REDUCING)
     constants = cuts.algebra_constants(samples, channels // num_groups, cut.splits)
     # An update needs all samples of a group in one program; otherwise there may be many.
@@ -73,7 +76,7 @@ def normalize(
     device.start(
         forward.forward_algebra,
         (num_groups, shares),
-        *(chunks or (None, None)),
+        *(chunks[:2] if chunks else (None, None)),
         m,
         q,
         running_mean,
@@ -95,11 +98,11 @@ def normalize(
         cut.splits,
         stride(running_mean),
         stride(running_var),
-        repeat(affine.weight, channels),
-        repeat(affine.bias, channels),
         bits(stage_1.rate),
         bits(eps),
         STATISTICS=stage_1.source,
+        WEIGHT_REPEAT=repeat(affine.weight, channels),
+        BIAS_REPEAT=repeat(affine.bias, channels),
         BLOCK_L=cut.layout['BLOCK_L'],
         **constants,
     )
@@ -132,18 +135,18 @@ def gradients_of(
     m = statistics.m
     (samples, channels), num_groups = m.shape, statistics.group_mean.size(1)
     rows, groups = samples * channels, samples * num_groups
-    sum_g, sum_gx, mean_h, mean_hz, *coefficients = device.scratch(
-        x, rows, rows, groups, groups, rows, rows, rows
-    )
     cut = cuts.cut(x, cuts.REDUCING)
-    chunks = chunks_of(x, cut)
+    size = chunks_of(x, cut)
+    sum_g, sum_gx, mean_h, mean_hz, *coefficients, first, second = device.scratch(
+        x, rows, rows, groups, groups, rows, rows, rows, size, size
+    )
     device.start(
         backward.backward_sums,
         cut.grid,
         grad,
         x,
         m,
-        *(chunks or (sum_g, sum_gx)),
+        *((first, second) if size else (sum_g, sum_gx)),
         channels,
         cut.length,
         cut.tiles,
@@ -152,7 +155,7 @@ def gradients_of(
     device.start(
         backward.backward_algebra,
         (num_groups,),
-        *(chunks or (None, None)),
+        *((first, second) if size else (None, None)),
         sum_g,
         sum_gx,
         *statistics,
@@ -166,8 +169,8 @@ def gradients_of(
         num_groups,
         cut.length,
         cut.splits,
-        repeat(affine.weight, channels),
         bits(eps),
+        WEIGHT_REPEAT=repeat(affine.weight, channels),
         PER_CHANNEL=gradients.weight.numel() == channels,
         THROUGH_STATISTICS=through_statistics,
         **cuts.algebra_constants(samples, channels // num_groups, cut.splits),

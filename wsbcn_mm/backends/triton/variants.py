@@ -78,7 +78,7 @@ def launcher() -> list[int]:
         cuts.HELD,
         cuts.HELD_BACKWARD,
         cuts.HELD_AT_ONCE,
-        cuts.HOLDING,
+        cuts.HELD_SAMPLES,
         weights.AT_ONCE,
         weights.TILE,
     ]

@@ -62,16 +62,11 @@ Flat normalize_from_x(const Tensor& x, int64_t num_groups, const Stage1& stage_1
   const Tensor y = like(x);
   const Results results = results_in(y, s);
   const auto cut = held(x, num_groups, limits().held);
-  if (cut && (cut->at_once || !stage_1.needs_all_samples())) {
+  if (cut) {
     at_once::normalize(x, results, stage_1, *cut, affine, eps);
   } else {
     const passes::Chunks chunks = passes::moments(x, results.m, results.q);
-    if (cut && !chunks.parts) {
-      at_once::update_statistics(x, results, stage_1, *cut);
-      at_once::normalize(x, results, {Source::given}, *cut, affine, eps);
-    } else {
-      passes::normalize(x, num_groups, results, stage_1, affine, eps, &chunks);
-    }
+    passes::normalize(x, num_groups, results, stage_1, affine, eps, &chunks);
   }
   return {y, s.m, s.q, s.mean, s.var, s.group_mean, s.inv_group_std};
 }
@@ -215,10 +210,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> normalize_backward(
   const Gradients gradients{like(x), small[0], small[1], small[2], small[3]};
   const BackwardCall call{g, x, num_groups, s, affine, eps, through_statistics};
   const auto cut = held(x, num_groups, limits().held_backward);
-  if (!cut || (through_statistics && !cut->at_once)) {
-    passes::gradients_of(call, gradients);
-  } else {
+  if (cut) {
     at_once::gradients_of(call, *cut, gradients);
+  } else {
+    passes::gradients_of(call, gradients);
   }
   return {gradients.dx, small[0], small[1], small[2], small[3]};
 }

@@ -40,7 +40,8 @@ struct BackwardCall {
 // In passes over all of x: moments, the algebra of the small tensors, the result.
 namespace passes {
 
-// Chunks that are left to be merged; none: m and q are written.
+// Chunks that are left to be merged, and room for the two coefficients of each row; none: m and q are
+// written.
 struct Chunks {
   Cut cut;
   std::optional<Scratch> parts;
@@ -58,11 +59,9 @@ void gradients_of(const BackwardCall& call, const Gradients& gradients);
 
 }  // namespace passes
 
-// Where a program holds a group of a sample: one launch, or few for many samples.
+// Where a program holds a group of a sample: one launch.
 namespace at_once {
 
-void update_statistics(const Tensor& x, const Results& results, const Stage1& stage_1,
-                       const Held& cut);
 void normalize(const Tensor& x, const Results& results, const Stage1& stage_1, const Held& cut,
                const Affine& affine, double eps);
 void gradients_of(const BackwardCall& call, const Held& cut, const Gradients& gradients);

@@ -1,6 +1,7 @@
 #include "cuts.h"
 
 #include <algorithm>
+#include <limits>
 #include <numeric>
 
 namespace wsbcn::gpu {
@@ -45,8 +46,9 @@ int64_t gcd(int64_t a, int64_t b) {
   return std::gcd(a, b);
 }
 
-std::array<Constant, 5> Cut::constants() const {
-  return {{{"AXIS", layout.axis},
+std::array<Constant, 6> Cut::constants() const {
+  return {{{"WHOLE", length <= layout.block_l},
+           {"AXIS", layout.axis},
            {"VECTOR", layout.vector},
            {"BLOCK_C", layout.block_c},
            {"BLOCK_L", layout.block_l},
@@ -63,8 +65,9 @@ Cut cut(const Tensor& x, int64_t programs) {
     block_c = block(s.channels, std::max(narrow, tile / next_power_of_2(s.length)));
     block_l = block(s.length, tile / block_c);
   } else {
+    // Several rows for each warp, where one is short: rows of several are reduced across them.
     block_l = block(s.length, tile);
-    block_c = block(s.channels, tile / block_l);
+    block_c = block(s.channels, std::max<int64_t>(1, tile / 4 / block_l));
   }
   const int64_t blocks_of_channels = s.samples * divided_up(s.channels, block_c);
   const int64_t tiles_of_row = divided_up(s.length, block_l);
@@ -83,12 +86,15 @@ std::optional<Held> held(const Tensor& x, int64_t num_groups, int64_t most) {
   const int64_t width = s.channels / num_groups;
   const int64_t block_c = next_power_of_2(width), block_l = next_power_of_2(s.length);
   const int64_t values = block_c * block_l * std::max<int64_t>(1, s.itemsize / 4);
-  if (values > most) return std::nullopt;
-  const int64_t per_share = divided_up(s.samples, divided_up(limits().holding, num_groups));
+  const Limits most_of_all = limits();
+  if (values > most || s.samples * values > most_of_all.held_at_once ||
+      s.samples > most_of_all.held_samples) {
+    return std::nullopt;
+  }
+  // Places in a sample are of 32 bits.
+  if (s.channels * s.length > std::numeric_limits<int32_t>::max()) return std::nullopt;
   return Held{num_groups,
               s.length,
-              divided_up(s.samples, per_share),
-              s.samples * values <= limits().held_at_once,
               // 8 values per thread
               {s.channels_last ? 0 : 1, s.vector(s.channels_last ? width : s.length), block_c,
                block_l, warps(2 * values, 16)}};

@@ -27,7 +27,7 @@ struct Cut {
   int64_t length, tiles, splits;
   Layout layout;
 
-  std::array<Constant, 5> constants() const;
+  std::array<Constant, 6> constants() const;
 };
 
 // For a pass that should have at least so many programs where x is large enough.
@@ -36,12 +36,10 @@ Cut cut(const Tensor& x, int64_t programs);
 // Where a program holds a group of a sample.
 struct Held {
   int64_t num_groups, length;
-  int64_t shares;  // of the samples, where they can be shared out
-  bool at_once;    // whether one program can take all of them
   Layout layout;
 };
 
-// None: a group of a sample has more than `most` values.
+// None: a group of a sample has more than `most` values, or that of all too many.
 std::optional<Held> held(const Tensor& x, int64_t num_groups, int64_t most);
 
 // Of the kernels that compute with the rows of a group: its channels, its samples, its chunks.

@@ -3,6 +3,7 @@
 #include <ATen/ops/empty.h>
 
 #include "../../nodes/checks.h"
+#include "../../nodes/memory.h"
 
 namespace wsbcn::gpu {
 namespace {
@@ -15,17 +16,6 @@ int64_t padded(int64_t size) {
 
 Tensor memory_of(const Tensor& x, int64_t size) {
   return at::empty({size}, x.options().dtype(accumulation_dtype(x)).memory_format(std::nullopt));
-}
-
-// As as_strided, which takes longer: a layer has ten of them.
-Tensor part_of(const Tensor& memory, at::IntArrayRef shape, at::IntArrayRef strides,
-               int64_t start) {
-  auto part =
-      c10::make_intrusive<c10::TensorImpl>(c10::TensorImpl::VIEW, c10::Storage(memory.storage()),
-                                           memory.key_set(), memory.dtype());
-  part->set_storage_offset(memory.storage_offset() + start);
-  part->set_sizes_and_strides(shape, strides);
-  return Tensor(std::move(part));
 }
 
 }  // namespace

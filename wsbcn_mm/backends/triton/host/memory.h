@@ -1,6 +1,8 @@
 // Memory for small results and for what kernels hand to each other: one allocation for all of it.
 #pragma once
 
+#include <c10/util/SmallVector.h>
+
 #include <initializer_list>
 #include <vector>
 
@@ -20,7 +22,7 @@ class Scratch {
 
  private:
   Tensor memory_;
-  std::vector<int64_t> starts_;  // in bytes
+  c10::SmallVector<int64_t, 9> starts_;  // in bytes
 };
 
 }  // namespace wsbcn::gpu

@@ -5,17 +5,18 @@
 namespace wsbcn::gpu::passes {
 namespace {
 
-std::optional<Scratch> chunks_of(const Tensor& x, const Cut& cut) {
-  if (cut.splits == 1) return std::nullopt;
-  const int64_t size = x.size(0) * x.size(1) * cut.splits;
-  return Scratch(x, {size, size});
+// Of what a reducing pass leaves to be merged, values of each kind; 0: it writes whole rows.
+int64_t chunks_of(const Tensor& x, const Cut& cut) {
+  return cut.splits == 1 ? 0 : x.size(0) * x.size(1) * cut.splits;
 }
 
 }  // namespace
 
 Chunks moments(const Tensor& x, Pointer m, Pointer q) {
   const Cut c = cut(x, limits().reducing);
-  Chunks chunks{c, chunks_of(x, c)};
+  const int64_t size = chunks_of(x, c), rows = x.size(0) * x.size(1);
+  Chunks chunks{c, std::nullopt};
+  if (size > 0) chunks.parts.emplace(x, std::initializer_list<int64_t>{size, size, rows, rows});
   start("moments", c.grid, x.device(),
         {{read(x), chunks.parts ? chunks.first() : m, chunks.parts ? chunks.second() : q},
          {x.size(1), c.length, c.tiles},
@@ -41,8 +42,10 @@ void normalize(const Tensor& x, int64_t num_groups, const Results& results, cons
                const Affine& affine, double eps, const Chunks* chunks) {
   const int64_t samples = x.size(0), channels = x.size(1), rows = samples * channels;
   const Affine a = dense(affine);
-  const Scratch scratch(x, {rows, rows});
-  const Pointer scale = scratch[0], shift = scratch[1];
+  std::optional<Scratch> own;
+  if (!chunks || !chunks->parts) own.emplace(x, std::initializer_list<int64_t>{rows, rows});
+  const Pointer scale = own ? (*own)[0] : (*chunks->parts)[2];
+  const Pointer shift = own ? (*own)[1] : (*chunks->parts)[3];
   const Cut reducing = cut(x, limits().reducing);
   const AlgebraBlocks blocks = algebra_blocks(samples, channels / num_groups, reducing.splits);
   // An update needs all samples of a group in one program; otherwise there may be many.
@@ -56,8 +59,10 @@ void normalize(const Tensor& x, int64_t num_groups, const Results& results, cons
           results.group_mean, results.inv_group_std, scale, shift},
          {samples, channels, num_groups, reducing.length, reducing.tiles, reducing.splits,
           stride_of(stage_1.running, &Running::mean), stride_of(stage_1.running, &Running::var),
-          repeat(a.weight, channels), repeat(a.bias, channels), bits(stage_1.rate), bits(eps)},
+          bits(stage_1.rate), bits(eps)},
          {{"STATISTICS", static_cast<int64_t>(stage_1.source)},
+          {"WEIGHT_REPEAT", repeat(a.weight, channels)},
+          {"BIAS_REPEAT", repeat(a.bias, channels)},
           {"BLOCK_L", reducing.layout.block_l},
           {"BLOCK_R", blocks.block_r},
           {"BLOCK_K", blocks.block_k},
@@ -77,13 +82,14 @@ void gradients_of(const BackwardCall& call, const Gradients& gradients) {
   const int64_t samples = x.size(0), channels = x.size(1), rows = samples * channels;
   const int64_t groups = samples * call.num_groups;
   const Affine a = dense(call.affine);
-  const Scratch scratch(x, {rows, rows, groups, groups, rows, rows, rows});
-  const Pointer sum_g = scratch[0], sum_gx = scratch[1];
   const Cut reducing = cut(x, limits().reducing);
-  const std::optional<Scratch> parts = chunks_of(x, reducing);
-  const Pointer first = parts ? (*parts)[0] : Pointer(), second = parts ? (*parts)[1] : Pointer();
+  const int64_t size = chunks_of(x, reducing);
+  const Scratch scratch(x, {rows, rows, groups, groups, rows, rows, rows, size, size});
+  const Pointer sum_g = scratch[0], sum_gx = scratch[1];
+  const Pointer first = size > 0 ? scratch[7] : Pointer();
+  const Pointer second = size > 0 ? scratch[8] : Pointer();
   start("backward_sums", reducing.grid, x.device(),
-        {{read(call.grad), read(x), read(s.m), parts ? first : sum_g, parts ? second : sum_gx},
+        {{read(call.grad), read(x), read(s.m), size > 0 ? first : sum_g, size > 0 ? second : sum_gx},
          {channels, reducing.length, reducing.tiles},
          reducing.constants()});
   const AlgebraBlocks blocks = algebra_blocks(samples, channels / call.num_groups, reducing.splits);
@@ -111,8 +117,9 @@ void gradients_of(const BackwardCall& call, const Gradients& gradients) {
           scratch[5],
           scratch[6]},
          {samples, channels, call.num_groups, reducing.length, reducing.splits,
-          repeat(a.weight, channels), bits(call.eps)},
-         {{"PER_CHANNEL", gradients.weight.numel() == channels},
+          bits(call.eps)},
+         {{"WEIGHT_REPEAT", repeat(a.weight, channels)},
+          {"PER_CHANNEL", gradients.weight.numel() == channels},
           {"THROUGH_STATISTICS", call.through_statistics},
           {"BLOCK_R", blocks.block_r},
           {"BLOCK_K", blocks.block_k},

@@ -6,14 +6,16 @@ import triton.language as tl
 from wsbcn_mm.backends.triton.jit.statistics import stage_1
 from wsbcn_mm.backends.triton.jit.tiles import (
     SIZES,
-    axes,
     block_of_group,
+    chunks_of_program,
+    corner_of,
     load_or,
     merged_sums,
     number,
-    offsets,
     part_of_program,
+    reached,
     rows_of_group,
+    tile_of,
     vectorised,
 )
 
@@ -43,6 +45,13 @@ def through_statistics(to_x, constant, centred, towards_var, towards_mean):
     return to_x - towards_var, constant - (towards_mean + towards_var * centred)
 
 
+@triton.jit
+def terms_of_tile(grad, x, tile, mask, centre, ACC: tl.constexpr):
+    """What is summed: grad and grad (x - m), 0 outside."""
+    g = tl.load(grad + tile, mask, other=0.0).to(ACC)
+    return g, g * (tl.load(x + tile, mask, other=0.0).to(ACC) - centre)
+
+
 @triton.jit(do_not_specialize=SIZES)
 def backward_sums(
     grad,  # (N, C, L)
@@ -53,6 +62,7 @@ def backward_sums(
     channels,
     length,
     tiles,
+    WHOLE: tl.constexpr,
     AXIS: tl.constexpr,
     VECTOR: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -61,23 +71,28 @@ def backward_sums(
     """Sums of grad and grad (x - m) over every chunk: one read of each."""
     ACC: tl.constexpr = m.dtype.element_ty
     channels, length = vectorised(channels, length, AXIS, VECTOR)
-    n, channel, first, last, chunk = part_of_program(channels, length, tiles, BLOCK_C, BLOCK_L)
-    c, lane = axes(channel, AXIS, BLOCK_L)
+    n, channel, width, first, last = part_of_program(channels, length, tiles, BLOCK_C, BLOCK_L)
+    c, lane, tile = tile_of(channels, length, AXIS, BLOCK_C, BLOCK_L)
 
-    centre = tl.load(m + n * channels + c, c < channels, other=0.0)
-    sum_g = tl.zeros((c + lane).shape, ACC)
-    sum_gx = tl.zeros((c + lane).shape, ACC)
-    for start in range(first, last, BLOCK_L):
-        positions = start + lane
-        mask = (c < channels) & (positions < length)
-        place = offsets(n, c, positions, channels, length, AXIS)
-        g = tl.load(grad + place, mask, other=0.0).to(ACC)
-        value = tl.load(x + place, mask, other=0.0).to(ACC)
-        sum_g += g
-        sum_gx += g * (value - centre)  # 0 outside: g is
+    centre = tl.load(m + n * channels + channel + c, c < width, other=0.0)
+    if WHOLE:
+        corner = corner_of(n, channel, 0, channels, length, AXIS)
+        mask = (c < width) & (lane < length)
+        sum_g, sum_gx = terms_of_tile(grad + corner, x + corner, tile, mask, centre, ACC)
+    else:
+        sum_g = tl.zeros((c + lane).shape, ACC)
+        sum_gx = tl.zeros((c + lane).shape, ACC)
+        for start in range(first, last, BLOCK_L):
+            corner = corner_of(n, channel, start, channels, length, AXIS)
+            mask = (c < width) & reached(lane, start, last, BLOCK_L)
+            g, gx = terms_of_tile(grad + corner, x + corner, tile, mask, centre, ACC)
+            sum_g += g
+            sum_gx += gx
 
-    tl.store(sums_g + chunk, tl.sum(sum_g, AXIS), channel < channels)
-    tl.store(sums_gx + chunk, tl.sum(sum_gx, AXIS), channel < channels)
+    chunk = chunks_of_program(n, channel, channels, BLOCK_C)
+    inside = tl.arange(0, BLOCK_C) < width
+    tl.store(sums_g + chunk, tl.sum(sum_g, AXIS), inside)
+    tl.store(sums_gx + chunk, tl.sum(sum_gx, AXIS), inside)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -94,7 +109,7 @@ def backward_algebra(
     inv_group_std,  # (N, G)
     batch_weight,  # (C,) or None
     batch_bias,  # (C,) or None
-    weight,  # (C / weight_repeat,) or None
+    weight,  # (C / WEIGHT_REPEAT,) or None
     mean_h,  # (N, G), scratch: over the group, of h = weight grad
     mean_hz,  # (N, G), scratch: of h z, z the normalised x1
     grad_batch_weight,  # (C,)
@@ -109,8 +124,8 @@ def backward_algebra(
     groups,
     length,
     splits,
-    weight_repeat,
     eps,
+    WEIGHT_REPEAT: tl.constexpr,
     PER_CHANNEL: tl.constexpr,
     THROUGH_STATISTICS: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -144,7 +159,7 @@ def backward_algebra(
             c, inside, row, mask = block_of_group(start, channels, width, n, n_inside, BLOCK_C)
             row_mean = tl.load(m + row, mask, other=0.0)
             _, gain, _, t = stage_1(row_mean, mean, var, batch_weight, batch_bias, c, inside, eps)
-            outer = load_or(weight, c // weight_repeat, inside, 1.0, ACC)[None, :]
+            outer = load_or(weight, c // WEIGHT_REPEAT, inside, 1.0, ACC)[None, :]
             row_g = tl.load(sum_g + row, mask, other=0.0)
             row_gx = tl.load(sum_gx + row, mask, other=0.0)
             row_gz = s * (gain[None, :] * row_gx + (t - centre) * row_g)
@@ -174,7 +189,7 @@ def backward_algebra(
                 row_mean, mean, var, batch_weight, batch_bias, c, inside, eps
             )
             t -= tl.load(group_mean + place, n_inside, other=0.0)[:, None]
-            outer = load_or(weight, c // weight_repeat, inside, 1.0, ACC)[None, :]
+            outer = load_or(weight, c // WEIGHT_REPEAT, inside, 1.0, ACC)[None, :]
             row_g = tl.load(sum_g + row, mask, other=0.0)
             row_gx = tl.load(sum_gx + row, mask, other=0.0)
             row_q = tl.load(q + row, mask, other=0.0)
@@ -213,7 +228,7 @@ def backward_algebra(
                 row_mean, mean, var, batch_weight, batch_bias, c, inside, eps
             )
             t -= tl.load(group_mean + place, n_inside, other=0.0)[:, None]
-            outer = load_or(weight, c // weight_repeat, inside, 1.0, ACC)[None, :]
+            outer = load_or(weight, c // WEIGHT_REPEAT, inside, 1.0, ACC)[None, :]
             slope_g, slope_x, offset = coefficients_of_dx(gain[None, :], t, outer, s, h, hz)
             if THROUGH_STATISTICS:
                 slope_x, offset = through_statistics(
@@ -232,6 +247,14 @@ def backward_algebra(
         tl.store(grad_bias + g, group_sum_g)
 
 
+@triton.jit
+def apply_to_tile(grad, x, dx, tile, mask, centre, slope_g, slope_x, offset, ACC: tl.constexpr):
+    g = tl.load(grad + tile, mask, other=0.0).to(ACC)
+    value = tl.load(x + tile, mask, other=0.0).to(ACC)
+    result = slope_g * g + (slope_x * (value - centre) + offset)
+    tl.store(dx + tile, result.to(dx.dtype.element_ty), mask)
+
+
 @triton.jit(do_not_specialize=SIZES)
 def backward_apply(
     grad,  # (N, C, L)
@@ -244,6 +267,7 @@ def backward_apply(
     channels,
     length,
     tiles,
+    WHOLE: tl.constexpr,
     AXIS: tl.constexpr,
     VECTOR: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -252,19 +276,42 @@ def backward_apply(
     """The last pass, dx = to_grad grad + to_x (x - m) + constant: two reads, one write."""
     ACC: tl.constexpr = m.dtype.element_ty
     channels, length = vectorised(channels, length, AXIS, VECTOR)
-    n, channel, first, last, _ = part_of_program(channels, length, tiles, BLOCK_C, BLOCK_L)
-    c, lane = axes(channel, AXIS, BLOCK_L)
+    n, channel, width, first, last = part_of_program(channels, length, tiles, BLOCK_C, BLOCK_L)
+    c, lane, tile = tile_of(channels, length, AXIS, BLOCK_C, BLOCK_L)
 
-    row = n * channels + c
-    centre = tl.load(m + row, c < channels, other=0.0)
-    slope_g = tl.load(to_grad + row, c < channels, other=0.0)
-    slope_x = tl.load(to_x + row, c < channels, other=0.0)
-    offset = tl.load(constant + row, c < channels, other=0.0)
-    for start in range(first, last, BLOCK_L):
-        positions = start + lane
-        mask = (c < channels) & (positions < length)
-        place = offsets(n, c, positions, channels, length, AXIS)
-        g = tl.load(grad + place, mask, other=0.0).to(ACC)
-        value = tl.load(x + place, mask, other=0.0).to(ACC)
-        result = slope_g * g + (slope_x * (value - centre) + offset)
-        tl.store(dx + place, result.to(dx.dtype.element_ty), mask)
+    row = n * channels + channel
+    centre = tl.load(m + row + c, c < width, other=0.0)
+    slope_g = tl.load(to_grad + row + c, c < width, other=0.0)
+    slope_x = tl.load(to_x + row + c, c < width, other=0.0)
+    offset = tl.load(constant + row + c, c < width, other=0.0)
+    if WHOLE:
+        corner = corner_of(n, channel, 0, channels, length, AXIS)
+        mask = (c < width) & (lane < length)
+        apply_to_tile(
+            grad + corner,
+            x + corner,
+            dx + corner,
+            tile,
+            mask,
+            centre,
+            slope_g,
+            slope_x,
+            offset,
+            ACC,
+        )
+    else:
+        for start in range(first, last, BLOCK_L):
+            corner = corner_of(n, channel, start, channels, length, AXIS)
+            mask = (c < width) & reached(lane, start, last, BLOCK_L)
+            apply_to_tile(
+                grad + corner,
+                x + corner,
+                dx + corner,
+                tile,
+                mask,
+                centre,
+                slope_g,
+                slope_x,
+                offset,
+                ACC,
+            )

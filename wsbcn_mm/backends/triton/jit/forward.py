@@ -6,15 +6,17 @@ import triton.language as tl
 from wsbcn_mm.backends.triton.jit.statistics import channel_statistics, stage_1
 from wsbcn_mm.backends.triton.jit.tiles import (
     SIZES,
-    axes,
     block_of_group,
-    lane_counts,
+    chunks_of_program,
+    corner_of,
     load_or,
     merged_moments,
+    moments_of_rows,
     number,
-    offsets,
     part_of_program,
+    reached,
     rows_of_group,
+    tile_of,
     union,
     vectorised,
     welford,
@@ -29,6 +31,7 @@ def moments(
     channels,
     length,
     tiles,
+    WHOLE: tl.constexpr,
     AXIS: tl.constexpr,
     VECTOR: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -37,24 +40,35 @@ def moments(
     """Mean and biased variance of every chunk: one read of x."""
     ACC: tl.constexpr = means.dtype.element_ty
     channels, length = vectorised(channels, length, AXIS, VECTOR)
-    n, channel, first, last, chunk = part_of_program(channels, length, tiles, BLOCK_C, BLOCK_L)
-    c, lane = axes(channel, AXIS, BLOCK_L)
+    n, channel, width, first, last = part_of_program(channels, length, tiles, BLOCK_C, BLOCK_L)
+    c, lane, tile = tile_of(channels, length, AXIS, BLOCK_C, BLOCK_L)
+    corner = x + corner_of(n, channel, first, channels, length, AXIS)
+    inside = tl.arange(0, BLOCK_C) < width
+    if WHOLE:
+        mask = (c < width) & (lane < length)
+        value = tl.load(corner + tile, mask, other=0.0).to(ACC)
+        chunk_mean, chunk_variance = moments_of_rows(
+            corner, value, inside, mask, channels, length, AXIS, BLOCK_C, ACC
+        )
+    else:
+        rows = corner_of(0, tl.arange(0, BLOCK_C), 0, channels, length, AXIS)
+        pivot = tl.load(corner + rows, inside, other=0.0).to(ACC)
+        mean = tl.zeros((c + lane).shape, ACC)
+        squares = tl.zeros((c + lane).shape, ACC)
+        seen = tl.zeros([1, 1], ACC)
+        for start in range(first, last, BLOCK_L):
+            mask = (c < width) & reached(lane, start, last, BLOCK_L)
+            corner = x + corner_of(n, channel, start, channels, length, AXIS)
+            value = tl.load(corner + tile, mask, other=0.0).to(ACC)
+            seen += 1.0
+            mean, squares = welford(value, mask, seen, mean, squares)
+        values = (last - first).to(tl.int32)
+        count = ((values - lane + BLOCK_L - 1) // BLOCK_L).to(ACC)  # that a lane has seen
+        chunk_mean, chunk_variance = union(pivot, values.to(ACC), count, mean, squares, AXIS)
 
-    mean = tl.zeros((c + lane).shape, ACC)
-    squares = tl.zeros((c + lane).shape, ACC)
-    seen = tl.zeros([1, 1], ACC)
-    for start in range(first, last, BLOCK_L):
-        positions = start + lane
-        mask = (c < channels) & (positions < length)
-        place = offsets(n, c, positions, channels, length, AXIS)
-        value = tl.load(x + place, mask, other=0.0).to(ACC)
-        seen += 1.0
-        mean, squares = welford(value, mask, seen, mean, squares)
-
-    count = lane_counts(lane, first, last, BLOCK_L).to(ACC)
-    chunk_mean, chunk_variance = union(lane, count, mean, squares, AXIS)
-    tl.store(means + chunk, chunk_mean, channel < channels)
-    tl.store(variances + chunk, chunk_variance, channel < channels)
+    chunk = chunks_of_program(n, channel, channels, BLOCK_C)
+    tl.store(means + chunk, chunk_mean, inside)
+    tl.store(variances + chunk, chunk_variance, inside)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -98,8 +112,8 @@ def forward_algebra(
     var,  # (C,)
     batch_weight,  # (C,) or None
     batch_bias,  # (C,) or None
-    weight,  # (C / weight_repeat,) or None
-    bias,  # (C / bias_repeat,) or None
+    weight,  # (C / WEIGHT_REPEAT,) or None
+    bias,  # (C / BIAS_REPEAT,) or None
     group_mean,  # (N, G)
     inv_group_std,  # (N, G)
     scale,  # (N, C): y = scale (x - m) + shift
@@ -112,11 +126,11 @@ def forward_algebra(
     splits,
     running_mean_stride,
     running_var_stride,
-    weight_repeat,
-    bias_repeat,
     rate,
     eps,
     STATISTICS: tl.constexpr,
+    WEIGHT_REPEAT: tl.constexpr,
+    BIAS_REPEAT: tl.constexpr,
     BLOCK_L: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -195,11 +209,17 @@ def forward_algebra(
             c, inside, row, mask = block_of_group(start, channels, width, n, n_inside, BLOCK_C)
             row_mean = tl.load(m + row, mask, other=0.0)
             _, gain, _, t = stage_1(row_mean, mean, var, batch_weight, batch_bias, c, inside, eps)
-            outer = load_or(weight, c // weight_repeat, inside, 1.0, ACC)
-            offset = load_or(bias, c // bias_repeat, inside, 0.0, ACC)
+            outer = load_or(weight, c // WEIGHT_REPEAT, inside, 1.0, ACC)
+            offset = load_or(bias, c // BIAS_REPEAT, inside, 0.0, ACC)
             slope = outer[None, :] * inverse[:, None]
             tl.store(scale + row, slope * gain[None, :], mask)
             tl.store(shift + row, slope * (t - centre[:, None]) + offset[None, :], mask)
+
+
+@triton.jit
+def apply_to_tile(x, y, tile, mask, centre, slope, offset, ACC: tl.constexpr):
+    value = tl.load(x + tile, mask, other=0.0).to(ACC)
+    tl.store(y + tile, ((value - centre) * slope + offset).to(y.dtype.element_ty), mask)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -212,6 +232,7 @@ def forward_apply(
     channels,
     length,
     tiles,
+    WHOLE: tl.constexpr,
     AXIS: tl.constexpr,
     VECTOR: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -220,16 +241,19 @@ def forward_apply(
     """The last pass, y = scale (x - m) + shift: one read, one write."""
     ACC: tl.constexpr = m.dtype.element_ty
     channels, length = vectorised(channels, length, AXIS, VECTOR)
-    n, channel, first, last, _ = part_of_program(channels, length, tiles, BLOCK_C, BLOCK_L)
-    c, lane = axes(channel, AXIS, BLOCK_L)
+    n, channel, width, first, last = part_of_program(channels, length, tiles, BLOCK_C, BLOCK_L)
+    c, lane, tile = tile_of(channels, length, AXIS, BLOCK_C, BLOCK_L)
 
-    row = n * channels + c
-    centre = tl.load(m + row, c < channels, other=0.0)
-    slope = tl.load(scale + row, c < channels, other=0.0)
-    offset = tl.load(shift + row, c < channels, other=0.0)
-    for start in range(first, last, BLOCK_L):
-        positions = start + lane
-        mask = (c < channels) & (positions < length)
-        place = offsets(n, c, positions, channels, length, AXIS)
-        value = tl.load(x + place, mask, other=0.0).to(ACC)
-        tl.store(y + place, ((value - centre) * slope + offset).to(y.dtype.element_ty), mask)
+    row = n * channels + channel
+    centre = tl.load(m + row + c, c < width, other=0.0)
+    slope = tl.load(scale + row + c, c < width, other=0.0)
+    offset = tl.load(shift + row + c, c < width, other=0.0)
+    if WHOLE:
+        corner = corner_of(n, channel, 0, channels, length, AXIS)
+        mask = (c < width) & (lane < length)
+        apply_to_tile(x + corner, y + corner, tile, mask, centre, slope, offset, ACC)
+    else:
+        for start in range(first, last, BLOCK_L):
+            corner = corner_of(n, channel, start, channels, length, AXIS)
+            mask = (c < width) & reached(lane, start, last, BLOCK_L)
+            apply_to_tile(x + corner, y + corner, tile, mask, centre, slope, offset, ACC)

@@ -1,7 +1,7 @@
-"""All passes in one, for maps so small that a program holds a group of a sample: one read of x.
+"""All passes in one, for maps so small that a program holds a group of a sample: one launch.
 
-Axis 0 of the grid are the groups, axis 1 shares of the samples. What needs all samples, an update
-of the statistics or a gradient through them, is done here where there is one share.
+A program goes through all samples, for an update of the statistics and a gradient through them need
+them all.
 """
 
 import triton
@@ -15,18 +15,18 @@ from wsbcn_mm.backends.triton.jit.backward import (
 from wsbcn_mm.backends.triton.jit.statistics import channel_statistics, parameters_of_stage_1
 from wsbcn_mm.backends.triton.jit.tiles import (
     SIZES,
-    axes,
+    corner_of,
     load_or,
+    moments_of_rows,
     multiple,
     number,
-    offsets,
+    tile_of,
     vectorised,
 )
 
 
 @triton.jit
-def share_of_program(
-    samples,
+def group_of_program(
     channels,
     groups,
     length,
@@ -35,48 +35,23 @@ def share_of_program(
     BLOCK_C: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):
-    """What of x belongs to this program.
+    """What of a sample belongs to this program.
 
     Returns:
-        First and last sample (exclusive); the first channel, and the mask of the group's (C,); of a
-        sample, where the group starts, its tile from there, and the mask of that; the sizes again.
-        Places are the sum of a number and a small range: few registers hold them.
+        The first channel of the group, and the mask of its (C,); where in a sample it starts, its
+        tile from there, and the mask of that; the sizes again; that of a sample, and of the group.
     """
-    share = tl.cdiv(samples, tl.num_programs(1))
-    first = tl.program_id(1).to(tl.int64) * share
-    last = tl.minimum(first + share, samples)
     channels, length = vectorised(channels, length, AXIS, VECTOR)
     width = channels // groups
     if AXIS == 0:
         width = multiple(width, VECTOR)
     corner = tl.program_id(0).to(tl.int64) * width
-    i = tl.arange(0, BLOCK_C)
-    c, lane = axes(i.to(tl.int64), AXIS, BLOCK_L)
-    start = offsets(0, corner, 0, channels, length, AXIS)
-    tile = offsets(0, c, lane, channels, length, AXIS)
-    mask = tl.expand_dims(i < width, AXIS) & (lane < length)
-    return first, last, corner, i < width, start, tile, mask, channels, length, width
-
-
-@triton.jit
-def moments_of_rows(
-    x,  # of the group of a sample
-    value,
-    inside,
-    mask,
-    channels,
-    length,
-    AXIS: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    ACC: tl.constexpr,
-):
-    """Mean and biased variance (C,) of the rows of a tile, around their first values."""
-    i = tl.arange(0, BLOCK_C).to(tl.int64)
-    first = tl.load(x + offsets(0, i, 0, channels, length, AXIS), inside, other=0.0).to(ACC)
-    off = tl.where(mask, value - tl.expand_dims(first, AXIS), 0.0)
-    centre = tl.sum(off, AXIS) / length
-    off = tl.where(mask, off - tl.expand_dims(centre, AXIS), 0.0)
-    return first + centre, tl.sum(off * off, AXIS) / length
+    inside = tl.arange(0, BLOCK_C) < width
+    c, lane, tile = tile_of(channels, length, AXIS, BLOCK_C, BLOCK_L)
+    start = corner_of(0, corner, 0, channels, length, AXIS)
+    mask = (c < width) & (lane < length)
+    size = channels.to(tl.int64) * length
+    return corner, inside, start, tile, mask, channels, length, size, width
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -94,8 +69,8 @@ def forward_held(
     var,  # (C,)
     batch_weight,  # (C,) or None
     batch_bias,  # (C,) or None
-    weight,  # (C / weight_repeat,) or None
-    bias,  # (C / bias_repeat,) or None
+    weight,  # (C / WEIGHT_REPEAT,) or None
+    bias,  # (C / BIAS_REPEAT,) or None
     group_mean,  # (N, G)
     inv_group_std,  # (N, G)
     samples,
@@ -104,11 +79,11 @@ def forward_held(
     length,
     running_mean_stride,
     running_var_stride,
-    weight_repeat,
-    bias_repeat,
     rate,
     eps,
     STATISTICS: tl.constexpr,
+    WEIGHT_REPEAT: tl.constexpr,
+    BIAS_REPEAT: tl.constexpr,
     AXIS: tl.constexpr,
     VECTOR: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -118,15 +93,15 @@ def forward_held(
     """The result and all statistics. STATISTICS: see `channel_statistics`; 'given': they are."""
     ACC: tl.constexpr = mean.dtype.element_ty
     g = tl.program_id(0)
-    first, last, corner, inside, start, tile, mask, channels, length, width = share_of_program(
-        samples, channels, groups, length, AXIS, VECTOR, BLOCK_C, BLOCK_L
+    corner, inside, start, tile, mask, channels, length, size, width = group_of_program(
+        channels, groups, length, AXIS, VECTOR, BLOCK_C, BLOCK_L
     )
     i = tl.arange(0, BLOCK_C)
     eps = number(eps, ACC)
 
     if STATISTICS == 'estimate' or STATISTICS == 'batch':
-        for n in range(first, last):
-            place = n * channels * length + start
+        for n in range(samples):
+            place = n * size + start
             value = tl.load(x + place + tile, mask, other=0.0).to(ACC)
             row_mean, row_variance = moments_of_rows(
                 x + place, value, inside, mask, channels, length, AXIS, BLOCK_C, ACC
@@ -161,10 +136,10 @@ def forward_held(
     _, gain, centre_of_channel, shift = parameters_of_stage_1(
         mean, var, batch_weight, batch_bias, corner + i, inside, eps
     )
-    outer = load_or(weight, (corner + i) // weight_repeat, inside, 1.0, ACC)
-    outer_shift = load_or(bias, (corner + i) // bias_repeat, inside, 0.0, ACC)
-    for n in range(first, last):
-        place = n * channels * length + start
+    outer = load_or(weight, (corner + i) // WEIGHT_REPEAT, inside, 1.0, ACC)
+    outer_shift = load_or(bias, (corner + i) // BIAS_REPEAT, inside, 0.0, ACC)
+    for n in range(samples):
+        place = n * size + start
         value = tl.load(x + place + tile, mask, other=0.0).to(ACC)
         row = n * channels + corner
         if STATISTICS == 'running':
@@ -191,33 +166,6 @@ def forward_held(
         tl.store(y + place + tile, result.to(y.dtype.element_ty), mask)
 
 
-@triton.jit
-def store_gradients(
-    sum_x1,  # (C,), over the samples
-    sum_x1_x,
-    sum_gz,
-    sum_g,
-    inv_std,
-    grad_batch_weight,
-    grad_batch_bias,
-    grad_weight,
-    grad_bias,
-    channel,
-    inside,
-    PER_CHANNEL: tl.constexpr,
-):
-    """The gradients of the parameters of one group."""
-    tl.store(grad_batch_bias + channel, sum_x1, inside)
-    tl.store(grad_batch_weight + channel, sum_x1_x * inv_std, inside)
-    if grad_weight is not None:
-        if PER_CHANNEL:
-            tl.store(grad_weight + channel, sum_gz, inside)
-            tl.store(grad_bias + channel, sum_g, inside)
-        else:
-            tl.store(grad_weight + tl.program_id(0), tl.sum(sum_gz, 0))
-            tl.store(grad_bias + tl.program_id(0), tl.sum(sum_g, 0))
-
-
 @triton.jit(do_not_specialize=SIZES)
 def backward_held(
     grad,  # (N, C, L)
@@ -231,8 +179,7 @@ def backward_held(
     inv_group_std,  # (N, G)
     batch_weight,  # (C,) or None
     batch_bias,  # (C,) or None
-    weight,  # (C / weight_repeat,) or None
-    shares,  # (4, K, C): sums over the samples of each of K shares; None: there is one share
+    weight,  # (C / WEIGHT_REPEAT,) or None
     mean_h,  # (2, N, G), scratch for THROUGH_STATISTICS
     grad_batch_weight,  # (C,)
     grad_batch_bias,  # (C,)
@@ -242,8 +189,8 @@ def backward_held(
     channels,
     groups,
     length,
-    weight_repeat,
     eps,
+    WEIGHT_REPEAT: tl.constexpr,
     PER_CHANNEL: tl.constexpr,
     THROUGH_STATISTICS: tl.constexpr,
     AXIS: tl.constexpr,
@@ -251,11 +198,11 @@ def backward_held(
     BLOCK_C: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):
-    """dx, and the gradients of the parameters or the share's part of them."""
+    """dx, and the gradients of the parameters."""
     ACC: tl.constexpr = mean.dtype.element_ty
     g = tl.program_id(0)
-    first, last, corner, inside, start, tile, mask, channels, length, width = share_of_program(
-        samples, channels, groups, length, AXIS, VECTOR, BLOCK_C, BLOCK_L
+    corner, inside, start, tile, mask, channels, length, size, width = group_of_program(
+        channels, groups, length, AXIS, VECTOR, BLOCK_C, BLOCK_L
     )
     i = tl.arange(0, BLOCK_C)
     eps = number(eps, ACC)
@@ -263,14 +210,14 @@ def backward_held(
     inv_std, gain, centre_of_channel, shift = parameters_of_stage_1(
         mean, var, batch_weight, batch_bias, corner + i, inside, eps
     )
-    outer = load_or(weight, (corner + i) // weight_repeat, inside, 1.0, ACC)
+    outer = load_or(weight, (corner + i) // WEIGHT_REPEAT, inside, 1.0, ACC)
 
     sum_x1 = tl.zeros([BLOCK_C], ACC)  # of dx1
     sum_x1_x = tl.zeros([BLOCK_C], ACC)  # of dx1 (x - mean)
     sum_gz = tl.zeros([BLOCK_C], ACC)
     sum_g = tl.zeros([BLOCK_C], ACC)
-    for n in range(first, last):
-        place = n * channels * length + start
+    for n in range(samples):
+        place = n * size + start
         row = n * channels + corner
         row_mean = tl.load(m + row + i, inside, other=0.0)
         tile_g = tl.load(grad + place + tile, mask, other=0.0).to(ACC)
@@ -301,34 +248,22 @@ def backward_held(
             result += tl.expand_dims(slope_x, AXIS) * value + tl.expand_dims(offset, AXIS)
             tl.store(dx + place + tile, result.to(dx.dtype.element_ty), mask)
 
-    if shares is not None:
-        share = tl.program_id(1).to(tl.int64) * channels + corner + i
-        size = tl.num_programs(1).to(tl.int64) * channels
-        tl.store(shares + share, sum_x1, inside)
-        tl.store(shares + size + share, sum_x1_x, inside)
-        tl.store(shares + 2 * size + share, sum_gz, inside)
-        tl.store(shares + 3 * size + share, sum_g, inside)
-    else:
-        store_gradients(
-            sum_x1,
-            sum_x1_x,
-            sum_gz,
-            sum_g,
-            inv_std,
-            grad_batch_weight,
-            grad_batch_bias,
-            grad_weight,
-            grad_bias,
-            corner + i,
-            inside,
-            PER_CHANNEL,
-        )
+    channel = corner + i
+    tl.store(grad_batch_bias + channel, sum_x1, inside)
+    tl.store(grad_batch_weight + channel, sum_x1_x * inv_std, inside)
+    if grad_weight is not None:
+        if PER_CHANNEL:
+            tl.store(grad_weight + channel, sum_gz, inside)
+            tl.store(grad_bias + channel, sum_g, inside)
+        else:
+            tl.store(grad_weight + g, tl.sum(sum_gz, 0))
+            tl.store(grad_bias + g, tl.sum(sum_g, 0))
 
     if THROUGH_STATISTICS:
         tl.debug_barrier()  # mean_h was written
         values = samples * positions
-        for n in range(first, last):
-            place = n * channels * length + start
+        for n in range(samples):
+            place = n * size + start
             row_mean = tl.load(m + n * channels + corner + i, inside, other=0.0)
             tile_g = tl.load(grad + place + tile, mask, other=0.0).to(ACC)
             value = tl.load(x + place + tile, mask, other=0.0).to(ACC)
@@ -349,54 +284,3 @@ def backward_held(
             result = tl.expand_dims(slope_g, AXIS) * tile_g
             result += tl.expand_dims(slope_x, AXIS) * value + tl.expand_dims(offset, AXIS)
             tl.store(dx + place + tile, result.to(dx.dtype.element_ty), mask)
-
-
-@triton.jit(do_not_specialize=SIZES)
-def merge_shares(
-    shares,  # (4, K, C), see `backward_held`
-    var,  # (C,)
-    grad_batch_weight,  # (C,)
-    grad_batch_bias,  # (C,)
-    grad_weight,  # (C,) or (G,); None: there is no outer affine
-    grad_bias,  # (C,) or (G,)
-    splits,  # K
-    channels,
-    groups,
-    eps,
-    PER_CHANNEL: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """The gradients of the parameters of a group from the parts of all shares."""
-    ACC: tl.constexpr = shares.dtype.element_ty
-    width = channels // groups
-    i = tl.arange(0, BLOCK_C)
-    channel = tl.program_id(0) * width + i
-    inside = i < width
-    size = splits.to(tl.int64) * channels
-    sum_x1 = tl.zeros([BLOCK_C], ACC)
-    sum_x1_x = tl.zeros([BLOCK_C], ACC)
-    sum_gz = tl.zeros([BLOCK_C], ACC)
-    sum_g = tl.zeros([BLOCK_C], ACC)
-    for start in range(0, splits, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        place = shares + k[:, None].to(tl.int64) * channels + channel[None, :]
-        mask = (k < splits)[:, None] & inside[None, :]
-        sum_x1 += tl.sum(tl.load(place, mask, other=0.0), 0)
-        sum_x1_x += tl.sum(tl.load(place + size, mask, other=0.0), 0)
-        sum_gz += tl.sum(tl.load(place + 2 * size, mask, other=0.0), 0)
-        sum_g += tl.sum(tl.load(place + 3 * size, mask, other=0.0), 0)
-    store_gradients(
-        sum_x1,
-        sum_x1_x,
-        sum_gz,
-        sum_g,
-        1.0 / tl.sqrt(tl.load(var + channel, inside, other=1.0) + number(eps, ACC)),
-        grad_batch_weight,
-        grad_batch_bias,
-        grad_weight,
-        grad_bias,
-        channel,
-        inside,
-        PER_CHANNEL,
-    )

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from wsbcn_mm.backends.triton.jit.tiles import SIZES, block_of_group, load_or, number
+from wsbcn_mm.backends.triton.jit.tiles import block_of_group, load_or, number
 
 
 @triton.jit
@@ -133,49 +133,3 @@ def channel_statistics(
         tl.store(mean + c, used_mean, inside)
         tl.store(var + c, used_var, inside)
     tl.debug_barrier()  # other threads of this program read them
-
-
-@triton.jit(do_not_specialize=SIZES)
-def update_statistics(
-    m,  # (N, C)
-    q,  # (N, C)
-    running_mean,  # (C,)
-    running_var,  # (C,)
-    rate_tensor,  # (); None: rate
-    counts,  # (2, C), int64, or None
-    num_batches_tracked,  # (), int64, or None
-    mean,  # (C,)
-    var,  # (C,)
-    samples,
-    channels,
-    groups,
-    length,
-    running_mean_stride,
-    running_var_stride,
-    rate,
-    STATISTICS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """The statistics of stage 1 alone, one group per program."""
-    channel_statistics(
-        m,
-        q,
-        running_mean,
-        running_var,
-        rate_tensor,
-        counts,
-        num_batches_tracked,
-        mean,
-        var,
-        samples,
-        channels,
-        groups,
-        length,
-        running_mean_stride,
-        running_var_stride,
-        rate,
-        STATISTICS,
-        BLOCK_N,
-        BLOCK_C,
-    )

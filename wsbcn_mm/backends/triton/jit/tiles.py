@@ -4,7 +4,8 @@ A tile is BLOCK_C channels by BLOCK_L positions of one sample, whose fast axis i
 contiguous in memory. AXIS, the axis of the positions, is therefore all that a kernel knows of the
 layout: 1, a tile [C, L], for x (N, C, L); 0, a tile [L, C], for channels_last, x (N, L, C). A
 program of a pass owns one block of channels and one chunk, ``tiles`` tiles, of their positions; K
-chunks make a row, which is one (sample, channel).
+chunks make a row, which is one (sample, channel). WHOLE: a tile holds whole rows, and there is one;
+without a loop around it a program takes half as many instructions.
 """
 
 import triton
@@ -17,8 +18,6 @@ SIZES = (
     'length',
     'tiles',
     'splits',
-    'weight_repeat',
-    'bias_repeat',
     'running_mean_stride',
     'running_var_stride',
     'rate',
@@ -64,21 +63,28 @@ def vectorised(channels, length, AXIS: tl.constexpr, VECTOR: tl.constexpr):
 
 
 @triton.jit
-def axes(channel, AXIS: tl.constexpr, BLOCK_L: tl.constexpr):
-    """Channels (C,) and the positions of a first tile, shaped to broadcast against each other."""
-    c = tl.expand_dims(channel, AXIS)
+def tile_of(channels, length, AXIS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr):
+    """A tile: its channels and positions, shaped to broadcast, and where they lie from its corner.
+
+    32 bits: an address is then one instruction, and these are in every load.
+    """
+    c = tl.expand_dims(tl.arange(0, BLOCK_C), AXIS)
     lane = tl.expand_dims(tl.arange(0, BLOCK_L), 1 - AXIS)
-    return c, lane
+    if AXIS == 0:
+        place = lane * channels.to(tl.int32) + c
+    else:
+        place = c * length.to(tl.int32) + lane
+    return c, lane, place
 
 
 @triton.jit
-def offsets(n, c, positions, channels, length, AXIS: tl.constexpr):
-    """Where a tile lies in x."""
+def corner_of(n, c, position, channels, length, AXIS: tl.constexpr):
+    """Where in x a tile begins: 64 bits, once per tile."""
     sample = n * channels * length
     if AXIS == 0:
-        place = sample + positions * channels + c
+        place = sample + position * channels + c
     else:
-        place = sample + c * length + positions
+        place = sample + c * length + position
     return place
 
 
@@ -87,20 +93,53 @@ def part_of_program(channels, length, tiles, BLOCK_C: tl.constexpr, BLOCK_L: tl.
     """What a pass leaves to this program.
 
     Returns:
-        Sample, channels (C,), first and last position (exclusive), and where what it finds about
-        these channels goes in (N, C, K).
+        Sample, first channel and how many there are from there on, first and last position
+        (exclusive).
     """
     blocks = tl.cdiv(channels, BLOCK_C)
     n = (tl.program_id(0) // blocks).to(tl.int64)
-    channel = (tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
+    channel = (tl.program_id(0) % blocks * BLOCK_C).to(tl.int64)
     size = tiles.to(tl.int64) * BLOCK_L
     first = tl.program_id(1) * size
-    chunk = (n * channels + channel) * tl.num_programs(1) + tl.program_id(1)
-    return n, channel, first, tl.minimum(first + size, length), chunk
+    return n, channel, (channels - channel).to(tl.int32), first, tl.minimum(first + size, length)
+
+
+@triton.jit
+def reached(lane, start, last, BLOCK_L: tl.constexpr):
+    """Which positions of the tile that begins at `start` come before `last`."""
+    return lane < tl.minimum(last - start, BLOCK_L).to(tl.int32)
+
+
+@triton.jit
+def chunks_of_program(n, channel, channels, BLOCK_C: tl.constexpr):
+    """Where what a program finds about its channels goes in (N, C, K)."""
+    row = n * channels + channel + tl.arange(0, BLOCK_C)
+    return row * tl.num_programs(1) + tl.program_id(1)
 
 
 # ----------------------------------------------------------------------------------------------
 # Moments
+
+
+@triton.jit
+def moments_of_rows(
+    x,  # where the tile starts
+    value,
+    inside,
+    mask,
+    channels,
+    length,
+    AXIS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Mean and biased variance (C,) of rows that a tile holds whole, around their first values."""
+    rows = corner_of(0, tl.arange(0, BLOCK_C), 0, channels, length, AXIS)
+    first = tl.load(x + rows, inside, other=0.0).to(ACC)
+    off = tl.where(mask, value - tl.expand_dims(first, AXIS), 0.0)
+    centre = tl.sum(off, AXIS) / length
+    off = tl.where(mask, off - tl.expand_dims(centre, AXIS), 0.0)
+    return first + centre, tl.sum(off * off, AXIS) / length
 
 
 @triton.jit
@@ -112,19 +151,11 @@ def welford(value, mask, seen, mean, squares):
 
 
 @triton.jit
-def lane_counts(lane, first, last, BLOCK: tl.constexpr):
-    """How many values a lane sees when tiles of BLOCK cover [first, last)."""
-    return (last - first - lane + BLOCK - 1) // BLOCK
+def union(pivot, total, count, mean, squares, AXIS: tl.constexpr):
+    """Mean and biased variance of the union of parts along AXIS, `total` values (Chan et al.).
 
-
-@triton.jit
-def union(index, count, mean, squares, AXIS: tl.constexpr):
-    """Mean and biased variance of the union of parts along AXIS (Chan et al.).
-
-    Around the mean of part 0, which is never empty: exact for constants, whatever their size.
+    Around `pivot`, one of the values: exact for constants, whatever their size.
     """
-    pivot = tl.sum(tl.where(index == 0, mean, 0.0), AXIS)
-    total = tl.sum(count, AXIS)
     off = mean - tl.expand_dims(pivot, AXIS)
     centre = tl.sum(count * off, AXIS) / total
     off -= tl.expand_dims(centre, AXIS)
@@ -152,7 +183,8 @@ def merged_moments(
     count = tl.where(k < splits, tl.minimum(size, length - k * size), 0).to(dtype)
     mean = tl.load(means + place, inside, other=0.0)
     squares = count * tl.load(variances + place, inside, other=0.0)
-    return union(k, count, mean, squares, 1)
+    pivot = tl.load(means + row * splits, mask, other=0.0)
+    return union(pivot, length.to(dtype), count, mean, squares, 1)
 
 
 @triton.jit

@@ -8,7 +8,6 @@ import triton.language as tl
 
 from wsbcn_mm.backends.triton.jit.tiles import (
     SIZES,
-    lane_counts,
     multiple,
     number,
     union,
@@ -72,9 +71,10 @@ def standardize_row(
         value = tl.load(weight + o * length + start + lane, mask, other=0.0).to(ACC)
         seen += 1.0
         lane_mean, squares = welford(value - origin, mask, seen, lane_mean, squares)
-    count = lane_counts(lane, 0, length, BLOCK).to(ACC)
-    centre, variance = union(lane, count, lane_mean, squares, 0)
-    variance *= length.to(ACC) / freedom_of(length, FORMULA).to(ACC)
+    count = ((length - lane + BLOCK - 1) // BLOCK).to(ACC)  # that a lane has seen
+    values = length.to(ACC)
+    centre, variance = union(tl.zeros([], ACC), values, count, lane_mean, squares, 0)
+    variance *= values / freedom_of(length, FORMULA).to(ACC)
     if FORMULA == 'std_eps':
         deviation = tl.sqrt(variance)
     else:
