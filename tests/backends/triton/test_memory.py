@@ -114,7 +114,7 @@ def allocations(monkeypatch):
 
 @pytest.mark.parametrize('cut, mode', EXPECTED, indirect=['cut'])
 def test_launches_and_allocations_of_a_layer(cut, mode, launches, allocations):
-    x, grad = (make_input((5, 4, 6), dtype=torch.float32) for _ in range(2))
+    x, grad = (make_input((3, 4, 6), dtype=torch.float32) for _ in range(2))
     running, affine = make_running(4), make_affine(4, 2)
     forward, backward = EXPECTED[cut, mode]
     run(x, 2, running, affine, grad, mode)
@@ -146,16 +146,16 @@ def held(shape, groups, itemsize=4, contiguous=True, most=cuts.HELD):
 
 def test_which_maps_a_program_holds():
     """A few RoIs and the last levels of a pyramid."""
-    for shape in ((1, 256, 25, 42), (2, 256, 25, 42), (8, 256, 7, 7), (8, 256, 14, 14)):
+    for shape in ((1, 256, 25, 42), (2, 256, 25, 42), (4, 256, 7, 7), (4, 256, 14, 14)):
         assert held(shape, 32) is not None, shape
-    for shape in ((512, 256, 7, 7), (9, 256, 7, 7), (3, 256, 25, 42)):  # too many samples
+    for shape in ((512, 256, 7, 7), (5, 256, 7, 7), (3, 256, 25, 42)):  # too many samples
         assert held(shape, 32) is None, shape
     for shape in ((1, 256, 50, 84), (1, 2048, 25, 42), (1, 64, 400, 672)):
         assert held(shape, 32) is None, shape
     assert held((1, 256, 25, 42), 32, itemsize=8) is None  # twice the registers
     assert held((1, 256, 25, 42), 32, most=cuts.HELD_BACKWARD) is None
-    assert held((8, 256, 14, 14), 32, most=cuts.HELD_BACKWARD) is not None
-    assert held((8, 256, 7, 7), 32, contiguous=False).layout['AXIS'] == 0
+    assert held((4, 256, 14, 14), 32, most=cuts.HELD_BACKWARD) is not None
+    assert held((4, 256, 7, 7), 32, contiguous=False).layout['AXIS'] == 0
     assert held((1, 2**20, 2048), 2**20) is None  # more places than 32 bits number
 
 

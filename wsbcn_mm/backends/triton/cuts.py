@@ -13,7 +13,8 @@ TILE = 2048
 
 REDUCING = 1024
 """Programs that keep a large GPU busy in a pass that reduces: several per multiprocessor (an H100
-has 132). Not many more, for every further chunk of a row is one more partial result to merge."""
+has 132). Not many more, for every further chunk of a row is one more partial result to merge; of a
+small map a quarter, for the same reason."""
 
 APPLYING = 16384
 """The same for a pass that writes: shorter programs, so that none is left over at the end."""
@@ -27,7 +28,7 @@ HELD_BACKWARD = 8192
 HELD_AT_ONCE = 32768
 """The same of a group in all samples: one program goes through them, twice."""
 
-HELD_SAMPLES = 8
+HELD_SAMPLES = 4
 """How many samples that may be: for more of them three passes take less time."""
 
 Constants = dict[str, int]
@@ -61,6 +62,16 @@ def memory_format(x: Tensor, name: str = 'x') -> torch.memory_format:
     )
 
 
+def reducing(x: Tensor) -> Cut:
+    """Cuts x for a pass that reduces."""
+    return cut(x, min(REDUCING, max(REDUCING // 4, x.numel() // (8 * TILE))))
+
+
+def applying(x: Tensor) -> Cut:
+    """Cuts x for a pass that writes."""
+    return cut(x, APPLYING)
+
+
 def cut(x: Tensor, programs: int) -> Cut:
     """Cuts x for a pass that should have at least so many programs where x is large enough."""
     contiguous = memory_format(x) == torch.contiguous_format
@@ -80,9 +91,11 @@ def cut_shape(
         block_c = block(channels, max(min(128, tile), tile // triton.next_power_of_2(length)))
         block_l = block(length, tile // block_c)
     else:
-        # Several rows for each warp, where one is short: rows of several are reduced across them.
         block_l = block(length, tile)
-        block_c = block(channels, max(1, tile // 4 // block_l))
+        # A warp reads as many values at once as it has threads where they are not vectors: a
+        # program of one warp then has no row that several would have to reduce.
+        values = tile // 4 if length % 2 else tile
+        block_c = block(channels, max(1, values // block_l))
     blocks_of_channels = samples * triton.cdiv(channels, block_c)
     tiles_of_row = triton.cdiv(length, block_l)
     tiles = triton.cdiv(tiles_of_row, triton.cdiv(programs, blocks_of_channels))

@@ -15,7 +15,7 @@ def moments(x: Tensor, m: Tensor, q: Tensor) -> tuple[cuts.Cut, tuple[Tensor, ..
 
     Behind the chunks lies room for the two coefficients of each row.
     """
-    cut = cuts.cut(x, cuts.REDUCING)
+    cut = cuts.reducing(x)
     size = chunks_of(x, cut)
     chunks = device.scratch(x, size, size, m.numel(), m.numel()) if size else None
     device.start(
@@ -69,7 +69,7 @@ def normalize(
     (samples, channels), num_groups = m.shape, group_mean.size(1)
     running_mean, running_var, *counters = stage_1.running or (None, None, None, None)
     scale, shift = chunks[2:] if chunks else device.scratch(x, m.numel(), m.numel())
-    cut = cuts.cut(x, cuts.REDUCING)
+    cut = cuts.reducing(x)
     constants = cuts.algebra_constants(samples, channels // num_groups, cut.splits)
     # An update needs all samples of a group in one program; otherwise there may be many.
     shares = 1 if stage_1.needs_all_samples else triton.cdiv(samples, constants['BLOCK_N'])
@@ -106,7 +106,7 @@ def normalize(
         BLOCK_L=cut.layout['BLOCK_L'],
         **constants,
     )
-    cut = cuts.cut(x, cuts.APPLYING)
+    cut = cuts.applying(x)
     device.start(
         forward.forward_apply,
         cut.grid,
@@ -135,7 +135,7 @@ def gradients_of(
     m = statistics.m
     (samples, channels), num_groups = m.shape, statistics.group_mean.size(1)
     rows, groups = samples * channels, samples * num_groups
-    cut = cuts.cut(x, cuts.REDUCING)
+    cut = cuts.reducing(x)
     size = chunks_of(x, cut)
     sum_g, sum_gx, mean_h, mean_hz, *coefficients, first, second = device.scratch(
         x, rows, rows, groups, groups, rows, rows, rows, size, size
@@ -175,7 +175,7 @@ def gradients_of(
         THROUGH_STATISTICS=through_statistics,
         **cuts.algebra_constants(samples, channels // num_groups, cut.splits),
     )
-    cut = cuts.cut(x, cuts.APPLYING)
+    cut = cuts.applying(x)
     device.start(
         backward.backward_apply,
         cut.grid,

@@ -32,7 +32,7 @@ void gradients_of(const BackwardCall& call, const Held& cut, const Gradients& gr
   const Affine a = dense(call.affine);
   std::optional<Scratch> mean_h;
   if (call.through_statistics) {
-    mean_h.emplace(x, std::initializer_list<int64_t>{2 * samples * cut.num_groups});
+    mean_h.emplace(x, Sizes{2 * samples * cut.num_groups});
   }
   start(
       "backward_held", {cut.num_groups}, x.device(),

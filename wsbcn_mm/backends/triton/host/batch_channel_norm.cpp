@@ -57,16 +57,18 @@ Flat normalize_from_x(const Tensor& x, int64_t num_groups, const Stage1& stage_1
   check_forward(x, num_groups, *stage_1.running, affine);
   const int64_t samples = x.size(0), channels = x.size(1);
   const std::array<int64_t, 2> rows{samples, channels}, groups{samples, num_groups};
-  auto small = small_results(x, {rows, rows, channels, channels, groups, groups});
+  const auto cut = held(x, num_groups, limits().held);
+  const auto [small, scratch] =
+      small_results(x, {rows, rows, channels, channels, groups, groups},
+                    cut ? Sizes() : passes::forward_scratch(x));
   const Statistics s{small[0], small[1], small[2], small[3], small[4], small[5]};
   const Tensor y = like(x);
   const Results results = results_in(y, s);
-  const auto cut = held(x, num_groups, limits().held);
   if (cut) {
     at_once::normalize(x, results, stage_1, *cut, affine, eps);
   } else {
-    const passes::Chunks chunks = passes::moments(x, results.m, results.q);
-    passes::normalize(x, num_groups, results, stage_1, affine, eps, &chunks);
+    const passes::Chunks chunks = passes::moments(x, results.m, results.q, scratch);
+    passes::normalize(x, num_groups, results, stage_1, affine, eps, scratch, chunks);
   }
   return {y, s.m, s.q, s.mean, s.var, s.group_mean, s.inv_group_std};
 }
@@ -106,8 +108,8 @@ std::tuple<Tensor, Tensor> row_moments(const Tensor& x) {
   const std::array<int64_t, 2> rows{x.size(0), x.size(1)};
   auto small = small_results(x, {rows, rows});
   const Pointer m = written(small[0]), q = written(small[1]);
-  const passes::Chunks chunks = passes::moments(x, m, q);
-  if (chunks.parts) passes::merge(chunks, m, q, rows[0], rows[1], x.device());
+  const Scratch scratch(x, passes::forward_scratch(x));
+  passes::merge(x, passes::moments(x, m, q, scratch), m, q);
   return {small[0], small[1]};
 }
 
@@ -152,7 +154,7 @@ Tensor evaluate(const Tensor& x, int64_t num_groups, const Tensor& running_mean,
   if (!cut) return std::get<0>(normalize_from_x(x, num_groups, stage_1, affine, eps));
   check_forward(x, num_groups, running, affine);
   const Tensor y = like(x);
-  const Scratch statistics(x, {x.size(1), x.size(1)});
+  const Scratch statistics(x, Sizes{x.size(1), x.size(1)});
   at_once::normalize(x, {y, {}, {}, statistics[0], statistics[1], {}, {}}, stage_1, *cut, affine,
                      eps);
   return y;
@@ -185,7 +187,8 @@ std::tuple<Tensor, Tensor, Tensor> normalize(const Tensor& x, int64_t num_groups
   if (cut) {
     at_once::normalize(x, results, {Source::given}, *cut, affine, eps);
   } else {
-    passes::normalize(x, num_groups, results, {Source::given}, affine, eps, nullptr);
+    const Scratch scratch(x, passes::forward_scratch(x));
+    passes::normalize(x, num_groups, results, {Source::given}, affine, eps, scratch, {});
   }
   return {y, s.group_mean, s.inv_group_std};
 }
@@ -206,14 +209,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> normalize_backward(
   // Whatever layout comes: compiled code brings others than it was traced with.
   const Tensor g = grad.contiguous(layout_of(x));
   const int64_t channels = x.size(1), outer = affine.outer_size();
-  auto small = small_results(x, {channels, channels, outer, outer});
+  const auto cut = held(x, num_groups, limits().held_backward);
+  const auto [small, scratch] =
+      small_results(x, {channels, channels, outer, outer},
+                    cut ? Sizes() : passes::backward_scratch(x, num_groups));
   const Gradients gradients{like(x), small[0], small[1], small[2], small[3]};
   const BackwardCall call{g, x, num_groups, s, affine, eps, through_statistics};
-  const auto cut = held(x, num_groups, limits().held_backward);
   if (cut) {
     at_once::gradients_of(call, *cut, gradients);
   } else {
-    passes::gradients_of(call, gradients);
+    passes::gradients_of(call, gradients, scratch);
   }
   return {gradients.dx, small[0], small[1], small[2], small[3]};
 }

@@ -40,22 +40,21 @@ struct BackwardCall {
 // In passes over all of x: moments, the algebra of the small tensors, the result.
 namespace passes {
 
-// Chunks that are left to be merged, and room for the two coefficients of each row; none: m and q are
-// written.
-struct Chunks {
-  Cut cut;
-  std::optional<Scratch> parts;
+// What they hand to each other.
+Sizes forward_scratch(const Tensor& x);
+Sizes backward_scratch(const Tensor& x, int64_t num_groups);
 
-  Pointer first() const { return parts ? (*parts)[0] : Pointer(); }
-  Pointer second() const { return parts ? (*parts)[1] : Pointer(); }
+// Chunks that are left to be merged, in scratch; none: m and q are written.
+struct Chunks {
+  Pointer first, second;
 };
 
-Chunks moments(const Tensor& x, Pointer m, Pointer q);
-void merge(const Chunks& chunks, Pointer m, Pointer q, int64_t samples, int64_t channels,
-           c10::Device device);
+Chunks moments(const Tensor& x, Pointer m, Pointer q, const Scratch& scratch);
+// Where there are some.
+void merge(const Tensor& x, const Chunks& chunks, Pointer m, Pointer q);
 void normalize(const Tensor& x, int64_t num_groups, const Results& results, const Stage1& stage_1,
-               const Affine& affine, double eps, const Chunks* chunks);
-void gradients_of(const BackwardCall& call, const Gradients& gradients);
+               const Affine& affine, double eps, const Scratch& scratch, const Chunks& chunks);
+void gradients_of(const BackwardCall& call, const Gradients& gradients, const Scratch& scratch);
 
 }  // namespace passes
 

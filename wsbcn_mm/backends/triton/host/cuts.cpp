@@ -46,15 +46,9 @@ int64_t gcd(int64_t a, int64_t b) {
   return std::gcd(a, b);
 }
 
-std::array<Constant, 6> Cut::constants() const {
-  return {{{"WHOLE", length <= layout.block_l},
-           {"AXIS", layout.axis},
-           {"VECTOR", layout.vector},
-           {"BLOCK_C", layout.block_c},
-           {"BLOCK_L", layout.block_l},
-           {"num_warps", layout.num_warps}}};
-}
+namespace {
 
+// So that there are at least so many programs, where x is large enough.
 Cut cut(const Tensor& x, int64_t programs) {
   const Shape s(x);
   const int64_t tile = limits().tile;
@@ -65,9 +59,10 @@ Cut cut(const Tensor& x, int64_t programs) {
     block_c = block(s.channels, std::max(narrow, tile / next_power_of_2(s.length)));
     block_l = block(s.length, tile / block_c);
   } else {
-    // Several rows for each warp, where one is short: rows of several are reduced across them.
     block_l = block(s.length, tile);
-    block_c = block(s.channels, std::max<int64_t>(1, tile / 4 / block_l));
+    // See triton/cuts.py.
+    const int64_t values = s.length % 2 == 1 ? tile / 4 : tile;
+    block_c = block(s.channels, std::max<int64_t>(1, values / block_l));
   }
   const int64_t blocks_of_channels = s.samples * divided_up(s.channels, block_c);
   const int64_t tiles_of_row = divided_up(s.length, block_l);
@@ -79,6 +74,26 @@ Cut cut(const Tensor& x, int64_t programs) {
           splits,
           {s.channels_last ? 0 : 1, s.vector(s.channels_last ? s.channels : s.length), block_c,
            block_l, warps(block_c * block_l)}};
+}
+
+}  // namespace
+
+std::array<Constant, 6> Cut::constants() const {
+  return {{{"WHOLE", length <= layout.block_l},
+           {"AXIS", layout.axis},
+           {"VECTOR", layout.vector},
+           {"BLOCK_C", layout.block_c},
+           {"BLOCK_L", layout.block_l},
+           {"num_warps", layout.num_warps}}};
+}
+
+Cut reducing(const Tensor& x) {
+  const Limits l = limits();
+  return cut(x, std::min(l.reducing, std::max(l.reducing / 4, x.numel() / (8 * l.tile))));
+}
+
+Cut applying(const Tensor& x) {
+  return cut(x, limits().applying);
 }
 
 std::optional<Held> held(const Tensor& x, int64_t num_groups, int64_t most) {

@@ -30,8 +30,9 @@ struct Cut {
   std::array<Constant, 6> constants() const;
 };
 
-// For a pass that should have at least so many programs where x is large enough.
-Cut cut(const Tensor& x, int64_t programs);
+// For a pass that reduces, and one that writes.
+Cut reducing(const Tensor& x);
+Cut applying(const Tensor& x);
 
 // Where a program holds a group of a sample.
 struct Held {
