@@ -136,7 +136,7 @@ ENTRIES = (
     'find(held, used, frame, layer)',
     'note_change()',
     'state(weight, one_pass)',
-    'joins(weight, other)',
+    'gather(order, place, left_out, layer, weight, most_bytes)',
     'join(w_hat, weight)',
 )
 """What layers call directly; see nodes/python.cpp and nodes/standardized_weights.cpp.

@@ -7,10 +7,11 @@ result.
 
 from __future__ import annotations
 
+import functools
 import sys
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from types import FrameType
 from typing import Any, Protocol
 
@@ -126,6 +127,11 @@ class Scope:
         self._looked_again = False
         self._held: dict[Any, _Held] = {}  # of each layer the one that was found last
         self.layers = self._plan.layers()
+        self.find: Callable[[Any], Tensor | None] = _find_nothing
+        """What `get` would give a layer, where it is there already; None elsewhere."""
+        if cpu.entries is not None:
+            # Called once per use of a layer, where every line would be paid.
+            self.find = functools.partial(cpu.entries.find, self._held, self._used, frame)
 
     def is_of_a_pass(self) -> bool:
         """Whether a forward pass opened it, which will close it."""
@@ -153,16 +159,6 @@ class Scope:
         self._plan.look(model)
         self.layers = self._plan.layers()
         return layer in self.layers
-
-    def find(self, layer: Any) -> Tensor | None:
-        """What `get` would give, where it is there already; None elsewhere.
-
-        Every line here is paid once per use of a layer.
-        """
-        if cpu.entries is None:
-            return None
-        found: Tensor | None = cpu.entries.find(self._held, self._used, self.frame, layer)
-        return found
 
     def get(self, layer: Any, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """The standardized weight of one of the layers."""
@@ -202,45 +198,43 @@ class Scope:
     def _compute(
         self, layer: Any, weight: Tensor, dtype: torch.dtype, table: dict[Any, _Held]
     ) -> _Held:
-        members = self._chunk(layer, weight, table)
+        members, weights = self._chunk(layer, weight, table)
         results: Results
         if len(members) == 1:
             results = _Alone(weight, layer.standardize(weight, dtype), self._one_pass)
         else:
-            weights = list(members.values())
             results = standardize_all(weights, layer.eps, layer.formula, dtype, self._one_pass)
         for index, member in enumerate(members):
             table[member] = self._held[member] = results, index, layer.eps, layer.formula
         return table[layer]
 
-    def _chunk(self, layer: Any, weight: Tensor, table: dict[Any, _Held]) -> dict[Any, Tensor]:
+    def _chunk(
+        self, layer: Any, weight: Tensor, table: dict[Any, _Held]
+    ) -> tuple[list[Any], list[Tensor]]:
         """What is standardized together with a layer: those used after it the last time."""
-        chunk = {layer: weight}
         place = self._places.get(layer)
-        size = 0 if place is None else _joins(layer, weight, layer, weight)
-        if place is None or not size:
-            return chunk
-        limit = most_bytes(weight)
-        for member in self._order[place + 1 :]:
-            own = _own_weight(member)
-            left_out = member in table or member in self._hooked
-            more = 0 if own is None or left_out else _joins(layer, weight, member, own)
-            if own is None or not more:
-                continue
-            size += more
-            if size > limit:
-                break
-            chunk[member] = own
-        return chunk
+        if place is None:
+            return [layer], [weight]
+        gather = _gather if cpu.entries is None else cpu.entries.gather
+        left_out = table, self._hooked
+        found: tuple[list[Any], list[Tensor]] = gather(
+            self._order, place, left_out, layer, weight, most_bytes(weight)
+        )
+        return found
 
     def close(self) -> None:
         """Forgets all results."""
         self._tables = {}
-        self._held = {}
+        self._held.clear()
+        self.find = _find_nothing
         self.frame = None
-        if self._one_pass and self._used:
+        if self._one_pass and self._used and list(self._used) != self._order:
             self._plan.remember(self._training, list(self._used))
-        self._used = {}
+        self._used.clear()
+
+
+def _find_nothing(layer: Any) -> None:
+    """`Scope.find` without the compiled extension, and of a scope that has ended."""
 
 
 def most_bytes(weight: Tensor) -> int:
@@ -266,14 +260,33 @@ def _is_plain(weight: Tensor) -> bool:
     return triton.HAS_NODES or not is_captured(weight)
 
 
+def _gather(
+    order: list[Any],
+    place: int,
+    left_out: tuple[Container[Any], ...],
+    layer: Any,
+    weight: Tensor,
+    most_bytes: int,
+) -> tuple[list[Any], list[Tensor]]:
+    """As the compiled extension's; see nodes/python.h."""
+    layers, weights = [layer], [weight]
+    size = _joins(layer, weight, layer, weight)
+    for member in order[place + 1 :] if size else ():
+        own = _own_weight(member)
+        stays = own is None or any(member in container for container in left_out)
+        more = 0 if own is None or stays else _joins(layer, weight, member, own)
+        if own is None or not more:
+            continue
+        size += more
+        if size > most_bytes:
+            break
+        layers.append(member)
+        weights.append(own)
+    return layers, weights
+
+
 def _joins(layer: Any, weight: Tensor, other: Any, of_other: Tensor) -> int:
     """The bytes of another weight that can be standardized in the same call; else 0."""
-    same = other.eps == layer.eps and other.formula == layer.formula and other.standardizes_rows()
-    if not same:
-        return 0
-    if cpu.entries is not None:
-        size: int = cpu.entries.joins(weight, of_other)
-        return size
     joins = (
         _is_plain(of_other)
         and of_other.dtype is weight.dtype
@@ -281,6 +294,9 @@ def _joins(layer: Any, weight: Tensor, other: Any, of_other: Tensor) -> int:
         and of_other.requires_grad == weight.requires_grad
         and of_other.numel() > 0
         and is_dense(of_other)
+        and other.eps == layer.eps
+        and other.formula == layer.formula
+        and other.standardizes_rows()
     )
     return of_other.nbytes if joins else 0
 
@@ -328,10 +344,11 @@ class Plan:
         units = getattr(fsdp, 'FSDPModule', ())
         self._apart = any(isinstance(module, units) for module in model.modules())
         layers = self.layers()
+        below = {module: [m for m in module.modules() if m in layers] for module in model.modules()}
         self._below = [
-            (weakref.ref(module), [weakref.ref(m) for m in module.modules() if m in layers])
-            for module in model.modules()
-            if module is not model
+            (weakref.ref(module), [weakref.ref(layer) for layer in found])
+            for module, found in below.items()
+            if found and module is not model
         ]
 
     def layers(self) -> set[Any]:

@@ -148,20 +148,6 @@ PyObject* weight_standardize_or_none(PyObject*, PyObject* const* arguments, Py_s
   END_HANDLE_TH_ERRORS
 }
 
-// joins(weight, other) -> bytes of other, if both can be standardized in one call; else 0.
-PyObject* joins(PyObject*, PyObject* const* arguments, Py_ssize_t number) {
-  HANDLE_TH_ERRORS
-  TORCH_CHECK_TYPE(number == 2, "expected 2 arguments\n  got ", number);
-  OptionalTensor weight, other;
-  const bool there = read(arguments[0], weight) && read(arguments[1], other) && weight && other;
-  const bool together =
-      there && !other->is_inference() && is_of_ours(*other) &&
-      other->scalar_type() == weight->scalar_type() && other->device() == weight->device() &&
-      other->requires_grad() == weight->requires_grad() && other->numel() > 0 && is_dense(*other);
-  return PyLong_FromSize_t(together ? other->nbytes() : 0);
-  END_HANDLE_TH_ERRORS
-}
-
 // join(w_hat, weight): the operator.
 PyObject* join_tensors(PyObject*, PyObject* const* arguments, Py_ssize_t number) {
   HANDLE_TH_ERRORS
@@ -185,8 +171,8 @@ PyMethodDef methods[] = {
     {"note_change", note_change, METH_NOARGS, "Ends whatever results hold for."},
     {"state", reinterpret_cast<PyCFunction>(state_or_none), METH_FASTCALL,
      "What a standardized weight depends on, or None where something is unusual."},
-    {"joins", reinterpret_cast<PyCFunction>(joins), METH_FASTCALL,
-     "The bytes of a weight that is standardized together with another one, or 0."},
+    {"gather", reinterpret_cast<PyCFunction>(gather), METH_FASTCALL,
+     "Layers that are standardized together, and their weights."},
     {"join", reinterpret_cast<PyCFunction>(join_tensors), METH_FASTCALL, "The operator."},
     {nullptr, nullptr, 0, nullptr}};
 

@@ -29,6 +29,12 @@ PyObject* state_or_none(PyObject*, PyObject* const* arguments, Py_ssize_t number
 //   frame: the function call that the scope ends with, or None
 PyObject* find_or_none(PyObject*, PyObject* const* arguments, Py_ssize_t number);
 
+// gather(order, place, left_out, layer, weight, most_bytes): what is standardized together with the
+// weight of a layer, two lists: layers, itself the first, and their weights.
+//   order: layers, of which those behind `place` may come along
+//   left_out: containers of layers that do not
+PyObject* gather(PyObject*, PyObject* const* arguments, Py_ssize_t number);
+
 // note_change(): ends whatever results hold for.
 PyObject* note_change(PyObject*, PyObject*);
 

@@ -198,6 +198,16 @@ bool is_running(PyObject* frame) {
   return current != nullptr;
 }
 
+PyObject* name_of_eps() {
+  static PyObject* const name = PyUnicode_InternFromString("eps");
+  return name;
+}
+
+PyObject* name_of_formula() {
+  static PyObject* const name = PyUnicode_InternFromString("formula");
+  return name;
+}
+
 // Whether an attribute is what it was; nothing where Python raised an exception.
 std::optional<bool> is_still(PyObject* layer, PyObject* name, PyObject* value) {
   THPObjectPtr now(PyObject_GetAttr(layer, name));
@@ -207,18 +217,99 @@ std::optional<bool> is_still(PyObject* layer, PyObject* name, PyObject* value) {
   return equal == 1;
 }
 
+// Not `layer.weight`: reading a parametrized weight computes it. None: it has no plain one.
+OptionalTensor own_weight(PyObject* layer) {
+  static PyObject* const kParameters = PyUnicode_InternFromString("_parameters");
+  static PyObject* const kWeight = PyUnicode_InternFromString("weight");
+  OptionalTensor weight;
+  THPObjectPtr parameters(PyObject_GetAttr(layer, kParameters));
+  if (!parameters) throw python_error();
+  if (PyDict_Check(parameters.get())) {
+    PyObject* const own = PyDict_GetItemWithError(parameters, kWeight);
+    if (own == nullptr && PyErr_Occurred()) throw python_error();
+    if (own != nullptr && !read(own, weight)) return {};
+  }
+  return weight;
+}
+
+// Whether it is WS of rows, by the same eps and formula, that a layer computes.
+bool computes_alike(PyObject* layer, PyObject* eps, PyObject* formula) {
+  static PyObject* const kRows = PyUnicode_InternFromString("standardizes_rows");
+  const std::optional<bool> same_eps = is_still(layer, name_of_eps(), eps);
+  if (!same_eps) throw python_error();
+  const std::optional<bool> same_formula = is_still(layer, name_of_formula(), formula);
+  if (!same_formula) throw python_error();
+  if (!*same_eps || !*same_formula) return false;
+  THPObjectPtr rows(PyObject_CallMethodNoArgs(layer, kRows));
+  if (!rows) throw python_error();
+  return rows.get() == Py_True;
+}
+
+// Whether weights can be standardized in one call.
+bool fit_together(const Tensor& weight, const Tensor& other) {
+  return !other.is_inference() && is_of_ours(other) &&
+         other.scalar_type() == weight.scalar_type() && other.device() == weight.device() &&
+         other.requires_grad() == weight.requires_grad() && other.numel() > 0 && is_dense(other);
+}
+
+bool contains(PyObject* container, PyObject* layer) {
+  const int found = PySequence_Contains(container, layer);
+  if (found < 0) throw python_error();
+  return found == 1;
+}
+
 }  // namespace
+
+PyObject* gather(PyObject*, PyObject* const* arguments, Py_ssize_t number) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(
+      number == 6 && PyList_CheckExact(arguments[0]) && PyTuple_CheckExact(arguments[2]),
+      "expected a list, a place, a tuple, a layer, its weight and a number of bytes");
+  PyObject *const order = arguments[0], *const left_out = arguments[2], *const layer = arguments[3];
+  const Py_ssize_t place = PyLong_AsSsize_t(arguments[1]);
+  const size_t most = PyLong_AsSize_t(arguments[5]);
+  if (PyErr_Occurred()) return nullptr;
+  THPObjectPtr layers(PyList_New(0)), weights(PyList_New(0));
+  const auto append = [&](PyObject* member, PyObject* own) {
+    if (PyList_Append(layers, member) != 0 || PyList_Append(weights, own) != 0) {
+      throw python_error();
+    }
+  };
+  append(layer, arguments[4]);
+  THPObjectPtr eps(PyObject_GetAttr(layer, name_of_eps()));
+  if (!eps) return nullptr;
+  THPObjectPtr formula(PyObject_GetAttr(layer, name_of_formula()));
+  if (!formula) return nullptr;
+  OptionalTensor weight;
+  size_t size = 0;
+  if (read(arguments[4], weight) && weight && fit_together(*weight, *weight) &&
+      computes_alike(layer, eps, formula)) {
+    size = weight->nbytes();
+  }
+  for (Py_ssize_t k = place + 1; size > 0 && k < PyList_GET_SIZE(order); ++k) {
+    THPObjectPtr member(Py_NewRef(PyList_GET_ITEM(order, k)));
+    bool stays = false;
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(left_out); ++i) {
+      stays |= contains(PyTuple_GET_ITEM(left_out, i), member);
+    }
+    if (stays) continue;
+    const OptionalTensor own = own_weight(member);
+    if (!own || !fit_together(*weight, *own) || !computes_alike(member, eps, formula)) continue;
+    size += own->nbytes();
+    if (size > most) break;
+    THPObjectPtr wrapped(THPVariable_Wrap(*own));
+    append(member, wrapped);
+  }
+  return PyTuple_Pack(2, layers.get(), weights.get());
+  END_HANDLE_TH_ERRORS
+}
 
 PyObject* find_or_none(PyObject*, PyObject* const* arguments, Py_ssize_t number) {
   HANDLE_TH_ERRORS
   TORCH_CHECK_TYPE(
       number == 4 && PyDict_CheckExact(arguments[0]) && PyDict_CheckExact(arguments[1]),
       "expected two dicts, a frame or None and a layer");
-  static PyObject* const kEps = PyUnicode_InternFromString("eps");
-  static PyObject* const kFormula = PyUnicode_InternFromString("formula");
   static PyObject* const kHooks = PyUnicode_InternFromString("standardized_hooks");
-  static PyObject* const kParameters = PyUnicode_InternFromString("_parameters");
-  static PyObject* const kWeight = PyUnicode_InternFromString("weight");
   PyObject *const used = arguments[1], *const frame = arguments[2], *const layer = arguments[3];
   THPObjectPtr found(Py_XNewRef(PyDict_GetItemWithError(arguments[0], layer)));
   if (!found) {
@@ -230,9 +321,9 @@ PyObject* find_or_none(PyObject*, PyObject* const* arguments, Py_ssize_t number)
   if (!PyArg_ParseTuple(found, "OnOO", &results, &place, &eps, &formula)) return nullptr;
   // Other results have their methods in Python.
   if (!Py_IS_TYPE(results, type()) || (frame != Py_None && !is_running(frame))) Py_RETURN_NONE;
-  const std::optional<bool> same_eps = is_still(layer, kEps, eps);
+  const std::optional<bool> same_eps = is_still(layer, name_of_eps(), eps);
   if (!same_eps) return nullptr;
-  const std::optional<bool> same_formula = is_still(layer, kFormula, formula);
+  const std::optional<bool> same_formula = is_still(layer, name_of_formula(), formula);
   if (!same_formula) return nullptr;
   Held& held = *reinterpret_cast<StandardizedWeights*>(results)->held;
   if (!held.used[place]) {
@@ -242,14 +333,7 @@ PyObject* find_or_none(PyObject*, PyObject* const* arguments, Py_ssize_t number)
     if (is_watched < 0) return nullptr;
     if (is_watched) Py_RETURN_NONE;
   }
-  THPObjectPtr parameters(PyObject_GetAttr(layer, kParameters));
-  if (!parameters) return nullptr;
-  OptionalTensor weight;
-  if (PyDict_Check(parameters.get())) {
-    PyObject* const own = PyDict_GetItemWithError(parameters, kWeight);
-    if (own == nullptr && PyErr_Occurred()) return nullptr;
-    if (own != nullptr && !read(own, weight)) Py_RETURN_NONE;
-  }
+  const OptionalTensor weight = own_weight(layer);
   if (!*same_eps || !*same_formula || !weight) Py_RETURN_NONE;
   const OptionalTensor w_hat = held.result_for(*weight, place);
   if (!w_hat) Py_RETURN_NONE;
