@@ -317,6 +317,17 @@ def test_a_defect_keeps_its_traceback(cfg, monkeypatch, defect, raised):
         command_line.build_runner(cfg).train()
 
 
+def test_a_package_that_a_layer_of_the_hosts_lacks(cfg, monkeypatch):
+    fpn = pytest.importorskip('mmdet.models.necks.fpn')
+    names = dict(__name__=fpn.__name__)
+    exec('def forward(self, inputs):\n    import no_such_package', names)
+    monkeypatch.setattr(fpn.FPN, 'forward', names['forward'])
+    cfg.model.backbone = dict(type='mmdet.FPN', _scope_='mmdet', in_channels=[3])
+    cfg.model.backbone.update(out_channels=8, num_outs=1)
+    said = said_of(cfg)
+    assert re.match(r"model\.backbone: FPN stopped\n  ModuleNotFoundError: No module .*'no_s", said)
+
+
 def test_errors_of_what_is_built_outside_of_a_run(cfg):
     cfg.model.backbone.type = 'BodyOfMistake'
     with pytest.raises(config_errors.ConfigError, match=r'^model\.backbone\.type: ') as error:

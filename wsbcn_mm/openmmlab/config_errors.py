@@ -138,9 +138,10 @@ def _is_of(build: Build, frames: list[Frame], error: BaseException) -> bool:
 
 
 def _is_of_hosts(inner: list[Frame], error: BaseException) -> bool:
-    """Whether the hosts' own layers stopped at sizes: what they were made of does not fit."""
-    sizes = isinstance(error, (IndexError, RuntimeError)) and not isinstance(error, OUT_OF_MEMORY)
-    return sizes and all(frame.module.startswith((*HOSTS, 'mmcv', 'torch')) for frame in inner)
+    """Whether the hosts' own layers stopped at sizes that do not fit, or lack a package."""
+    known = isinstance(error, (IndexError, RuntimeError, ImportError))
+    known = known and not isinstance(error, OUT_OF_MEMORY)
+    return known and all(frame.module.startswith((*HOSTS, 'mmcv', 'torch')) for frame in inner)
 
 
 def _after(build: Build, frames: list[Frame]) -> list[Frame] | None:
