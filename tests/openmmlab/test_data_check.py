@@ -40,6 +40,7 @@ RIGHT = {
     'more classes than data': (Data(classes=('square',)), model_of()),
     'all categories': (Data(cat_ids=[3, 7]), model_of()),
     'no object of the last class': (Data(cat_ids=[3], categories=['square', 'x']), model_of()),
+    'classes that no file has': (Data(cat_ids=[3], categories=['square']), model_of(1)),
     'things and stuff': (Data(thing_classes=['disc'], classes=('disc', 'sky')), model_of(1)),
     'one logit for two classes': (
         Data(),
