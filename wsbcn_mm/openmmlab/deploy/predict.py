@@ -256,7 +256,7 @@ class Predictor:
         image, batch = self._read(path)
         sample = self.model.test_step(batch)[0].cpu()
         if not any(name in sample for name in ('pred_instances', 'pred_sem_seg', 'pred_score')):
-            found = [name for name in sample.keys() if name.startswith('pred_')]
+            found = [name for name, _ in sample.items() if name.startswith('pred_')]
             raise ValueError(
                 f'the model predicts {", ".join(found) or "nothing"}, and boxes, masks, '
                 'class maps and scores of classes are what is written here\n  panoptic results: '
