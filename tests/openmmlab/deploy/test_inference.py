@@ -74,6 +74,17 @@ def test_an_image_that_is_too_small_is_named():
         folding.plan(inference.build_model(cfg), run=run)
 
 
+def test_a_tracker_takes_no_image():
+    from mmdet.models.mot import BaseMOTModel
+
+    class Follows(BaseMOTModel):
+        loss = predict = None
+
+    cfg = Config(dict(default_scope='mmdet', model=dict(type=Follows)), format_python_code=False)
+    with pytest.raises(ValueError, match=r'Follows follows objects through videos.*\n  tools/test'):
+        inference.build_model(cfg)
+
+
 def test_a_wrong_model_is_seen(trained):
     """The comparison that guards the tools: one shift in one norm is found."""
     cfg, model, plan = trained
