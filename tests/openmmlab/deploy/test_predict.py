@@ -234,6 +234,13 @@ def test_what_cannot_be_written_is_one_sentence(tmp_path):
     predictor = predict.Predictor(cfg, model)
     with pytest.raises(ValueError, match=r'predicts pred_panoptic_seg.*\n.*outfile_prefix'):
         predictor(tmp_path / 'a.png')
+    found.gt_instances = InstanceData()  # what a model was given is none of its predictions
+    with pytest.raises(ValueError, match='predicts pred_panoptic_seg, and'):
+        predictor(tmp_path / 'a.png')
+    # CrowdDet's labels are no integers, of which numbers of categories and colours are made.
+    found.pred_instances = InstanceData(labels=torch.zeros(1), bboxes=torch.ones(1, 4))
+    _, sample = predictor(tmp_path / 'a.png')
+    assert sample.pred_instances.labels.dtype == torch.long
 
 
 @pytest.mark.parametrize('reduced', [False, True])

@@ -263,6 +263,8 @@ class Predictor:
                 'tools/test.py with --cfg-options test_evaluator.outfile_prefix=DIR/panoptic '
                 "writes COCO's format"
             )
+        if 'labels' in sample.get('pred_instances', ()):  # CrowdDet gives numbers with a point
+            sample.pred_instances.labels = sample.pred_instances.labels.long()
         return image, sample
 
     def draw(self, image: np.ndarray, sample: Any, path: Path, threshold: float) -> None:
