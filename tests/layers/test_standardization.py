@@ -140,7 +140,7 @@ def test_what_differs_is_standardized_apart(calls):
 
 @pytest.mark.skipif(cpu.entries is None, reason='the C++ extension is not compiled')
 def test_the_extension_gathers_what_python_does():
-    """Whatever sets a layer apart: what it computes, its weight, what is left out, how much fits."""
+    """Whatever sets a layer apart: what it computes, its weight, what is left out, what fits."""
     model = net(12)
     model[1].eps = 0.1
     model[2].formula = 'std_eps'

@@ -49,9 +49,8 @@ int64_t gcd(int64_t a, int64_t b) {
 namespace {
 
 // So that there are at least so many programs, where x is large enough.
-Cut cut(const Tensor& x, int64_t programs) {
+Cut cut(const Tensor& x, int64_t programs, int64_t tile) {
   const Shape s(x);
-  const int64_t tile = limits().tile;
   int64_t block_c, block_l;
   if (s.channels_last) {
     // At least 128 channels wide, if there are as many: segments that memory delivers whole.
@@ -89,11 +88,13 @@ std::array<Constant, 6> Cut::constants() const {
 
 Cut reducing(const Tensor& x) {
   const Limits l = limits();
-  return cut(x, std::min(l.reducing, std::max(l.reducing / 4, x.numel() / (8 * l.tile))));
+  const int64_t programs = std::min(l.reducing, std::max(l.reducing / 4, x.numel() / (8 * l.tile)));
+  return cut(x, programs, x.is_contiguous() ? l.tile : l.tile / 2);
 }
 
 Cut applying(const Tensor& x) {
-  return cut(x, limits().applying);
+  const Limits l = limits();
+  return cut(x, l.applying, l.tile);
 }
 
 std::optional<Held> held(const Tensor& x, int64_t num_groups, int64_t most) {
