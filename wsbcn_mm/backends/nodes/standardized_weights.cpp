@@ -208,12 +208,12 @@ PyObject* name_of_formula() {
   return name;
 }
 
-// Whether an attribute is what it was; nothing where Python raised an exception.
-std::optional<bool> is_still(PyObject* layer, PyObject* name, PyObject* value) {
+// Whether an attribute is what it was.
+bool is_still(PyObject* layer, PyObject* name, PyObject* value) {
   THPObjectPtr now(PyObject_GetAttr(layer, name));
-  if (!now) return {};
+  if (!now) throw python_error();
   const int equal = PyObject_RichCompareBool(now, value, Py_EQ);  // identity counts
-  if (equal < 0) return {};
+  if (equal < 0) throw python_error();
   return equal == 1;
 }
 
@@ -235,11 +235,8 @@ OptionalTensor own_weight(PyObject* layer) {
 // Whether it is WS of rows, by the same eps and formula, that a layer computes.
 bool computes_alike(PyObject* layer, PyObject* eps, PyObject* formula) {
   static PyObject* const kRows = PyUnicode_InternFromString("standardizes_rows");
-  const std::optional<bool> same_eps = is_still(layer, name_of_eps(), eps);
-  if (!same_eps) throw python_error();
-  const std::optional<bool> same_formula = is_still(layer, name_of_formula(), formula);
-  if (!same_formula) throw python_error();
-  if (!*same_eps || !*same_formula) return false;
+  if (!is_still(layer, name_of_eps(), eps)) return false;
+  if (!is_still(layer, name_of_formula(), formula)) return false;
   THPObjectPtr rows(PyObject_CallMethodNoArgs(layer, kRows));
   if (!rows) throw python_error();
   return rows.get() == Py_True;
@@ -321,10 +318,8 @@ PyObject* find_or_none(PyObject*, PyObject* const* arguments, Py_ssize_t number)
   if (!PyArg_ParseTuple(found, "OnOO", &results, &place, &eps, &formula)) return nullptr;
   // Other results have their methods in Python.
   if (!Py_IS_TYPE(results, type()) || (frame != Py_None && !is_running(frame))) Py_RETURN_NONE;
-  const std::optional<bool> same_eps = is_still(layer, name_of_eps(), eps);
-  if (!same_eps) return nullptr;
-  const std::optional<bool> same_formula = is_still(layer, name_of_formula(), formula);
-  if (!same_formula) return nullptr;
+  const bool computes_the_same =
+      is_still(layer, name_of_eps(), eps) && is_still(layer, name_of_formula(), formula);
   Held& held = *reinterpret_cast<StandardizedWeights*>(results)->held;
   if (!held.used[place]) {
     THPObjectPtr hooks(PyObject_GetAttr(layer, kHooks));
@@ -334,7 +329,7 @@ PyObject* find_or_none(PyObject*, PyObject* const* arguments, Py_ssize_t number)
     if (is_watched) Py_RETURN_NONE;
   }
   const OptionalTensor weight = own_weight(layer);
-  if (!*same_eps || !*same_formula || !weight) Py_RETURN_NONE;
+  if (!computes_the_same || !weight) Py_RETURN_NONE;
   const OptionalTensor w_hat = held.result_for(*weight, place);
   if (!w_hat) Py_RETURN_NONE;
   if (!held.used[place]) {
