@@ -204,7 +204,21 @@ def test_weights_that_are_not_numbers_compute_nothing(value):
     state['conv.weight'][0] = value
     found = compare(tiny_model(), state)
     assert found.not_numbers == ['conv.weight'] and not found.complete
-    assert 'fills all 9 tensors' in str(found) and 'infinite in the file: conv.weight' in str(found)
+    assert 'fills all 9 tensors' in str(found) and 'a variance below 0: conv.weight' in str(found)
+
+
+def test_statistics_that_are_none_compute_nothing():
+    for name, value, is_right in (
+        ('running_var', -0.1, False),
+        ('running_var', torch.nan, False),
+        ('running_mean', torch.nan, False),
+        ('running_mean', -0.1, True),
+        ('running_var', torch.inf, True),
+    ):
+        state = tiny_model().state_dict()
+        (key,) = (key for key in state if key.endswith(name))
+        state[key][0] = value
+        assert compare(tiny_model(), state).complete == is_right
 
 
 def test_nothing_is_resumed_from_weights_alone():

@@ -318,15 +318,14 @@ def meta_of(checkpoint: dict) -> dict:
 class Comparison:
     """What a state dict fills of a model's parameters and buffers.
 
-    The counters of BatchNorm (``num_batches_tracked``) do not count: no result depends on them,
-    and old checkpoints have none.
+    BatchNorm's counters (``num_batches_tracked``) are left out: no result depends on them.
 
     Attributes:
         filled: Names of tensors that it fills.
         missing: Names that it does not have.
         other_shape: Names that it has in another shape, with the shape there and the model's.
         left_over: Names in the state dict that the model has no place for.
-        not_numbers: Names of parameters that it fills with NaN or infinity.
+        not_numbers: Parameters that it fills with NaN or infinity, statistics with what is none.
         unlike: What is wrong where the checkpoint records other settings of the layers, with the
             lines of a config that mend it.
     """
@@ -363,7 +362,7 @@ class Comparison:
             asked = 'is it the checkpoint of another config (classes, norm, layers)?'
             lines.append(_prefixed(self.missing, self.left_over) or asked)
         if self.not_numbers:
-            lines.append(f'NaN or infinite in the file: {_some(self.not_numbers)}')
+            lines.append(f'NaN, infinite, a variance below 0: {_some(self.not_numbers)}')
             lines.append('did its training diverge? take an earlier one')
         return '\n  '.join([*lines, *self.unlike])
 
@@ -451,7 +450,10 @@ def _load(
                 found.other_shape[name] = (value.shape, shapes[name])
             else:
                 found.filled.append(name)
-                if name in learned and not value.is_meta and not value.isfinite().all():
+                statistic = 'running_' in name  # infinite ones, of dead channels, are about
+                least = 0 if name.endswith('running_var') else -torch.inf
+                right = value >= least if statistic else value.isfinite()
+                if (statistic or name in learned) and not value.is_meta and not right.all():
                     found.not_numbers.append(name)
                 if copy:
                     continue
