@@ -215,9 +215,9 @@ class Scope:
         place = self._places.get(layer)
         if place is None:
             return [layer], [weight]
-        gather = _gather if cpu.entries is None else cpu.entries.gather
         left_out = table, self._hooked
-        found: tuple[list[Any], list[Tensor]] = gather(
+        found: tuple[list[Any], list[Tensor]]
+        found = (gather if cpu.entries is None else cpu.entries.gather)(
             self._order, place, left_out, layer, weight, most_bytes(weight)
         )
         return found
@@ -260,7 +260,7 @@ def _is_plain(weight: Tensor) -> bool:
     return triton.HAS_NODES or not is_captured(weight)
 
 
-def _gather(
+def gather(
     order: list[Any],
     place: int,
     left_out: tuple[Container[Any], ...],
