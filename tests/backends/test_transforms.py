@@ -19,6 +19,7 @@ from wsbcn_mm import (
     weight_standardize,
     weights_do_not_change,
 )
+from wsbcn_mm.backends import cpu
 
 
 def make_norm(mode='estimate'):
@@ -85,6 +86,21 @@ def test_forward_mode_of_a_weight(backend, formula):
         actual = forward_ad.unpack_dual(weight_standardize(dual, formula=formula)).tangent
         expected = reference.weight_standardize(dual, formula=formula)
         assert_close(actual, forward_ad.unpack_dual(expected).tangent)
+
+
+@pytest.mark.skipif(cpu.entries is None, reason='the C++ extension is not compiled')
+@pytest.mark.parametrize('name', ['batch_channel_norm', 'weight_standardize'])
+def test_the_operators_themselves_refuse_tangents(name):
+    """What was traced calls them: a node in C++ would drop the tangent without a word."""
+    running = torch.zeros(8, dtype=torch.float64), torch.ones(8, dtype=torch.float64), None, None
+    rest = dict(
+        batch_channel_norm=(4, *running, None, None, None, None, None, None, 1e-5, False),
+        weight_standardize=(1e-5, 'paper', torch.float64),
+    )
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(X.clone().requires_grad_(), T)
+        with pytest.raises(NotImplementedError, match=f'{name} has no forward-mode .*: call the'):
+            getattr(torch.ops.wsbcn_mm, name).default(dual, *rest[name])
 
 
 @pytest.mark.parametrize(

@@ -201,7 +201,7 @@ Tensor normalize_with_node(const Tensor& x, const Affine& affine, const Call& ca
     at::AutoDispatchBelowADInplaceOrView below;
     return normalize_with_statistics(x, affine, call);
   }();
-  const NodePointer node = held(std::make_unique<NormalizeBackward>(x, affine, s, call));
+  const NodePointer node = owned(std::make_unique<NormalizeBackward>(x, affine, s, call));
   node->set_next_edges(
       torch::autograd::collect_next_edges(x, batch_weight, batch_bias, weight, bias));
   torch::autograd::set_history(y, node);

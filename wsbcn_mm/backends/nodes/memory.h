@@ -19,8 +19,8 @@ at::Tensor part_of(const at::Tensor& memory, at::IntArrayRef shape, at::IntArray
 // Uninitialised, in the layout of `like`, which is dense.
 at::Tensor result_like(const at::Tensor& like, at::ScalarType dtype);
 
-// The same for several, all on one device. On a GPU one block of memory, of which each takes what an
-// allocation of its own would start with: there the allocations take as long as the kernel.
+// The same for several, all on one device. On a GPU in one block of memory, in which each starts
+// where an allocation of its own might: allocations there take longer than the kernel.
 std::vector<at::Tensor> results_like(at::TensorList like, at::ScalarType dtype);
 
 // Frees what is kept for later.

@@ -1,5 +1,5 @@
-// Nodes of torch's graph that are classes of their own. Not torch::autograd::Function, which takes as
-// long again as all that a layer does.
+// Nodes of torch's graph that are classes of their own. Not torch::autograd::Function, which takes
+// as long again as all that a layer does.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -15,7 +15,7 @@ namespace wsbcn {
 using NodePointer = std::decay_t<decltype(std::declval<at::Tensor>().grad_fn())>;
 
 template <typename Pointer = NodePointer>
-Pointer held(std::unique_ptr<torch::autograd::Node> node) {
+Pointer owned(std::unique_ptr<torch::autograd::Node> node) {
   if constexpr (std::is_same_v<Pointer, std::shared_ptr<torch::autograd::Node>>) {
     return Pointer(node.release(), [](auto* made) { deleteNode(made); });
   } else {

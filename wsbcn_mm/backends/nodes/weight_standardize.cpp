@@ -189,7 +189,7 @@ variable_list apply(TensorList weights, double eps, std::string_view formula,
         "wsbcn_mm.functional.weight_standardize, which have one");
   }
   const NodePointer node =
-      held(std::make_unique<StandardizeBackward>(weights, eps, formula, result));
+      owned(std::make_unique<StandardizeBackward>(weights, eps, formula, result));
   node->set_next_edges(torch::autograd::collect_next_edges(weights));
   for (const Tensor& w_hat : result.w_hats) torch::autograd::set_history(w_hat, node);
   return std::move(result.w_hats);

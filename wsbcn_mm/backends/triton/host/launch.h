@@ -16,8 +16,7 @@ namespace wsbcn::gpu {
 
 // How work is cut; the values and their reasons stand in triton/cuts.py and triton/weights.py.
 struct Limits {
-  int64_t tile, reducing, applying, held, held_backward, held_at_once,
-      held_samples;
+  int64_t tile, reducing, applying, held, held_backward, held_at_once, held_samples;
   int64_t weights_at_once, weights_tile;
 };
 

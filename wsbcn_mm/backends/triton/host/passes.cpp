@@ -60,7 +60,8 @@ void normalize(const Tensor& x, int64_t num_groups, const Results& results, cons
   // An update needs all samples of a group in one program; otherwise there may be many.
   const int64_t shares = stage_1.needs_all_samples() ? 1 : divided_up(samples, blocks.block_n);
   start("forward_algebra", {num_groups, shares}, x.device(),
-        {{chunks.first, chunks.second, results.m, results.q, buffer(stage_1, &Running::mean), buffer(stage_1, &Running::var),
+        {{chunks.first, chunks.second, results.m, results.q, buffer(stage_1, &Running::mean),
+          buffer(stage_1, &Running::var),
           read(stage_1.rate_tensor), counter(stage_1, &Running::counts),
           counter(stage_1, &Running::num_batches_tracked), results.mean, results.var,
           read(a.batch_weight), read(a.batch_bias), read(a.weight), read(a.bias),

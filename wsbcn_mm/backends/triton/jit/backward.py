@@ -46,10 +46,10 @@ def through_statistics(to_x, constant, centred, towards_var, towards_mean):
 
 
 @triton.jit
-def terms_of_tile(grad, x, tile, mask, centre, ACC: tl.constexpr):
+def terms_of_tile(grad, x, corner, tile, mask, centre, ACC: tl.constexpr):
     """What is summed: grad and grad (x - m), 0 outside."""
-    g = tl.load(grad + tile, mask, other=0.0).to(ACC)
-    return g, g * (tl.load(x + tile, mask, other=0.0).to(ACC) - centre)
+    g = tl.load(grad + corner + tile, mask, other=0.0).to(ACC)
+    return g, g * (tl.load(x + corner + tile, mask, other=0.0).to(ACC) - centre)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -78,14 +78,14 @@ def backward_sums(
     if WHOLE:
         corner = corner_of(n, channel, 0, channels, length, AXIS)
         mask = (c < width) & (lane < length)
-        sum_g, sum_gx = terms_of_tile(grad + corner, x + corner, tile, mask, centre, ACC)
+        sum_g, sum_gx = terms_of_tile(grad, x, corner, tile, mask, centre, ACC)
     else:
         sum_g = tl.zeros((c + lane).shape, ACC)
         sum_gx = tl.zeros((c + lane).shape, ACC)
         for start in range(first, last, BLOCK_L):
             corner = corner_of(n, channel, start, channels, length, AXIS)
             mask = (c < width) & reached(lane, start, last, BLOCK_L)
-            g, gx = terms_of_tile(grad + corner, x + corner, tile, mask, centre, ACC)
+            g, gx = terms_of_tile(grad, x, corner, tile, mask, centre, ACC)
             sum_g += g
             sum_gx += gx
 
@@ -248,11 +248,13 @@ def backward_algebra(
 
 
 @triton.jit
-def apply_to_tile(grad, x, dx, tile, mask, centre, slope_g, slope_x, offset, ACC: tl.constexpr):
-    g = tl.load(grad + tile, mask, other=0.0).to(ACC)
-    value = tl.load(x + tile, mask, other=0.0).to(ACC)
+def apply_to_tile(
+    grad, x, dx, corner, tile, mask, centre, slope_g, slope_x, offset, ACC: tl.constexpr
+):
+    g = tl.load(grad + corner + tile, mask, other=0.0).to(ACC)
+    value = tl.load(x + corner + tile, mask, other=0.0).to(ACC)
     result = slope_g * g + (slope_x * (value - centre) + offset)
-    tl.store(dx + tile, result.to(dx.dtype.element_ty), mask)
+    tl.store(dx + corner + tile, result.to(dx.dtype.element_ty), mask)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -287,31 +289,9 @@ def backward_apply(
     if WHOLE:
         corner = corner_of(n, channel, 0, channels, length, AXIS)
         mask = (c < width) & (lane < length)
-        apply_to_tile(
-            grad + corner,
-            x + corner,
-            dx + corner,
-            tile,
-            mask,
-            centre,
-            slope_g,
-            slope_x,
-            offset,
-            ACC,
-        )
+        apply_to_tile(grad, x, dx, corner, tile, mask, centre, slope_g, slope_x, offset, ACC)
     else:
         for start in range(first, last, BLOCK_L):
             corner = corner_of(n, channel, start, channels, length, AXIS)
             mask = (c < width) & reached(lane, start, last, BLOCK_L)
-            apply_to_tile(
-                grad + corner,
-                x + corner,
-                dx + corner,
-                tile,
-                mask,
-                centre,
-                slope_g,
-                slope_x,
-                offset,
-                ACC,
-            )
+            apply_to_tile(grad, x, dx, corner, tile, mask, centre, slope_g, slope_x, offset, ACC)

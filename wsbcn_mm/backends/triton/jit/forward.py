@@ -217,9 +217,10 @@ def forward_algebra(
 
 
 @triton.jit
-def apply_to_tile(x, y, tile, mask, centre, slope, offset, ACC: tl.constexpr):
-    value = tl.load(x + tile, mask, other=0.0).to(ACC)
-    tl.store(y + tile, ((value - centre) * slope + offset).to(y.dtype.element_ty), mask)
+def apply_to_tile(x, y, corner, tile, mask, centre, slope, offset, ACC: tl.constexpr):
+    value = tl.load(x + corner + tile, mask, other=0.0).to(ACC)
+    result = (value - centre) * slope + offset
+    tl.store(y + corner + tile, result.to(y.dtype.element_ty), mask)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -251,9 +252,9 @@ def forward_apply(
     if WHOLE:
         corner = corner_of(n, channel, 0, channels, length, AXIS)
         mask = (c < width) & (lane < length)
-        apply_to_tile(x + corner, y + corner, tile, mask, centre, slope, offset, ACC)
+        apply_to_tile(x, y, corner, tile, mask, centre, slope, offset, ACC)
     else:
         for start in range(first, last, BLOCK_L):
             corner = corner_of(n, channel, start, channels, length, AXIS)
             mask = (c < width) & reached(lane, start, last, BLOCK_L)
-            apply_to_tile(x + corner, y + corner, tile, mask, centre, slope, offset, ACC)
+            apply_to_tile(x, y, corner, tile, mask, centre, slope, offset, ACC)
