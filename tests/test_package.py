@@ -108,14 +108,17 @@ LEVELS = {
     'reference': 0,
     'version': 0,
 }
-# Rooms of openmmlab: they import from the modules beside them, and of other rooms only these. The
-# modules beside them import from no room; its __init__ registers what is in them.
+# Rooms of openmmlab, and the roof: they import from the modules beside them, and of each other only
+# these. The modules beside them import from no room; its __init__ registers what is in them.
 ROOMS = {
-    'conversion': set(),
+    'command_line': {'data', 'explain'},
+    'conversion': {'explain'},
+    'data': set(),
     'datasets': set(),
-    'deploy': {'datasets'},
-    'hooks': {'measure'},
-    'measure': set(),
+    'deploy': {'data', 'datasets', 'explain'},
+    'explain': {'data'},
+    'hooks': {'data', 'measure'},
+    'measure': {'command_line', 'data', 'explain'},
 }
 # Files that are only the former name of one in a room, for configs that were written before.
 FORMER = ('diagnostics_hook', 'shapes_coco', 'shapes_voc')
@@ -183,7 +186,7 @@ def test_imports_point_one_way():
         assert unit in LEVELS or unit == '__init__', f'give {unit} its place in LEVELS'
     assert [v for path in SOURCES for v in violations(path, (REPOSITORY / path).read_text())] == []
     rooms = {p.parent.name for p in (PACKAGE / 'openmmlab').glob('*/__init__.py')}
-    assert rooms == ROOMS.keys()
+    assert rooms | {'command_line'} == ROOMS.keys()
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ def infer(args: argparse.Namespace) -> list[str]:
 
     from wsbcn_mm.layers.standardization import weights_do_not_change
     from wsbcn_mm.openmmlab import config, files
-    from wsbcn_mm.openmmlab.compat import DataError
+    from wsbcn_mm.openmmlab.data.reading import DataError
     from wsbcn_mm.openmmlab.deploy import inference, labels, predict
 
     if args.top_k < 1:

@@ -18,8 +18,9 @@ from PIL import Image
 from tests.openmmlab.test_compat import Harmless, needs_allow_list
 from tests.openmmlab.tiny import make_runner
 from tests.tool import tool
-from wsbcn_mm.openmmlab import annotations, command_line, compat
+from wsbcn_mm.openmmlab import command_line
 from wsbcn_mm.openmmlab.checkpoints import CheckpointRefused
+from wsbcn_mm.openmmlab.data import annotations, reading
 
 QUICK = 'configs/quick/quick_mask-rcnn_r18_fpn_ws-bcn_1xb1_shapes.py'
 
@@ -39,7 +40,7 @@ def test_an_unreadable_image_is_named(picture, content):
         picture.write_bytes(content)
     init_default_scope('mmdet')
     pipeline = Compose([dict(type='LoadImageFromFile')])
-    with pytest.raises(compat.DataError) as error:
+    with pytest.raises(reading.DataError) as error:
         pipeline(dict(img_path=str(picture)))
     assert f'reading {picture} failed' in str(error.value)
     assert 'restore the file, or take it out' in str(error.value)
@@ -58,7 +59,7 @@ def test_an_unreadable_mask_is_named(picture, content):
         label_map=None,
         reduce_zero_label=False,
     )
-    with pytest.raises(compat.DataError, match=f'a.jpg or .*{mask.name} failed'):
+    with pytest.raises(reading.DataError, match=f'a.jpg or .*{mask.name} failed'):
         pipeline(data)
 
 
@@ -88,7 +89,7 @@ def test_a_segmentation_that_is_none_is_said(picture, mask, words):
     if words is None:
         pipeline(data)
         return
-    with pytest.raises(compat.DataError, match=f'object 1 of it, .*: its segmentation {words}'):
+    with pytest.raises(reading.DataError, match=f'object 1 of it, .*: its segmentation {words}'):
         pipeline(data)
 
 
@@ -112,7 +113,7 @@ def test_what_a_missing_file_may_mean(picture, name, words):
     (picture.parent / 'link.jpg').symlink_to('/nowhere')
     (picture.parent / 'b_mask.jpg').touch()
     init_default_scope('mmdet')
-    with pytest.raises(compat.DataError) as error:
+    with pytest.raises(reading.DataError) as error:
         Compose([dict(type='LoadImageFromFile')])(dict(img_path=f'{picture.parent}/{name}'))
     assert words in str(error.value)
 
@@ -127,7 +128,7 @@ def test_what_an_unreadable_image_is(picture, content, words):
     else:
         picture.write_bytes(content)
     init_default_scope('mmdet')
-    with pytest.raises(compat.DataError, match=f'{picture} (is a TIFF )?{words}'):
+    with pytest.raises(reading.DataError, match=f'{picture} (is a TIFF )?{words}'):
         Compose([dict(type='LoadImageFromFile')])(dict(img_path=str(picture)))
 
 
@@ -193,7 +194,7 @@ def test_a_data_set_that_finds_nothing_says_where(scope, tmp_path):
     else:
         kind = dict(type='BaseSegDataset', data_prefix=dict(img_path='images'), img_suffix='.jpg')
         words = rf"{tmp_path}/images\n  img_suffix='\.jpg': do the names end like that"
-    with pytest.raises(compat.DataError, match=rf'has no image: {words}'):
+    with pytest.raises(reading.DataError, match=rf'has no image: {words}'):
         DATASETS.build(dict(kind, data_root=str(tmp_path)))
 
 
@@ -210,7 +211,7 @@ def test_an_error_besides_damaged_annotations_is_not_swallowed(tmp_path):
     with pytest.raises(SystemExit, match=words):
         run(lambda: json.loads(path.read_text()))
     with pytest.raises(
-        compat.DataError, match=r'(?s)ZeroDivisionError.*\nand besides.*damaged'
+        reading.DataError, match=r'(?s)ZeroDivisionError.*\nand besides.*damaged'
     ) as e:
         run(lambda: 1 / 0)
     assert isinstance(e.value.__cause__, ZeroDivisionError)

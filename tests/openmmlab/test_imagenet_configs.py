@@ -118,7 +118,7 @@ def test_one_training_step_and_one_inference(file, load, imagenet, monkeypatch):
     from mmengine.runner import Runner
     from mmpretrain.models.backbones import ResNet, ResNeXt
 
-    from wsbcn_mm.openmmlab.data_check import check_dataset
+    from wsbcn_mm.openmmlab.data.check import check_dataset
 
     for kind in (ResNet, ResNeXt):
         settings = {d: (block, (1, 1, 1, 1)) for d, (block, _) in kind.arch_settings.items()}

@@ -39,14 +39,7 @@ def run(args: argparse.Namespace) -> None:
     from mmengine.dist import get_dist_info, init_dist, is_distributed
     from mmengine.registry import MODELS, init_default_scope
 
-    from wsbcn_mm.openmmlab import (
-        checkpoints,
-        command_line,
-        config,
-        config_errors,
-        files,
-        preflight,
-    )
+    from wsbcn_mm.openmmlab import checkpoints, command_line, config, explain, files, preflight
     from wsbcn_mm.openmmlab.measure import recalibration
 
     source = Path(args.checkpoint)
@@ -66,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
     for part in (cfg_model, cfg_model.get('backbone') or {}):  # all weights come from the file
         part.pop('init_cfg', None)
         part.pop('pretrained', None)
-    with config_errors.named(cfg):
+    with explain.named(cfg):
         model = MODELS.build(cfg_model).to(recalibration.device())
     # A converted ImageNet file has the keys of a backbone alone.
     backbone = hasattr(model, 'backbone') and not any(k.startswith('backbone.') for k in state)

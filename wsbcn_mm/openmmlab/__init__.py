@@ -4,5 +4,7 @@ What is imported here needs mmengine alone; the other modules are imported by th
 """
 
 from wsbcn_mm.openmmlab import compat, hooks, registry  # noqa: F401
+from wsbcn_mm.openmmlab.data import reading
 
 compat.apply()
+reading.apply()

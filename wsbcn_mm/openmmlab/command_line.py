@@ -14,7 +14,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
-from wsbcn_mm.openmmlab import annotations, compat, config, config_errors, optimizers, options
+from wsbcn_mm.openmmlab import config, explain, optimizers, options
 from wsbcn_mm.openmmlab.checkpoints import (
     CheckpointMismatch,
     CheckpointNotHad,
@@ -22,9 +22,11 @@ from wsbcn_mm.openmmlab.checkpoints import (
     check_checkpoint,
     is_address,
 )
-from wsbcn_mm.openmmlab.config_errors import ConfigError
-from wsbcn_mm.openmmlab.config_places import dotted, walk
+from wsbcn_mm.openmmlab.data import annotations
+from wsbcn_mm.openmmlab.data.reading import DataError
+from wsbcn_mm.openmmlab.explain import ConfigError
 from wsbcn_mm.openmmlab.files import check_place, latest_complete
+from wsbcn_mm.openmmlab.places import dotted, walk
 from wsbcn_mm.openmmlab.registry import ATOMIC_CHECKPOINT_HOOK, ESTIMATES_HOOK, NORM_NAMED
 
 WRITE_MASKS = ('IoUMetric', 'CityscapesMetric', 'DepthMetric')  # with `output_dir`
@@ -35,7 +37,7 @@ STARTED = {
     'mpi': ('OMPI_COMM_WORLD_LOCAL_RANK', 'mpirun'),
 }
 # What a mistake of the user raises; anything else is a defect and keeps its traceback.
-USER_ERRORS = (ValueError, ImportError, OSError, compat.DataError)
+USER_ERRORS = (ValueError, ImportError, OSError, DataError)
 
 
 def parser_of(
@@ -106,10 +108,10 @@ def errors_of_a_run(cfg: Config, *loaders: str) -> Iterator[None]:
     except CheckpointNotHad as error:
         named = [p for p, value in walk(cfg._cfg_dict, ()) if value == error.source]
         sys.exit(f'error: {", ".join(map(dotted, named[:1]))}: {error}')
-    except (CheckpointRefused, NothingToTrain, compat.DataError, ConfigError) as error:
+    except (CheckpointRefused, NothingToTrain, DataError, ConfigError) as error:
         sys.exit(f'error: {error}')
     except Exception as error:
-        mistake = config_errors.explain(cfg, error)
+        mistake = explain.explain(cfg, error)
         if mistake is not None:
             sys.exit(f'error: {mistake}')
         if isinstance(error, OSError):
@@ -117,7 +119,7 @@ def errors_of_a_run(cfg: Config, *loaders: str) -> Iterator[None]:
         damaged = '\n'.join(annotations.damaged_annotations(cfg, *loaders))
         if not damaged:
             raise
-        raise compat.DataError(f'{type(error).__name__}: {error}\nand besides {damaged}') from error
+        raise DataError(f'{type(error).__name__}: {error}\nand besides {damaged}') from error
 
 
 def _said(cfg: Config, error: OSError) -> str:

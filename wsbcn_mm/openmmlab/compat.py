@@ -9,11 +9,9 @@ Each function names the gap, and does nothing where it is not there:
   mmengine's checkpoints. They go on torch's allow-list; the check itself stays on.
 - `checkpoints.guard_loaders`: a checkpoint that is damaged, or would run code, is refused with its
   name and what to do, from disk or from an address.
-- `name_the_file_of_a_failed_transform`: an unreadable image or mask is an error without a name.
 - `stand_ins.apply`: a module that MMAction2's wheel lacks; torchvision, which MMPretrain imports
   for a few transforms.
 - `torchvision_ops.apply`: mmcv without compiled operators, where the user asks for torchvision's.
-- `say_where_no_image_is`: a data set that found nothing fails in numpy.
 - `fuse_standardized_weights`: mmcv's fuse_conv_bn would fold a BatchNorm into the raw weight.
 - `complete_initialisation`: MMAction2's 3d networks start the last norm of each branch at 0, and
   ask for it as ``conv3.bn``, whatever norm it is. TridentNet's convolutions are left as the memory
@@ -36,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from wsbcn_mm.layers import BatchChannelNorm, WeightStandardized
-from wsbcn_mm.openmmlab import checkpoints, reading, stand_ins, torchvision_ops
+from wsbcn_mm.openmmlab import checkpoints, stand_ins, torchvision_ops
 
 # import name -> (oldest version that works, how to get the one we test with)
 PACKAGES = {
@@ -58,8 +56,6 @@ def apply() -> None:
     find_packages_by_import_name()
     checkpoints.allow_checkpoint_globals()
     checkpoints.guard_loaders()
-    name_the_file_of_a_failed_transform()
-    say_where_no_image_is()
     stand_ins.apply()
     if find_spec('mmcv') is not None:
         torchvision_ops.apply()
@@ -136,68 +132,6 @@ def package_folder(distribution: str) -> str:
     if spec is None or not spec.submodule_search_locations:
         raise ModuleNotFoundError(f'a config inherits from {name!r}, which is not installed')
     return str(Path(next(iter(spec.submodule_search_locations))))
-
-
-class DataError(RuntimeError):
-    """An image or its annotation could not be read."""
-
-
-def name_the_file_of_a_failed_transform() -> None:
-    """Adds to an error in a data pipeline which file and annotation it was about."""
-    from mmengine.dataset.base_dataset import Compose
-
-    original = Compose.__call__
-    if getattr(original, 'names_the_file', False):
-        return
-
-    def call(self, data: dict) -> dict | None:
-        try:
-            return original(self, data)
-        except DataError:
-            raise
-        except Exception as error:
-            names = ('img_path', 'seg_map_path', 'filename', 'frame_dir')
-            files = [str(data[n]) for n in names if isinstance(data, dict) and data.get(n)]
-            if not files:
-                raise
-            raise DataError(
-                f'reading {" or ".join(files)} failed: {type(error).__name__}: {error}\n'
-                f'  {reading.mend_of(self.transforms, error, data)}'
-            ) from error
-
-    call.names_the_file = True  # type: ignore[attr-defined]
-    Compose.__call__ = call
-
-
-def say_where_no_image_is() -> None:
-    """Names the place and the settings of a data set that has no image."""
-    from mmengine.dataset import BaseDataset
-
-    original = BaseDataset._serialize_data
-    if getattr(original, 'says_where', False):
-        return
-
-    def _serialize_data(self):
-        if not self.data_list:
-            raise DataError(no_image_in(self))
-        return original(self)
-
-    _serialize_data.says_where = True  # type: ignore[attr-defined]
-    BaseDataset._serialize_data = _serialize_data
-
-
-def no_image_in(dataset: Any) -> str:
-    """Where a data set without images looked for them, and what may have kept them out."""
-    prefixes = getattr(dataset, 'data_prefix', None) or {}
-    places = ', '.join(str(p) for p in (getattr(dataset, 'ann_file', ''), *prefixes.values()) if p)
-    text = f'{type(dataset).__name__} has no image: {places}'
-    suffix = getattr(dataset, 'img_suffix', None)
-    if suffix:
-        text += f'\n  img_suffix={suffix!r}: do the names end like that?'
-    if getattr(dataset, 'filter_cfg', None):
-        classes = ', '.join(map(str, (dataset.metainfo.get('classes') or ())[:4]))
-        text += f'\n  filter_cfg={dict(dataset.filter_cfg)}: have they objects of {classes}, ...?'
-    return text
 
 
 def fuse_standardized_weights() -> None:

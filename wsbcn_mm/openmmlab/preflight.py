@@ -18,7 +18,7 @@ from wsbcn_mm.openmmlab.config import (
     several_versions,
     type_name,
 )
-from wsbcn_mm.openmmlab.config_places import walk
+from wsbcn_mm.openmmlab.places import walk
 from wsbcn_mm.openmmlab.registry import KEPT
 
 # By what the name of the dataset's class holds.

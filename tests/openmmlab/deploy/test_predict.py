@@ -22,7 +22,7 @@ from mmseg.utils import register_all_modules as register_mmseg
 from PIL import Image
 from torch import nn
 
-from wsbcn_mm.openmmlab.compat import DataError
+from wsbcn_mm.openmmlab.data.reading import DataError
 from wsbcn_mm.openmmlab.deploy import inference, predict
 
 SHAPE = (24, 40)

@@ -26,9 +26,9 @@ from wsbcn_mm.openmmlab.config import (
     type_name,
     with_names,
 )
-from wsbcn_mm.openmmlab.config_places import dotted, value_at
 from wsbcn_mm.openmmlab.conversion import probe, recipe, schedulers, weights
 from wsbcn_mm.openmmlab.conversion.probe import CannotBuild, Node
+from wsbcn_mm.openmmlab.places import dotted, value_at
 from wsbcn_mm.openmmlab.registry import ESTIMATES_HOOK, KEPT, NORM_NAMED
 
 CHECKPOINT_SUFFIXES = ('.pth', '.pt', '.tar')

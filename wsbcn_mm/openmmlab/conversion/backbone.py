@@ -14,10 +14,10 @@ from torch import nn
 
 from wsbcn_mm.openmmlab.checkpoints import at_hand
 from wsbcn_mm.openmmlab.config import type_name
-from wsbcn_mm.openmmlab.config_places import Place, value_at
 from wsbcn_mm.openmmlab.conversion import probe, recipe, weights
 from wsbcn_mm.openmmlab.conversion.changes import Conversion
 from wsbcn_mm.openmmlab.conversion.probe import Node
+from wsbcn_mm.openmmlab.places import Place, value_at
 from wsbcn_mm.openmmlab.registry import KEPT
 
 BACKBONE: Place = ('model', 'backbone')

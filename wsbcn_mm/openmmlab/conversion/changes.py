@@ -8,7 +8,7 @@ from typing import Any
 
 from mmengine.config import Config, ConfigDict
 
-from wsbcn_mm.openmmlab.config_places import Place, dotted, value_at
+from wsbcn_mm.openmmlab.places import Place, dotted, value_at
 
 DEFAULT = '(default)'
 

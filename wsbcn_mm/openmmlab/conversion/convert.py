@@ -15,12 +15,12 @@ from mmengine.config import Config, ConfigDict
 
 from wsbcn_mm.openmmlab.checkpoints import read_checkpoint
 from wsbcn_mm.openmmlab.config import find_config, read_config, with_names
-from wsbcn_mm.openmmlab.config_places import Place, dotted, value_at
 from wsbcn_mm.openmmlab.conversion import backbone as backbones
 from wsbcn_mm.openmmlab.conversion import probe, recipe, schedulers
 from wsbcn_mm.openmmlab.conversion.changes import Conversion
 from wsbcn_mm.openmmlab.conversion.layers import convert_layers
 from wsbcn_mm.openmmlab.conversion.probe import Node
+from wsbcn_mm.openmmlab.places import Place, dotted, value_at
 from wsbcn_mm.openmmlab.registry import ESTIMATES_HOOK
 
 TARGET_NORMS, TARGET_CONVS = ('BCN', 'GN'), ('WSConv2d', 'none')

@@ -21,10 +21,10 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope, Registry
 from torch import Tensor, nn
 
-from wsbcn_mm.openmmlab import config_errors
+from wsbcn_mm.openmmlab import explain
 from wsbcn_mm.openmmlab.config import HOSTS, parameters_of, type_name
-from wsbcn_mm.openmmlab.config_places import Place, dotted
 from wsbcn_mm.openmmlab.errors import first_line
+from wsbcn_mm.openmmlab.places import Place, dotted
 from wsbcn_mm.openmmlab.registry import CONVERTED, KEPT
 
 # Dicts under these keys are built by mmcv's own builders, with arguments of their parents'.
@@ -146,7 +146,7 @@ def build(cfg: Config) -> nn.Module:
     try:
         return _build(cfg)
     except Exception as error:  # a constructor may raise anything: named, and raised again
-        why = config_errors.explain(cfg, error) or f'{type(error).__name__}: {first_line(error)}'
+        why = explain.explain(cfg, error) or f'{type(error).__name__}: {first_line(error)}'
         raise CannotBuild(
             f'the model of {cfg.filename or "the config"} cannot be built here\n  {why}'
         ) from error

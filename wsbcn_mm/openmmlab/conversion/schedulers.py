@@ -24,7 +24,7 @@ from mmengine.optim.scheduler.momentum_scheduler import MomentumSchedulerMixin
 from mmengine.registry import PARAM_SCHEDULERS, DefaultScope
 
 from wsbcn_mm.openmmlab.config import HOSTS
-from wsbcn_mm.openmmlab.config_places import Place
+from wsbcn_mm.openmmlab.places import Place
 
 STEPS = 64  # of a trial run
 LONGEST_WARM_UP = 0.5  # of a training

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from wsbcn_mm import folding
 from wsbcn_mm.layers.standardization import standardize_once_per_forward
-from wsbcn_mm.openmmlab import checkpoints, config, config_errors
+from wsbcn_mm.openmmlab import checkpoints, config, explain
 from wsbcn_mm.openmmlab.config import scope_of
 from wsbcn_mm.openmmlab.deploy import clips
 from wsbcn_mm.openmmlab.deploy.parts import features_alone, image_function, tensor_parts
@@ -40,7 +40,7 @@ def build_model(cfg: Config) -> Any:
         ValueError: it takes videos and gives tracks (MMDetection's).
     """
     config.use_scope(cfg)
-    with config_errors.named(cfg):
+    with explain.named(cfg):
         model = revert_sync_batchnorm(MODELS.build(config.model_of(cfg)))
     if any(base.__name__ == TRACKER for base in type(model).__mro__):
         raise ValueError(

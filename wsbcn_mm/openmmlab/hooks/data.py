@@ -6,10 +6,10 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
-from wsbcn_mm.openmmlab.arriving import Arriving
 from wsbcn_mm.openmmlab.checkpoints import BY_LABEL, meta_of
 from wsbcn_mm.openmmlab.compat import unwrapped
-from wsbcn_mm.openmmlab.data_check import (
+from wsbcn_mm.openmmlab.data.arriving import Arriving
+from wsbcn_mm.openmmlab.data.check import (
     check_datasets,
     check_ends,
     check_evaluator,

@@ -23,8 +23,8 @@ from wsbcn_mm.diagnostics import (
 )
 from wsbcn_mm.layers import BatchChannelNorm
 from wsbcn_mm.layers.standardization import standardize_once_per_forward, weights_do_not_change
-from wsbcn_mm.openmmlab import checkpoints, config_errors
-from wsbcn_mm.openmmlab.data_check import check_datasets
+from wsbcn_mm.openmmlab import checkpoints, explain
+from wsbcn_mm.openmmlab.data.check import check_datasets
 from wsbcn_mm.openmmlab.measure.verdict import Skill, loss_fallen, verdict
 from wsbcn_mm.structure import NORMS, is_conv
 
@@ -62,7 +62,7 @@ def diagnose(
                 f'{cfg.filename or "the config"} has no {name}: activations and estimates are '
                 'those of validation images, gradients those of training batches'
             )
-    with config_errors.named(cfg):
+    with explain.named(cfg):
         runner = Runner.from_cfg(cfg)
     content = checkpoints.read_checkpoint(checkpoint)
     state = checkpoints.state_dict_of(content, checkpoint)

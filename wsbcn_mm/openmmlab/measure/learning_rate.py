@@ -17,7 +17,7 @@ from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
-from wsbcn_mm.openmmlab import config_errors
+from wsbcn_mm.openmmlab import explain
 from wsbcn_mm.openmmlab.command_line import build_runner, harden
 from wsbcn_mm.openmmlab.config import type_name
 from wsbcn_mm.openmmlab.registry import DATA_CHECK_HOOK, ESTIMATES_HOOK
@@ -84,7 +84,7 @@ def range_test(
     hook = RisingRate(lowest, highest, steps, accumulate, report)
     with tempfile.TemporaryDirectory(prefix='find_lr_') as folder:
         short = _short_run(cfg, lowest, steps * accumulate, folder)
-        with config_errors.named(short):
+        with explain.named(short):
             runner = build_runner(short)
             runner.register_hook(hook)
             runner.train()

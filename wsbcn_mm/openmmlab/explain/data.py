@@ -13,11 +13,11 @@ from mmengine.dataset import BaseDataset
 from mmengine.structures import BaseDataElement
 from torch import nn
 
-from wsbcn_mm.openmmlab.annotations import comes_from_annotations, damaged_annotations
-from wsbcn_mm.openmmlab.compat import DataError, unwrapped
+from wsbcn_mm.openmmlab.compat import unwrapped
 from wsbcn_mm.openmmlab.config import datasets_of
-from wsbcn_mm.openmmlab.config_places import Frame, frames_of
-from wsbcn_mm.openmmlab.data_samples import (
+from wsbcn_mm.openmmlab.data.annotations import comes_from_annotations, damaged_annotations
+from wsbcn_mm.openmmlab.data.reading import DataError, is_left_behind, lacking
+from wsbcn_mm.openmmlab.data.samples import (
     IGNORED,
     another_size,
     class_left_behind,
@@ -25,7 +25,7 @@ from wsbcn_mm.openmmlab.data_samples import (
     labels_of,
 )
 from wsbcn_mm.openmmlab.errors import first_line
-from wsbcn_mm.openmmlab.reading import is_left_behind, lacking
+from wsbcn_mm.openmmlab.explain.traces import Frame, frames_of
 
 # How loops over the lines of a list call one, and what one that cannot be read raises.
 NAMES, KINDS = ('line', 'sample', 'img_id'), (ValueError, IndexError, FileNotFoundError)

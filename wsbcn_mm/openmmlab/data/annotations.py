@@ -20,9 +20,9 @@ from typing import Any
 from mmengine.config import Config
 from mmengine.logging import print_log
 
-from wsbcn_mm.openmmlab.compat import DataError
 from wsbcn_mm.openmmlab.config import datasets_of, type_name
-from wsbcn_mm.openmmlab.segments import Segments, look_at
+from wsbcn_mm.openmmlab.data.reading import DataError
+from wsbcn_mm.openmmlab.data.segments import Segments, look_at
 
 
 def is_number(value: object) -> bool:

@@ -1,4 +1,4 @@
-"""wsbcn_mm.openmmlab.data_errors: a failure that came from a file of the data names it."""
+"""wsbcn_mm.openmmlab.explain.data: a failure that came from a file of the data names it."""
 
 import pytest
 
@@ -12,7 +12,7 @@ from mmengine.dataset import BaseDataset
 from mmengine.structures import BaseDataElement, InstanceData, PixelData
 from torch import nn
 
-from wsbcn_mm.openmmlab import data_errors
+from wsbcn_mm.openmmlab.explain import data
 
 
 class VideoDataset(BaseDataset):
@@ -28,7 +28,7 @@ class VideoDataset(BaseDataset):
 def said_of(action):
     with pytest.raises(Exception) as error:  # whatever the host raises
         action()
-    return data_errors.explain(Config({}), error.value)
+    return data.explain(Config({}), error.value)
 
 
 @pytest.mark.parametrize('line', ['a.mp4 jump', 'a.mp4,1', '', 'a b.mp4 1', 'file label'])

@@ -1,4 +1,4 @@
-"""Places in a config; which part was being built, or ran, when an error was raised.
+"""Which part of a config was being built, or ran, when an error was raised.
 
 The traceback holds it: the functions of mmengine and mmcv that build have the dict in hands, and
 what runs is an object of a class that the config names.
@@ -11,13 +11,12 @@ import dis
 import inspect
 import textwrap
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import CodeType
 from typing import Any
 
 import torch
-from mmengine.config import Config
 from mmengine.dataset.base_dataset import Compose
 from mmengine.evaluator import BaseMetric
 from mmengine.fileio import get_file_backend
@@ -38,9 +37,8 @@ from torch.utils.data import DataLoader
 
 from wsbcn_mm.openmmlab.compat import unwrapped
 from wsbcn_mm.openmmlab.config import HOSTS, type_name
+from wsbcn_mm.openmmlab.places import Place, dotted, place_of, value_at, walk
 
-# Keys and positions in lists, from the root of a config: ('model', 'bbox_head', 0, 'norm_cfg').
-Place = tuple[str | int, ...]
 # What mmengine does with a field that has no type, by the name of the function that does it.
 STEPS: dict[str, tuple[Place, Callable[..., Any] | None]] = {
     'setup_env': (('env_cfg',), None),
@@ -74,14 +72,9 @@ HOLDERS: dict[Any, tuple[str, Registry | None]] = {
 # What mmengine takes out of a loader before torch's class sees the rest.
 OF_LOADERS = ('dataset', 'num_batch_per_epoch', 'disable_subprocess_warning')
 EVALUATORS = ('val_evaluator', 'test_evaluator')
+OUT_OF_MEMORY = (MemoryError, torch.cuda.OutOfMemoryError)
 # Packages that are as their makers released them.
 RELEASED = ('mmengine', 'mmcv', 'wsbcn_mm', 'torch', *HOSTS)
-
-
-def dotted(place: Place) -> str:
-    """A place as one writes it, ``model.bbox_head[0].norm_cfg``."""
-    text = ''.join(f'[{key}]' if isinstance(key, int) else f'.{key}' for key in place)
-    return text.removeprefix('.')
 
 
 @dataclass
@@ -310,60 +303,11 @@ def _alike(one: Any, other: Any) -> bool:
     return bool(list(one) == list(other) if both else one == other)
 
 
-def value_at(root: Any, place: Place, *default: Any) -> Any:
-    """What a config holds at a place.
-
-    Args:
-        root: The config, or a part of it.
-        place: Keys and positions from there.
-        *default: What there is otherwise, at most one.
-
-    Raises:
-        KeyError, IndexError, TypeError: there is no such place, and no default.
-    """
-    if isinstance(root, Config):  # which has no `in`
-        root = root._cfg_dict
-    for key in place:
-        try:
-            root = root[key]
-        except (KeyError, IndexError, TypeError):
-            if default:
-                return default[0]
-            raise
-    return root
-
-
-def place_of(root: dict, part: Any, outer: Place) -> Place | None:
-    """Where a part that a host has in hands stands; what is added on the way does not count.
-
-    Below ``outer`` first. What is no dict is looked for there alone, as what it holds itself.
-    """
-    found: list[tuple[int, Place]] = []
-    for base in dict.fromkeys((outer, ())):
-        for place, value in walk(value_at(root, base, None), base):
-            if not isinstance(part, dict):
-                if base and len(place) == len(base) + 1 and value is not None and value == part:
-                    return place
-            elif isinstance(value, dict) and value and _holds(part, value):
-                found.append((-len(value), place))
-        if found:
-            return min(found, key=lambda item: item[0])[1]
-    return None
-
-
-def _holds(part: dict, value: dict) -> bool:
-    """Whether a dict is another one to which something was added."""
-    if 'type' in part and value.get('type', part['type']) != part['type']:
-        return False
-    return len(value) <= len(part) and all(k in part and part[k] == v for k, v in value.items())
-
-
-def walk(value: Any, place: Place) -> Iterator[tuple[Place, Any]]:
-    """A value that stands at a place, and all that it holds, outer ones first."""
-    yield place, value
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield from walk(item, (*place, key))
-    elif isinstance(value, (list, tuple)):
-        for i, item in enumerate(value):
-            yield from walk(item, (*place, i))
+def after(build: Build, frames: list[Frame]) -> list[Frame] | None:
+    """What ran from the methods of a part on; None where some of that is the user's own code."""
+    methods = build.methods()
+    first = max((i for i, frame in enumerate(frames) if frame.code in methods), default=None)
+    if first is None:
+        return None
+    inner = frames[first:]
+    return inner if all(frame.is_released for frame in inner[1:]) else None

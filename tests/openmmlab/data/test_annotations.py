@@ -1,4 +1,4 @@
-"""wsbcn_mm.openmmlab.annotations: what a COCO file lacks, and what is quietly lost of it."""
+"""wsbcn_mm.openmmlab.data.annotations: what a COCO file lacks, and what is quietly lost of it."""
 
 import pytest
 
@@ -13,8 +13,8 @@ import re
 from mmengine.config import Config
 from pycocotools.coco import COCO
 
-from wsbcn_mm.openmmlab import annotations, segments
-from wsbcn_mm.openmmlab.compat import DataError
+from wsbcn_mm.openmmlab.data import annotations, segments
+from wsbcn_mm.openmmlab.data.reading import DataError
 
 WHOLE = dict(
     images=[dict(id=4, file_name='a.png', height=2, width=2)],

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from wsbcn_mm.openmmlab import annotations, segments
+from wsbcn_mm.openmmlab.data import annotations, segments
 
 
 class Head(nn.Module):

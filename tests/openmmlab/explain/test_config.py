@@ -21,7 +21,7 @@ from mmengine.model import BaseModel, BaseModule
 from mmengine.registry import DATASETS, METRICS, MODELS
 from torch import nn
 
-from wsbcn_mm.openmmlab import command_line, config, config_errors
+from wsbcn_mm.openmmlab import command_line, config, explain
 
 _numbers = itertools.count()
 
@@ -330,8 +330,8 @@ def test_a_package_that_a_layer_of_the_hosts_lacks(cfg, monkeypatch):
 
 def test_errors_of_what_is_built_outside_of_a_run(cfg):
     cfg.model.backbone.type = 'BodyOfMistake'
-    with pytest.raises(config_errors.ConfigError, match=r'^model\.backbone\.type: ') as error:
-        with config_errors.named(cfg):
+    with pytest.raises(explain.ConfigError, match=r'^model\.backbone\.type: ') as error:
+        with explain.named(cfg):
             MODELS.build(cfg.model)
     assert isinstance(error.value.__cause__, KeyError)
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import torch
 
-from tests.openmmlab.data_sets import (
+from tests.openmmlab.data.data_sets import (
     CocoDataset,
     Data,
     LoadAnnotations,
@@ -20,9 +20,9 @@ from tests.openmmlab.data_sets import (
     mask,
     model_of,
 )
-from wsbcn_mm.openmmlab import data_check, data_samples
-from wsbcn_mm.openmmlab.compat import DataError
-from wsbcn_mm.openmmlab.data_check import check_dataset
+from wsbcn_mm.openmmlab.data import check, samples
+from wsbcn_mm.openmmlab.data.check import check_dataset
+from wsbcn_mm.openmmlab.data.reading import DataError
 from wsbcn_mm.openmmlab.hooks.data import DataCheckHook
 
 
@@ -78,7 +78,7 @@ def test_a_checkpoint_and_the_test_data_mean_the_same_by_a_label(
 ):
     """Of COCO's layout; the config names the classes in the order square, disc."""
     said = []
-    monkeypatch.setattr(data_check, 'print_log', lambda text, *_: said.append(text))
+    monkeypatch.setattr(check, 'print_log', lambda text, *_: said.append(text))
     read = files(monkeypatch, a=trained or [])
     data = CocoDataset(cat_ids=[3, 7])
     runner = SimpleNamespace(model=model_of(), train_loop=loop(data), val_loop=None)
@@ -152,7 +152,7 @@ def test_masks_are_looked_at_where_they_are_used(kind, steps, metrics, words, mo
 )
 def test_masks_that_are_left_out(poly2mask, words, monkeypatch):
     said = []
-    monkeypatch.setattr(data_samples, 'print_log', lambda text, *_: said.append(text))
+    monkeypatch.setattr(samples, 'print_log', lambda text, *_: said.append(text))
     found = files(monkeypatch, a=['square', 'disc'])['a.json'].segments
     found.encoded.update({3: 2, 9: 5})
     found.short[7 if poly2mask else 9].add(4, 'is bad')
@@ -211,12 +211,12 @@ def test_samplers_that_never_end(kind, sampler, ends):
 
 def test_nothing_to_evaluate_on(monkeypatch):
     said = []
-    monkeypatch.setattr(data_check, 'print_log', lambda text, *_: said.append(text))
+    monkeypatch.setattr(check, 'print_log', lambda text, *_: said.append(text))
     data = CocoDataset(cat_ids=[3, 7])
     for anns, format_only in (({}, True), ({5: dict(id=5)}, False), ({}, False)):
         assert not said
         read = SimpleNamespace(imgs={4: dict(file_name='a.jpg')}, anns=anns)
-        data_check.check_evaluator(SimpleNamespace(_coco_api=read, format_only=format_only), data)
+        check.check_evaluator(SimpleNamespace(_coco_api=read, format_only=format_only), data)
     assert len(said) == 1 and 'a.json has no annotations' in said[0]
 
 
@@ -252,13 +252,13 @@ def test_a_metric_that_needs_the_names_of_the_classes():
 
 def test_an_evaluator_with_other_boxes_for_the_same_names(monkeypatch):
     said = []
-    monkeypatch.setattr(data_check, 'print_log', lambda text, *_: said.append(text))
+    monkeypatch.setattr(check, 'print_log', lambda text, *_: said.append(text))
     data = boxes(20, 10, (9, 9))
     data.item['img_id'] = 4
     for found, says in (([0, 0, 9, 9], 0), (None, 0), ([0, 0, 9, 8], 1)):
         read = SimpleNamespace(imgs={4: dict(file_name='a.jpg')}, anns={5: {}})
         read.imgToAnns = {4: [dict(bbox=found)]}
-        data_check.check_evaluator(SimpleNamespace(_coco_api=read), data)
+        check.check_evaluator(SimpleNamespace(_coco_api=read), data)
         assert len(said) == says
     assert 'has other boxes than a.json' in said[0]
 

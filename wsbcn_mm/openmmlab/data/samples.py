@@ -15,9 +15,8 @@ import numpy as np
 from mmengine.dataset import Compose
 from mmengine.logging import print_log
 
-from wsbcn_mm.openmmlab import annotations, segments
-from wsbcn_mm.openmmlab.compat import DataError
-from wsbcn_mm.openmmlab.reading import is_left_behind, missing
+from wsbcn_mm.openmmlab.data import annotations, segments
+from wsbcn_mm.openmmlab.data.reading import DataError, is_left_behind, missing
 
 IGNORED = 255  # what a mask says where it says nothing, in mmsegmentation
 FEW, MANY = 8, 200  # images that are looked at

@@ -18,8 +18,8 @@ from mmengine.logging import print_log
 from mmengine.structures import BaseDataElement
 from torch import Tensor
 
-from wsbcn_mm.openmmlab.compat import DataError
-from wsbcn_mm.openmmlab.data_samples import IGNORED
+from wsbcn_mm.openmmlab.data.reading import DataError
+from wsbcn_mm.openmmlab.data.samples import IGNORED
 
 IMAGES = 32  # that come with nothing on them, the first of a training, before anything is said
 REPLAYED = 4  # of them that go through the pipeline once more, step by step

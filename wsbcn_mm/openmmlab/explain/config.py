@@ -8,17 +8,12 @@ put in one sentence; any other error keeps its traceback.
 
 from __future__ import annotations
 
-import ast
 import difflib
 import inspect
-import re
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import CodeType
-from typing import Any
 
-import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.optim import DefaultOptimWrapperConstructor
@@ -27,20 +22,21 @@ from mmengine.runner import FlexibleRunner, Runner
 from torch import nn
 from torch.utils.data import DataLoader
 
-from wsbcn_mm.openmmlab import data_errors
 from wsbcn_mm.openmmlab.config import HOSTS, parameters_of
-from wsbcn_mm.openmmlab.config_places import (
+from wsbcn_mm.openmmlab.explain import data
+from wsbcn_mm.openmmlab.explain.statements import stopped_at_settings
+from wsbcn_mm.openmmlab.explain.traces import (
+    OUT_OF_MEMORY,
     Build,
     Frame,
-    Place,
+    after,
     builds_of,
-    dotted,
     frames_of,
     names_of_modules,
-    place_of,
-    value_at,
-    walk,
 )
+from wsbcn_mm.openmmlab.explain.values import mend, misfit, says_number
+from wsbcn_mm.openmmlab.explain.wording import comma, said, short
+from wsbcn_mm.openmmlab.places import dotted, walk
 
 LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
 # What says how long and how a run goes.
@@ -55,12 +51,6 @@ TOGETHER = (
 )
 # How the layers of torch call the channels of their input.
 CHANNELS = ('in_channels', 'in_features', 'num_features', 'num_channels')
-OUT_OF_MEMORY = (MemoryError, torch.cuda.OutOfMemoryError)
-NUMBER = re.compile(r'[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?', re.IGNORECASE)
-HOLDS_NUMBER = re.compile(r'\b(int|float|Number)\b')
-HOLDS_TEXT = re.compile(r"(<class 'str'>|typing\.Optional\[str\]|str( \| None)?)")
-HOLDS_DICT = re.compile(r"(<class 'dict'>|typing\.Optional\[dict\]|dict( \| None)?)")
-HOLDS_MANY = re.compile(r'(?i)\b(tuple|list|sequence|iterable)\b')
 
 
 class ConfigError(ValueError):
@@ -87,7 +77,7 @@ def explain(cfg: Config, error: BaseException) -> str | None:
     """One sentence about the file or field that an error came from; None where that is not sure."""
     if type(error).__module__.startswith('wsbcn_mm.'):  # says all itself
         return None
-    if text := data_errors.explain(cfg, error):
+    if text := data.explain(cfg, error):
         return text
     root = cfg._cfg_dict
     frames = frames_of(error)
@@ -106,7 +96,7 @@ def explain(cfg: Config, error: BaseException) -> str | None:
         return text
     if isinstance(error, IndexError) and (text := _one_alone(root, frames, error)):
         return text
-    if builds and (text := _stopped_at_settings(root, builds[-1], frames, error)):
+    if builds and (text := stopped_at_settings(root, builds[-1], frames, error)):
         return text
     if builds and _is_of(builds[-1], frames, error):
         return _refused(builds[-1], error, last)
@@ -124,7 +114,7 @@ def _is_of(build: Build, frames: list[Frame], error: BaseException) -> bool:
     last = frames[-1]
     called = last.code.co_name.startswith('build')  # with arguments that do not fit
     if build.runs:
-        inner = _after(build, frames)
+        inner = after(build, frames)
         return called or (inner is not None and (last.raises or _is_of_hosts(inner, error)))
     if build.kind is None:  # read by mmengine itself
         hosts = [frame.module for frame in frames if frame.module.startswith(('mm', 'wsbcn_mm'))]
@@ -144,16 +134,6 @@ def _is_of_hosts(inner: list[Frame], error: BaseException) -> bool:
     return known and all(frame.module.startswith((*HOSTS, 'mmcv', 'torch')) for frame in inner)
 
 
-def _after(build: Build, frames: list[Frame]) -> list[Frame] | None:
-    """What ran from the methods of a part on; None where some of that is the user's own code."""
-    methods = build.methods()
-    first = max((i for i, frame in enumerate(frames) if frame.code in methods), default=None)
-    if first is None:
-        return None
-    inner = frames[first:]
-    return inner if all(frame.is_released for frame in inner[1:]) else None
-
-
 # ---- what is wrong with it -----------------------------------------------------------------------
 
 
@@ -168,14 +148,14 @@ def _unknown_type(build: Build, scope: str | None) -> str | None:
         if not isinstance(name, str):
             return (
                 f'{build.where} has no type: the name of what is to be built\n'
-                f'  got {_short(build.part)}'
+                f'  got {short(build.part)}'
             )
     elif build.place[-1] in NAMES and isinstance(build.part, str):
         where, name = build.where, build.part
     else:
         return (
             f'{build.where} must be a dict with a type\n'
-            f'  got {_short(build.part)}{_comma(build.part)}'
+            f'  got {short(build.part)}{comma(build.part)}'
         )
     if scope not in (None, 'mmengine', *HOSTS):
         where = f'{where} (default_scope is {scope!r}, which is none of {", ".join(HOSTS)})'
@@ -228,59 +208,18 @@ def _wrong_values(build: Build, error: BaseException) -> str | None:
         return None
     known = parameters_of(build.kind)
     for key, value in build.part.items():
-        if key in known and (wanted := _misfit(value, known[key])):
+        if key in known and (wanted := misfit(value, known[key])):
             return (
-                f'{build.where}.{key} must be {wanted}\n  got {value!r}{_mend(value)}\n'
-                f'  it ended in {_said(error)}'
+                f'{build.where}.{key} must be {wanted}\n  got {value!r}{mend(value)}\n'
+                f'  it ended in {said(error)}'
             )
     return None
-
-
-def _misfit(value: Any, parameter: inspect.Parameter) -> str | None:
-    """What belongs in the place of a value; None where it may be right."""
-    default = parameter.default
-    annotation = '' if parameter.annotation is parameter.empty else str(parameter.annotation)
-    if isinstance(value, list) and HOLDS_TEXT.fullmatch(annotation):
-        return 'a text'  # a path, of which there is one
-    if isinstance(value, str) and HOLDS_DICT.fullmatch(annotation):
-        return 'a dict' + (f' such as {default!r}' if default else '')
-    is_number = isinstance(default, (int, float)) and not isinstance(default, bool)
-    is_number = is_number or bool(HOLDS_NUMBER.search(annotation))
-    takes_many = bool(HOLDS_MANY.search(annotation)) or isinstance(default, (tuple, list))
-    if isinstance(value, str) and NUMBER.fullmatch(value.strip()):
-        may_be_text = isinstance(default, str) or 'str' in annotation
-        may_be_text = may_be_text or (default is None and not is_number)  # a year, a prefix
-        return None if may_be_text else 'a number'
-    if isinstance(value, tuple) and len(value) == 1 and is_number and not takes_many:
-        return 'a number'
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and takes_many:
-        only_many = not HOLDS_NUMBER.search(re.sub(r'\[[^][]*\]', '', annotation))
-        example = f' such as {default!r}' if isinstance(default, (tuple, list)) and default else ''
-        return f'a list{example}' if only_many else None
-    return None
-
-
-def _mend(value: Any) -> str:
-    if isinstance(value, list):
-        return ': files of several data sets are those of a ConcatDataset, each with its own'
-    if isinstance(value, str) and NUMBER.fullmatch(value.strip()):
-        number = float(value)
-        text = str(int(number)) if number.is_integer() else str(number)
-        yaml = ' (YAML takes it for a text)' if 'e' in value.lower() else ' without quotes'
-        return f': a text; write {text}{yaml}'
-    return _comma(value)
-
-
-def _comma(value: Any) -> str:
-    """What a comma at the end of a line makes of a value."""
-    one = isinstance(value, tuple) and len(value) == 1
-    return ': a comma at the end of its line makes it a tuple' if one else ''
 
 
 def _of_runner(root: dict, error: BaseException, last: Frame) -> str | None:
     """What the runner itself does not take."""
     if last.code in Build((), None, FlexibleRunner).methods() and root.get('env_cfg') is None:
-        return f'env_cfg is missing: FlexibleRunner needs it\n  it ended in {_said(error)}'
+        return f'env_cfg is missing: FlexibleRunner needs it\n  it ended in {said(error)}'
     if last.code is not Runner.__init__.__code__:
         return None
     for together in TOGETHER:
@@ -295,7 +234,7 @@ def _of_runner(root: dict, error: BaseException, last: Frame) -> str | None:
             return f'randomness must be a dict\n  got {part!r}'
         build = Build(('randomness',), part, Runner.set_randomness, None, tuple(part))
         return _wrong_arguments(build, last.code)
-    return f'the config cannot be run\n  {_said(error)}' if last.raises else None
+    return f'the config cannot be run\n  {said(error)}' if last.raises else None
 
 
 def _other_channels(builds: list[Build], frames: list[Frame]) -> str | None:
@@ -315,7 +254,7 @@ def _other_channels(builds: list[Build], frames: list[Frame]) -> str | None:
             return None
         build = builds[-1]
         own = {k: v for k, v in build.part.items() if 'in_' in k and 'channels' in k}
-        values = ', '.join(f'{k}={_short(v)}' for k, v in own.items())
+        values = ', '.join(f'{k}={short(v)}' for k, v in own.items())
         return (
             f'{build.where}: {build.name} is made for other channels than it gets'
             + (f'\n  it has {values}' if values else '')
@@ -340,137 +279,44 @@ def _shared_parameters(error: BaseException, frames: list[Frame]) -> str | None:
         if first != name and not own.paramwise_cfg.get('bypass_duplicate'):
             return (
                 f'optim_wrapper.paramwise_cfg: layers of the model share parameters ({name} is '
-                f'{first})\n  add bypass_duplicate=True to it\n  it ended in {_said(error)}'
+                f'{first})\n  add bypass_duplicate=True to it\n  it ended in {said(error)}'
             )
     return None
-
-
-def _stopped_at_settings(
-    root: dict, build: Build, frames: list[Frame], error: BaseException
-) -> str | None:
-    """What ran stopped in code of the hosts, at a statement that uses values of the config."""
-    inner = _after(build, frames) if build.runs else None
-    if inner is None or isinstance(error, OUT_OF_MEMORY):
-        return None
-    # A comprehension is a function of its own; torch and the dicts of a config do as they are told.
-    told = ('torch', 'mmengine.config')
-    own = [f for f in inner if not f.module.startswith(told) and f.code.co_name[0] != '<']
-    last = own[-1] if own else inner[0]
-    statement = last.statement()
-    if statement is None or not (last.is_released or last.raises):
-        return None
-    names, attributes = _names_of(statement)
-    used, part = {*names, *attributes}, build.part if isinstance(build.part, dict) else {}
-    found = [((*build.place, key), value) for key, value in part.items() if key in used]
-    found = found or _handed_on(root, build, last, names)
-    if not found:
-        return None
-    text = ' '.join(ast.unparse(statement).split('\n')[0].split())
-    had = [f'{name} {size}' for name in names if (size := _size(last.names.get(name)))]
-    return (
-        f'{" or ".join(dotted(place) for place, _ in found)}: {build.name} stopped at it\n'
-        f'  {_said(error)}\n  got {", ".join(_short(value) for _, value in found)}\n'
-        f'  at {last.module}: {_cut(text, 120)}' + (f'\n  with {", ".join(had)}' if had else '')
-    )
 
 
 def _one_alone(root: dict, frames: list[Frame], error: BaseException) -> str | None:
     """A setting that a comma made a tuple of one, in the hands of who looks for a second."""
     for place, value in walk(root.get('model'), ('model',)):
-        if _comma(value) and any(f.names.get(str(place[-1])) == value for f in frames):
+        if comma(value) and any(f.names.get(str(place[-1])) == value for f in frames):
             return (
-                f'{dotted(place)} must be a number, or several\n  got {value!r}{_comma(value)}\n'
-                f'  it ended in {_said(error)}'
+                f'{dotted(place)} must be a number, or several\n  got {value!r}{comma(value)}\n'
+                f'  it ended in {said(error)}'
             )
     return None
-
-
-def _handed_on(root: dict, build: Build, last: Frame, names: list[str]) -> list[tuple[Place, Any]]:
-    """What a function was given out of the config, and uses under these names."""
-    model = list(walk(root.get('model'), ('model',)))
-    for name in names:
-        value = last.names.get(name)
-        alike = [p for p, v in model if type(v) is type(value) and v == value]
-        same = [p for p in alike if p[-1] == name or isinstance(value, str)]
-        if len(same) == 1:
-            return [(same[0], value)]
-    for name, value in last.names.items():
-        place = place_of(root, value, build.place) if isinstance(value, dict) and value else None
-        if place is not None and _made_of(name, last) & set(names):
-            return [(place, value_at(root, place))]
-    return []
-
-
-def _made_of(name: str, frame: Frame) -> set[str]:
-    """A variable of a function, and those that were computed from it."""
-    made = {name}
-    for node in ast.walk(frame.function() or ast.Module([], [])):
-        if isinstance(node, ast.Assign):
-            used = {n.id for n in ast.walk(node.value) if isinstance(n, ast.Name)}
-            if used & made:
-                made |= {n.id for t in node.targets for n in ast.walk(t) if isinstance(n, ast.Name)}
-    return made
-
-
-def _names_of(statement: ast.stmt) -> tuple[list[str], set[str]]:
-    """The variables of a statement and the attributes of ``self``; nothing of its body."""
-    names: list[str] = []
-    attributes: set[str] = set()
-    todo: list[ast.AST] = [statement]
-    while todo:
-        node = todo.pop(0)
-        if isinstance(node, ast.Name):
-            names.append(node.id)
-        if isinstance(node, ast.Attribute) and getattr(node.value, 'id', None) == 'self':
-            attributes.add(node.attr)
-        todo += [child for child in ast.iter_child_nodes(node) if not isinstance(child, ast.stmt)]
-    return list(dict.fromkeys(names)), attributes
-
-
-def _size(value: Any) -> str:
-    if isinstance(value, (torch.Tensor, np.ndarray)):
-        return f'of shape {tuple(value.shape)}'
-    return f'of length {len(value)}' if isinstance(value, (tuple, list)) else ''
 
 
 def _refused(build: Build, error: BaseException, last: Frame) -> str:
     """What the class itself, or whoever reads the field, says."""
     if build.part is None:
-        return f'{build.where} is missing, or None\n  it ended in {_said(error)}'
+        return f'{build.where} is missing, or None\n  it ended in {said(error)}'
     what = ' cannot be used' if build.kind is None else f': {build.name} cannot be made'
     if build.runs:
         what = f': {build.name} stopped'
     if isinstance(build.part, dict):
         own = {k: v for k, v in build.part.items() if k not in ('type', '_scope_')}
-        values = ', '.join(f'{k}={_short(v)}' for k, v in own.items())
+        values = ', '.join(f'{k}={short(v)}' for k, v in own.items())
     else:
-        values = _short(build.part)
+        values = short(build.part)
     commas = [
-        f'\n  {dotted(place)}{_comma(value)}'
+        f'\n  {dotted(place)}{comma(value)}'
         for place, value in walk(build.part, build.place)
-        if _comma(value) and isinstance(value[0], (dict, tuple, list))
+        if comma(value) and isinstance(value[0], (dict, tuple, list))
     ]
     return (
-        f'{build.where}{what}\n  {_said(error)}\n  raised by {last.module}'
+        f'{build.where}{what}\n  {said(error)}\n  raised by {last.module}'
         + (f'\n  from {values}' if values else '')
         + ''.join(commas)
     )
-
-
-def _short(value: Any) -> str:
-    return _cut(repr(value), 60)
-
-
-def _cut(text: str, length: int) -> str:
-    return text if len(text) <= length else f'{text[: length - 3]}...'
-
-
-def _said(error: BaseException) -> str:
-    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-    if not text:  # an assertion without words: its own
-        text = traceback.extract_tb(error.__traceback__)[-1].line or ''
-    lines = [' '.join(line.split())[:300] for line in text.strip().splitlines()[:4]]
-    return f'{type(error).__name__}: ' + '\n    '.join(lines)
 
 
 def _texts_for_numbers(root: dict, error: BaseException) -> str | None:
@@ -481,9 +327,9 @@ def _texts_for_numbers(root: dict, error: BaseException) -> str | None:
         for place, value in walk(root.get(field), (field,)):
             if 'dataset' in place:  # folders and years are texts of digits, and right
                 continue
-            if isinstance(value, str) and NUMBER.fullmatch(value.strip()):
+            if says_number(value):
                 return (
-                    f'{dotted(place)} must be a number\n  got {value!r}{_mend(value)}\n'
-                    f'  it ended in {_said(error)}'
+                    f'{dotted(place)} must be a number\n  got {value!r}{mend(value)}\n'
+                    f'  it ended in {said(error)}'
                 )
     return None

@@ -1,4 +1,4 @@
-"""wsbcn_mm.openmmlab.arriving: what reaches the model, as the pipeline leaves it."""
+"""wsbcn_mm.openmmlab.data.arriving: what reaches the model, as the pipeline leaves it."""
 
 import pytest
 
@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from mmengine.structures import BaseDataElement, InstanceData, PixelData
 
-from wsbcn_mm.openmmlab import arriving
-from wsbcn_mm.openmmlab.arriving import IMAGES, Arriving
-from wsbcn_mm.openmmlab.compat import DataError
+from wsbcn_mm.openmmlab.data import arriving
+from wsbcn_mm.openmmlab.data.arriving import IMAGES, Arriving
+from wsbcn_mm.openmmlab.data.reading import DataError
 
 
 class Filter:

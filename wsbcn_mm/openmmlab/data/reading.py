@@ -1,4 +1,7 @@
-"""Why a file of data could not be read, and what to do: said after a transform has failed."""
+"""Why a file of data could not be read, and what to do.
+
+The hosts raise the error of whatever read it, without a name; `apply` adds it.
+"""
 
 import difflib
 import os
@@ -7,9 +10,77 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from wsbcn_mm.openmmlab.segments import EXPECTED, wrong_mask
+from wsbcn_mm.openmmlab.data.segments import EXPECTED, wrong_mask
 
 FEW = 2000  # names among which a similar one is looked for
+
+
+class DataError(RuntimeError):
+    """An image or its annotation could not be read."""
+
+
+def apply() -> None:
+    """Lets the hosts say which file they could not read; may be called more than once."""
+    name_the_file_of_a_failed_transform()
+    say_where_no_image_is()
+
+
+def name_the_file_of_a_failed_transform() -> None:
+    """Adds to an error in a data pipeline which file and annotation it was about."""
+    from mmengine.dataset.base_dataset import Compose
+
+    original = Compose.__call__
+    if getattr(original, 'names_the_file', False):
+        return
+
+    def call(self, data: dict) -> dict | None:
+        try:
+            return original(self, data)
+        except DataError:
+            raise
+        except Exception as error:
+            names = ('img_path', 'seg_map_path', 'filename', 'frame_dir')
+            files = [str(data[n]) for n in names if isinstance(data, dict) and data.get(n)]
+            if not files:
+                raise
+            raise DataError(
+                f'reading {" or ".join(files)} failed: {type(error).__name__}: {error}\n'
+                f'  {mend_of(self.transforms, error, data)}'
+            ) from error
+
+    call.names_the_file = True  # type: ignore[attr-defined]
+    Compose.__call__ = call
+
+
+def say_where_no_image_is() -> None:
+    """Names the place and the settings of a data set that has no image."""
+    from mmengine.dataset import BaseDataset
+
+    original = BaseDataset._serialize_data
+    if getattr(original, 'says_where', False):
+        return
+
+    def _serialize_data(self):
+        if not self.data_list:
+            raise DataError(no_image_in(self))
+        return original(self)
+
+    _serialize_data.says_where = True  # type: ignore[attr-defined]
+    BaseDataset._serialize_data = _serialize_data
+
+
+def no_image_in(dataset: Any) -> str:
+    """Where a data set without images looked for them, and what may have kept them out."""
+    prefixes = getattr(dataset, 'data_prefix', None) or {}
+    places = ', '.join(str(p) for p in (getattr(dataset, 'ann_file', ''), *prefixes.values()) if p)
+    text = f'{type(dataset).__name__} has no image: {places}'
+    suffix = getattr(dataset, 'img_suffix', None)
+    if suffix:
+        text += f'\n  img_suffix={suffix!r}: do the names end like that?'
+    if getattr(dataset, 'filter_cfg', None):
+        classes = ', '.join(map(str, (dataset.metainfo.get('classes') or ())[:4]))
+        text += f'\n  filter_cfg={dict(dataset.filter_cfg)}: have they objects of {classes}, ...?'
+    return text
 
 
 def mend_of(transforms: list[Any], error: Exception, data: dict[str, Any]) -> str:

@@ -13,9 +13,9 @@ from mmengine.logging import print_log
 from torch import nn
 from torch.utils.data import ConcatDataset, Dataset
 
-from wsbcn_mm.openmmlab import annotations, segments
-from wsbcn_mm.openmmlab.compat import DataError, no_image_in
-from wsbcn_mm.openmmlab.data_samples import (
+from wsbcn_mm.openmmlab.data import annotations, segments
+from wsbcn_mm.openmmlab.data.reading import DataError, no_image_in
+from wsbcn_mm.openmmlab.data.samples import (
     IGNORED,
     alike,
     check_boxes,
