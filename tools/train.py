@@ -54,7 +54,7 @@ def print_audit(cfg: Config, mode: str) -> None:
     """
     from wsbcn_mm.audit import has_problems
     from wsbcn_mm.openmmlab import command_line
-    from wsbcn_mm.openmmlab.conversion import recipe
+    from wsbcn_mm.openmmlab.conversion import rates
     from wsbcn_mm.openmmlab.conversion.audit import audit_config
     from wsbcn_mm.openmmlab.errors import first_line
 
@@ -62,7 +62,7 @@ def print_audit(cfg: Config, mode: str) -> None:
     if mode == 'off' or rank > 0:
         return
     try:
-        findings = audit_config(recipe.as_scaled(cfg, world), gpus=world)
+        findings = audit_config(rates.as_scaled(cfg, world), gpus=world)
     except AUDIT_FAILS as error:  # what trains must not be stopped by what looks at it
         print(f'audit: not done: {type(error).__name__}: {first_line(error)}', file=sys.stderr)
         return

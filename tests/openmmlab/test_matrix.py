@@ -23,7 +23,7 @@ from torch import nn
 from tests.openmmlab import matrix
 from tests.openmmlab.matrix import built, load
 from wsbcn_mm import BatchChannelNorm2d, WSConv2d
-from wsbcn_mm.openmmlab.conversion import recipe
+from wsbcn_mm.openmmlab.conversion import rates
 from wsbcn_mm.openmmlab.layers import MicroBatchNorm2d
 
 FILES = sorted(f for f in matrix.CONFIGS.rglob('*.py') if f.parent.name in matrix.FOLDERS.values())
@@ -72,7 +72,7 @@ def test_regime_and_schedule(file):
     epochs = EPOCHS[name['schedule']]
     # On the data that it is for. On fewer images the audit says when it is too short.
     steps = epochs * IMAGES[name['family']] // total
-    assert optimizer.lr * steps > 10 * recipe.LEAST_ROUTE
+    assert optimizer.lr * steps > 10 * rates.LEAST_ROUTE
     assert (cfg.train_cfg.type, cfg.train_cfg.max_epochs) == ('EpochBasedTrainLoop', epochs)
     if name['family'] == 'deeplabv3':
         assert total == 16

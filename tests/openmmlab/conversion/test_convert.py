@@ -65,7 +65,7 @@ def test_a_detector():
     for part in (cfg.model.neck, cfg.model.rpn_head, cfg.model.roi_head.mask_head):
         assert 'norm_cfg' not in part and 'conv_cfg' not in part
     assert cfg.train_dataloader.batch_size == 1
-    assert cfg.optim_wrapper.optimizer.lr == 0.02  # from scratch no less, see recipe.LEAST_RATES
+    assert cfg.optim_wrapper.optimizer.lr == 0.02  # from scratch no less, see rates.LEAST_RATES
     assert cfg.auto_scale_lr == dict(enable=False, base_batch_size=8)
     assert cfg.custom_imports.imports == ['wsbcn_mm']
     assert any('torchvision://resnet50 dropped' in text for text in conversion.warnings)

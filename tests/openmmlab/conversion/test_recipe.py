@@ -1,4 +1,4 @@
-"""wsbcn_mm.openmmlab.conversion.recipe and schedulers: what another batch changes."""
+"""What another batch changes: recipe, rates, length, rescaling and schedulers."""
 
 import pytest
 
@@ -8,8 +8,8 @@ pytest.importorskip('mmdet', reason='one scheduler is of mmdet')
 import torch
 from mmengine.config import Config
 
-from wsbcn_mm.openmmlab.conversion import recipe, schedulers
-from wsbcn_mm.openmmlab.conversion.recipe import Batch
+from wsbcn_mm.openmmlab.conversion import length, rates, recipe, rescaling, schedulers
+from wsbcn_mm.openmmlab.conversion.rescaling import Batch
 
 LR = 'optim_wrapper.optimizer.lr'
 
@@ -23,7 +23,7 @@ def config(name='some_config.py', images=2, lr=0.02, **rest):
 
 def changes(cfg, **batch):
     """What is set, by its place, and the warnings."""
-    settings, warnings = recipe.rescaled(cfg, Batch(**batch))
+    settings, warnings = rescaling.rescaled(cfg, Batch(**batch))
     return {'.'.join(map(str, s.place)): s.value for s in settings}, warnings
 
 
@@ -84,7 +84,7 @@ def test_why_the_rate_changes_is_said_in_numbers_that_agree():
         (2, '2 -> 1 images per GPU, 8 -> 1 GPUs: total 16 -> 1'),
         (32, '32 -> 1 images per GPU, 1 GPUs: 1 images per step, and auto_scale_lr says 16'),
     ):
-        settings, _ = recipe.rescaled(config(images=images, **BASE_16), Batch(images=1, gpus=1))
+        settings, _ = rescaling.rescaled(config(images=images, **BASE_16), Batch(images=1, gpus=1))
         (reason,) = [s.why for s in settings if s.place[-1] == 'lr']
         assert reason == f'linear rule: {words}'
 
@@ -131,7 +131,7 @@ def test_the_rate_of_adam_goes_with_the_root_of_the_batch(kind, start):
     """Mask2Former: the linear rule makes 6.25e-6 of it for one image."""
     cfg = config(lr=6e-5, **BASE_16)
     cfg.optim_wrapper.optimizer.type, cfg.default_scope = kind, 'mmseg'
-    settings, _ = recipe.rescaled(cfg, Batch(images=1, gpus=1, start=start))
+    settings, _ = rescaling.rescaled(cfg, Batch(images=1, gpus=1, start=start))
     ((rate, why),) = [(s.value, s.why) for s in settings if s.place[-1] == 'lr']
     assert rate == pytest.approx(6e-5 / 4) and why.startswith('root rule: 2 -> 1 images per GPU')
     assert changes(cfg, images=1, gpus=4, accumulate=16, start=start)[0][LR] == 1.2e-4  # upwards
@@ -151,7 +151,7 @@ def test_a_detector_from_scratch_gets_clipped_gradients(scope, start, kind, give
     cfg = config(**BASE_16)
     cfg.default_scope, cfg.optim_wrapper.optimizer.type = scope, kind
     cfg.optim_wrapper.clip_grad = given
-    found = [(s.place[-1], s.value) for s in recipe.clipping(cfg, start)]
+    found = [(s.place[-1], s.value) for s in rescaling.clipping(cfg, start)]
     assert found == ([('clip_grad', dict(max_norm=10))] if clipped else [])
 
 
@@ -177,35 +177,35 @@ def test_the_steps_of_a_training(tmp_path):
     loop = dict(type='IterBasedTrainLoop', max_iters=1000)
     cfg = config(train_cfg=loop)
     cfg.optim_wrapper.accumulative_counts = 4
-    assert recipe.steps(cfg, processes=2) == 250
+    assert length.steps(cfg, processes=2) == 250
     (tmp_path / 'a.json').write_text('{"images": [{}, {}, {}, {}, {}]}')
     dataset = dict(type='CocoDataset', data_root=str(tmp_path), ann_file='a.json')
     cfg = config(train_cfg=dict(type='EpochBasedTrainLoop', max_epochs=12))
-    assert recipe.steps(cfg, processes=1) is None
+    assert length.steps(cfg, processes=1) is None
     cfg.train_dataloader.dataset = dataset
-    assert recipe.steps(cfg, processes=1) == 12 * 3
+    assert length.steps(cfg, processes=1) == 12 * 3
     for taken, images in ((3, 3), (-4, 4), ([0, 4], 2), (9, 5), (0, None)):
         cfg.train_dataloader.dataset = dict(dataset, indices=taken)
-        assert recipe.training_images(cfg) == images
+        assert length.training_images(cfg) == images
     cfg.train_dataloader.dataset = dict(dataset, ann_file='nowhere.json', indices=3)
-    assert recipe.training_images(cfg) == 3
+    assert length.training_images(cfg) == 3
     (tmp_path / 'damaged.json').write_text('{"images": [{}')
     cfg.train_dataloader.dataset = dict(dataset, ann_file='damaged.json')
-    assert recipe.steps(cfg, processes=1) is None  # whoever trains on it says so
+    assert length.steps(cfg, processes=1) is None  # whoever trains on it says so
     cfg.train_dataloader.dataset = dict(type='RepeatDataset', times=3, dataset=dataset)
-    assert recipe.steps(cfg, processes=1) is None
+    assert length.steps(cfg, processes=1) is None
     (tmp_path / 'images').mkdir()
     for name in 'abc':
         (tmp_path / 'images' / f'{name}.png').touch()
     prefix = dict(img_path='images')
     folder = dict(type='BaseSegDataset', data_root=str(tmp_path), data_prefix=prefix)
     cfg.train_dataloader.dataset = dict(folder, img_suffix='.png')
-    assert recipe.steps(cfg, processes=1) == 12 * 2
+    assert length.steps(cfg, processes=1) == 12 * 2
 
 
 def test_the_rate_that_mmengine_makes():
     cfg = config(auto_scale_lr=dict(enable=True, base_batch_size=16))
-    scaled = recipe.as_scaled(cfg, processes=2)
+    scaled = rates.as_scaled(cfg, processes=2)
     assert scaled.optim_wrapper.optimizer.lr == 0.005 and cfg.optim_wrapper.optimizer.lr == 0.02
     assert scaled.auto_scale_lr == dict(enable=False, base_batch_size=4)
 

@@ -26,7 +26,7 @@ from wsbcn_mm.openmmlab.config import (
     type_name,
     with_names,
 )
-from wsbcn_mm.openmmlab.conversion import probe, recipe, schedulers, weights
+from wsbcn_mm.openmmlab.conversion import length, probe, rates, recipe, schedulers, weights
 from wsbcn_mm.openmmlab.conversion.probe import CannotBuild, Node
 from wsbcn_mm.openmmlab.places import dotted, value_at
 from wsbcn_mm.openmmlab.registry import ESTIMATES_HOOK, KEPT, NORM_NAMED
@@ -309,7 +309,7 @@ def _learning_rate(cfg: Config, images: int, gpus: int | None, start: str | None
     if wanted in (total, total * recipe.accumulation(cfg)):
         return []
     per_step = total * recipe.accumulation(cfg)
-    rate, rule = recipe.rate_at(cfg, total / wanted, start, per_step)
+    rate, rule = rates.rate_at(cfg, total / wanted, start, per_step)
     if total < wanted and rate >= lr:  # the rule would take it too far down
         return []
     fix = _line(LR, f'{rate:.6g}')
@@ -329,7 +329,7 @@ def _unscaled_child(cfg: Config, images: int, lr: float, start: str | None) -> l
         same_base = recipe.base_batch_size(old) == recipe.base_batch_size(cfg)
         if size and size != images and rate == lr and same_base:
             per_step = images * recipe.accumulation(cfg)
-            wanted = recipe.rate_at(cfg, images / size, start, per_step)[0]
+            wanted = rates.rate_at(cfg, images / size, start, per_step)[0]
             if images < size and wanted >= lr:
                 return []
             why = f'lr = {lr} is that of {parent}, for {size} images per GPU instead of {images}'
@@ -340,14 +340,14 @@ def _unscaled_child(cfg: Config, images: int, lr: float, start: str | None) -> l
 
 def _short_training(cfg: Config, processes: int, start: str | None) -> list[Finding]:
     """A rate with which so short a training learns nothing."""
-    lr, steps = recipe.optimizer_setting(cfg, 'lr'), recipe.steps(cfg, processes)
+    lr, steps = recipe.optimizer_setting(cfg, 'lr'), length.steps(cfg, processes)
     per_step = (recipe.batch_size(cfg) or 1) * processes * recipe.accumulation(cfg)
-    least = recipe.least_rate(cfg, start, per_step)
-    if least is None or steps is None or lr >= least or lr * steps >= recipe.LEAST_ROUTE:
+    least = rates.least_rate(cfg, start, per_step)
+    if least is None or steps is None or lr >= least or lr * steps >= rates.LEAST_ROUTE:
         return []
     why = (
         f'lr = {lr} over {steps} steps: rate * steps = {lr * steps:.2g}, and every training of '
-        f'docs/study.md that learned had more than {recipe.LEAST_ROUTE:g}'
+        f'docs/study.md that learned had more than {rates.LEAST_ROUTE:g}'
     )
     fix = _line(LR, f'{least:g}') + ', or tools/analysis_tools/find_lr.py'
     return [Finding('warning', 'rate-too-low', LR, why, fix)]
@@ -355,7 +355,7 @@ def _short_training(cfg: Config, processes: int, start: str | None) -> list[Find
 
 def _schedule(cfg: Config, processes: int) -> list[Finding]:
     """A rate that rises for half of the training, or is lowered after its end."""
-    findings, count = [], recipe.iterations(cfg, processes)
+    findings, count = [], length.iterations(cfg, processes)
     if (up := schedulers.long_warm_up(cfg, count)) is not None:
         where = dotted(up.place)
         why = (

@@ -16,7 +16,7 @@ from mmengine.config import Config, ConfigDict
 from wsbcn_mm.openmmlab.checkpoints import read_checkpoint
 from wsbcn_mm.openmmlab.config import find_config, read_config, with_names
 from wsbcn_mm.openmmlab.conversion import backbone as backbones
-from wsbcn_mm.openmmlab.conversion import probe, recipe, schedulers
+from wsbcn_mm.openmmlab.conversion import length, probe, recipe, rescaling, schedulers
 from wsbcn_mm.openmmlab.conversion.changes import Conversion
 from wsbcn_mm.openmmlab.conversion.layers import convert_layers
 from wsbcn_mm.openmmlab.conversion.probe import Node
@@ -49,7 +49,7 @@ def convert_config(
     - ``norm_eval=False`` (and of MMAction2 ``partial_bn``, ``bn_frozen``), and ``frozen_stages=-1``
       unless a checkpoint is given: frozen random weights and frozen estimates cannot learn.
     - ``batch_size`` is set; the learning rate and the schedulers' own rates follow by the linear
-      rule down to what was measured at one image (`recipe.least_rate`), ``auto_scale_lr`` with
+      rule down to what was measured at one image (`rates.least_rate`), ``auto_scale_lr`` with
       them, and all iterations that are counted, so that training sees as many images as before.
       Norms get no weight decay, detectors from scratch clipped gradients.
     - `EstimatesHook` joins the custom hooks.
@@ -102,10 +102,10 @@ def convert_config(
     _unfreeze(conversion, converted, checkpoint)
     _replace_checkpoints(conversion, converted, checkpoint, kept)
     start = 'scratch' if checkpoint is None and kept is None else 'pretrained'
-    batch = recipe.Batch(images_per_gpu, gpus, accumulate, keep_lr, schedule == 'images', start)
-    settings, warnings = recipe.rescaled(conversion.cfg, batch)
+    batch = rescaling.Batch(images_per_gpu, gpus, accumulate, keep_lr, schedule == 'images', start)
+    settings, warnings = rescaling.rescaled(conversion.cfg, batch)
     conversion.warnings += warnings
-    settings += recipe.clipping(conversion.cfg, start)
+    settings += rescaling.clipping(conversion.cfg, start)
     for setting in (*settings, *recipe.no_decay_of_norms(conversion.cfg)):
         conversion.set(setting.place, setting.value, setting.why)
     _shorten_warm_up(conversion, gpus or recipe.gpus_of_rate(conversion.cfg) or 1)
@@ -131,7 +131,7 @@ def _check_count(name: str, value: int) -> None:
 
 def _shorten_warm_up(conversion: Conversion, gpus: int) -> None:
     """A warm-up made for COCO is most of a training on a few images."""
-    found = schedulers.long_warm_up(conversion.cfg, recipe.iterations(conversion.cfg, gpus))
+    found = schedulers.long_warm_up(conversion.cfg, length.iterations(conversion.cfg, gpus))
     if found is not None:
         why = f'the rate would still rise when half of the {found.count} iterations are over'
         conversion.set(found.place, found.better, why)
