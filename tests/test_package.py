@@ -111,6 +111,7 @@ LEVELS = {
 # Rooms of openmmlab, and the roof: they import from the modules beside them, and of each other only
 # these. The modules beside them import from no room; its __init__ registers what is in them.
 ROOMS = {
+    'audit': {'conversion'},
     'command_line': {'data', 'explain'},
     'conversion': {'explain'},
     'data': set(),

@@ -54,8 +54,8 @@ def print_audit(cfg: Config, mode: str) -> None:
     """
     from wsbcn_mm.audit import has_problems
     from wsbcn_mm.openmmlab import command_line
+    from wsbcn_mm.openmmlab.audit import audit_config
     from wsbcn_mm.openmmlab.conversion import rates
-    from wsbcn_mm.openmmlab.conversion.audit import audit_config
     from wsbcn_mm.openmmlab.errors import first_line
 
     rank, world = command_line.processes(cfg.launcher)

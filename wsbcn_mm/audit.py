@@ -1,6 +1,6 @@
 """What is wrong with a model for training with 1-2 images per GPU.
 
-The part that needs torch alone; `wsbcn_mm.openmmlab.conversion.audit` adds what only a config
+The part that needs torch alone; `wsbcn_mm.openmmlab.audit` adds what only a config
 shows.
 """
 

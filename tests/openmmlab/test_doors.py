@@ -255,7 +255,7 @@ def test_a_config_in_a_checkpoint_may_hold_classes_by_their_path():
 )
 def test_audit_runs_nothing_of_a_checkpoint(text, tmp_path):
     pytest.importorskip('mmdet', reason='builds the models of configs')
-    from wsbcn_mm.openmmlab.conversion.audit import audit
+    from wsbcn_mm.openmmlab.audit import audit
 
     mark, file = tmp_path / 'mark', tmp_path / 'a.pth'
     meta = dict(cfg=f"default_scope = 'mmdet'\n{text.format(mark=str(mark))}\n")

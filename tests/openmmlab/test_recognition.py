@@ -25,7 +25,7 @@ import wsbcn_mm.openmmlab  # noqa: F401
 from wsbcn_mm.checkpoint_layouts import name_in_mmaction
 from wsbcn_mm.estimates import layers_of, rate_of_step
 from wsbcn_mm.openmmlab import config, stand_ins
-from wsbcn_mm.openmmlab.conversion.audit import audit_config
+from wsbcn_mm.openmmlab.audit import audit_config
 from wsbcn_mm.openmmlab.conversion.convert import convert_config
 from wsbcn_mm.openmmlab.deploy import fold, inference, labels, predict
 from wsbcn_mm.openmmlab.deploy import onnx as export

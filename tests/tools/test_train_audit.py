@@ -61,7 +61,7 @@ def test_a_model_that_cannot_be_built_is_left_to_the_training(train, tmp_path, c
 
 
 def test_an_audit_that_fails_does_not_stop_the_training(train, tmp_path, capsys, monkeypatch):
-    from wsbcn_mm.openmmlab.conversion import audit
+    from wsbcn_mm.openmmlab import audit
 
     def fails(*_, **__):
         raise KeyError('a shape that nobody thought of')

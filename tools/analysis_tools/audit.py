@@ -25,7 +25,7 @@ def main() -> None:
     args = parse_args()
     from wsbcn_mm.audit import has_problems
     from wsbcn_mm.openmmlab import command_line
-    from wsbcn_mm.openmmlab.conversion.audit import audit
+    from wsbcn_mm.openmmlab.audit import audit
 
     try:
         findings = audit(args.source, args.images_per_gpu, args.gpus)

@@ -24,9 +24,9 @@ from trial import reason_of, try_network
 
 from wsbcn_mm.audit import has_problems
 from wsbcn_mm.layers import BatchChannelNorm, WeightStandardized
+from wsbcn_mm.openmmlab.audit import audit_built
 from wsbcn_mm.openmmlab.config import find_config, package_configs
 from wsbcn_mm.openmmlab.conversion import probe
-from wsbcn_mm.openmmlab.conversion.audit import audit_built
 from wsbcn_mm.openmmlab.conversion.changes import Conversion
 from wsbcn_mm.openmmlab.conversion.convert import convert_config
 from wsbcn_mm.openmmlab.conversion.layers import NothingToConvert

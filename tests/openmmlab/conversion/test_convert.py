@@ -12,8 +12,8 @@ from mmengine.config import Config
 
 from tests.tool import tool
 from wsbcn_mm import BatchChannelNorm2d, WSConv2d
+from wsbcn_mm.openmmlab.audit import audit
 from wsbcn_mm.openmmlab.conversion import probe
-from wsbcn_mm.openmmlab.conversion.audit import audit
 from wsbcn_mm.openmmlab.conversion.convert import convert_config
 from wsbcn_mm.openmmlab.conversion.layers import NothingToConvert
 from wsbcn_mm.openmmlab.conversion.write import write_config

@@ -1,1 +1,1 @@
-"""From any config of OpenMMLab to one with WS + BCN, and what is wrong with a config."""
+"""From any config of OpenMMLab to one with WS + BCN."""

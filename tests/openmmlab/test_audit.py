@@ -1,4 +1,4 @@
-"""openmmlab.conversion.audit: every finding from a config or a checkpoint that shows it."""
+"""openmmlab.audit: every finding from a config or a checkpoint that shows it."""
 
 import pytest
 
@@ -17,9 +17,9 @@ from tests.openmmlab.conversion.test_convert import retinanet, tiny
 from tests.tool import tool
 from wsbcn_mm import BatchChannelNorm2d, WSConv2d
 from wsbcn_mm.audit import has_problems
+from wsbcn_mm.openmmlab.audit import audit
 from wsbcn_mm.openmmlab.config import find_config
 from wsbcn_mm.openmmlab.conversion import probe
-from wsbcn_mm.openmmlab.conversion.audit import audit
 
 CONFIGS = Path(__file__).resolve().parents[3] / 'configs'
 OURS = sorted(
