@@ -332,6 +332,22 @@ def test_an_example_input_decides():
     assert torch.equal(model.z.bn.running_mean, torch.zeros(4))
 
 
+def test_an_output_that_is_a_result_as_well_is_seen():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            y = self.conv(x)
+            return y, self.bn(y)
+
+    model = Both()
+    report = convert_model(model, torch.randn(2, 4, 5, 5))
+    assert type(model.conv) is nn.Conv2d and type(model.bn) is BatchChannelNorm2d
+    assert 'the result of the run' in report.left[0].reason
+
+
 def test_training_goes_on():
     model = nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 1, 1)

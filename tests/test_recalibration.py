@@ -202,6 +202,20 @@ def test_a_forward_function_of_the_users():
     assert_equal(buffers(net), layer_by_layer(Net(1), images(3)), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize('how', ['by name', 'compiled before', 'compiled now'])
+def test_every_way_to_call_a_layer_is_seen(how):
+    net, expected = Net(1).eval(), layer_by_layer(Net(1), images(3))
+    compiled = torch.compile(net, backend='eager')
+    if how == 'compiled before':
+        with torch.no_grad():
+            compiled(images(1)[0])
+    by_name = dict(forward=lambda x: net.norms[0](input=net.convs[0](input=x)))
+    recalibrate(net, images(3), **(by_name if how == 'by name' else dict(forward=compiled)))
+    assert_equal(buffers(net), expected, rtol=1e-9, atol=1e-9)
+    compiled(images(1)[0] + 9)  # nothing of it is left in compiled code
+    assert_equal(buffers(net), expected, rtol=1e-9, atol=1e-9)
+
+
 def test_values_that_are_not_finite_are_named_and_nothing_is_written():
     net, batches = Net(2), images(3)
     with torch.no_grad():

@@ -213,12 +213,13 @@ def _replace(model: nn.Module, replacement: dict[int, nn.Module]) -> None:
                 module._modules[name] = replacement[id(child)]
 
 
-def _run(model: nn.Module, example_input: object) -> None:
+def _run(model: nn.Module, example_input: object) -> object:
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         with torch.no_grad():
-            model(*example_input) if isinstance(example_input, tuple) else model(example_input)
+            arguments = example_input if isinstance(example_input, tuple) else (example_input,)
+            return model(*arguments)
     finally:
         for module, training in modes.items():
             module.training = training

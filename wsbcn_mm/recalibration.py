@@ -103,7 +103,8 @@ def recalibrate(
     model.eval()
     drift, done = None, 0
     try:
-        with weights_do_not_change(model):
+        # Code that was compiled before knows nothing of the hooks.
+        with weights_do_not_change(model), torch.compiler.set_stance('force_eager'):
             while done < passes and (drift is None or drift > tolerance):
                 old = [_statistics(account.layer) for account in accounts.values()]
                 _run(accounts.values(), batches, model if forward is None else forward)
@@ -192,7 +193,8 @@ def _run(
     try:
         for account in accounts:
             account.calls = 0
-            handles.append(account.layer.register_forward_pre_hook(account.add))
+            hook = account.layer.register_forward_pre_hook(account.add, with_kwargs=True)
+            handles.append(hook)
         for batch in batches:
             forward(batch)
     finally:
@@ -254,11 +256,12 @@ class _Moments:
         # Over the entries, and those that other ranks had at the end of the last pass.
         self.sums = 0, torch.zeros_like(self.centre), torch.zeros_like(self.centre)
 
-    def add(self, module: nn.Module, inputs: tuple[Tensor]) -> None:
+    def add(self, module: nn.Module, args: tuple[Tensor], kwargs: dict[str, Tensor]) -> None:
         """A forward pre-hook: takes the input in and sets the statistics that the layer uses."""
-        if not inputs[0].numel():
+        (input,) = args or kwargs.values()
+        if not input.numel():
             return
-        m, q = (value.to(self.centre.dtype) for value in row_moments(inputs[0]))
+        m, q = (value.to(self.centre.dtype) for value in row_moments(input))
         if not self.sums[0]:
             self.centre = m.mean(0)
         m = m - self.centre

@@ -8,6 +8,7 @@ what looks on; folding uses it, too.
 
 from __future__ import annotations
 
+import gc
 import itertools
 import math
 import re
@@ -276,23 +277,29 @@ def _fits(conv: _ConvNd, norm: nn.Module) -> bool:
 
 # ---- by a run ----------------------------------------------------------------------------------
 
+KEPT = 'the result of the run'
+"""What reads an output that is still there when a run is over; a module may keep it, too."""
+
 
 def trace(model: nn.Module, run: Callable[[], object]) -> dict[int, tuple[list[str], list[str]]]:
     """Runs a model and sees what reads the output of each convolution.
 
     Args:
         model: Any module, not compiled.
-        run: Runs it forward once.
+        run: Runs it forward once, and returns what is used of the result.
 
     Returns:
         For each convolution that took part, by ``id``: the names of the normalisations that read
-        its output, and what else did (names of torch operations, or ``'nothing'``).
+        its output, and what else did (names of torch operations, `KEPT`, or ``'nothing'``).
     """
     names = {module: name for name, module in model.named_modules()}
     seen: dict[int, tuple[list[str], list[str]]] = {}
     watch = Watch(model)
     with watch:
-        run()
+        result = run()
+    for call in watch.kept():
+        call.readers.append(KEPT)
+    del result  # the outputs in it are kept, however they lie there
     for call in watch.calls:
         norms, others = seen.setdefault(id(call.conv), ([], []))
         for reader in call.readers or ['nothing']:
@@ -376,6 +383,15 @@ class Watch(TorchDispatchMode):
             hook.remove()
         self.hooks.clear()
         super().__exit__(kind, error, traceback)  # type: ignore[no-untyped-call]
+
+    def kept(self) -> list[Call]:
+        """The calls whose output somebody still has: in a result, in an attribute of a module.
+
+        Of a run with gradients nothing is known: its graph has them all.
+        """
+        if len(self.outputs):
+            gc.collect()  # not what only waits to be freed
+        return [call for output, call in self.outputs.items() if output.grad_fn is None]
 
     def __torch_dispatch__(
         self,

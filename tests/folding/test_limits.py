@@ -42,6 +42,20 @@ def also_returned(m, x):
     return m.norm(y), y
 
 
+class Features(list):
+    """A result that torch does not look into."""
+
+
+def returned_in_a_class_of_its_own(m, x):
+    y = m.conv(x)
+    return Features([m.norm(y), y])
+
+
+def kept_by_the_model(m, x):
+    m.features = m.conv(x)
+    return m.norm(m.features)
+
+
 def changed_in_place(m, x):
     return m.norm(m.conv(x).relu_())
 
@@ -68,6 +82,8 @@ def weight_used_elsewhere(m, x):
         (also_used_later, 'the output of conv also goes to aten.add'),
         (also_used_before, 'the output of conv also goes to aten.mean'),
         (also_returned, 'the output of conv also goes to the result of the run'),
+        (returned_in_a_class_of_its_own, 'the output of conv also goes to the result of the run'),
+        (kept_by_the_model, 'the output of conv also goes to the result of the run'),
         (changed_in_place, 'not the output of a convolution'),
         (sometimes_without, 'the output of conv also goes to aten.add'),
         (sometimes_with_another_input, 'not the output of a convolution'),

@@ -13,11 +13,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves, tree_map
 
 from wsbcn_mm.layers import BatchChannelNorm, WeightStandardized
-from wsbcn_mm.structure import Call, Watch, is_conv
+from wsbcn_mm.structure import KEPT, Call, Watch, is_conv
 
 Run = Callable[[nn.Module], object]
 
-_ELSEWHERE = 'the result of the run'
 _MOST_POSITIONS = 2**18  # of maps in another size: 512x512
 _GUESSES = 4  # registration order is seldom far from the order of use
 
@@ -46,9 +45,9 @@ class Evidence:
         watch = Watch(module)
         with torch.no_grad(), watch:
             result = run(module)
-            for leaf in tree_leaves(result):
-                if isinstance(leaf, Tensor) and leaf in watch.outputs:
-                    watch.outputs[leaf].readers.append(_ELSEWHERE)
+        for call in watch.kept():
+            call.readers.append(KEPT)
+        del result  # the outputs in it are kept, however they lie there
         for call in watch.calls:
             self.calls[call.conv].append(call)
         for norm, seen in watch.inputs:
