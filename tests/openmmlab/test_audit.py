@@ -21,7 +21,7 @@ from wsbcn_mm.openmmlab.audit import audit
 from wsbcn_mm.openmmlab.config import find_config
 from wsbcn_mm.openmmlab.conversion import probe
 
-CONFIGS = Path(__file__).resolve().parents[3] / 'configs'
+CONFIGS = Path(__file__).resolve().parents[2] / 'configs'
 OURS = sorted(
     f for f in CONFIGS.rglob('*ws-bcn*.py') if '_base_' not in f.relative_to(CONFIGS).parts
 )

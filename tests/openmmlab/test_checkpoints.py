@@ -15,8 +15,9 @@ from mmengine.registry import HOOKS
 from torch import nn
 
 from tests.openmmlab.tiny import TinyModel, make_runner, tiny_model
-from wsbcn_mm.openmmlab import checkpoints
-from wsbcn_mm.openmmlab.checkpoints import CheckpointMismatch, compare
+from wsbcn_mm.openmmlab import checkpoints, filling
+from wsbcn_mm.openmmlab.checkpoints import CheckpointMismatch
+from wsbcn_mm.openmmlab.filling import compare
 from wsbcn_mm.openmmlab.hooks.checkpoints import CheckpointReportHook
 
 NORM = {
@@ -121,7 +122,7 @@ def test_a_model_that_renames_what_it_loads_is_asked_itself():
     assert found.complete and not found.left_over
     for key, value in model.state_dict().items():
         assert torch.equal(value, before[key])  # asking copies nothing
-    checkpoints.load(model, state)
+    filling.load(model, state)
     assert torch.equal(model.teacher.weight, state['weight'])
 
 
@@ -129,9 +130,9 @@ def test_loading_is_complete_or_nothing_happens():
     model, state = tiny_model(1.0), tiny_model(2.0).state_dict()
     del state['head.bias']
     with pytest.raises(CheckpointMismatch, match=r'(?s)^x.pth does not fill 1 of the 9.*head.bias'):
-        checkpoints.load(model, state, source='x.pth')
+        filling.load(model, state, source='x.pth')
     assert (model.head.weight == 1).all()
-    found = checkpoints.load(model, state, strict=False)
+    found = filling.load(model, state, strict=False)
     assert found.missing == ['head.bias']
     assert (model.head.weight == 2).all() and (model.head.bias == 1).all()
 

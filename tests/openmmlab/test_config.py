@@ -9,7 +9,7 @@ from mmengine.config import Config
 from mmengine.model import BaseModel
 from mmengine.registry import MODELS
 
-from wsbcn_mm.openmmlab import compat, config
+from wsbcn_mm.openmmlab import compat, config, loaders
 
 
 @pytest.fixture
@@ -159,21 +159,21 @@ def test_the_walk_finds_what_the_wrappers_hold():
     a, b = dict(type='A'), dict(type='B')
     both = dict(type='Concat', datasets=[dict(type='Repeat', dataset=a), b])
     cfg = Config(dict(train_dataloader=dict(dataset=both), val_dataloader=None))
-    assert config.datasets_of(cfg, 'train_dataloader', 'val_dataloader', 'no_dataloader') == [
+    assert loaders.datasets_of(cfg, 'train_dataloader', 'val_dataloader', 'no_dataloader') == [
         ('train_dataloader', a),
         ('train_dataloader', b),
     ]
-    assert config.single_pass(both) == dict(both, datasets=[a, b])
+    assert loaders.single_pass(both) == dict(both, datasets=[a, b])
     built = [1, 2]  # a dataset need not be a config
-    assert config.inner_datasets(built) == config.inner_datasets(None) == []
+    assert loaders.inner_datasets(built) == loaders.inner_datasets(None) == []
 
 
 def test_what_is_tested_on_comes_from_validation_where_there_is_no_test():
     data = dict(type='A', pipeline=[dict(type='Load')])
     cfg = Config(dict(test_dataloader=None, val_dataloader=dict(dataset=data)))
-    assert config.datasets_of_test(cfg) == [data]
+    assert loaders.datasets_of_test(cfg) == [data]
     with pytest.raises(ValueError, match='no test_dataloader and no val_dataloader'):
-        config.datasets_of_test(Config(dict(model={})))
+        loaders.datasets_of_test(Config(dict(model={})))
 
 
 def test_a_type_is_known_by_its_name_whatever_form_it_has():

@@ -22,12 +22,8 @@ from mmengine.registry import WEIGHT_INITIALIZERS
 from mmengine.runner import checkpoint as loaders
 
 from tests.openmmlab.tiny import make_runner, tiny_model
-from wsbcn_mm.openmmlab import command_line, config
-from wsbcn_mm.openmmlab.checkpoints import (
-    CheckpointRefused,
-    check_checkpoint,
-    read_checkpoint,
-)
+from wsbcn_mm.openmmlab import command_line, config, foreign_config
+from wsbcn_mm.openmmlab.checkpoints import CheckpointRefused, check_checkpoint, read_checkpoint
 
 
 class Mark:
@@ -191,7 +187,7 @@ def test_a_config_in_a_checkpoint_is_read_as_data(formatted_configs):
             empty=(),
         )
     )
-    assert config.read_text(cfg.pretty_text).to_dict() == cfg.to_dict()
+    assert foreign_config.read_text(cfg.pretty_text).to_dict() == cfg.to_dict()
 
 
 @pytest.mark.parametrize(
@@ -211,7 +207,7 @@ def test_a_config_in_a_checkpoint_is_read_as_data(formatted_configs):
 def test_nothing_else_in_it_is_understood(text, tmp_path):
     mark = tmp_path / 'mark'
     with pytest.raises(ValueError, match=r'more than data|no config'):
-        config.read_text(text.format(mark=str(mark)))
+        foreign_config.read_text(text.format(mark=str(mark)))
     assert not mark.exists()
 
 
@@ -236,9 +232,9 @@ def test_a_config_in_a_checkpoint_names_what_is_registered_or_is_not_built(model
     """mmengine would import and call whatever a type names."""
     pytest.importorskip('mmdet', reason='the scope of the config')
     with pytest.raises(ValueError, match=f'names .*{words}.*registered'):
-        config.foreign_config(foreign(model))
+        foreign_config.foreign_config(foreign(model))
     with pytest.raises(ValueError, match='none of'):
-        config.foreign_config(foreign(dict(type='A'), scope='antigravity'))
+        foreign_config.foreign_config(foreign(dict(type='A'), scope='antigravity'))
 
 
 def test_a_config_in_a_checkpoint_may_hold_classes_by_their_path():
@@ -246,7 +242,7 @@ def test_a_config_in_a_checkpoint_may_hold_classes_by_their_path():
     model = dict(type='mmdet.models.detectors.retinanet.RetinaNet', backbone=dict(type='ResNet'))
     # Words that the hosts look up among mmcv's operators.
     model |= dict(test_cfg=dict(nms=dict(type='nms')), roi=dict(type='RoIAlign'))
-    cfg = config.foreign_config(foreign(model, scope=None))
+    cfg = foreign_config.foreign_config(foreign(model, scope=None))
     assert (cfg.default_scope, cfg.model.type) == ('mmdet', 'RetinaNet')
 
 

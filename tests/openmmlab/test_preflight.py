@@ -11,7 +11,7 @@ import re
 import torch
 from mmengine.config import Config
 
-from wsbcn_mm.openmmlab import config, preflight
+from wsbcn_mm.openmmlab import loaders, preflight
 
 
 def coco(root):
@@ -67,7 +67,7 @@ def test_check_data_names_each_missing_path_until_all_are_there(dataset, wrapper
         key = re.search(r'--cfg-options (\S+)=', message)[1]
         other = copy.deepcopy(cfg)
         other.merge_from_dict({key: 'other'})
-        found = [d for _, d in config.datasets_of(other, 'train_dataloader')]
+        found = [d for _, d in loaders.datasets_of(other, 'train_dataloader')]
         assert 'other' in [d.get('data_root') for d in found]
         make(tmp_path / part)
     preflight.check_data(cfg, 'train_dataloader')
@@ -150,6 +150,6 @@ def test_several_versions_of_an_image_are_for_a_model_of_theirs(model, steps, fi
     if fits:
         preflight.check_versions(cfg)
         return
-    for check in (preflight.check_versions, config.datasets_of_test):
+    for check in (preflight.check_versions, loaders.datasets_of_test):
         with pytest.raises(ValueError, match='makes several versions of each image'):
             check(cfg)

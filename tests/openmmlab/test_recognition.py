@@ -24,7 +24,7 @@ from mmengine.runner import Runner
 import wsbcn_mm.openmmlab  # noqa: F401
 from wsbcn_mm.checkpoint_layouts import name_in_mmaction
 from wsbcn_mm.estimates import layers_of, rate_of_step
-from wsbcn_mm.openmmlab import config, stand_ins
+from wsbcn_mm.openmmlab import config, loaders, stand_ins
 from wsbcn_mm.openmmlab.audit import audit_config
 from wsbcn_mm.openmmlab.conversion.convert import convert_config
 from wsbcn_mm.openmmlab.deploy import fold, inference, labels, predict
@@ -95,14 +95,14 @@ def cfg(clips_root):
     cfg = config.load_config(str(TSM))
     cfg.model.backbone.num_segments = cfg.model.cls_head.num_segments = 4
     cfg.model.backbone.strides = (2, 2, 2, 1)
-    for name, loader in config.datasets_of(cfg, 'train_dataloader', 'val_dataloader'):
+    for name, loader in loaders.datasets_of(cfg, 'train_dataloader', 'val_dataloader'):
         split = name.partition('_')[0]
         loader.ann_file = f'{clips_root}/{split}_videos.txt'
         loader.data_prefix.video = f'{clips_root}/videos'
         loader.pipeline[1].num_clips = 4
     cfg.test_dataloader = cfg.val_dataloader
     # The drawn data set would be drawn again with its own parameters.
-    for _, dataset in config.datasets_of(cfg, 'train_dataloader', 'val_dataloader'):
+    for _, dataset in loaders.datasets_of(cfg, 'train_dataloader', 'val_dataloader'):
         dataset.update(type='VideoDataset', metainfo=dict(classes=list(clips.MOTIONS)))
     cfg.train_dataloader.batch_size = 2
     cfg.train_cfg.update(max_epochs=1, val_interval=1)
@@ -216,7 +216,7 @@ def test_the_control_on_single_frames_is_the_same_network():
         cfg = config.load_config(str(file))
         names = inference.build_model(cfg).state_dict()
         shapes.append({name.replace('.net.', '.'): v.shape for name, v in names.items()})
-        for _, dataset in config.datasets_of(cfg, 'train_dataloader', 'test_dataloader'):
+        for _, dataset in loaders.datasets_of(cfg, 'train_dataloader', 'test_dataloader'):
             assert dataset.pipeline[1].num_clips == cfg.model.backbone.num_segments
     assert shapes[0] == shapes[1]
 

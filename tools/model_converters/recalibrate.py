@@ -39,7 +39,15 @@ def run(args: argparse.Namespace) -> None:
     from mmengine.dist import get_dist_info, init_dist, is_distributed
     from mmengine.registry import MODELS, init_default_scope
 
-    from wsbcn_mm.openmmlab import checkpoints, command_line, config, explain, files, preflight
+    from wsbcn_mm.openmmlab import (
+        checkpoints,
+        command_line,
+        config,
+        explain,
+        files,
+        filling,
+        preflight,
+    )
     from wsbcn_mm.openmmlab.measure import recalibration
 
     source = Path(args.checkpoint)
@@ -64,7 +72,7 @@ def run(args: argparse.Namespace) -> None:
     # A converted ImageNet file has the keys of a backbone alone.
     backbone = hasattr(model, 'backbone') and not any(k.startswith('backbone.') for k in state)
     target = model.backbone if backbone else model
-    checkpoints.load(target, state, checkpoint, source=args.checkpoint)
+    filling.load(target, state, checkpoint, source=args.checkpoint)
     with command_line.errors_of_a_run(cfg, 'train_dataloader'):
         batches = recalibration.loader(dataset, args.num_images, args.batch_size)
         done = recalibration.recalibrate_model(

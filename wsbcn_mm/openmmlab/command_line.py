@@ -14,7 +14,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
-from wsbcn_mm.openmmlab import config, explain, optimizers, options
+from wsbcn_mm.openmmlab import config, explain, loaders, optimizers, options
 from wsbcn_mm.openmmlab.checkpoints import (
     CheckpointMismatch,
     CheckpointNotHad,
@@ -345,7 +345,7 @@ def augment_test(cfg: Config) -> None:
             "'mmdet::_base_/... _tta.py' and mmseg's dataset bases are examples"
         )
     cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
-    for _, dataset in config.datasets_of(cfg, 'test_dataloader'):
+    for _, dataset in loaders.datasets_of(cfg, 'test_dataloader'):
         dataset['pipeline'] = cfg.tta_pipeline
 
 

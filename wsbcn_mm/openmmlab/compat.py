@@ -7,8 +7,8 @@ Each function names the gap, and does nothing where it is not there:
   have other names.
 - `checkpoints.allow_checkpoint_globals`: torch >= 2.6 refuses the few harmless classes in
   mmengine's checkpoints. They go on torch's allow-list; the check itself stays on.
-- `checkpoints.guard_loaders`: a checkpoint that is damaged, or would run code, is refused with its
-  name and what to do, from disk or from an address.
+- `guarded_loaders.guard_loaders`: a checkpoint that is damaged, or would run code, is refused with
+  its name and what to do, from disk or from an address.
 - `stand_ins.apply`: a module that MMAction2's wheel lacks; torchvision, which MMPretrain imports
   for a few transforms.
 - `torchvision_ops.apply`: mmcv without compiled operators, where the user asks for torchvision's.
@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from wsbcn_mm.layers import BatchChannelNorm, WeightStandardized
-from wsbcn_mm.openmmlab import checkpoints, stand_ins, torchvision_ops
+from wsbcn_mm.openmmlab import checkpoints, guarded_loaders, stand_ins, torchvision_ops
 
 # import name -> (oldest version that works, how to get the one we test with)
 PACKAGES = {
@@ -55,7 +55,7 @@ def apply() -> None:
     """Closes every gap; may be called more than once."""
     find_packages_by_import_name()
     checkpoints.allow_checkpoint_globals()
-    checkpoints.guard_loaders()
+    guarded_loaders.guard_loaders()
     stand_ins.apply()
     if find_spec('mmcv') is not None:
         torchvision_ops.apply()

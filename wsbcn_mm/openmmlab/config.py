@@ -1,21 +1,17 @@
-"""Configs: found, read, and the one walk over what their datasets wrap."""
+"""Configs: found, read, and the host that they are for."""
 
-import ast
 import copy
-import inspect
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
 from mmengine import registry as registries
 from mmengine.config import Config
-from mmengine.registry import DATASETS, MODELS
+from mmengine.registry import MODELS
 from mmengine.utils import get_object_from_string
 
 from wsbcn_mm.openmmlab import compat
@@ -28,8 +24,6 @@ PRETRAINED = ('Pretrained', 'PretrainedInit')  # the initialisation from a file
 # Fields of a config for MMCV 1, and what MMEngine has in their place.
 FORMER = ('data', 'optimizer', 'optimizer_config', 'lr_config', 'runner', 'checkpoint_config')
 TODAY = ('default_scope', 'train_dataloader', 'test_dataloader', 'optim_wrapper')
-# Classes of the hosts that evaluate an argument as Python (a mode of OpenCV) when they are built.
-EVALUATING = {'CameraMotionCompensation'}
 
 
 def load_config(path: str, options: dict | None = None) -> Config:
@@ -114,107 +108,14 @@ def _line_of(error: BaseException) -> str:
     return f': it stops at line {frame.lineno} of {frame.filename}: {frame.line}'
 
 
-def read_text(text: str) -> Config:
-    """A config that was written as text, as checkpoints hold theirs, read as data.
-
-    Nothing of it runs: assignments of numbers, texts, lists, dicts and ``dict(...)`` are all there
-    is in what mmengine writes (``Config.pretty_text``), and all that is understood.
-
-    Raises:
-        ValueError: there is something else in it.
-    """
-    content = {}
-    try:
-        for statement in ast.parse(text).body:
-            if not (isinstance(statement, ast.Assign) and len(statement.targets) == 1):
-                raise _not_data(statement)
-            target = statement.targets[0]
-            if not isinstance(target, ast.Name):
-                raise _not_data(statement)
-            content[target.id] = _value(statement.value)
-    except (SyntaxError, RecursionError, MemoryError) as error:
-        raise ValueError(f'the text is no config\n  {first_line(error)}') from error
-    return Config(content)
-
-
-def _value(node: ast.expr | None) -> Any:
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == 'dict':
-        found: dict[str, Any] = {}
-        for part in node.args:
-            found |= _value(part)
-        for keyword in node.keywords:
-            found |= (
-                _value(keyword.value)
-                if keyword.arg is None
-                else {keyword.arg: _value(keyword.value)}
-            )
-        return found
-    if isinstance(node, ast.Dict) and None not in node.keys:
-        return {_value(key): _value(value) for key, value in zip(node.keys, node.values)}
-    if isinstance(node, (ast.List, ast.Tuple, ast.Set)):
-        kind = {ast.List: list, ast.Tuple: tuple, ast.Set: set}[type(node)]
-        return kind(_value(item) for item in node.elts)
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-        return -_value(node.operand)
-    if isinstance(node, ast.Constant):
-        return node.value
-    raise _not_data(node)
-
-
-def _not_data(node: ast.AST | None) -> ValueError:
-    text = '**' if node is None else ast.unparse(node)
-    return ValueError(f'the config is more than data: {text[:80]}')
-
-
-def foreign_config(text: str) -> Config:
-    """The config in somebody's checkpoint, such that its model can be built without running it.
-
-    `read_text` reads it. Building a model calls what its types name, and mmengine imports a name
-    that it does not know: here each of them must be registered by the hosts or by this package, or
-    be a plain word that no module has (operators, ``'nms'``: the hosts look them up elsewhere).
-
-    Raises:
-        ValueError: it is more than data, has no model of these hosts, or names something else.
-    """
-    cfg = read_text(text)
-    model = cfg.get('model')
-    if not isinstance(model, dict):
-        raise ValueError('the config has no model')
-    scope = cfg.get('default_scope') or str(model.get('type')).partition('.')[0]
-    if scope not in HOSTS:
-        raise ValueError(f'the config is of none of {", ".join(HOSTS)}: {scope!r}')
-    compat.require(scope)
-    import_module(f'{scope}.models')
-    known = {name for registry in vars(registries).values() for name in _registered(registry)}
-    known -= EVALUATING
-    for part in _dicts(model):
-        part.pop('_scope_', None)
-        for key in {'type', 'kind'} & part.keys():
-            name = str(part[key]).rpartition('.')[2]
-            if name not in known and not _names_no_module(str(part[key])):
-                raise ValueError(f'the config names {part[key]!r}, which no host has registered')
-            part[key] = name
-    return Config(dict(cfg.to_dict(), default_scope=scope))
-
-
-def _names_no_module(name: str) -> bool:
-    return name.isidentifier() and name not in EVALUATING and find_spec(name) is None
-
-
-def _registered(registry: object) -> Iterator[str]:
-    if isinstance(registry, registries.Registry):
-        yield from registry.module_dict
-        for child in registry.children.values():
-            yield from _registered(child)
-
-
-def _dicts(value: object) -> Iterator[dict]:
+def dicts_in(value: object) -> Iterator[dict]:
+    """Every dict in a part of a config, outer ones first."""
     if isinstance(value, dict):
         yield value
         value = list(value.values())
     if isinstance(value, (list, tuple)):
         for item in value:
-            yield from _dicts(item)
+            yield from dicts_in(item)
 
 
 def with_names(cfg: Config) -> Config:
@@ -223,7 +124,7 @@ def with_names(cfg: Config) -> Config:
     if not cfg._imported_names:
         return cfg
     content = cfg.to_dict()
-    for part in _dicts(content):
+    for part in dicts_in(content):
         if isinstance(part.get('type'), str):
             part['type'] = _findable(part['type'])
     return Config(content, filename=cfg.filename)
@@ -358,126 +259,6 @@ def find_config(source: str) -> tuple[Path, str | None]:
 def package_configs(package: str) -> Path:
     """The folder of the configs that an installed package ships."""
     return Path(compat.package_folder(package)) / '.mim' / 'configs'
-
-
-# ---- datasets ----------------------------------------------------------------------------------
-
-
-def inner_datasets(dataset: object) -> list[dict]:
-    """The datasets below the wrappers (repeated, mixed, concatenated) that read files.
-
-    Args:
-        dataset: The config of a dataset. What was built already, or is none, counts as nothing.
-
-    Returns:
-        The dicts of the config themselves: what is set in them is set in the config.
-    """
-    if isinstance(dataset, (list, tuple)):
-        return [inner for part in dataset for inner in inner_datasets(part)]
-    if not isinstance(dataset, dict):
-        return []
-    if 'datasets' in dataset:
-        return inner_datasets(dataset['datasets'])
-    return inner_datasets(dataset['dataset']) if 'dataset' in dataset else [dataset]
-
-
-def datasets_of(cfg: Config, *loaders: str) -> list[tuple[str, dict]]:
-    """The inner datasets of these loaders, each with the loader's name.
-
-    Args:
-        cfg: The config.
-        *loaders: Names such as ``'train_dataloader'``; one that the config lacks has none.
-    """
-    return [
-        (loader, dataset)
-        for loader in loaders
-        for dataset in inner_datasets((cfg.get(loader) or {}).get('dataset'))
-    ]
-
-
-def datasets_of_test(cfg: Config) -> list[dict]:
-    """The inner datasets that the config tests on; without a test loader those of validation.
-
-    Raises:
-        ValueError: the config has neither, or none with a pipeline; or one that makes several
-            versions of an image.
-    """
-    for loader in ('test_dataloader', 'val_dataloader'):
-        found = [
-            dataset
-            for _, dataset in datasets_of(cfg, loader)
-            if dataset.get('pipeline') is not None
-        ]
-        if found:
-            if versions := [d for d in found if makes_versions(d)]:
-                raise ValueError(several_versions(loader, versions[0]))
-            return found
-    raise ValueError(
-        f'{cfg.filename or "the config"} has no test_dataloader and no val_dataloader whose '
-        'dataset has a pipeline\n  what images are and how they are read is taken from there'
-    )
-
-
-def makes_versions(dataset: dict) -> bool:
-    """Whether the pipeline of a dataset is that of test-time augmentation."""
-    return any(type_name(step) == 'TestTimeAug' for step in dataset.get('pipeline') or ())
-
-
-def several_versions(loader: str, dataset: dict) -> str:
-    """A model as it was trained is given several versions of an image."""
-    return (
-        f'{loader}: the pipeline of {type_name(dataset)} makes several versions of each image '
-        '(TestTimeAug), and the model takes one\n  call that pipeline tta_pipeline, for '
-        'tools/test.py --tta, and give the data set one that ends in one image'
-    )
-
-
-def prefixes_of(dataset: dict) -> dict[str, Any]:
-    """The folders of a dataset's config by what lies in them; MMPretrain may give one alone."""
-    prefix = dataset.get('data_prefix') or {}
-    return dict(img_path=prefix) if isinstance(prefix, str) else prefix
-
-
-def dataset_class(cfg: Config, dataset: dict) -> type | None:
-    """The class of a dataset; None where its name is not known."""
-    name = dataset.get('type')
-    if not isinstance(name, str):
-        return name
-    with DATASETS.switch_scope_and_registry(cfg.get('default_scope')) as registry:
-        return registry.get(name)
-
-
-def single_pass(dataset: dict) -> dict:
-    """A dataset without the wrappers that repeat or mix images; concatenated ones stay so."""
-    if 'datasets' in dataset:
-        return {**dataset, 'datasets': [single_pass(part) for part in dataset['datasets']]}
-    return single_pass(dataset['dataset']) if 'dataset' in dataset else dataset
-
-
-# ---- classes ----------------------------------------------------------------------------------
-
-
-def parameters_of(kind: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    """What a class or a function takes by name, what ``**kwargs`` hands to bases included."""
-    found: dict[str, inspect.Parameter] = {}
-    for function in _constructors(kind) if inspect.isclass(kind) else [kind]:
-        parameters = list(inspect.signature(function).parameters.values())
-        if inspect.isclass(kind):
-            parameters = parameters[1:]  # self
-        for p in parameters:
-            if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY):
-                found.setdefault(p.name, p)
-        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-            break
-    return found
-
-
-def _constructors(kind: type) -> list[Callable[..., Any]]:
-    bases = [base for base in inspect.getmro(kind) if base not in (torch.nn.Module, object)]
-    return [vars(base)['__init__'] for base in bases if '__init__' in vars(base)]
-
-
-# ---- changes -----------------------------------------------------------------------------------
 
 
 def add_hook(cfg: Config, hook: dict) -> None:

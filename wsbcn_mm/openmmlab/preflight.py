@@ -8,15 +8,13 @@ from mmengine.config import Config
 from mmengine.device import get_device
 
 from wsbcn_mm.openmmlab.checkpoints import check_checkpoint, is_address
-from wsbcn_mm.openmmlab.config import (
-    HOSTS,
-    PRETRAINED,
+from wsbcn_mm.openmmlab.config import HOSTS, PRETRAINED, type_name
+from wsbcn_mm.openmmlab.loaders import (
     dataset_class,
     datasets_of,
     makes_versions,
     prefixes_of,
     several_versions,
-    type_name,
 )
 from wsbcn_mm.openmmlab.places import walk
 from wsbcn_mm.openmmlab.registry import KEPT

@@ -16,7 +16,7 @@ from torch import nn
 from tests.openmmlab.deploy.models import EACH, QUICK
 from tests.tool import tool
 from wsbcn_mm import shapes
-from wsbcn_mm.openmmlab import config
+from wsbcn_mm.openmmlab import config, loaders
 from wsbcn_mm.openmmlab.deploy import inference, predict
 
 pytestmark = pytest.mark.filterwarnings('ignore')  # of the hosts about their own futures
@@ -108,7 +108,7 @@ def test_colours_are_those_of_the_classes():
     kind = 'CityscapesDataset'
     dataset = dict(type=kind, metainfo=dict(classes=('car', 'road')))
     cfg = Config(dict(default_scope='mmseg', test_dataloader=dict(dataset=dataset)))
-    official = config.dataset_class(cfg, dataset).METAINFO
+    official = loaders.dataset_class(cfg, dataset).METAINFO
     colours = dict(zip(official['classes'], official['palette']))
     found = predict.classes_of(cfg, nn.Identity())
     assert found['palette'] == [colours['car'], colours['road']]

@@ -11,9 +11,9 @@ from torch import nn
 from wsbcn_mm.audit import Finding
 from wsbcn_mm.layers import BatchChannelNorm, WeightStandardized
 from wsbcn_mm.openmmlab.audit.line import line
-from wsbcn_mm.openmmlab.checkpoints import compare
 from wsbcn_mm.openmmlab.conversion import recipe, weights
 from wsbcn_mm.openmmlab.conversion.probe import Node
+from wsbcn_mm.openmmlab.filling import compare
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,12 +11,13 @@ from torch import nn
 from wsbcn_mm.audit import LEVELS, Finding, audit_model
 from wsbcn_mm.openmmlab.audit import checkpoints, layers, recipe
 from wsbcn_mm.openmmlab.audit.line import owners
-from wsbcn_mm.openmmlab.checkpoints import code_refused
-from wsbcn_mm.openmmlab.config import find_config, foreign_config, read_config, with_names
+from wsbcn_mm.openmmlab.config import find_config, read_config, with_names
 from wsbcn_mm.openmmlab.conversion import probe, weights
 from wsbcn_mm.openmmlab.conversion.probe import CannotBuild
 from wsbcn_mm.openmmlab.conversion.recipe import gpus_to_train_with
 from wsbcn_mm.openmmlab.conversion.recipe import images_per_gpu as images_of
+from wsbcn_mm.openmmlab.foreign_config import foreign_config
+from wsbcn_mm.openmmlab.guarded_loaders import code_refused
 
 CHECKPOINT_SUFFIXES = ('.pth', '.pt', '.tar')
 

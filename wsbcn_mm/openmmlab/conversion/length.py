@@ -9,8 +9,8 @@ from typing import Any
 
 from mmengine.config import Config
 
-from wsbcn_mm.openmmlab.config import inner_datasets, prefixes_of
 from wsbcn_mm.openmmlab.conversion.recipe import accumulation, batch_size
+from wsbcn_mm.openmmlab.loaders import inner_datasets, prefixes_of
 
 LARGE = 50_000_000  # bytes of an annotation file
 

@@ -22,10 +22,11 @@ from mmengine.registry import MODELS, DefaultScope, Registry
 from torch import Tensor, nn
 
 from wsbcn_mm.openmmlab import explain
-from wsbcn_mm.openmmlab.config import HOSTS, parameters_of, type_name
+from wsbcn_mm.openmmlab.config import HOSTS, type_name
 from wsbcn_mm.openmmlab.errors import first_line
 from wsbcn_mm.openmmlab.places import Place, dotted
 from wsbcn_mm.openmmlab.registry import CONVERTED, KEPT
+from wsbcn_mm.openmmlab.signatures import parameters_of
 
 # Dicts under these keys are built by mmcv's own builders, with arguments of their parents'.
 LAYER_KEYS = {'norm_cfg', 'conv_cfg', 'act_cfg', 'upsample_cfg', 'init_cfg', 'loss'}

@@ -12,13 +12,10 @@ from typing import Any
 
 from mmengine.config import Config
 
-from wsbcn_mm.openmmlab.config import (
-    PRETRAINED,
-    inner_datasets,
-    type_name,
-)
+from wsbcn_mm.openmmlab.config import PRETRAINED, type_name
 from wsbcn_mm.openmmlab.conversion.changes import Setting
 from wsbcn_mm.openmmlab.conversion.probe import Node
+from wsbcn_mm.openmmlab.loaders import inner_datasets
 from wsbcn_mm.openmmlab.registry import ESTIMATES_HOOK
 
 # ---- images and GPUs ---------------------------------------------------------------------------

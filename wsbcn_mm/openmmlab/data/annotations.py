@@ -20,9 +20,10 @@ from typing import Any
 from mmengine.config import Config
 from mmengine.logging import print_log
 
-from wsbcn_mm.openmmlab.config import datasets_of, type_name
+from wsbcn_mm.openmmlab.config import type_name
 from wsbcn_mm.openmmlab.data.reading import DataError
 from wsbcn_mm.openmmlab.data.segments import Segments, look_at
+from wsbcn_mm.openmmlab.loaders import datasets_of
 
 
 def is_number(value: object) -> bool:

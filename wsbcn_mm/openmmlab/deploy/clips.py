@@ -9,7 +9,8 @@ import torch
 from mmengine.config import Config
 from torch import Tensor
 
-from wsbcn_mm.openmmlab.config import datasets_of, type_name
+from wsbcn_mm.openmmlab.config import type_name
+from wsbcn_mm.openmmlab.loaders import datasets_of
 
 SUFFIXES = ('.mp4', '.avi', '.mkv', '.mov', '.webm', '.mpg', '.mpeg', '.wmv', '.m4v')
 DEFAULT_FRAMES = 8  # where neither the test data nor the backbone say it

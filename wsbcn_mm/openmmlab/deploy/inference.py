@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from wsbcn_mm import folding
 from wsbcn_mm.layers.standardization import standardize_once_per_forward
-from wsbcn_mm.openmmlab import checkpoints, config, explain
+from wsbcn_mm.openmmlab import checkpoints, config, explain, filling
 from wsbcn_mm.openmmlab.config import scope_of
 from wsbcn_mm.openmmlab.deploy import clips
 from wsbcn_mm.openmmlab.deploy.parts import features_alone, image_function, tensor_parts
@@ -73,7 +73,7 @@ def load_model(
     model = build_model(cfg)
     standardize_once_per_forward(model)
     state = checkpoints.state_dict_of(checkpoint, source)
-    checkpoints.load(model, state, checkpoint, source=source)
+    filling.load(model, state, checkpoint, source=source)
     model.dataset_meta = by_label(checkpoints.meta_of(checkpoint))
     return model
 

@@ -15,17 +15,11 @@ from mmengine.registry import VISUALIZERS
 from PIL import Image
 
 from wsbcn_mm.openmmlab.checkpoints import BY_LABEL
-from wsbcn_mm.openmmlab.config import (
-    dataset_class,
-    datasets_of,
-    datasets_of_test,
-    scope_of,
-    type_name,
-    use_scope,
-)
+from wsbcn_mm.openmmlab.config import scope_of, type_name, use_scope
 from wsbcn_mm.openmmlab.data.reading import DataError, is_left_behind
 from wsbcn_mm.openmmlab.deploy import clips, labels
 from wsbcn_mm.openmmlab.errors import first_line
+from wsbcn_mm.openmmlab.loaders import dataset_class, datasets_of, datasets_of_test
 
 JPEG = ('.jpg', '.jpeg', '.jpe', '.jfif', '.jp2')
 SUFFIXES = (*JPEG, '.png', '.bmp', '.ppm', '.pgm', '.tif', '.tiff', '.webp', '.gif')

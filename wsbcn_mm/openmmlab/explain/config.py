@@ -22,7 +22,7 @@ from mmengine.runner import FlexibleRunner, Runner
 from torch import nn
 from torch.utils.data import DataLoader
 
-from wsbcn_mm.openmmlab.config import HOSTS, parameters_of
+from wsbcn_mm.openmmlab.config import HOSTS
 from wsbcn_mm.openmmlab.explain import data
 from wsbcn_mm.openmmlab.explain.statements import stopped_at_settings
 from wsbcn_mm.openmmlab.explain.traces import (
@@ -37,6 +37,7 @@ from wsbcn_mm.openmmlab.explain.traces import (
 from wsbcn_mm.openmmlab.explain.values import mend, misfit, says_number
 from wsbcn_mm.openmmlab.explain.wording import comma, said, short
 from wsbcn_mm.openmmlab.places import dotted, walk
+from wsbcn_mm.openmmlab.signatures import parameters_of
 
 LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
 # What says how long and how a run goes.

@@ -14,7 +14,6 @@ from mmengine.structures import BaseDataElement
 from torch import nn
 
 from wsbcn_mm.openmmlab.compat import unwrapped
-from wsbcn_mm.openmmlab.config import datasets_of
 from wsbcn_mm.openmmlab.data.annotations import comes_from_annotations, damaged_annotations
 from wsbcn_mm.openmmlab.data.reading import DataError, is_left_behind, lacking
 from wsbcn_mm.openmmlab.data.samples import (
@@ -26,6 +25,7 @@ from wsbcn_mm.openmmlab.data.samples import (
 )
 from wsbcn_mm.openmmlab.errors import first_line
 from wsbcn_mm.openmmlab.explain.traces import Frame, frames_of
+from wsbcn_mm.openmmlab.loaders import datasets_of
 
 # How loops over the lines of a list call one, and what one that cannot be read raises.
 NAMES, KINDS = ('line', 'sample', 'img_id'), (ValueError, IndexError, FileNotFoundError)

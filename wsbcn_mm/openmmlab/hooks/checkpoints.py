@@ -19,7 +19,7 @@ from mmengine.registry import HOOKS, WEIGHT_INITIALIZERS
 from mmengine.runner import Runner
 from torch import nn
 
-from wsbcn_mm.openmmlab import checkpoints
+from wsbcn_mm.openmmlab import checkpoints, filling
 from wsbcn_mm.openmmlab.checkpoints import CheckpointMismatch
 from wsbcn_mm.openmmlab.compat import unwrapped
 from wsbcn_mm.openmmlab.files import remove_leftovers, write_atomically
@@ -171,7 +171,7 @@ class CheckpointReportHook(Hook):
         holder = checkpoints.holder_of_tensors(checkpoint)
         if holder is not checkpoint:
             checkpoint['state_dict'] = holder  # what the Runner takes
-        found = checkpoints.compare(unwrapped(runner.model), state, checkpoint)
+        found = filling.compare(unwrapped(runner.model), state, checkpoint)
         if found.complete:
             return
         if self.strict or not found.filled or (resumes and found.other_shape):
@@ -203,7 +203,7 @@ class ReportedPretrainedInit(PretrainedInit):
             state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
             if not state:
                 raise ValueError(f'{self.checkpoint} has no key that starts with {prefix!r}')
-        found = checkpoints.load(module, state, checkpoint, strict=False)
+        found = filling.load(module, state, checkpoint, strict=False)
         level = logging.INFO if found.complete else logging.WARNING
         print_log(f'{self.checkpoint} -> {type(module).__name__}: {found}', 'current', level)
         if hasattr(module, '_params_init_info'):

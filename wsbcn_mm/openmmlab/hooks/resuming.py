@@ -12,7 +12,7 @@ from typing import Any
 from mmengine.runner import Runner
 
 from wsbcn_mm.openmmlab import checkpoints
-from wsbcn_mm.openmmlab.config import parameters_of
+from wsbcn_mm.openmmlab.signatures import parameters_of
 
 ANEW = '  as the config says: load_from without resume'
 SCHEDULED = ('params', 'lr', 'momentum', 'betas')  # moves from step to step

@@ -23,7 +23,7 @@ from wsbcn_mm.diagnostics import (
 )
 from wsbcn_mm.layers import BatchChannelNorm
 from wsbcn_mm.layers.standardization import standardize_once_per_forward, weights_do_not_change
-from wsbcn_mm.openmmlab import checkpoints, explain
+from wsbcn_mm.openmmlab import checkpoints, explain, filling
 from wsbcn_mm.openmmlab.data.check import check_datasets
 from wsbcn_mm.openmmlab.measure.verdict import Skill, loss_fallen, verdict
 from wsbcn_mm.structure import NORMS, is_conv
@@ -66,7 +66,7 @@ def diagnose(
         runner = Runner.from_cfg(cfg)
     content = checkpoints.read_checkpoint(checkpoint)
     state = checkpoints.state_dict_of(content, checkpoint)
-    checkpoints.load(runner.model, state, content, source=checkpoint)
+    filling.load(runner.model, state, content, source=checkpoint)
     model = runner.model.eval()
     loader = Runner.build_dataloader(cfg.val_dataloader, seed=0)
     check_datasets(loader.dataset, model)

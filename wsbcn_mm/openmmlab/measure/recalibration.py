@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 
 from wsbcn_mm.layers import BatchChannelNorm
-from wsbcn_mm.openmmlab import config
+from wsbcn_mm.openmmlab import loaders
 from wsbcn_mm.openmmlab.checkpoints import holder_of_tensors
 from wsbcn_mm.openmmlab.compat import unwrapped
 from wsbcn_mm.recalibration import Recalibration, recalibrate
@@ -38,9 +38,9 @@ def training_images_as_tested(cfg: Config) -> dict:
             'the statistics are those of training images as they look in testing\n'
             '  the config has no train_dataloader'
         )
-    pipeline = config.datasets_of_test(cfg)[0]['pipeline']
-    dataset = config.single_pass(copy.deepcopy(cfg.train_dataloader['dataset']))
-    for part in config.inner_datasets(dataset):
+    pipeline = loaders.datasets_of_test(cfg)[0]['pipeline']
+    dataset = loaders.single_pass(copy.deepcopy(cfg.train_dataloader['dataset']))
+    for part in loaders.inner_datasets(dataset):
         part['pipeline'] = copy.deepcopy(pipeline)
     return dataset
 
