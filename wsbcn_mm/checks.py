@@ -21,7 +21,7 @@ def check_choice(value: str | None, choices: tuple[str | None, ...], name: str) 
 
 def check_eps(eps: float) -> None:
     """Raises ValueError unless ``eps`` is a finite number >= 0."""
-    if isinstance(eps, bool) or not isinstance(eps, (int, float)):
+    if isinstance(eps, bool) or not isinstance(eps, numbers.Real):
         raise TypeError(f'eps must be a number >= 0\n  got {eps!r} of type {type(eps).__name__}')
     if not 0 <= eps < math.inf:
         raise ValueError(f'eps must be finite and >= 0 (usual: 1e-5)\n  got {eps!r}')

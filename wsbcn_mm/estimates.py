@@ -36,9 +36,7 @@ def synchronize_estimates(model: nn.Module, group: dist.ProcessGroup | None = No
         Bytes of the all-reduces; 0 where there is nothing to do, such as with one rank.
     """
     layers = [
-        layer
-        for layer in layers_of(model).values()
-        if layer.sync == 'step' and layer.training and layer.bn.training
+        layer for layer in layers_of(model).values() if layer.sync == 'step' and layer.bn.training
     ]
     if not layers:
         return 0

@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -26,7 +27,9 @@ def test_it_is_the_batch_norm_with_the_layers_scale_and_shift(norm_class):
     norm = norm_class(8, 4)
     assert isinstance(norm.bn, NORMS[norm_class])
     assert norm.bn.weight is norm.batch_weight and norm.bn.bias is norm.batch_bias
-    assert not list(norm.bn.parameters()) and len(list(norm.parameters())) == 4
+    assert list(norm.bn.parameters()) == [norm.batch_weight, norm.batch_bias]
+    # Those who ask module by module, and the layer, find each once.
+    assert not list(norm.bn.parameters(recurse=False)) and len(list(norm.parameters())) == 4
     assert 'bn.weight' not in norm.state_dict()
     # What OpenMMLab's rules for layers look at, as for torch's own class.
     bases = {base.__name__ for base in type(norm.bn).__bases__}
@@ -64,12 +67,24 @@ def test_loops_that_initialise_batch_norms(initialise):
     assert model(torch.randn(1, 3, 6, 6)).isfinite().all()
 
 
-def test_freezing_batch_norms_by_their_weights():
+def freeze_by_name(bn):
+    bn.weight.requires_grad = bn.bias.requires_grad = False
+
+
+def freeze_all(bn):
+    for parameter in bn.parameters():
+        parameter.requires_grad = False
+
+
+@pytest.mark.parametrize(
+    'freeze', [freeze_by_name, freeze_all, lambda bn: bn.requires_grad_(False)]
+)
+def test_freezing_batch_norms_by_their_weights(freeze):
     model = net()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.eval()
-            module.weight.requires_grad = module.bias.requires_grad = False
+            freeze(module)
     model(torch.randn(1, 3, 6, 6)).sum().backward()
     norm = model[1]
     assert norm.batch_weight.grad is None and norm.batch_bias.grad is None
@@ -144,3 +159,101 @@ def test_without_its_counter_the_layer_evaluates_and_does_not_train(mode, grad):
         with pytest.raises(RuntimeError, match='num_batches_tracked must be a 0-d int64 tensor'):
             norm.train()(x)
     torch.testing.assert_close(norm.bn.running_mean, torch.zeros(8))
+
+
+def test_its_eps_is_the_layers():
+    """Networks of EfficientNet's kind set it in every BatchNorm."""
+    norm, other = BatchChannelNorm2d(8, 4), BatchChannelNorm2d(8, 4, eps=0.5)
+    norm.bn.eps = 0.5
+    x = torch.randn(2, 8, 3, 3)
+    assert norm.eps == 0.5 and torch.equal(norm(x), other(x))
+    norm.eps = 0.25
+    assert norm.bn.eps == 0.25
+    with pytest.raises(ValueError, match='eps must be finite'):
+        norm.bn.eps = -1.0
+    norm.bn.eps = numpy.float32(0.5)
+    assert norm.bn.eps == norm.eps == 0.5 and type(norm.eps) is float
+
+
+@pytest.mark.parametrize('mode', ['estimate', 'batch'])
+def test_its_training_alone_counts(mode):
+    """Adaptation to other images: BatchNorms that train in a model that evaluates."""
+    model, trained = (nn.Sequential(BatchChannelNorm2d(8, 4, mode=mode)) for _ in range(2))
+    model.eval()[0].bn.train()
+    x = torch.randn(4, 8, 3, 3) + 1
+    assert torch.equal(model(x), trained(x))
+    assert torch.equal(model[0].bn.running_mean, trained[0].bn.running_mean)
+    assert model[0].bn.num_batches_tracked == 1
+
+
+@pytest.mark.parametrize('mode', ['estimate', 'batch'])
+def test_what_it_does_not_track_it_does_not_update(mode):
+    """Virtual adversarial training switches ``track_running_stats`` off for some passes."""
+    norm, other = (BatchChannelNorm2d(8, 4, mode=mode) for _ in range(2))
+    x = torch.randn(2, 8, 3, 3) + 1
+    before = copy.deepcopy(norm.bn.state_dict())
+    norm.bn.track_running_stats = False
+    expected = other(x) if mode == 'batch' else other.eval()(x)
+    torch.testing.assert_close(norm(x), expected)
+    for name, value in norm.bn.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    norm.bn.track_running_stats = True
+    norm(x)
+    assert norm.bn.num_batches_tracked == 1
+
+
+@pytest.mark.parametrize('mode', ['estimate', 'batch'])
+@pytest.mark.parametrize('training', [True, False])
+def test_its_forward_hooks_see_input_and_result_of_the_stage(mode, training):
+    """Those who count inputs, or compare the statistics of one with the running ones."""
+    norm, x, seen = BatchChannelNorm2d(8, 4, mode=mode).train(training), torch.randn(2, 8, 3, 3), []
+    first = norm.bn.register_forward_pre_hook(lambda bn, args: seen.append((bn, *args)))
+    last = norm.bn.register_forward_hook(lambda bn, args, result: seen.append((bn, *args, result)))
+    plain = nn.BatchNorm2d(8).train(training and mode == 'batch')
+    norm(x)
+    assert seen[0] == (norm.bn, x) and seen[1][:2] == (norm.bn, x)
+    if training and mode == 'estimate':
+        plain.load_state_dict({**plain.state_dict(), **norm.bn.state_dict()})
+    torch.testing.assert_close(seen[1][2], plain(x).detach())
+    first.remove(), last.remove()
+    norm(x)
+    assert len(seen) == 2
+    norm.eval()
+    expected = norm(x + 1)
+    norm.bn.register_forward_pre_hook(lambda bn, args: (args[0] + 1,))
+    assert torch.equal(norm(x), expected)
+    norm.bn.register_forward_hook(lambda bn, args, result: result)
+    with pytest.raises(RuntimeError, match='cannot replace its result'):
+        norm(x)
+
+
+def test_what_it_is_replaced_by():
+    """Frozen BatchNorms of other libraries freeze; what has no statistics is refused."""
+
+    class FrozenBatchNorm2d(nn.Module):
+        def __init__(self, width):
+            super().__init__()
+            self.register_buffer('running_mean', torch.full((width,), 0.5))
+            self.register_buffer('running_var', torch.ones(width))
+
+    norm, x = BatchChannelNorm2d(8, 4), torch.randn(2, 8, 3, 3)
+    norm.bn.running_mean.fill_(0.5)
+    expected = norm.eval()(x)
+    norm.train().bn = FrozenBatchNorm2d(8)
+    torch.testing.assert_close(norm.double().float()(x), expected)
+    assert 'momentum=0.0' in repr(norm)
+    norm.bn = nn.Identity()
+    with pytest.raises(RuntimeError, match='bn was replaced by a Identity'):
+        norm(x)
+
+
+def test_converted_it_is_the_channel_stage_all_the_same():
+    norm = nn.SyncBatchNorm.convert_sync_batchnorm(net())[1]
+    assert isinstance(norm.bn, nn.SyncBatchNorm)
+    assert norm.bn.weight is norm.batch_weight and 'bn.weight' not in norm.state_dict()
+    nn.init.constant_(norm.bn.weight, 2)
+    norm.bn = nn.BatchNorm2d(8, affine=False)  # and back, as mmengine does
+    assert norm.bn.weight is norm.batch_weight and norm.batch_weight.eq(2).all()
+    norm.bn = plain = nn.BatchNorm2d(8)  # of one with an affine, by hand
+    assert norm.bn is plain and norm.bn.weight is norm.batch_weight
+    assert norm.batch_weight.eq(1).all() and len(list(norm.parameters())) == 4

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrize, prune
 
 import wsbcn_mm
-from wsbcn_mm import WSConv1d, WSConv2d, WSConv3d, WSConvTranspose2d, reference
+from wsbcn_mm import WSConv1d, WSConv2d, WSConv3d, WSConvTranspose2d, backends, reference
 
 FORMULAS = ('paper', 'std_eps', 'var_eps')
 F64 = dict(dtype=torch.float64)
@@ -275,6 +275,27 @@ def test_parametrized_conv_standardizes_the_parametrized_weight():
 def test_conv_errors(conv_class, settings, error, message):
     with pytest.raises(error, match=message):
         conv_class(4, 8, **dict(kernel_size=3) | settings)
+
+
+@pytest.mark.parametrize('layer', [WSConv2d(4, 4, 3), wsbcn_mm.BatchChannelNorm2d(4, 2)])
+@pytest.mark.parametrize('name, value', [('eps', None), ('eps', -1), ('formula', 'ws')])
+def test_a_setting_is_checked_when_it_is_set(layer, name, value):
+    name = 'mode' if name == 'formula' and not hasattr(layer, name) else name
+    before = getattr(layer, name)
+    with pytest.raises((TypeError, ValueError), match=f'{name} must be'):
+        setattr(layer, name, value)
+    assert getattr(layer, name) == before
+
+
+@pytest.mark.parametrize('backend', [None, 'eager'])
+@pytest.mark.parametrize('in_scope', [False, True])
+def test_pruned_to_a_fan_in_of_one(in_scope, backend):
+    layer = WSConv2d(4, 4, 1, bias=False)
+    layer.weight.data = layer.weight.data[:, :1]
+    block = wsbcn_mm.standardized_once(layer) if in_scope else contextlib.nullcontext()
+    with block, backends.use_backend(backend) if backend else contextlib.nullcontext():
+        with pytest.raises(ValueError, match='at least 2 weights per output channel'):
+            layer(torch.randn(1, 1, 5, 5))
 
 
 class _PlusFive(nn.Module):

@@ -94,6 +94,19 @@ def test_they_go_where_the_layer_goes_and_come_along_in_copies():
     assert norm[1].counts.is_meta
 
 
+def test_channels_may_be_pruned():
+    """As tools that prune do it: every parameter and statistic is replaced by a shorter one."""
+    norm, kept = BatchChannelNorm2d(8, 4, affine='channel'), [0, 1, 4, 5]
+    for name, parameter in list(norm.named_parameters()):
+        setattr(norm, name, torch.nn.Parameter(parameter.detach()[kept]))
+    for name in ('running_mean', 'running_var'):
+        setattr(norm.bn, name, getattr(norm.bn, name)[kept])
+    norm.num_groups, norm.num_channels, norm.bn.num_features = 2, 4, 4
+    x = torch.randn(2, 4, 3, 3)
+    torch.testing.assert_close(norm(x), BatchChannelNorm2d(4, 2, affine='channel')(x))
+    assert norm.counts.shape == (2, 4)
+
+
 def test_swapping_conversion():
     """torch.__future__: parameters are swapped in place, which nothing else may refer to."""
     model = net()

@@ -43,7 +43,6 @@ def seed():
 def test_hooks_may_write_a_weight_before_its_use(of_layer):
     model = nn.Sequential(conv(), nn.Sequential(conv()), conv())
     plain = copy.deepcopy(model)
-    seen = []
     for each in (model, plain):
 
         def write(module, args, layer=each[1][0]):
@@ -51,14 +50,62 @@ def test_hooks_may_write_a_weight_before_its_use(of_layer):
 
         (each[1][0] if of_layer else each[1]).register_forward_pre_hook(write)
     wsbcn_mm.standardize_once_per_forward(model)
+    trains_equally(model, plain)
+
+
+def trains_equally(model, plain):
     for _ in range(2):
+        seen = []
         for each in (model, plain):
             each.zero_grad()
             y = each(X)
             y.square().sum().backward()
             seen.append([y, *(p.grad for p in each.parameters())])
-        for a, b in zip(seen.pop(), seen.pop()):
+        for a, b in zip(*seen):
             close(a, b)
+
+
+class MaskedConv2d(WSConv2d):
+    """As networks that draw one pixel after the other have them."""
+
+    def forward(self, input):
+        self.weight.data *= torch.arange(self.weight[0].numel()).view_as(self.weight[0]) % 3 > 0
+        return super().forward(input)
+
+
+@pytest.mark.parametrize('how', ['class', 'method', 'all modules'])
+def test_a_weight_may_be_written_by_code_around_the_layer(how):
+    model = nn.Sequential(conv(), conv(), conv())
+    plain = copy.deepcopy(model)
+
+    def masked(layer, *_):
+        layer.weight.data *= torch.arange(layer.weight[0].numel()).view_as(layer.weight[0]) % 3 > 0
+
+    handle = None
+    if how == 'all modules':
+
+        def write(module, args):
+            if isinstance(module, WSConv2d):
+                masked(module)
+
+        handle = nn.modules.module.register_module_forward_pre_hook(write)
+    for each in (model, plain):
+        for layer in each if how != 'all modules' else ():
+            if how == 'class':
+                layer.__class__ = MaskedConv2d
+            else:
+
+                def forward(input, layer=layer):
+                    masked(layer)
+                    return type(layer).forward(layer, input)
+
+                layer.forward = forward
+    wsbcn_mm.standardize_once_per_forward(model)
+    try:
+        trains_equally(model, plain)
+    finally:
+        if handle is not None:
+            handle.remove()
 
 
 def test_a_model_inside_a_model_shares_all_the_same(calls):

@@ -8,8 +8,8 @@ pytest.importorskip('mmdet', reason='trains detectors')
 
 from mmengine.config import Config
 
-from tests.openmmlab.test_audit import GOOD, write
 from tests.openmmlab.conversion.test_convert import retinanet
+from tests.openmmlab.test_audit import GOOD, write
 from tests.tools.conftest import TOOLS
 
 

@@ -32,6 +32,7 @@ from wsbcn_mm.backends.layouts import dense
 from wsbcn_mm.backends.ops import accumulation_dtype
 from wsbcn_mm.backends.running import update_estimates, update_from_batch
 from wsbcn_mm.backends.states import count_backward_call
+from wsbcn_mm.checks import check_fan_in
 
 
 def batch_channel_norm(
@@ -59,7 +60,9 @@ def batch_channel_norm(
     from_batch = rate is not None and mode == 'batch' and x.numel() // x.size(1) > 1
     if mode == 'batch' and not from_batch:
         rate = None
-    x = dense(x)
+    x, eps = dense(x), float(eps)  # see `weight_standardize`
+    if rate is not None and not isinstance(rate, Tensor):
+        rate = float(rate)
     backend = backends.select(x)
     y: Tensor
     if x.numel() > 0 and _needs_torch():
@@ -92,7 +95,10 @@ def weight_standardize(weight: Tensor, eps: float, formula: str, dtype: torch.dt
     """See `wsbcn_mm.functional.weight_standardize`; the arguments were checked there."""
     if weight.numel() == 0:
         return weight.to(dtype, copy=True)
+    if weight.numel() == weight.size(0):  # channels were pruned since the layer was made
+        check_fan_in(1)
     weight = dense(weight)
+    eps = float(eps)  # dynamic=True of torch.compile makes a symbol of it, which no node can take
     backend = backends.select(weight)
     w_hat: Tensor
     if _needs_torch():

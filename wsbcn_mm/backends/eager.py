@@ -48,7 +48,7 @@ def row_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     dims = list(range(2, rows.dim()))
     mean = rows.mean(dims)
     # Not torch.var_mean, which takes ten times as long on a CPU.
-    return mean, (rows - _per_row(mean, rows)).square_().mean(dims)
+    return mean, (rows - _per_row(mean, rows)).square().mean(dims)
 
 
 def normalize_with_estimates(

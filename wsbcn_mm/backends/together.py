@@ -17,6 +17,7 @@ from wsbcn_mm.backends import autograd, cpu
 from wsbcn_mm.backends.layouts import CHANNELS_LAST
 from wsbcn_mm.backends.ops import accumulation_dtype
 from wsbcn_mm.backends.states import count_backward_call, state_of
+from wsbcn_mm.checks import check_fan_in
 
 
 class Results(Protocol):
@@ -79,6 +80,8 @@ class Together(FirstUses):
         self, weights: list[Tensor], eps: float, formula: str, dtype: torch.dtype, one_pass: bool
     ) -> None:
         super().__init__()
+        for weight in weights:
+            check_fan_in(weight.numel() // weight.size(0))  # channels may have been pruned
         self._weights, self._eps, self._formula = weights, eps, formula
         self._backend = backends.select(weights[0])
         self._by_node = autograd.has_nodes(self._backend)

@@ -23,7 +23,7 @@ class WeightStandardizationAblation(WeightStandardized):
 
     def __init__(self, *args: Any, eps: float = 1e-5, **kwargs: Any) -> None:
         super().__init__(*args, eps=eps, **kwargs)
-        self.formula = None  # none of those of WS
+        self.__dict__['formula'] = None  # none of those of WS, which alone can be set
 
     def standardize(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """What the class does to a weight, in place of WS."""

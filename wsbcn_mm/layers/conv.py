@@ -6,6 +6,7 @@ run with a foreign weight: shortcuts that fold a BatchNorm into the raw weight w
 wrong. (Each point is a test in tests/openmmlab.)
 """
 
+import functools
 import inspect
 import math
 import sys
@@ -29,6 +30,13 @@ if TYPE_CHECKING:
     _Base = nn.modules.conv._ConvNd
 else:
     _Base = object
+
+
+# What is checked whenever it is set.
+_SETTINGS: dict[str, Callable[[Any], None]] = {
+    'eps': check_eps,
+    'formula': functools.partial(check_choice, choices=FORMULAS, name='formula'),
+}
 
 
 class WeightStandardized(_Base):
@@ -114,6 +122,11 @@ class WeightStandardized(_Base):
                 f'fuse_conv_bn_eval cannot fold a BatchNorm into a {type(self).__name__}, which '
                 'standardizes the result\n  use wsbcn_mm.fold(model), or fold into .to_plain()'
             )
+        check = _SETTINGS.get(name)
+        if check is not None:
+            check(value)
+        if name == 'eps':
+            value = float(value)
         super().__setattr__(name, value)
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:

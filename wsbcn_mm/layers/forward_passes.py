@@ -26,7 +26,7 @@ from wsbcn_mm.layers import averages, channel_stage, compiled, recomputation, tr
 class ForwardPasses(nn.GroupNorm):
     """The forward passes of `wsbcn_mm.layers.norm.BatchChannelNorm`, which makes what they use."""
 
-    bn: Any  # a ChannelStage, or what hosts convert BatchNorms to (SyncBatchNorm)
+    bn: Any  # a ChannelStage, or what hosts replace BatchNorms by
     batch_weight: nn.Parameter
     batch_bias: nn.Parameter
     mode: str
@@ -64,12 +64,12 @@ class ForwardPasses(nn.GroupNorm):
         if compat.compiles_backward_passes():
             return None
         rate = None
-        if self.training and bn.training:
+        if bn.training:
             rate = bn.momentum
             # An average; ranks that wait. (Of what may be a repetition the extension knows.)
             if type(rate) is not float or rate == 1 or self._average is not None:
                 return None
-            if self.sync == 'forward':
+            if self.sync == 'forward' or not bn.track_running_stats:
                 return None
         parameters, buffers = self._parameters, bn._buffers
         try:
@@ -104,14 +104,15 @@ class ForwardPasses(nn.GroupNorm):
 
     def _forward_checked(self, input: Tensor) -> Tensor:
         bn = self.bn
-        mean, var = bn.running_mean, bn.running_var
+        mean, var = getattr(bn, 'running_mean', None), getattr(bn, 'running_var', None)
         if not self._fits(input, mean):
             if compat.is_traced_by_fx(input):
                 return compat.call_as_leaf(self, input)
             self._refuse(input)
         assert mean is not None and var is not None
-        # norm_eval and frozen stages call eval() on BatchNorm instances only: the child obeys.
-        if not (self.training and bn.training):
+        # norm_eval and frozen stages call eval() on BatchNorm instances only: the child obeys. What
+        # hosts replace BatchNorms by to freeze them (FrozenBatchNorm2d) has nothing to update with.
+        if not bn.training or not hasattr(bn, 'momentum'):
             return self._normalize(input, Running(mean, var), None)
         if bn.num_batches_tracked is None:
             raise RuntimeError(
@@ -122,6 +123,8 @@ class ForwardPasses(nn.GroupNorm):
         if not torch.compiler.is_compiling() and compat.in_transform():
             return self._forward_transformed(input, Running(mean, var))
         running = Running(mean, var, self.counts)
+        if not bn.track_running_stats:
+            return self._forward_untracked(input, running)
         if self.sync == 'forward' or self.mode == 'batch':
             ranks = self._ranks()
             if ranks is not None:
@@ -165,6 +168,15 @@ class ForwardPasses(nn.GroupNorm):
         # Rate 0 keeps the copies, the statistics of the batch are computed again.
         return self._normalize(input, _copy_of(running), 0.0)
 
+    def _forward_untracked(self, input: Tensor, running: Running) -> Tensor:
+        """As in training, without an update: ``bn.track_running_stats`` was set to False."""
+        ranks = self._ranks() if self.mode == 'batch' else None
+        if ranks is not None:
+            return synchronised.batch_norm_over_ranks(
+                input, self.num_groups, _copy_of(running), self._affine(), 0.0, self.eps, ranks
+            )
+        return self._normalize(input, _copy_of(running), 0.0)
+
     def _forward_transformed(self, input: Tensor, running: Running) -> Tensor:
         """Inside a transform of torch.func, which lets a function edit what it was given alone."""
         momentum, tracked = self._momentum(), self.bn.num_batches_tracked
@@ -197,13 +209,14 @@ class ForwardPasses(nn.GroupNorm):
 
     def _momentum(self) -> float | Tensor | None:
         momentum: float | Tensor | None = self.bn.momentum
-        # What a child became (SyncBatchNorm) takes anything. A 0-d tensor is what a schedule sets
+        # What a child was replaced by takes anything. A 0-d tensor is what a schedule sets
         # in compiled code, where every new number would be compiled anew.
         if momentum is not None and not isinstance(self.bn, channel_stage.ChannelStage):
             momentum = checked_rate(momentum)
         if not isinstance(momentum, Tensor) or torch.compiler.is_compiling():
             return momentum
-        return float(momentum) if momentum.device.type == 'cpu' else momentum
+        # One that a device holds is not looked into.
+        return checked_rate(float(momentum)) if momentum.device.type == 'cpu' else momentum
 
     def _rate(self) -> float | Tensor:
         """Counts an update; the weight of its observation: what users set as momentum."""
@@ -310,7 +323,13 @@ class ForwardPasses(nn.GroupNorm):
 
     def _refuse(self, input: Tensor) -> None:
         check_floating(input, 'input')
-        name, mean = type(self).__name__, self.bn.running_mean
+        name, mean = type(self).__name__, getattr(self.bn, 'running_mean', None)
+        if not hasattr(self.bn, 'running_mean'):
+            raise RuntimeError(
+                f'{name}: its child bn was replaced by a {type(self.bn).__name__}, which has no '
+                'running statistics\n  it must stay a BatchNorm: to freeze it, call bn.eval(); to '
+                'take the layer out, replace the layer'
+            )
         if mean is None:
             raise RuntimeError(
                 f'{name}: its child bn has no running statistics (track_running_stats=False)\n'

@@ -10,6 +10,7 @@ Why the classes are built as they are (each point is a test in tests/openmmlab):
   layer for a BatchNorm that it could fuse away.
 """
 
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, TypeVar
@@ -32,6 +33,13 @@ from wsbcn_mm.layers.forward_passes import ForwardPasses
 AFFINES = ('group', 'channel', None)
 SYNCS = (None, 'step', 'forward')
 DEFAULT_MOMENTUM = {'estimate': 0.01, 'batch': 0.1}
+
+# What is checked whenever it is set.
+_SETTINGS: dict[str, Callable[[Any], None]] = {
+    'eps': check_eps,
+    'mode': functools.partial(check_choice, choices=MODES, name='mode'),
+    'sync': functools.partial(check_choice, choices=SYNCS, name='sync'),
+}
 
 Layer = TypeVar('Layer', bound='BatchChannelNorm')
 
@@ -59,7 +67,7 @@ class BatchChannelNorm(ForwardPasses):
         assert isinstance(groups, int)
         check_eps(eps)
         check_choice(affine, AFFINES, 'affine')
-        check_choice(mode, MODES, 'mode')
+        check_choice(mode, MODES, 'mode')  # before anything is made
         check_choice(sync, SYNCS, 'sync')
         factory: dict[str, Any] = dict(device=device, dtype=dtype)
         super().__init__(groups, num_channels, eps, affine == 'channel', **factory)
@@ -78,6 +86,24 @@ class BatchChannelNorm(ForwardPasses):
         self.sync = sync
         self.momentum = DEFAULT_MOMENTUM[mode] if momentum is None else momentum
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        check = _SETTINGS.get(name)
+        if check is not None:
+            check(value)
+        if name == 'eps':
+            value = float(value)
+        if name == 'bn':
+            value = channel_stage.adopted(value, self)
+        super().__setattr__(name, value)
+        if name == 'eps' and 'bn' in self._modules:
+            self._modules['bn'].__dict__['eps'] = value
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """As in torch; what a conversion makes of the child becomes its channel stage again."""
+        if name == 'bn' and module is not None:
+            module = channel_stage.adopted(module, self)
+        super().add_module(name, module)
+
     @property
     def num_features(self) -> int:
         """``num_channels``, by a BatchNorm's name: blocks ask their norm for it."""
@@ -90,7 +116,9 @@ class BatchChannelNorm(ForwardPasses):
         Kept in ``bn.momentum`` (None there means cumulative, as in torch), so that whatever sets
         the momentum of every BatchNorm of a model reaches this layer too.
         """
-        return 'cumulative' if self.bn.momentum is None else self.bn.momentum
+        # Of a frozen BatchNorm, which a host may have put there: none.
+        momentum = getattr(self.bn, 'momentum', 0.0)
+        return 'cumulative' if momentum is None else momentum
 
     @momentum.setter
     def momentum(self, value: float | Tensor | str) -> None:
@@ -124,8 +152,14 @@ class BatchChannelNorm(ForwardPasses):
         """Makes or moves what goes with the running statistics without being a buffer."""
         statistics, counts = self.bn.running_mean, self._counts
         assert statistics is not None
-        if counts is None or counts.is_meta or compat.is_fake(counts) != compat.is_fake(statistics):
-            counts = torch.zeros(2, self.num_channels, dtype=torch.int64, device=statistics.device)
+        if (
+            counts is None
+            or counts.is_meta
+            or counts.size(1) != statistics.numel()  # channels were pruned
+            or compat.is_fake(counts) != compat.is_fake(statistics)
+        ):
+            size = 2, statistics.numel()
+            counts = torch.zeros(size, dtype=torch.int64, device=statistics.device)
             steps = torch.zeros_like(counts)
         elif counts.device != statistics.device:
             counts, steps = counts.to(statistics.device), self._steps.to(statistics.device)
@@ -139,7 +173,7 @@ class BatchChannelNorm(ForwardPasses):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: bool, **kwargs: bool) -> nn.Module:
         super()._apply(fn, *args, **kwargs)  # type: ignore[no-untyped-call]
-        if self.bn.running_mean is not None:
+        if getattr(self.bn, 'running_mean', None) is not None:
             self._place()  # now, not within somebody's CUDA graph
         return self
 
@@ -209,7 +243,9 @@ _NORM_DOC = """Batch-Channel Normalization over {shape} inputs (arXiv 1911.09738
     - training, ``mode='batch'`` (large batches): this batch's statistics, with gradient, as in
       BatchNorm. With a single value per channel the running statistics are used and not updated.
     - ``eval()``, of the layer or of its child ``bn`` alone (OpenMMLab's ``norm_eval``): the running
-      statistics, frozen.
+      statistics, frozen. It is the child's ``training`` that counts: ``bn.train()`` within a model
+      that evaluates adapts its statistics. With ``bn.track_running_stats = False`` a layer trains
+      as in its mode, and updates nothing.
 
     Args:
         num_channels: C.

@@ -119,14 +119,14 @@ class Scope:
         self._task = torch._C._current_graph_task_id()  # the backward pass that this is part of
         self._plan = _plan_of(model)
         self._order = self._plan.order(model, model.training)
-        self._hooked = self._plan.hooked()
+        self.layers = self._plan.layers()
+        self._hooked = self._plan.hooked(self.layers)
         self._places = {layer: place for place, layer in enumerate(self._order)}
         self._training = model.training
         self._used: dict[Any, None] = {}
         self._tables: dict[tuple[Any, ...], dict[Any, _Held]] = {}
         self._looked_again = False
         self._held: dict[Any, _Held] = {}  # of each layer the one that was found last
-        self.layers = self._plan.layers()
         self.find: Callable[[Any], Tensor | None] = _find_nothing
         """What `get` would give a layer, where it is there already; None elsewhere."""
         if cpu.entries is not None:
@@ -338,6 +338,9 @@ class Plan:
             for module in model.modules()
             if hasattr(module, 'standardizes_rows')
         ]
+        self._with_own_forward = [
+            ref for ref in self._layers if (layer := ref()) is not None and _has_own_forward(layer)
+        ]
         # FullyShardedDataParallel wants the gradients of each of its units when that unit's
         # backward pass ends: no node may span several.
         fsdp = sys.modules.get('torch.distributed.fsdp')
@@ -355,13 +358,17 @@ class Plan:
         """All of them."""
         return {layer for ref in self._layers if (layer := ref()) is not None}
 
-    def hooked(self) -> set[Any]:
-        """Layers that have, or lie in a module that has, a forward pre-hook of somebody else.
+    def hooked(self, layers: set[Any]) -> set[Any]:
+        """Those of the layers before whose use somebody else's code runs.
 
-        It may write a weight through ``.data`` just before it is used. The model's own hooks run
-        before any use.
+        It may write a weight through ``.data`` (masked convolutions do): a forward pre-hook of the
+        layer, or of a module that it lies in, or of all modules; a ``forward`` of the layer's own.
+        The model's own hooks run before any use.
         """
-        found: set[Any] = set()
+        if torch.nn.modules.module._global_forward_pre_hooks:
+            return layers
+        found = {layer for layer in layers if 'forward' in layer.__dict__}
+        found.update(layer for ref in self._with_own_forward if (layer := ref()) is not None)
         for of_module, below in self._below:
             module = of_module()
             hooks = None if module is None else module._forward_pre_hooks
@@ -380,6 +387,11 @@ class Plan:
     def remember(self, training: bool, used: list[Any]) -> None:
         """Notes what a pass used."""
         self._orders[training] = [weakref.ref(layer) for layer in used]
+
+
+def _has_own_forward(layer: Any) -> bool:
+    """Whether its class has a ``forward`` that is not of this package."""
+    return not type(layer).forward.__module__.startswith('wsbcn_mm.')
 
 
 def _may_write(hook: Callable[..., Any]) -> bool:

@@ -63,7 +63,7 @@ bool is_usual(const Tensor& x, const Running& running) {
   const auto& [mean, var, counts, tracked] = running;
   return is_of_ours(x) && x.size(1) == mean.numel() && x.numel() > 0 &&
          x.device() == mean.device() && is_dense(x) &&
-         !(counts && counts->device() != x.device()) &&
+         !(counts && (counts->device() != x.device() || counts->numel() != 2 * mean.numel())) &&
          !(tracked && !(tracked->device() == x.device() && tracked->scalar_type() == at::kLong &&
                         tracked->numel() == 1));
 }

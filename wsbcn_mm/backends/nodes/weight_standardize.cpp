@@ -59,7 +59,14 @@ Standardized standardize(TensorList weights, double eps, std::string_view formul
   Standardized result;
   result.w_hats = results_like(weights, dtype);
   int64_t rows = 0;
-  for (const Tensor& weight : weights) rows += weight.size(0);
+  for (const Tensor& weight : weights) {
+    rows += weight.size(0);
+    // Channels were pruned since the layer was made; see checks.py.
+    TORCH_CHECK_VALUE(weight.numel() > weight.size(0),
+                      "weight standardization needs at least 2 weights per output channel\n  got a "
+                      "weight of shape ",
+                      weight.sizes(), ": its standardized value would be 0 whatever it is");
+  }
   const auto statistics = weights[0].scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   result.mean = at::empty({rows}, weights[0].options().dtype(statistics));
   result.sigma = at::empty_like(result.mean);
