@@ -277,6 +277,17 @@ def test_a_checkpoint_of_another_depth_or_affine(tmp_path):
     assert 'not in the file: layer4.0.conv1.weight' in found(source)['checkpoint'].why
 
 
+def test_a_part_that_stays_bn_is_filled_as_well(tmp_path):
+    file = tmp_path / 'detector.pth'
+    init = dict(type='Pretrained', checkpoint=str(file))
+    source = write(tmp_path, retinanet(init_cfg=init))
+    state = probe.build(Config.fromfile(source)).state_dict()
+    torch.save(dict(state_dict=state), file)
+    assert "prefix='backbone.'" in found(source)['checkpoint'].why
+    init['prefix'] = 'backbone.'
+    assert 'checkpoint' not in found(write(tmp_path, retinanet(init_cfg=init)))
+
+
 # ---- checkpoints -------------------------------------------------------------------------------
 
 

@@ -24,6 +24,8 @@ from torch import Tensor
 from wsbcn_mm.openmmlab.errors import first_line
 from wsbcn_mm.openmmlab.files import damage
 
+# What DataParallel and its kind put in front of a name, each around another.
+WRAPPERS = re.compile(r'^(module\.)+')
 # Where a file may hold its tensors: OpenMMLab's and the authors' key, then others'.
 HOLDERS = ('state_dict', 'model', 'model_state_dict', 'state_dict_ema')
 BY_LABEL = 'classes_by_label'  # in the meta of a checkpoint: names in the order of the labels
@@ -215,8 +217,17 @@ def holder_of_tensors(checkpoint: dict) -> dict:
     return checkpoint
 
 
+def without_wrappers(name: str) -> str:
+    """The name of a tensor without the ``module.`` that each wrapper of a model puts in front."""
+    return WRAPPERS.sub('', name)
+
+
+def _holds_tensors(value: object) -> bool:
+    return isinstance(value, dict) and any(isinstance(v, Tensor) for v in value.values())
+
+
 def state_dict_of(checkpoint: dict, source: str | Path = 'the checkpoint') -> dict[str, Tensor]:
-    """The tensors of a checkpoint by name, without the ``module.`` of a wrapped model.
+    """The tensors of a checkpoint by name, without the ``module.`` of wrappers.
 
     Args:
         checkpoint: What `read_checkpoint` returned. The tensors are those of its ``state_dict`` or
@@ -228,14 +239,16 @@ def state_dict_of(checkpoint: dict, source: str | Path = 'the checkpoint') -> di
     """
     holder = holder_of_tensors(checkpoint)
     tensors = {
-        str(key).removeprefix('module.'): value
+        without_wrappers(str(key)): value
         for key, value in holder.items()
         if isinstance(value, Tensor)
     }
     if not tensors:
         keys = ', '.join(map(str, list(holder)[:6])) or 'none'
+        inside = [key for key, value in holder.items() if _holds_tensors(value)]
         raise CheckpointMismatch(
             f'{source} holds no tensors of a model by name\n  its keys: {keys}'
+            + ''.join(f"\n  maybe torch.save(checkpoint[{k!r}], 'new.pth')" for k in inside[:1])
         )
     return tensors
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from wsbcn_mm.layers import BatchChannelNorm, WeightStandardized
-from wsbcn_mm.openmmlab.checkpoints import CheckpointMismatch, meta_of
+from wsbcn_mm.openmmlab.checkpoints import CheckpointMismatch, meta_of, without_wrappers
 
 
 @dataclass
@@ -73,13 +73,19 @@ class Comparison:
 def _prefixed(missing: list[str], left_over: list[str]) -> str | None:
     """What names begin with, where that is all: a wrapper's name, or a part's."""
     left = [name for name in left_over if not name.endswith('num_batches_tracked')]
-    wrapped = 'all names in the file begin with {!r}, a wrapper: save what it wraps'
-    part = 'it is the checkpoint of a part of the model alone ({!r})'
-    for longer, shorter, text in ((left, missing, wrapped), (missing, left, part)):
+    for longer, shorter in ((left, missing), (missing, left)):
         for name in longer if shorter else ():
             prefix = name.removesuffix(shorter[0])
-            if prefix != name and {prefix + other for other in shorter} <= {*longer}:
-                return text.format(prefix)
+            if prefix == name or not {prefix + other for other in shorter} <= {*longer}:
+                continue
+            if longer is missing:
+                return f'it is the checkpoint of a part of the model alone ({prefix!r})'
+            if all(name.startswith(prefix) for name in left):
+                return f'all names in the file begin with {prefix!r}, a wrapper: save what it wraps'
+            return (
+                f'the file is of a whole model, and this is its {prefix!r}: '
+                f"dict(type='Pretrained', checkpoint=..., prefix={prefix!r})"
+            )
     return None
 
 
@@ -98,7 +104,7 @@ def compare(
 
     Args:
         model: The model, not wrapped.
-        state_dict: Tensors by name; a leading ``module.`` is passed over.
+        state_dict: Tensors by name; leading ``module.`` are passed over.
         checkpoint: Where they are from; its ``meta`` may hold ``formula`` and ``affine``.
     """
     return _load(model, state_dict, checkpoint or {}, copy=False)
@@ -163,7 +169,7 @@ def _load(
             state.pop(name, None)
 
     handles = [module.register_load_state_dict_pre_hook(look) for module in model.modules()]
-    state = OrderedDict((k.removeprefix('module.'), v) for k, v in state_dict.items())
+    state = OrderedDict((without_wrappers(k), v) for k, v in state_dict.items())
     try:
         found.left_over = list(model.load_state_dict(state, strict=False).unexpected_keys)
     finally:

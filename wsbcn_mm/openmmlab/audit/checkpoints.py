@@ -54,22 +54,23 @@ def wrong_checkpoints(
     for named in named_checkpoints(cfg, nodes):
         where, source = named.where, named.source
         parts = [p for p in norms if where == 'load_from' or p.startswith(where)]
-        if not any(issubclass(norms[p], BatchChannelNorm) or p in formulas for p in parts):
+        if not parts:
             continue
-        layers, formula = weights.kind_of(source)
         part = next((p for p in parts if p in formulas), None)
-        if layers == 'BN':
-            why = f'{source} was trained with plain convolutions and BatchNorm'
-            fix = 'tools/model_converters/convert_checkpoint.py, or a checkpoint of these layers'
-            findings.append(Finding('warning', 'checkpoint', where, why, fix))
-            continue
-        if formula and part and formulas[part] != formula:
-            why = (
-                f'{source} was trained with the WS formula {formula!r}, the layers compute '
-                f'{formulas[part]!r}: up to 6 % apart at usual weights'
-            )
-            fix = line(f'{part}.conv_cfg', f"dict(type='WSConv2d', formula={formula!r})")
-            findings.append(Finding('error', 'formula', part, why, fix))
+        if part is not None or any(issubclass(norms[p], BatchChannelNorm) for p in parts):
+            layers, formula = weights.kind_of(source)
+            if layers == 'BN':
+                why = f'{source} was trained with plain convolutions and BatchNorm'
+                fix = 'tools/model_converters/convert_checkpoint.py, or a checkpoint of these layers'
+                findings.append(Finding('warning', 'checkpoint', where, why, fix))
+                continue
+            if formula and part and formulas[part] != formula:
+                why = (
+                    f'{source} was trained with the WS formula {formula!r}, the layers compute '
+                    f'{formulas[part]!r}: up to 6 % apart at usual weights'
+                )
+                fix = line(f'{part}.conv_cfg', f"dict(type='WSConv2d', formula={formula!r})")
+                findings.append(Finding('error', 'formula', part, why, fix))
         findings += _unfilled(named, model, owner)
     return findings
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from wsbcn_mm.audit import Finding
-from wsbcn_mm.openmmlab.checkpoints import read_checkpoint, state_dict_of
+from wsbcn_mm.openmmlab.checkpoints import meta_of, read_checkpoint, state_dict_of
 
 CONVERTER = 'tools/model_converters/convert_checkpoint.py'
 
@@ -19,9 +19,7 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors by name, without ``module.``, and the ``meta`` of a checkpoint file."""
     content = read_checkpoint(path)
     state = state_dict_of(content, path)
-    meta = content.get('meta')
-    tensors = {key.removeprefix('module.'): value for key, value in state.items()}
-    return tensors, meta if isinstance(meta, dict) else {}
+    return state, meta_of(content)
 
 
 def kind_of(source: str) -> tuple[str | None, str | None]:

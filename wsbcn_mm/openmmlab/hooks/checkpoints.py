@@ -169,6 +169,8 @@ class CheckpointReportHook(Hook):
                 print_log(f'the checkpoint {line}', runner.logger, logging.WARNING)
         state = checkpoints.state_dict_of(checkpoint)
         holder = checkpoints.holder_of_tensors(checkpoint)
+        if any(str(key).startswith('module.module.') for key in holder):
+            holder = state  # the Runner takes one wrapper off
         if holder is not checkpoint:
             checkpoint['state_dict'] = holder  # what the Runner takes
         found = filling.compare(unwrapped(runner.model), state, checkpoint)
