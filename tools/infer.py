@@ -62,7 +62,7 @@ def infer(args: argparse.Namespace) -> list[str]:
     from mmengine.utils import ProgressBar
 
     from wsbcn_mm.layers.standardization import weights_do_not_change
-    from wsbcn_mm.openmmlab import config, files
+    from wsbcn_mm.openmmlab import config, explain, files
     from wsbcn_mm.openmmlab.data.reading import DataError
     from wsbcn_mm.openmmlab.deploy import inference, labels, predict
 
@@ -96,7 +96,8 @@ def infer(args: argparse.Namespace) -> list[str]:
             for path, name in images:
                 progress.update()
                 try:
-                    image, sample = predictor(path)
+                    with explain.named(cfg):
+                        image, sample = predictor(path)
                 except DataError:
                     failed.append(str(path))
                     continue

@@ -46,6 +46,24 @@ def test_an_unreadable_image_is_named(picture, content):
     assert 'restore the file, or take it out' in str(error.value)
 
 
+def test_a_step_that_mixes_images_and_settings_that_contradict(picture):
+    mask = picture.with_suffix('.png')
+    cv2.imwrite(str(mask), np.zeros((40, 50), np.uint8))
+    data = dict(img_path=str(picture), seg_map_path=str(mask), seg_fields=[], label_map=None)
+    load = dict(type='LoadImageFromFile')
+    for scope, steps, words in (
+        ('mmdet', [load, dict(type='Mosaic')], 'Mosaic mixes .* MultiImageMixDataset gives it'),
+        (
+            'mmseg',
+            [load, dict(type='LoadAnnotations', reduce_zero_label=True)],
+            'it failed in LoadAnnotations: correct its arguments',
+        ),
+    ):
+        init_default_scope(scope)
+        with pytest.raises(reading.DataError, match=words):
+            Compose(steps)(dict(data, reduce_zero_label=False))
+
+
 @pytest.mark.parametrize('content', [b'', b'\x89PNG\r\n\x1a\nbroken off'])
 def test_an_unreadable_mask_is_named(picture, content):
     mask = picture.with_suffix('.png')

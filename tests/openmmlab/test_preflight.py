@@ -85,6 +85,9 @@ def test_a_list_in_the_place_of_a_data_set(tmp_path):
     with pytest.raises(ValueError, match=r'train_dataloader.dataset is a list.*\n.*ConcatDataset'):
         preflight.check_data(cfg, 'train_dataloader')
     preflight.check_data(Config(dict(train_dataloader=dict(dataset=[dict(inputs=1)]))))
+    cfg = Config(dict(test_dataloader=[dict(dataset=coco(tmp_path))] * 2))
+    with pytest.raises(ValueError, match='(?s)test_dataloader is a list, .*MultiDatasetsEvaluator'):
+        preflight.check_data(cfg, 'test_dataloader')
 
 
 def test_check_data_lets_the_embedded_dataset_draw_itself(tmp_path):

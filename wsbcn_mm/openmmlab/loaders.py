@@ -36,8 +36,24 @@ def datasets_of(cfg: Config, *loaders: str) -> list[tuple[str, dict]]:
     return [
         (loader, dataset)
         for loader in loaders
-        for dataset in inner_datasets((cfg.get(loader) or {}).get('dataset'))
+        for dataset in inner_datasets(dataset_of(cfg, loader))
     ]
+
+
+def dataset_of(cfg: Config, loader: str) -> Any:
+    """What a loader of a config has for a dataset; None without a loader.
+
+    Raises:
+        ValueError: the loader is a list of loaders.
+    """
+    part = cfg.get(loader) or {}
+    if isinstance(part, (list, tuple)):
+        raise ValueError(
+            f'{loader} is a list, and mmengine runs one loader\n  several data sets: dataset='
+            "dict(type='ConcatDataset', datasets=[...]), whose metrics MMDetection's "
+            'MultiDatasetsEvaluator keeps apart'
+        )
+    return part.get('dataset')
 
 
 def datasets_of_test(cfg: Config) -> list[dict]:

@@ -38,6 +38,14 @@ def value_at(root: Any, place: Place, *default: Any) -> Any:
     return root
 
 
+def _same(one: Any, other: Any) -> bool:
+    """Whether values are equal; arrays, which a sample may hold, are no values of a config."""
+    try:
+        return bool(one == other)
+    except (ValueError, RuntimeError):
+        return False
+
+
 def walk(value: Any, place: Place) -> Iterator[tuple[Place, Any]]:
     """A value that stands at a place, and all that it holds, outer ones first."""
     yield place, value
@@ -58,7 +66,12 @@ def place_of(root: dict, part: Any, outer: Place) -> Place | None:
     for base in dict.fromkeys((outer, ())):
         for place, value in walk(value_at(root, base, None), base):
             if not isinstance(part, dict):
-                if base and len(place) == len(base) + 1 and value is not None and value == part:
+                if (
+                    base
+                    and len(place) == len(base) + 1
+                    and value is not None
+                    and _same(value, part)
+                ):
                     return place
             elif isinstance(value, dict) and value and _holds(part, value):
                 found.append((-len(value), place))
@@ -71,4 +84,6 @@ def _holds(part: dict, value: dict) -> bool:
     """Whether a dict is another one to which something was added."""
     if 'type' in part and value.get('type', part['type']) != part['type']:
         return False
-    return len(value) <= len(part) and all(k in part and part[k] == v for k, v in value.items())
+    return len(value) <= len(part) and all(
+        k in part and _same(part[k], v) for k, v in value.items()
+    )

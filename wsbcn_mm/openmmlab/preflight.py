@@ -11,6 +11,7 @@ from wsbcn_mm.openmmlab.checkpoints import check_checkpoint, is_address
 from wsbcn_mm.openmmlab.config import HOSTS, PRETRAINED, type_name
 from wsbcn_mm.openmmlab.loaders import (
     dataset_class,
+    dataset_of,
     datasets_of,
     makes_versions,
     prefixes_of,
@@ -52,7 +53,7 @@ def check_data(cfg: Config, *loaders: str) -> None:
         ValueError: a list in the place of a data set.
     """
     for loader in loaders:
-        parts = (cfg.get(loader) or {}).get('dataset')
+        parts = dataset_of(cfg, loader)
         if isinstance(parts, (list, tuple)) and any(
             'type' in p for p in parts if hasattr(p, 'get')
         ):

@@ -14,11 +14,13 @@ import re
 import torch
 from mmcv.cnn import build_norm_layer
 from mmcv.ops import batched_nms
+from mmcv.transforms import BaseTransform
 from mmengine.config import Config
 from mmengine.dataset import BaseDataset
 from mmengine.evaluator import BaseMetric
 from mmengine.model import BaseModel, BaseModule
-from mmengine.registry import DATASETS, METRICS, MODELS
+from mmengine.registry import DATASETS, METRICS, MODELS, TRANSFORMS, VISBACKENDS
+from mmengine.visualization import LocalVisBackend
 from torch import nn
 
 from wsbcn_mm.openmmlab import command_line, config, explain
@@ -96,6 +98,21 @@ class MetricOfMistakes(BaseMetric):
         if self.metric != 'bbox':
             raise KeyError(f'metric {self.metric} is not supported')
         return dict(bbox=1.0)
+
+
+@TRANSFORMS.register_module()
+class StepOfMistakes(BaseTransform):
+    def transform(self, results):
+        raise RuntimeError('no masks')
+
+
+OF_MMENGINE = dict(__name__='mmengine.visualization')
+exec('def init_env(self):\n    raise ImportError("Please run pip")', OF_MMENGINE)
+
+
+@VISBACKENDS.register_module()
+class BackendOfMistakes(LocalVisBackend):
+    _init_env = OF_MMENGINE['init_env']
 
 
 @pytest.fixture
@@ -273,6 +290,22 @@ MISTAKES = [
         dict(type='mmdet.FPN', _scope_='mmdet', in_channels=[3], out_channels=8, num_outs=2)
         | dict(start_level=7),
         r'(?s){0}: FPN stopped\n  IndexError.*\n  from .*start_level=7',
+    ),
+    ('train_cfg.val_interval', 0, '{0}: IterBasedTrainLoop stopped at it\n  ZeroDivisionError: '),
+    (
+        'default_hooks.checkpoint',
+        dict(type='CheckpointHook', save_best='mAP', rule='greater'),
+        '{0}.save_best: CheckpointHook stopped at it\n  KeyError: mAP\n  there are bbox\n',
+    ),
+    (
+        f'{LOADER}.dataset.pipeline',
+        [dict(type='StepOfMistakes')],
+        r'{0}\[0\]: StepOfMistakes stopped\n  RuntimeError: no masks',
+    ),
+    (
+        'visualizer',
+        dict(type='Visualizer', vis_backends=[dict(type='BackendOfMistakes')]),
+        r'{0}.vis_backends\[0\]: BackendOfMistakes stopped\n  ImportError: Please run',
     ),
     ('compile', dict(backend='inductr'), "compile cannot be used\n  .*'inductr'"),
 ]

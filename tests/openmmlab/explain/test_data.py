@@ -1,5 +1,7 @@
 """wsbcn_mm.openmmlab.explain.data: a failure that came from a file of the data names it."""
 
+import re
+
 import pytest
 
 pytest.importorskip('mmengine', reason="configs are mmengine's")
@@ -147,6 +149,12 @@ def test_what_the_pipeline_does_not_give_is_named():
     assert text.startswith('the samples have no masks, which the model learns\n')
     of_host = FunctionType((lambda s: s.gt_label).__code__, {'__name__': 'mmpretrain.models'})
     assert said_of(lambda: of_host(InstanceData())).endswith('or gt_label in a JSON file')
+    of_host = FunctionType((lambda data: data['inputs']).__code__, {'__name__': 'mmdet.models'})
+    text = said_of(lambda: of_host(dict(img=[], gt_bboxes=[])))
+    assert re.match(r"the samples have no 'inputs'\n  they have img, gt_bboxes\n.*PackDetInp", text)
+    of_host = FunctionType((lambda meta: meta['img_id']).__code__, {'__name__': 'mmdet.evaluation'})
+    assert 'name it in meta_keys' in said_of(lambda: of_host(dict(img_path='a', ori_shape=(1, 1))))
+    assert said_of(lambda: of_host(dict(scores=[]))) is None
     pytest.importorskip('mmdet', reason='its transform')
     from mmdet.datasets.transforms import Mosaic
 

@@ -61,7 +61,9 @@ def wrong_checkpoints(
             layers, formula = weights.kind_of(source)
             if layers == 'BN':
                 why = f'{source} was trained with plain convolutions and BatchNorm'
-                fix = 'tools/model_converters/convert_checkpoint.py, or a checkpoint of these layers'
+                fix = (
+                    'tools/model_converters/convert_checkpoint.py, or a checkpoint of these layers'
+                )
                 findings.append(Finding('warning', 'checkpoint', where, why, fix))
                 continue
             if formula and part and formulas[part] != formula:

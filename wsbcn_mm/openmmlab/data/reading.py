@@ -116,6 +116,15 @@ def mend_of(transforms: list[Any], error: Exception, data: dict[str, Any]) -> st
         return wrong
     if step is not None and isinstance(error, KeyError) and not name.startswith('Load'):
         return lacking(step, error)
+    mixes = hasattr(step, 'get_indexes') or hasattr(step, 'get_indices')
+    if mixes and not any('mix_results' in (f.f_locals.get('results') or ()) for f in frames):
+        return (
+            f'{name} mixes several images, which MultiImageMixDataset gives it: dataset='
+            "dict(type='MultiImageMixDataset', dataset=dict(...), pipeline=[...]), with the steps "
+            f'that load in the inner pipeline, and {name} and what follows in the outer one'
+        )
+    if isinstance(error, AssertionError) and 'Annotations' in name:  # of settings, no file
+        return f'it failed in {name}: correct its arguments, or those of the data set'
     if step is None or name.startswith('Load') or name.endswith(('Init', 'Decode')):
         file = data.get('seg_map_path') if 'Annotations' in name else path
         damage = damage_of(file) if isinstance(file, str) else None

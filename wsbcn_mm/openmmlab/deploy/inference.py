@@ -140,7 +140,8 @@ def load_planned(
     else:
         content = checkpoints.read_checkpoint(checkpoint)
         model = load_model(cfg, content, checkpoint)
-    return PlannedModel(cfg, content, model, folding.plan(model, run=run_on(cfg, image)))
+    with explain.named(cfg):
+        return PlannedModel(cfg, content, model, folding.plan(model, run=run_on(cfg, image)))
 
 
 # ----------------------------------------------------------------------------------------------

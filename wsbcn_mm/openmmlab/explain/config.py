@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 
 from wsbcn_mm.openmmlab.config import HOSTS
 from wsbcn_mm.openmmlab.explain import data
-from wsbcn_mm.openmmlab.explain.statements import stopped_at_settings
+from wsbcn_mm.openmmlab.explain.statements import stopped_at_settings, what_there_is
 from wsbcn_mm.openmmlab.explain.traces import (
     OUT_OF_MEMORY,
     Build,
@@ -100,7 +100,7 @@ def explain(cfg: Config, error: BaseException) -> str | None:
     if builds and (text := stopped_at_settings(root, builds[-1], frames, error)):
         return text
     if builds and _is_of(builds[-1], frames, error):
-        return _refused(builds[-1], error, last)
+        return _refused(builds[-1], error, frames)
     return (not builds and _of_runner(root, error, last)) or _texts_for_numbers(root, error)
 
 
@@ -129,8 +129,8 @@ def _is_of(build: Build, frames: list[Frame], error: BaseException) -> bool:
 
 
 def _is_of_hosts(inner: list[Frame], error: BaseException) -> bool:
-    """Whether the hosts' own layers stopped at sizes that do not fit, or lack a package."""
-    known = isinstance(error, (IndexError, RuntimeError, ImportError))
+    """Whether the hosts' own code stopped at sizes or names that do not fit, or lacks a package."""
+    known = isinstance(error, (LookupError, RuntimeError, ImportError))
     known = known and not isinstance(error, OUT_OF_MEMORY)
     return known and all(frame.module.startswith((*HOSTS, 'mmcv', 'torch')) for frame in inner)
 
@@ -296,7 +296,7 @@ def _one_alone(root: dict, frames: list[Frame], error: BaseException) -> str | N
     return None
 
 
-def _refused(build: Build, error: BaseException, last: Frame) -> str:
+def _refused(build: Build, error: BaseException, frames: list[Frame]) -> str:
     """What the class itself, or whoever reads the field, says."""
     if build.part is None:
         return f'{build.where} is missing, or None\n  it ended in {said(error)}'
@@ -314,7 +314,8 @@ def _refused(build: Build, error: BaseException, last: Frame) -> str:
         if comma(value) and isinstance(value[0], (dict, tuple, list))
     ]
     return (
-        f'{build.where}{what}\n  {said(error)}\n  raised by {last.module}'
+        f'{build.where}{what}\n  {said(error)}{what_there_is(error, frames)}\n'
+        f'  raised by {frames[-1].module}'
         + (f'\n  from {values}' if values else '')
         + ''.join(commas)
     )

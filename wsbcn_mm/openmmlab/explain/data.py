@@ -30,6 +30,9 @@ from wsbcn_mm.openmmlab.loaders import datasets_of
 # How loops over the lines of a list call one, and what one that cannot be read raises.
 NAMES, KINDS = ('line', 'sample', 'img_id'), (ValueError, IndexError, FileNotFoundError)
 LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
+# What a pipeline ends in, and some of what its last step says of an image.
+PACKED = ('inputs', 'data_samples')
+META = {'img_path', 'img_shape', 'ori_shape', 'pad_shape', 'batch_input_shape'}
 SPACES = 'spaces between, the label a number from 0'
 # What a line of a list must be, by the name of the class that reads it or of a base of it.
 LINES = {
@@ -162,6 +165,8 @@ def _of_pipeline(error: BaseException, frames: list[Frame]) -> str | None:
     if step is not None and isinstance(error, KeyError) and '.transforms.' in frames[-1].module:
         return lacking(step, error)
     released = bool(frames) and frames[-1].is_released
+    if isinstance(error, KeyError) and released and (text := _not_packed(error, frames[-1])):
+        return text
     if isinstance(error, AttributeError) and isinstance(error.obj, BaseDataElement) and released:
         mend = (
             'load them: LoadAnnotations with with_mask=True, with_seg=True; a step that mixes '
@@ -171,6 +176,27 @@ def _of_pipeline(error: BaseException, frames: list[Frame]) -> str | None:
             mend = 'its annotations must have one: a list "FILE LABEL", or gt_label in a JSON file'
         text = f'the samples have no {error.name}, which the model learns\n  {first_line(error)}'
         return f'{text}\n  {mend}'
+    return None
+
+
+def _not_packed(error: KeyError, last: Frame) -> str | None:
+    """What the last step of a pipeline gives: samples, with what ``meta_keys`` names."""
+    key = error.args[0] if error.args else None
+    for name, value in last.names.items():
+        there = value.metainfo if _is_sample(value) else value
+        if not isinstance(there, dict) or not there or key in there:
+            continue
+        given = f'the samples have no {key!r}\n  they have {", ".join(map(str, there))}\n  '
+        if name == 'data' and key in PACKED:
+            return (
+                f'{given}the last step of a pipeline packs them: PackDetInputs (MMDetection), '
+                'PackSegInputs (MMSegmentation), PackInputs (MMPretrain), PackActionInputs'
+            )
+        if META & {*there}:
+            return (
+                f'{given}name it in meta_keys of the last step of the pipeline (PackDetInputs and '
+                f'its kind), or leave meta_keys out\n  it ended in {last.module}'
+            )
     return None
 
 

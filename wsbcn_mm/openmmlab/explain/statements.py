@@ -30,6 +30,13 @@ def stopped_at_settings(
     names, attributes = _names_of(statement)
     used, part = {*names, *attributes}, build.part if isinstance(build.part, dict) else {}
     found = [((*build.place, key), value) for key, value in part.items() if key in used]
+    if isinstance(error, KeyError):  # of what was looked up by a name out of the config
+        asked = error.args[:1]
+        found = found or [
+            ((*build.place, key), value)
+            for key, value in part.items()
+            if key != 'type' and asked and asked[0] in (value, *(value if _many(value) else ()))
+        ]
     found = found or _handed_on(root, build, last, names)
     if not found:
         return None
@@ -37,9 +44,29 @@ def stopped_at_settings(
     had = [f'{name} {size}' for name in names if (size := _size(last.names.get(name)))]
     return (
         f'{" or ".join(dotted(place) for place, _ in found)}: {build.name} stopped at it\n'
-        f'  {said(error)}\n  got {", ".join(short(value) for _, value in found)}\n'
+        f'  {said(error)}{what_there_is(error, frames)}\n'
+        f'  got {", ".join(short(value) for _, value in found)}\n'
         f'  at {last.module}: {cut(text, 120)}' + (f'\n  with {", ".join(had)}' if had else '')
     )
+
+
+def what_there_is(error: BaseException, frames: list[Frame]) -> str:
+    """A line with the keys of the dict in which one was not found; '' for any other error."""
+    own = [f for f in frames if not f.module.startswith('mmengine.config')]
+    statement = own[-1].statement() if own and isinstance(error, KeyError) else None
+    if statement is None or not error.args:
+        return ''
+    names, attributes = _names_of(statement)
+    held = [own[-1].names.get(name) for name in names]
+    held += [getattr(own[-1].names.get('self'), name, None) for name in attributes]
+    for value in held:
+        if isinstance(value, dict) and value and error.args[0] not in value:
+            return f'\n  there are {cut(", ".join(map(str, value)), 300)}'
+    return ''
+
+
+def _many(value: Any) -> bool:
+    return isinstance(value, (list, tuple))
 
 
 def _handed_on(root: dict, build: Build, last: Frame, names: list[str]) -> list[tuple[Place, Any]]:

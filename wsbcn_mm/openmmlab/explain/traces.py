@@ -17,8 +17,9 @@ from types import CodeType
 from typing import Any
 
 import torch
+from mmcv.transforms import BaseTransform
 from mmengine.dataset.base_dataset import Compose
-from mmengine.evaluator import BaseMetric
+from mmengine.evaluator import BaseMetric, Evaluator
 from mmengine.fileio import get_file_backend
 from mmengine.hooks import Hook
 from mmengine.model import initialize
@@ -31,7 +32,8 @@ from mmengine.registry import (
     WEIGHT_INITIALIZERS,
     Registry,
 )
-from mmengine.runner import Runner
+from mmengine.runner import BaseLoop, Runner
+from mmengine.visualization.vis_backend import BaseVisBackend
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -71,7 +73,16 @@ HOLDERS: dict[Any, tuple[str, Registry | None]] = {
 }
 # What mmengine takes out of a loader before torch's class sees the rest.
 OF_LOADERS = ('dataset', 'num_batch_per_epoch', 'disable_subprocess_warning')
-EVALUATORS = ('val_evaluator', 'test_evaluator')
+# Where what runs and is no module was built from, by its class; everything else is of the model.
+RUNNING: tuple[tuple[type, tuple[str, ...]], ...] = (
+    (Hook, ('custom_hooks', 'default_hooks')),
+    (BaseMetric, ('val_evaluator', 'test_evaluator')),
+    (Evaluator, ('val_evaluator', 'test_evaluator')),
+    (BaseTransform, ('train_dataloader', 'val_dataloader', 'test_dataloader')),
+    (BaseVisBackend, ('visualizer',)),
+    (object, ('model',)),
+)
+LOOPS = ('train', 'val', 'test')
 OUT_OF_MEMORY = (MemoryError, torch.cuda.OutOfMemoryError)
 # Packages that are as their makers released them.
 RELEASED = ('mmengine', 'mmcv', 'wsbcn_mm', 'torch', *HOSTS)
@@ -179,6 +190,8 @@ def builds_of(root: dict, frames: list[Frame]) -> list[Build]:
     names = names_of_modules(frames)
     for frame in frames:
         own = frame.names.get('self')
+        if isinstance(own, BaseLoop) and frame is not frames[-1]:
+            continue  # everything runs in one
         if isinstance(own, nn.Module) and all(build.runs for build in builds):
             build = _module(root, names.get(id(own), ''), frames)
         elif frame.is_released:
@@ -215,11 +228,12 @@ def _build_of(root: dict, outer: Place, frame: Frame) -> Build | None:
     if isinstance(own, OptimWrapper):
         part = root.get('optim_wrapper')
         return Build(('optim_wrapper',), part, type(own))
-    if isinstance(own, Hook):
-        return _object(root, own, ('custom_hooks', 'default_hooks'))
-    if isinstance(own, BaseMetric):
-        return _object(root, own, EVALUATORS)
-    return None if isinstance(own, nn.Module) else _object(root, own, ('model',))
+    if isinstance(own, BaseLoop):
+        place = next((f'{n}_cfg' for n in LOOPS if getattr(own.runner, f'_{n}_loop') is own), None)
+        return None if place is None else Build((place,), root.get(place), type(own), runs=True)
+    if isinstance(own, nn.Module):
+        return None
+    return _object(root, own, next(fields for kind, fields in RUNNING if isinstance(own, kind)))
 
 
 def _part(
@@ -289,11 +303,17 @@ def _module(root: dict, name: str, frames: list[Frame]) -> Build | None:
 
 def _object(root: dict, own: object, fields: tuple[str, ...]) -> Build | None:
     """What was built from a dict of these fields and runs, by its class and what it has."""
-    for place, value in walk({key: root.get(key) for key in fields}, ()):
-        is_it = isinstance(value, dict) and type_name(value) == type(own).__name__
-        if is_it and all(_alike(getattr(own, key, item), item) for key, item in value.items()):
-            return Build(place, value, type(own), runs=True)
-    return None
+    found = [
+        Build(place, value, type(own), runs=True)
+        for place, value in walk({key: root.get(key) for key in fields}, ())
+        if isinstance(value, dict) and type_name(value) == type(own).__name__
+    ]
+    alike = [
+        build
+        for build in found
+        if all(_alike(getattr(own, key, item), item) for key, item in build.part.items())
+    ]
+    return next(iter(alike or found), None)
 
 
 def _alike(one: Any, other: Any) -> bool:
