@@ -229,8 +229,8 @@ def _build_of(root: dict, outer: Place, frame: Frame) -> Build | None:
         part = root.get('optim_wrapper')
         return Build(('optim_wrapper',), part, type(own))
     if isinstance(own, BaseLoop):
-        place = next((f'{n}_cfg' for n in LOOPS if getattr(own.runner, f'_{n}_loop') is own), None)
-        return None if place is None else Build((place,), root.get(place), type(own), runs=True)
+        named = [f'{n}_cfg' for n in LOOPS if getattr(own.runner, f'_{n}_loop', None) is own]
+        return Build((named[0],), root.get(named[0]), type(own), runs=True) if named else None
     if isinstance(own, nn.Module):
         return None
     return _object(root, own, next(fields for kind, fields in RUNNING if isinstance(own, kind)))
