@@ -1,5 +1,7 @@
 """wsbcn_mm.openmmlab.config: messages that tell a user what to do, before anything is started."""
 
+import re
+
 import pytest
 
 pytest.importorskip('mmengine', reason="configs are mmengine's")
@@ -189,3 +191,35 @@ def test_add_hook_keeps_the_hooks_of_the_config():
     cfg = Config(dict())
     config.add_hook(cfg, dict(type='CheckpointReportHook'))
     assert [hook.type for hook in cfg.custom_hooks] == ['CheckpointReportHook']
+
+
+@pytest.mark.parametrize(
+    'text, words',
+    [
+        (
+            'train_pipeline = [2]',
+            'train_pipeline is set, .*\n  set train_dataloader.data',
+        ),
+        ('rate = dict(lr=2)', 'rate is set, .*\n  set optim_wrapper.optimizer'),
+        ('max_epochs = 3', 'max_epochs is set, .*\n  set train_cfg.max_epochs'),
+        (
+            'train_pipeline = [2]\ntrain_dataloader = dict(dataset=dict(pipeline=train_pipeline))',
+            None,
+        ),
+        ('max_epochs = 3\ntrain_cfg = dict(max_epochs=3)', None),
+        ('max_epochs = 2\nnote = 7\nwork_dir = "w"', None),
+    ],
+)
+def test_variables_of_a_base_that_are_set_in_vain(text, words, tmp_path, capsys):
+    base = """
+train_pipeline, rate, max_epochs, note = [1], dict(type='SGD', lr=1), 2, 1
+model = dict(type='A')
+train_dataloader = dict(dataset=dict(pipeline=train_pipeline))
+optim_wrapper = dict(optimizer=rate)
+train_cfg = dict(max_epochs=max_epochs)
+"""
+    (tmp_path / 'base.py').write_text(base)
+    (tmp_path / 'c.py').write_text(f'_base_ = ["base.py"]\n{text}\n')
+    config.load_config(str(tmp_path / 'c.py'))
+    warned = capsys.readouterr().err
+    assert re.search(words, warned) if words else not warned

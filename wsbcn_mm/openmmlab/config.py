@@ -1,7 +1,9 @@
 """Configs: found, read, and the host that they are for."""
 
+import ast
 import copy
 import os
+import re
 import sys
 import traceback
 from collections.abc import Iterator
@@ -16,7 +18,7 @@ from mmengine.utils import get_object_from_string
 
 from wsbcn_mm.openmmlab import compat
 from wsbcn_mm.openmmlab.errors import first_line
-from wsbcn_mm.openmmlab.options import merge, unread
+from wsbcn_mm.openmmlab.options import merge, unread, without_effect
 
 # Detection, segmentation, classification of images, of videos: a config's scope is a package.
 HOSTS = ('mmdet', 'mmseg', 'mmpretrain', 'mmaction')
@@ -41,10 +43,12 @@ def load_config(path: str, options: dict | None = None) -> Config:
     file, _ = find_config(path)
     compat.require('mmengine', 'mmcv')
     cfg = read_config(file)
+    lines = [f'{path}: {line}' for line in _without_effect(cfg, file)]
     if options:
-        for line in unread(cfg, options) if os.environ.get('RANK', '0') == '0' else ():
-            print(f'warning: {line}', file=sys.stderr)
+        lines += unread(cfg, options)
         merge(cfg, options)
+    for line in lines if os.environ.get('RANK', '0') == '0' else ():
+        print(f'warning: {line}', file=sys.stderr)
     if cfg.get('default_scope') in HOSTS:
         compat.require(cfg.default_scope)
     _check_age(cfg, path)
@@ -54,6 +58,27 @@ def load_config(path: str, options: dict | None = None) -> Config:
             '  is it a file of _base_ parts, or of a dataset?'
         )
     return cfg
+
+
+def _without_effect(cfg: Config, file: Path) -> list[str]:
+    """Variables of its bases that a file sets in vain; nothing where the bases are computed."""
+    text = file.read_text('utf-8') if file.suffix == '.py' else ''
+    stated = re.search(r'^_base_\s*=\s*(\[[^]]*\]|\([^)]*\)|[\'"][^\'"]*[\'"])', text, re.MULTILINE)
+    if stated is None:
+        return []
+    try:
+        names = ast.literal_eval(stated[1])
+    except ValueError:
+        return []
+    inherited: dict[str, Any] = {}
+    for name in [names] if isinstance(names, str) else names:
+        package = name.partition('::')[0]
+        known = package in (*HOSTS, 'wsbcn_mm')
+        base = find_config(name)[0] if '::' in name and known else file.parent / name
+        if not base.is_file():  # mmengine knows more names
+            return []
+        inherited.update(Config.fromfile(base)._cfg_dict)
+    return without_effect(cfg, Config(inherited), text)
 
 
 def _check_age(cfg: Config, path: str) -> None:

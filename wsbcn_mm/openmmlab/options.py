@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import difflib
 import inspect
 import re
@@ -11,6 +12,8 @@ from typing import Any
 
 from mmengine.config import Config, DictAction
 from mmengine.runner import FlexibleRunner, Runner
+
+from wsbcn_mm.openmmlab.places import value_at
 
 # What the hosts and these tools read beside the arguments of a runner. Everything else on the top
 # level of a config is a variable of the file, which has done its work when the file was read.
@@ -98,6 +101,55 @@ def _why_no_place(cfg: Config, key: str) -> str:
     return f'it is {at!r}, which cannot be replaced by this'
 
 
+def names_read() -> set[str]:
+    """What the top level of a config may hold so that mmengine or these tools read it."""
+    read = {*READ_BESIDES}
+    for runner in (Runner, FlexibleRunner):
+        read |= {*inspect.signature(runner).parameters}
+    return read
+
+
+def without_effect(cfg: Config, base: Config, text: str) -> list[str]:
+    """A line for each variable of a base that a file sets anew, and nothing comes of it.
+
+    A child's ``train_pipeline = [...]`` does not change the loader that the base has made with its
+    own one.
+
+    Args:
+        cfg: The config.
+        base: What it inherits.
+        text: The file.
+    """
+    try:
+        tree = ast.parse(text)
+    except SyntaxError:  # a template of mmengine
+        return []
+    names = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
+    used = {node.id for node in names if isinstance(node.ctx, ast.Load)}
+    assigned = [s.targets for s in tree.body if isinstance(s, ast.Assign)]
+    own = [t.id for targets in assigned for t in targets if isinstance(t, ast.Name)]
+    read, lines = names_read(), []
+    for name in dict.fromkeys(own):
+        if name in read or name in used or name not in base or base[name] == cfg.get(name):
+            continue
+        places = [p for p in _made_of(base, name, read) if _at(cfg, p) == _at(base, p)]
+        if places and not any(True for _ in _made_of(cfg, name, read)):
+            lines.append(
+                f'{name} is set, a variable of the base, and nothing uses it here: what the base '
+                f'made of its own stays{_set_instead(places)}'
+            )
+    return lines
+
+
+def _at(cfg: Config, key: str) -> Any:
+    return value_at(cfg, tuple(int(k) if k.isdigit() else k for k in key.split('.')), None)
+
+
+def _set_instead(places: list[str]) -> str:
+    more = f' and {len(places) - 4} more' if len(places) > 4 else ''
+    return f'\n  set {", ".join(places[:4])}{more}' if places else ''
+
+
 def unread(cfg: Config, options: dict[str, Any]) -> list[str]:
     """A line for each option that most likely changes nothing: its name is read by nobody known.
 
@@ -108,18 +160,13 @@ def unread(cfg: Config, options: dict[str, Any]) -> list[str]:
         cfg: The config before the options.
         options: ``{'a.b.c': value}``.
     """
-    read = {*READ_BESIDES}
-    for runner in (Runner, FlexibleRunner):
-        read |= {*inspect.signature(runner).parameters}
-    lines = []
+    read, lines = names_read(), []
     for key in options:
         name = key.partition('.')[0]
         if name in read:
             continue
         if name in cfg:
-            places = list(_made_of(cfg, name, read))
-            more = f' and {len(places) - 4} more' if len(places) > 4 else ''
-            where = f'\n  set {", ".join(places[:4])}{more}' if places else ''
+            where = _set_instead(list(_made_of(cfg, name, read)))
             lines.append(
                 f'--cfg-options {key}: {name} is a variable of the config file, which neither '
                 f'mmengine nor these tools read; what the file made of it stays{where}'
