@@ -186,7 +186,8 @@ def test_the_optimizer_is_logged_in_short(tmp_path, level):
     """mmengine's own lines, one for each setting of each parameter, on request alone."""
     runner = make_runner(tmp_path, log_level=level)
     runner.optim_wrapper['optimizer']['weight_decay'] = 0.1
-    runner.optim_wrapper['paramwise_cfg'] = dict(norm_decay_mult=0.0)
+    keys = {name: dict(lr_mult=1.0) for name in ('head', 'baxbone')}
+    runner.optim_wrapper['paramwise_cfg'] = dict(norm_decay_mult=0.0, custom_keys=keys)
     runner.model.head.weight.requires_grad_(False)
     optimizers.log_in_short(runner)
     runner.train()
@@ -194,6 +195,7 @@ def test_the_optimizer_is_logged_in_short(tmp_path, level):
     said = log.read_text()
     assert 'optimizer: 6 parameters\n' in said and '\n  1 are not trained\n' in said
     assert '\n  4 with lr=0.01, weight_decay=0\n  2 with lr=0.01, weight_decay=0.1\n' in said
+    assert '\n  custom_keys: no parameter has baxbone in its name\n' in said
     assert ('paramwise_options' in said) == ('requires_grad=False' in said) == (level == 'DEBUG')
 
 

@@ -117,8 +117,15 @@ def test_damage_is_seen(tmp_path):
     flipped[content.index(torch.full((10,), 1.0).numpy().tobytes()) + 20] ^= 1
     path.write_bytes(flipped)
     assert damage(path).startswith('is damaged (wrong checksum of ')
-    path.write_bytes(b'<html>404</html>')
+    path.write_bytes(b'404')
     assert damage(path) == 'is not a checkpoint'
+    for content, words in (
+        (b'version https://git-lfs.github.com/spec/v1\noid', 'git lfs pull'),
+        (b'<!DOCTYPE html><html>', 'a web page'),
+        (b'\x10\0\0\0\0\0\0\0{"conv.weight":', 'safetensors.torch.load_file'),
+    ):
+        path.write_bytes(content)
+        assert words in damage(path)
     assert damage(tmp_path / 'b.pth') == 'does not exist'
     torch.save(dict(a=torch.ones(2)), path, _use_new_zipfile_serialization=False)
     assert damage(path) is None

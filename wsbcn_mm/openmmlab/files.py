@@ -85,6 +85,15 @@ def save_atomically(value: object, path: str | Path) -> None:
     write_atomically(path, buffer.getvalue())
 
 
+# What people give for a checkpoint, by what is in its first bytes.
+TAKEN_FOR_ONE = {
+    b'git-lfs': ': it is the pointer to one that Git LFS has (git lfs pull)',
+    b'<!DOCTYPE': ': it is a web page',
+    b'<html': ': it is a web page',
+    b'{"': ": it is of safetensors: torch.save(safetensors.torch.load_file(FILE), 'new.pth')",
+}
+
+
 def damage(path: str | Path) -> str | None:
     """Why a file cannot be a complete checkpoint, or None.
 
@@ -100,11 +109,12 @@ def damage(path: str | Path) -> str | None:
     if path.stat().st_size == 0:
         return 'is empty'
     with open(path, 'rb') as file:
-        start = file.read(2)
+        start = file.read(64)
     if start.startswith(b'\x80'):  # a pickle: torch < 1.6
         return None
-    if start != b'PK':
-        return 'is not a checkpoint'
+    if not start.startswith(b'PK'):
+        kind = next((kind for mark, kind in TAKEN_FOR_ONE.items() if mark in start), '')
+        return 'is not a checkpoint' + kind
     try:
         with zipfile.ZipFile(path) as archive:
             part = archive.testzip()

@@ -41,10 +41,24 @@ def log_in_short(runner: Runner) -> None:
         finally:
             for handler, level in levels.items():
                 handler.setLevel(level)
-        logger.info('\n  '.join(summary(built, runner.model)))
+        lines = [*summary(built, runner.model), *unmatched(args[0] if args else None, runner.model)]
+        logger.info('\n  '.join(lines))
         return built
 
     runner.build_optim_wrapper = build_and_summarise
+
+
+def unmatched(cfg: object, model: nn.Module) -> list[str]:
+    """A line for what ``custom_keys`` names and no parameter of the model is called.
+
+    Args:
+        cfg: That of the optimizer; what was built already, or is none, has no such keys.
+        model: With the parameters.
+    """
+    settings = (cfg.get('paramwise_cfg') or {}) if isinstance(cfg, dict) else {}
+    names = [name for name, _ in model.named_parameters()]
+    keys = [k for k in settings.get('custom_keys') or () if not any(k in name for name in names)]
+    return [f'custom_keys: no parameter has {", ".join(keys)} in its name'] if keys else []
 
 
 def summary(built: OptimWrapper | OptimWrapperDict, model: nn.Module) -> list[str]:

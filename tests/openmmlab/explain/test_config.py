@@ -212,6 +212,7 @@ MISTAKES = [
     ('optim_wrapper.optimizer.momentm', 0.1, '{0}: SGD has no such argument'),
     ('param_scheduler.0.start_facto', 0.1, r'param_scheduler\[0\].start_facto: LinearLR has no'),
     (f'{LOADER}.batchsize', 1, '{0}: DataLoader has no such argument\n  did you mean batch_size'),
+    (f'{LOADER}.samples_per_gpu', 1, '{0}: DataLoader has no such .*\n  did you mean batch_size'),
     (f'{LOADER}.dataset', MISSING, 'train_dataloader has no dataset'),
     (f'{LOADER}.dataset.labels', 'x', r'{0}: DataOfMistakes has no such .*\n.*\n.*_delete_=True'),
     ('train_cfg.max_epoch', 3, '{0}: IterBasedTrainLoop has no such argument'),

@@ -54,6 +54,20 @@ TOGETHER = (
 CHANNELS = ('in_channels', 'in_features', 'num_features', 'num_channels')
 
 
+# What MMDetection 2 and its kin called what has another name now.
+FORMER = dict(
+    samples_per_gpu='batch_size',
+    imgs_per_gpu='batch_size',
+    workers_per_gpu='num_workers',
+    img_prefix='data_prefix',
+    seg_prefix='data_prefix',
+    img_dir='data_prefix',
+    ann_dir='data_prefix',
+    classes='metainfo',
+    flip_ratio='prob',
+)
+
+
 class ConfigError(ValueError):
     """A field of a config cannot be used; the cause is what the host raised."""
 
@@ -191,7 +205,9 @@ def _wrong_arguments(build: Build, raised_in: CodeType) -> str | None:
     known = parameters_of(build.kind)
     unknown = [k for k in build.part if k in build.given and k not in known]
     if unknown:
-        near = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0.6)
+        former = FORMER.get(unknown[0])
+        near = [former] if former in known else []
+        near = near or difflib.get_close_matches(unknown[0], known, n=1, cutoff=0.6)
         mean = f'it has {", ".join(known)}\n  if a base gives it: {build.where} with _delete_=True'
         mean = f'did you mean {near[0]}?' if near else mean
         return f'{build.where}.{unknown[0]}: {build.name} has no such argument\n  {mean}'
