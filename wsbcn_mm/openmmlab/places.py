@@ -38,7 +38,7 @@ def value_at(root: Any, place: Place, *default: Any) -> Any:
     return root
 
 
-def _same(one: Any, other: Any) -> bool:
+def same(one: Any, other: Any) -> bool:
     """Whether values are equal; arrays, which a sample may hold, are no values of a config."""
     try:
         return bool(one == other)
@@ -66,12 +66,7 @@ def place_of(root: dict, part: Any, outer: Place) -> Place | None:
     for base in dict.fromkeys((outer, ())):
         for place, value in walk(value_at(root, base, None), base):
             if not isinstance(part, dict):
-                if (
-                    base
-                    and len(place) == len(base) + 1
-                    and value is not None
-                    and _same(value, part)
-                ):
+                if base and len(place) == len(base) + 1 and value is not None and same(value, part):
                     return place
             elif isinstance(value, dict) and value and _holds(part, value):
                 found.append((-len(value), place))
@@ -84,6 +79,4 @@ def _holds(part: dict, value: dict) -> bool:
     """Whether a dict is another one to which something was added."""
     if 'type' in part and value.get('type', part['type']) != part['type']:
         return False
-    return len(value) <= len(part) and all(
-        k in part and _same(part[k], v) for k, v in value.items()
-    )
+    return len(value) <= len(part) and all(k in part and same(part[k], v) for k, v in value.items())

@@ -24,6 +24,7 @@ from mmengine.visualization import LocalVisBackend
 from torch import nn
 
 from wsbcn_mm.openmmlab import command_line, config, explain
+from wsbcn_mm.openmmlab.places import place_of
 
 _numbers = itertools.count()
 
@@ -292,6 +293,11 @@ MISTAKES = [
         | dict(start_level=7),
         r'(?s){0}: FPN stopped\n  IndexError.*\n  from .*start_level=7',
     ),
+    (
+        'model.backbone',
+        dict(type='BodyOfMistakes', channels=8, size=(3, 3), norm_cfg=dict(type='BN')),
+        r'(?s){0}: .*Expected more than 1 value per channel.*convert_config\.py puts BCN there',
+    ),
     ('train_cfg.val_interval', 0, '{0}: IterBasedTrainLoop stopped at it\n  ZeroDivisionError: '),
     (
         'default_hooks.checkpoint',
@@ -325,6 +331,12 @@ def test_shared_parameters_with_settings_by_parameter(cfg):
     assert said_of(cfg).startswith(words) and 'bypass_duplicate=True' in said_of(cfg)
     cfg.optim_wrapper.paramwise_cfg.bypass_duplicate = True
     command_line.build_runner(cfg).train()
+
+
+def test_arrays_are_no_values_of_a_config():
+    root = dict(model=dict(a=dict(b=1)))
+    assert place_of(root, dict(b=torch.ones(2), c=1), ()) is None
+    assert place_of(root, dict(b=1, c=torch.ones(2)), ()) == ('model', 'a')
 
 
 def test_a_flexible_runner_without_env_cfg(cfg):

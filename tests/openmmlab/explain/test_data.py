@@ -155,6 +155,10 @@ def test_what_the_pipeline_does_not_give_is_named():
     of_host = FunctionType((lambda meta: meta['img_id']).__code__, {'__name__': 'mmdet.evaluation'})
     assert 'name it in meta_keys' in said_of(lambda: of_host(dict(img_path='a', ori_shape=(1, 1))))
     assert said_of(lambda: of_host(dict(scores=[]))) is None
+    of_host = FunctionType(
+        (lambda s: s['gt_label']).__code__, {'__name__': 'mmpretrain.evaluation'}
+    )
+    assert 'tools/infer.py needs none' in said_of(lambda: of_host(dict(img_path='a')))
     pytest.importorskip('mmdet', reason='its transform')
     from mmdet.datasets.transforms import Mosaic
 

@@ -68,6 +68,13 @@ FORMER = dict(
 )
 
 
+# torch's BatchNorm in training with one value per channel.
+ONE_VALUE = (
+    '\n  BatchNorm has no statistics of one image whose map is one pixel: tools/model_converters/'
+    'convert_config.py puts BCN there; or larger batches (drop_last=True), or larger images'
+)
+
+
 class ConfigError(ValueError):
     """A field of a config cannot be used; the cause is what the host raised."""
 
@@ -334,6 +341,7 @@ def _refused(build: Build, error: BaseException, frames: list[Frame]) -> str:
         f'  raised by {frames[-1].module}'
         + (f'\n  from {values}' if values else '')
         + ''.join(commas)
+        + (ONE_VALUE if frames[-1].code.co_name == '_verify_batch_size' else '')
     )
 
 

@@ -192,6 +192,11 @@ def _not_packed(error: KeyError, last: Frame) -> str | None:
                 f'{given}the last step of a pipeline packs them: PackDetInputs (MMDetection), '
                 'PackSegInputs (MMSegmentation), PackInputs (MMPretrain), PackActionInputs'
             )
+        if META & {*there} and str(key).startswith('gt_'):
+            return (
+                f'{given}what is evaluated is compared with it: the data set must have it in its '
+                'annotations, and load them; tools/infer.py needs none'
+            )
         if META & {*there}:
             return (
                 f'{given}name it in meta_keys of the last step of the pipeline (PackDetInputs and '

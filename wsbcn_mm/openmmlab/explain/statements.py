@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from wsbcn_mm.openmmlab.explain.traces import OUT_OF_MEMORY, Build, Frame, after
+from wsbcn_mm.openmmlab.explain.traces import OUT_OF_MEMORY, Build, Frame, after, object_of
 from wsbcn_mm.openmmlab.explain.wording import cut, said, short
-from wsbcn_mm.openmmlab.places import Place, dotted, place_of, value_at, walk
+from wsbcn_mm.openmmlab.places import Place, dotted, place_of, same, value_at, walk
 
 
 def stopped_at_settings(
@@ -28,6 +28,10 @@ def stopped_at_settings(
     if statement is None or not (last.is_released or last.raises):
         return None
     names, attributes = _names_of(statement)
+    owner = last.names.get('self')
+    if attributes and isinstance(build.kind, type) and not isinstance(owner, build.kind):
+        # A part of it that the model has under another name (the loss of a head).
+        build = object_of(root, owner, ('model',)) or build
     used, part = {*names, *attributes}, build.part if isinstance(build.part, dict) else {}
     found = [((*build.place, key), value) for key, value in part.items() if key in used]
     if isinstance(error, KeyError):  # of what was looked up by a name out of the config
@@ -74,10 +78,10 @@ def _handed_on(root: dict, build: Build, last: Frame, names: list[str]) -> list[
     model = list(walk(root.get('model'), ('model',)))
     for name in names:
         value = last.names.get(name)
-        alike = [p for p, v in model if type(v) is type(value) and v == value]
-        same = [p for p in alike if p[-1] == name or isinstance(value, str)]
-        if len(same) == 1:
-            return [(same[0], value)]
+        alike = [p for p, v in model if type(v) is type(value) and same(v, value)]
+        meant = [p for p in alike if p[-1] == name or isinstance(value, str)]
+        if len(meant) == 1:
+            return [(meant[0], value)]
     for name, value in last.names.items():
         place = place_of(root, value, build.place) if isinstance(value, dict) and value else None
         if place is not None and _made_of(name, last) & set(names):

@@ -39,7 +39,7 @@ from torch.utils.data import DataLoader
 
 from wsbcn_mm.openmmlab.compat import unwrapped
 from wsbcn_mm.openmmlab.config import HOSTS, type_name
-from wsbcn_mm.openmmlab.places import Place, dotted, place_of, value_at, walk
+from wsbcn_mm.openmmlab.places import Place, dotted, place_of, same, value_at, walk
 
 # What mmengine does with a field that has no type, by the name of the function that does it.
 STEPS: dict[str, tuple[Place, Callable[..., Any] | None]] = {
@@ -233,7 +233,7 @@ def _build_of(root: dict, outer: Place, frame: Frame) -> Build | None:
         return Build((named[0],), root.get(named[0]), type(own), runs=True) if named else None
     if isinstance(own, nn.Module):
         return None
-    return _object(root, own, next(fields for kind, fields in RUNNING if isinstance(own, kind)))
+    return object_of(root, own, next(fields for kind, fields in RUNNING if isinstance(own, kind)))
 
 
 def _part(
@@ -301,7 +301,7 @@ def _module(root: dict, name: str, frames: list[Frame]) -> Build | None:
     return Build(place, part, type(module), runs=True)
 
 
-def _object(root: dict, own: object, fields: tuple[str, ...]) -> Build | None:
+def object_of(root: dict, own: object, fields: tuple[str, ...]) -> Build | None:
     """What was built from a dict of these fields and runs, by its class and what it has."""
     found = [
         Build(place, value, type(own), runs=True)
@@ -320,7 +320,7 @@ def _alike(one: Any, other: Any) -> bool:
     """Whether values are equal; lists and tuples of the same are."""
     kinds = (list, tuple)
     both = isinstance(one, kinds) and isinstance(other, kinds)
-    return bool(list(one) == list(other) if both else one == other)
+    return same(list(one), list(other)) if both else same(one, other)
 
 
 def after(build: Build, frames: list[Frame]) -> list[Frame] | None:
