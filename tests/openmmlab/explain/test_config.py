@@ -374,6 +374,24 @@ def test_a_package_that_a_layer_of_the_hosts_lacks(cfg, monkeypatch):
     assert re.match(r"model\.backbone: FPN stopped\n  ModuleNotFoundError: No module .*'no_s", said)
 
 
+@pytest.mark.parametrize('module', ['numpy', 'yaml'])  # one says itself what it has
+def test_what_the_installed_version_of_a_package_no_longer_has(cfg, monkeypatch, module):
+    """Evaluators call packages older than the numpy beside them; a user's own code is none."""
+
+    def uses_it(name):
+        names = dict(__name__=name)
+        exec(f'import {module}\ndef compute_metrics(self, results): {module}.gone', names)
+        monkeypatch.setattr(MetricOfMistakes, 'compute_metrics', names['compute_metrics'])
+
+    uses_it('mmcv.evaluation')
+    words = rf'mmcv [\d.]+ uses {module}\.gone, and the installed {module} [\d.]+ has none\n'
+    said = said_of(cfg)
+    assert re.match(words, said) and 'at mmcv.evaluation' in said and 'custom_imports' in said
+    uses_it('my_metrics')
+    with pytest.raises(AttributeError), command_line.errors_of_a_run(cfg):
+        command_line.build_runner(cfg).train()
+
+
 def test_errors_of_what_is_built_outside_of_a_run(cfg):
     cfg.model.backbone.type = 'BodyOfMistake'
     with pytest.raises(explain.ConfigError, match=r'^model\.backbone\.type: ') as error:

@@ -35,6 +35,7 @@ from wsbcn_mm.openmmlab.explain.traces import (
     names_of_modules,
 )
 from wsbcn_mm.openmmlab.explain.values import mend, misfit, says_number
+from wsbcn_mm.openmmlab.explain.versions import lacks_name
 from wsbcn_mm.openmmlab.explain.wording import comma, said, short
 from wsbcn_mm.openmmlab.places import dotted, walk
 from wsbcn_mm.openmmlab.signatures import parameters_of
@@ -99,10 +100,10 @@ def explain(cfg: Config, error: BaseException) -> str | None:
     """One sentence about the file or field that an error came from; None where that is not sure."""
     if type(error).__module__.startswith('wsbcn_mm.'):  # says all itself
         return None
-    if text := data.explain(cfg, error):
+    frames = frames_of(error)
+    if text := lacks_name(error, frames) or data.explain(cfg, error):
         return text
     root = cfg._cfg_dict
-    frames = frames_of(error)
     if not frames:
         return None
     builds, last = builds_of(root, frames), frames[-1]

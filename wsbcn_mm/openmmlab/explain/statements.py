@@ -44,13 +44,13 @@ def stopped_at_settings(
     found = found or _handed_on(root, build, last, names)
     if not found:
         return None
-    text = ' '.join(ast.unparse(statement).split('\n')[0].split())
     had = [f'{name} {size}' for name in names if (size := _size(last.names.get(name)))]
     return (
         f'{" or ".join(dotted(place) for place, _ in found)}: {build.name} stopped at it\n'
         f'  {said(error)}{what_there_is(error, frames)}\n'
         f'  got {", ".join(short(value) for _, value in found)}\n'
-        f'  at {last.module}: {cut(text, 120)}' + (f'\n  with {", ".join(had)}' if had else '')
+        f'  at {last.module}: {cut(last.statement_text(), 120)}'
+        + (f'\n  with {", ".join(had)}' if had else '')
     )
 
 

@@ -160,6 +160,12 @@ class Frame:
         ]
         return found[-1] if found else None  # outer ones come first
 
+    def statement_text(self) -> str:
+        """The first line of `statement`; nothing without source."""
+        statement = self.statement()
+        text = '' if statement is None else ast.unparse(statement).split('\n')[0]
+        return ' '.join(text.split())
+
 
 def frames_of(error: BaseException) -> list[Frame]:
     """The levels of a traceback, from the outside in."""
