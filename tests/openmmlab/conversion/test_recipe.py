@@ -313,6 +313,12 @@ def test_a_warm_up_of_few_steps_still_ends(kind, factor):
     assert schedulers.WarmUp((), 0.0, 500, 6).better == 2
 
 
+def test_a_scheduler_of_the_host_by_its_name_alone():
+    """As ByteTrack's and StrongSORT's configs name it: the host looks in its own registry first."""
+    named = [dict(type=f'{scope}QuadraticWarmupLR', end=500) for scope in ('', 'mmdet.')]
+    assert len({schedulers.scheduler_class(config(), scheduler) for scheduler in named}) == 1
+
+
 def test_a_scheduler_that_waits_for_a_metric():
     scheduler = dict(type='ReduceOnPlateauLR', monitor='loss', patience=2, min_value=1e-5)
     assert schedulers.rates_of(config(), scheduler, 0.01) == ('min_value',)

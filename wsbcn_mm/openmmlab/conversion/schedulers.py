@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from mmengine.config import Config
 from mmengine.optim.scheduler.momentum_scheduler import MomentumSchedulerMixin
-from mmengine.registry import PARAM_SCHEDULERS, DefaultScope
+from mmengine.registry import PARAM_SCHEDULERS
 
 from wsbcn_mm.openmmlab.config import HOSTS
 from wsbcn_mm.openmmlab.places import Place
@@ -48,8 +48,8 @@ def scheduler_class(cfg: Config, scheduler: Mapping[str, Any]) -> type:
         scope = cfg.get('default_scope')
         if scope in HOSTS:
             importlib.import_module(f'{scope}.engine')
-        with DefaultScope.overwrite_default_scope(scope):
-            kind = PARAM_SCHEDULERS.get(kind)
+        with PARAM_SCHEDULERS.switch_scope_and_registry(scope) as registry:
+            kind = registry.get(kind)  # the host's own need no scope in their name
     if not isinstance(kind, type):
         raise UnknownScheduler(f'no scheduler of the name {scheduler["type"]!r} is known')
     return kind
