@@ -38,7 +38,7 @@ def lacks_name(error: BaseException, frames: list[Frame]) -> str | None:
         f'{asking} uses {owner}.{name}, and the installed {there} has none\n'
         f'  at {user.module}' + (f': {cut(line, 120)}' if line else '') + '\n'
         f'  install versions that fit each other; or put {owner}.{name} there, in a module of '
-        "your own: custom_imports = dict(imports=['my_module'], allow_failed_imports=False)"
+        "your own that is named in the config's custom_imports.imports"
     )
 
 
