@@ -7,10 +7,11 @@ Importing this file checks the installed torch: one that is too old is an error,
 than those tested a warning.
 """
 
+import contextlib
 import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, ParamSpec, TypeGuard, TypeVar
 
@@ -186,3 +187,14 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
 
 
 check_torch()
+
+
+@contextlib.contextmanager
+def not_traced() -> Iterator[None]:
+    """A block of which `torch.jit.trace` sees nothing."""
+    state = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch._C._set_tracing_state(state)  # type: ignore[attr-defined]

@@ -27,9 +27,8 @@ def test_it_is_the_batch_norm_with_the_layers_scale_and_shift(norm_class):
     norm = norm_class(8, 4)
     assert isinstance(norm.bn, NORMS[norm_class])
     assert norm.bn.weight is norm.batch_weight and norm.bn.bias is norm.batch_bias
-    assert list(norm.bn.parameters()) == [norm.batch_weight, norm.batch_bias]
-    # Those who ask module by module, and the layer, find each once.
-    assert not list(norm.bn.parameters(recurse=False)) and len(list(norm.parameters())) == 4
+    # Loops over BatchNorms and GroupNorms would step each twice.
+    assert not list(norm.bn.parameters()) and len(list(norm.parameters())) == 4
     assert 'bn.weight' not in norm.state_dict()
     # What OpenMMLab's rules for layers look at, as for torch's own class.
     bases = {base.__name__ for base in type(norm.bn).__bases__}
@@ -71,14 +70,7 @@ def freeze_by_name(bn):
     bn.weight.requires_grad = bn.bias.requires_grad = False
 
 
-def freeze_all(bn):
-    for parameter in bn.parameters():
-        parameter.requires_grad = False
-
-
-@pytest.mark.parametrize(
-    'freeze', [freeze_by_name, freeze_all, lambda bn: bn.requires_grad_(False)]
-)
+@pytest.mark.parametrize('freeze', [freeze_by_name, lambda bn: bn.requires_grad_(False)])
 def test_freezing_batch_norms_by_their_weights(freeze):
     model = net()
     for module in model.modules():
@@ -218,13 +210,42 @@ def test_its_forward_hooks_see_input_and_result_of_the_stage(mode, training):
     first.remove(), last.remove()
     norm(x)
     assert len(seen) == 2
+    norm.bn.register_forward_hook(Returned())  # as who looks at all modules
+    copied = pickle.loads(pickle.dumps(norm)).half()
+    copied(input=x)  # in another dtype than its own
+    assert copied.bn._forward_hooks
     norm.eval()
     expected = norm(x + 1)
     norm.bn.register_forward_pre_hook(lambda bn, args: (args[0] + 1,))
     assert torch.equal(norm(x), expected)
-    norm.bn.register_forward_hook(lambda bn, args, result: result)
+    norm.bn.register_forward_hook(lambda bn, args, result: result + 1)
     with pytest.raises(RuntimeError, match='cannot replace its result'):
         norm(x)
+
+
+class Returned:
+    def __call__(self, bn, args, result):
+        return result
+
+
+def test_its_hooks_lie_within_those_of_the_layer():
+    """Profilers keep a stack of what runs."""
+    model, stack, seen = net(), [], []
+    for module in model.modules():
+        module.register_forward_pre_hook(lambda m, args: stack.append(m))
+        module.register_forward_hook(lambda m, args, y: seen.append(stack.pop() is m))
+    model(torch.randn(1, 3, 6, 6))
+    assert not stack and all(seen) and len(seen) == 5
+
+
+def test_a_copy_that_is_put_back_belongs_to_the_layer():
+    norm, x = BatchChannelNorm2d(8, 4), torch.randn(2, 8, 3, 3)
+    before = copy.deepcopy(norm.bn)
+    norm(x)
+    norm.bn = before
+    assert norm.bn.weight is norm.batch_weight and norm.bn.num_batches_tracked == 0
+    norm.bn.requires_grad_(False)
+    assert not norm.batch_weight.requires_grad
 
 
 def test_what_it_is_replaced_by():
@@ -254,6 +275,18 @@ def test_converted_it_is_the_channel_stage_all_the_same():
     nn.init.constant_(norm.bn.weight, 2)
     norm.bn = nn.BatchNorm2d(8, affine=False)  # and back, as mmengine does
     assert norm.bn.weight is norm.batch_weight and norm.batch_weight.eq(2).all()
-    norm.bn = plain = nn.BatchNorm2d(8)  # of one with an affine, by hand
-    assert norm.bn is plain and norm.bn.weight is norm.batch_weight
+    norm.bn = plain = nn.BatchNorm2d(8, eps=0.1)  # of one with an affine, by hand
+    assert type(plain) is nn.BatchNorm2d and norm.bn.running_mean is plain.running_mean
+    assert norm.bn.weight is norm.batch_weight is plain.weight and norm.eps == 0.1
     assert norm.batch_weight.eq(1).all() and len(list(norm.parameters())) == 4
+
+    class SyncBatchNorm(nn.Module):
+        """As mmcv's, which is no BatchNorm of torch."""
+
+        def __init__(self):
+            super().__init__()
+            self.__dict__.update(vars(nn.BatchNorm2d(8, affine=False)), group='ranks')
+
+    norm.bn = SyncBatchNorm()
+    assert isinstance(norm.bn, nn.SyncBatchNorm) and norm.bn.process_group == 'ranks'
+    assert norm.bn.weight is norm.batch_weight

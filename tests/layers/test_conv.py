@@ -298,6 +298,23 @@ def test_pruned_to_a_fan_in_of_one(in_scope, backend):
             layer(torch.randn(1, 1, 5, 5))
 
 
+@pytest.mark.parametrize('in_scope', [False, True])
+def test_a_class_may_override_the_standardized_weight(in_scope):
+    class Halved(WSConv2d):
+        def standardized_weight(self):
+            return super().standardized_weight() / 2
+
+    layer, x = Halved(4, 4, 3, bias=False), torch.randn(1, 4, 5, 5)
+    plain = WSConv2d(4, 4, 3, bias=False)
+    plain.load_state_dict(layer.state_dict())
+    block = wsbcn_mm.standardized_once(layer) if in_scope else contextlib.nullcontext()
+    with block:
+        for _ in range(2):
+            torch.testing.assert_close(layer(x), plain(x) / 2)
+    with pytest.raises(TypeError, match='cannot override _conv_forward'):
+        type('Padded', (WSConv2d,), dict(_conv_forward=lambda *_: None))
+
+
 class _PlusFive(nn.Module):
     def forward(self, bias):
         return bias + 5

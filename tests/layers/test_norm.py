@@ -133,7 +133,7 @@ def test_norm_is_what_hosts_must_take_it_for():
         assert nn.GroupNorm in norm_class.__bases__ and norm_class.__doc__
         assert not isinstance(norm, nn.modules.batchnorm._BatchNorm)
         assert isinstance(norm.bn, bn) and not norm.bn.affine
-        assert not list(norm.bn.parameters(recurse=False))
+        assert not list(norm.bn.parameters())
         assert len(list(norm.parameters())) == 4
         assert norm.num_features == norm.num_channels == 8  # asked of a BatchNorm by some blocks
 

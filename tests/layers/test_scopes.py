@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import io
 import pickle
 import threading
@@ -68,6 +69,7 @@ def trains_equally(model, plain):
 class MaskedConv2d(WSConv2d):
     """As networks that draw one pixel after the other have them."""
 
+    @functools.wraps(WSConv2d.forward)  # its module is then that of the function
     def forward(self, input):
         self.weight.data *= torch.arange(self.weight[0].numel()).view_as(self.weight[0]) % 3 > 0
         return super().forward(input)

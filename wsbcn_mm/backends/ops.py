@@ -215,11 +215,16 @@ def _register_fake(name: str, function: Callable[..., Any]) -> None:
     # torch comes here, and not to the kernel, as soon as any argument is on the meta device. What
     # is returned then has no values: memory as it was, if it is like an x on another device.
     def checked(*arguments: Any) -> Any:
-        tensors = [value for value in arguments if isinstance(value, Tensor)]
-        device = tensors[0].device
-        for value, argument in zip(arguments, schema.arguments):
+        named = [
+            (value, argument)
+            for values, argument in zip(arguments, schema.arguments)
+            for value in (values if isinstance(values, (list, tuple)) else [values])
+            if isinstance(value, Tensor)
+        ]
+        device = named[0][0].device
+        for value, argument in named:
             # A number, the rate, may be anywhere.
-            if isinstance(value, Tensor) and value.dim() > 0 and value.device != device:
+            if value.dim() > 0 and value.device != device:
                 raise ValueError(
                     f'{argument.name} must be on {device}, as {schema.arguments[0].name}\n'
                     f'  got {value.device}: move it; on the meta device it has no values'

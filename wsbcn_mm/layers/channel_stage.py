@@ -10,17 +10,22 @@ them away. ``eps`` is the layer's; forward hooks are called with what the layer 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+import copy
+from collections.abc import Callable
+from typing import Any, ClassVar, TypeVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.hooks import RemovableHandle
 
+from wsbcn_mm import compat
+from wsbcn_mm.backends.ops import accumulation_dtype
 from wsbcn_mm.checks import checked_rate
 
 _PARAMETERS = ('weight', 'bias')
+_PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+Stage = TypeVar('Stage', bound='ChannelStage')
 
 
 class _Layer:
@@ -63,67 +68,12 @@ class ChannelStage(_BatchNorm):
         parameter: nn.Parameter = self._layer.layer.batch_bias  # type: ignore[assignment]
         return parameter
 
-    def named_parameters(
-        self, prefix: str = '', recurse: bool = True, remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, nn.Parameter]]:
-        """Scale and shift, for who freezes or counts those of a BatchNorm.
-
-        With ``recurse=False`` none: so do those who go through all modules ask each, and they have
-        them from the layer.
-        """
-        if recurse and '_layer' in self.__dict__:
+    def requires_grad_(self: Stage, requires_grad: bool = True) -> Stage:
+        """As in torch, of scale and shift: those of the layer."""
+        if '_layer' in self.__dict__:
             for name in _PARAMETERS:
-                parameter = getattr(self._layer.layer, f'batch_{name}')
-                if isinstance(parameter, nn.Parameter):
-                    yield f'{prefix}.{name}' if prefix else name, parameter
-
-    def register_forward_pre_hook(
-        self, hook: Callable[..., Any], *, prepend: bool = False, with_kwargs: bool = False
-    ) -> RemovableHandle:
-        """As in torch; called before the layer, whose input is that of its channel stage."""
-
-        def of_layer(layer: nn.Module, args: Any, *kwargs: Any) -> Any:
-            return hook(layer.bn, args, *kwargs)
-
-        return self._layer.layer.register_forward_pre_hook(
-            of_layer, prepend=prepend, with_kwargs=with_kwargs
-        )
-
-    def register_forward_hook(
-        self,
-        hook: Callable[..., Any],
-        *,
-        prepend: bool = False,
-        with_kwargs: bool = False,
-        always_call: bool = False,
-    ) -> RemovableHandle:
-        """As in torch; called after the layer, with the result of the channel stage alone.
-
-        In estimate mode and in evaluation that is what the layer has computed on its way. It is
-        computed for the hook, without a gradient; the hook cannot replace it.
-        """
-
-        def of_layer(layer: nn.Module, args: Any, *others: Any) -> None:
-            *kwargs, output = others
-            stage: ChannelStage = layer.bn  # type: ignore[assignment]
-            result = None if output is None else stage.result_for(args[0], layer)
-            if hook(stage, args, *kwargs, result) is not None:
-                raise RuntimeError(
-                    f'a forward hook of the child bn of a {type(layer).__name__} cannot replace '
-                    'its result, which the layer does not read\n  replace that of the layer: '
-                    'register_forward_hook on it'
-                )
-
-        return self._layer.layer.register_forward_hook(
-            of_layer, prepend=prepend, with_kwargs=with_kwargs, always_call=always_call
-        )
-
-    def result_for(self, input: Tensor, layer: Any) -> Tensor:
-        """What the channel stage gives for an input, after the update with it; no gradient."""
-        batch = layer.mode == 'batch' and self.training and input.numel() > input.size(1)
-        statistics = (None, None) if batch else (self.running_mean, self.running_var)
-        x, scale, shift = (t.detach() for t in (input, self.weight, self.bias))
-        return F.batch_norm(x, *statistics, scale, shift, batch, 0.0, self.eps)
+                getattr(self, name).requires_grad_(requires_grad)
+        return self
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Adds a parameter, unless one of those that belong to the layer is to be taken apart."""
@@ -178,20 +128,86 @@ class ChannelStageOverRanks(ChannelStage, nn.SyncBatchNorm, _BatchNorm):
 
 
 def adopted(child: nn.Module, layer: Any) -> nn.Module:
-    """The child that a conversion gives a layer, as its channel stage.
+    """What becomes the child of a layer where somebody else sets it.
 
     Conversions to SyncBatchNorm, and back, make a new module of each BatchNorm, in which nothing
-    knows the layer any more. The scale and shift of one that brings its own become the layer's.
+    knows the layer any more; snapshots put back a copy. Of BatchNorms, and of the child of another
+    layer, this is a channel stage of the layer with their statistics, settings and hooks; their
+    scale and shift, where they have them, become the layer's. Whatever else it is stays as it is.
     """
-    if not isinstance(child, _BatchNorm) or isinstance(child, ChannelStage):
+    owner = child.__dict__.get('_layer')
+    if isinstance(child, ChannelStage):
+        if owner is None or owner.layer is layer:
+            return child
+        kind = type(child)
+    elif type(child) in _PLAIN or type(child).__name__ == '_BatchNormXd':  # mmengine's, of any axes
+        kind = layer._stage_class
+    elif isinstance(child, nn.SyncBatchNorm) or type(child).__name__ == 'SyncBatchNorm':  # mmcv's
+        kind = ChannelStageOverRanks
+    else:
         return child
-    over_ranks = isinstance(child, nn.SyncBatchNorm)
-    own = {name: child._parameters.get(name) for name in _PARAMETERS}
-    child._parameters.update(dict.fromkeys(_PARAMETERS))
-    child.affine = False
-    child.__class__ = ChannelStageOverRanks if over_ranks else layer._stage_class
-    child.belongs_to(layer)  # type: ignore[operator]
-    for name, parameter in own.items():
+    stage: Any = copy.copy(child)
+    stage.__class__ = kind
+    stage._parameters = dict.fromkeys(_PARAMETERS)
+    stage.affine = False
+    if not hasattr(stage, 'process_group'):
+        stage.process_group = getattr(child, 'group', None)
+    stage.belongs_to(layer)
+    layer.eps = stage.eps
+    for name in _PARAMETERS:
+        parameter = child._parameters.get(name) if owner is None else getattr(child, name)
         if parameter is not None:
-            setattr(child, name, parameter)
-    return child
+            setattr(layer, f'batch_{name}', parameter)
+    return stage
+
+
+def call_with_hooks(layer: Any, run: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
+    """Calls a layer with the forward hooks of its child around it.
+
+    They are given what they would be of a BatchNorm: the input of the layer, which a pre-hook may
+    replace, and the result of the channel stage alone. That is computed for them, without a
+    gradient, and cannot be replaced.
+
+    Raises:
+        RuntimeError: a hook gives another result; or it asks for one of a batch that lies on
+            several processes.
+    """
+    stage, args = layer.bn, (input,)
+    for key, hook in list(stage._forward_pre_hooks.items()):
+        if key in stage._forward_pre_hooks_with_kwargs:
+            changed = hook(stage, args, {})
+            changed = None if changed is None else changed[0]
+        else:
+            changed = hook(stage, args)
+        if changed is not None:
+            args = changed if isinstance(changed, tuple) else (changed,)
+    output = run(*args)
+    result = _result(layer, args[0]) if stage._forward_hooks else None
+    for key, hook in list(stage._forward_hooks.items()):
+        with_kwargs = key in stage._forward_hooks_with_kwargs
+        replaced = hook(stage, args, *[{}] * with_kwargs, result)
+        if replaced is not None and replaced is not result:
+            raise RuntimeError(
+                f'a forward hook of the child bn of a {type(layer).__name__} cannot replace its '
+                'result, which the layer does not read\n  replace that of the layer: '
+                'register_forward_hook on it'
+            )
+    return output
+
+
+def _result(layer: Any, input: Tensor) -> Tensor:
+    """What the channel stage gives for an input, after the update with it."""
+    stage = layer.bn
+    batch = layer.mode == 'batch' and stage.training and input.numel() > input.size(1)
+    if batch and layer.ranks() is not None:
+        raise RuntimeError(
+            f'forward hooks of the child bn of a {type(layer).__name__} in batch mode are not '
+            'called where the batch lies on several processes\n  register them with the layer'
+        )
+    values = (stage.running_mean, stage.running_var, layer.batch_weight, layer.batch_bias)
+    dtype = torch.promote_types(accumulation_dtype(input.dtype), values[0].dtype)
+    x, mean, var, scale, shift = (value.detach().to(dtype) for value in (input, *values))
+    running = (None, None) if batch else (mean, var)
+    with compat.not_traced():  # who traces to count operations counts those of the layer
+        y = F.batch_norm(x, running[0], running[1], scale, shift, batch, 0.0, layer.eps)
+    return y.to(input.dtype)

@@ -13,7 +13,7 @@ import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +46,8 @@ class WeightStandardized(_Base):
     the raw ``weight``; what convolves is `standardized_weight`.
     """
 
+    _weight_is_usual: ClassVar[bool] = True  # not so where a class overrides standardized_weight
+
     def __init__(
         self, *args: Any, eps: float = 1e-5, formula: str = 'paper', **kwargs: Any
     ) -> None:
@@ -57,6 +59,16 @@ class WeightStandardized(_Base):
         self.eps = eps
         self.formula = formula
         self.standardized_hooks: dict[int, Callable[[Tensor], None]] = OrderedDict()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        own = WeightStandardized.standardized_weight
+        cls._weight_is_usual = cls.standardized_weight is own
+        if '_conv_forward' in vars(cls):
+            raise TypeError(
+                f'{cls.__name__}: a class derived from a WS convolution cannot override '
+                '_conv_forward, which is not asked\n  override forward, or standardized_weight'
+            )
 
     def standardized_weight(self) -> Tensor:
         """The weight that convolves, in the shape of ``weight``; differentiable.
@@ -142,7 +154,7 @@ class WeightStandardized(_Base):
         """Convolves with the standardized weight; shapes as in torch's convolution."""
         parameters = self._parameters
         # Not there: it is parametrized or pruned, and somebody else's to compute.
-        if 'bias' in parameters and not torch.compiler.is_compiling():
+        if self._weight_is_usual and 'bias' in parameters and not torch.compiler.is_compiling():
             bias = parameters['bias']
             if (bias is None or not bias.is_meta) and isinstance(input, Tensor):
                 w_hat = standardization.usual(self)

@@ -46,6 +46,13 @@ class ForwardPasses(nn.GroupNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalises ``input``; see the class for shapes and what each mode does."""
+        bn = self._modules['bn']
+        assert bn is not None
+        if bn._forward_pre_hooks or bn._forward_hooks:
+            return channel_stage.call_with_hooks(self, self._forward, input)
+        return self._forward(input)
+
+    def _forward(self, input: Tensor) -> Tensor:
         if not torch.compiler.is_compiling():
             output = self._forward_usual(input)
             if output is not None:
@@ -120,13 +127,13 @@ class ForwardPasses(nn.GroupNorm):
                 '  num_batches_tracked must be a 0-d int64 tensor, as BatchNorm makes it\n'
                 '  got None'
             )
+        if not bn.track_running_stats:
+            return self._forward_untracked(input, Running(mean, var))
         if not torch.compiler.is_compiling() and compat.in_transform():
             return self._forward_transformed(input, Running(mean, var))
         running = Running(mean, var, self.counts)
-        if not bn.track_running_stats:
-            return self._forward_untracked(input, running)
         if self.sync == 'forward' or self.mode == 'batch':
-            ranks = self._ranks()
+            ranks = self.ranks()
             if ranks is not None:
                 # Also with an empty input: the other ranks wait for this one's share.
                 return self._forward_over_ranks(input, running, ranks)
@@ -170,17 +177,18 @@ class ForwardPasses(nn.GroupNorm):
 
     def _forward_untracked(self, input: Tensor, running: Running) -> Tensor:
         """As in training, without an update: ``bn.track_running_stats`` was set to False."""
-        ranks = self._ranks() if self.mode == 'batch' else None
+        ranks = self.ranks() if self.mode == 'batch' else None
         if ranks is not None:
+            running = _copy_of(Running(running.mean, running.var, self.counts))
             return synchronised.batch_norm_over_ranks(
-                input, self.num_groups, _copy_of(running), self._affine(), 0.0, self.eps, ranks
+                input, self.num_groups, running, self._affine(), 0.0, self.eps, ranks
             )
         return self._normalize(input, _copy_of(running), 0.0)
 
     def _forward_transformed(self, input: Tensor, running: Running) -> Tensor:
         """Inside a transform of torch.func, which lets a function edit what it was given alone."""
         momentum, tracked = self._momentum(), self.bn.num_batches_tracked
-        plain = momentum is not None and not self.averages and self._ranks() is None
+        plain = momentum is not None and not self.averages and self.ranks() is None
         transformed.check_buffers((*running[:2], tracked), plain, type(self).__name__)
         tracked.add_(1)
         return self._normalize(input, running, momentum)
@@ -262,7 +270,7 @@ class ForwardPasses(nn.GroupNorm):
         elif average is True:
             self._average = averages.add_share(running, taken_in, self._average)
 
-    def _ranks(self) -> distributed.Ranks | None:
+    def ranks(self) -> distributed.Ranks | None:
         """Those whose samples the statistics are of, where there are others than this one."""
         converted = self.mode == 'batch' and isinstance(self.bn, nn.SyncBatchNorm)
         if not converted and self.sync != 'forward':

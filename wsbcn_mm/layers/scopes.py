@@ -8,6 +8,7 @@ result.
 from __future__ import annotations
 
 import functools
+import os
 import sys
 import threading
 import weakref
@@ -245,6 +246,7 @@ def most_bytes(weight: Tensor) -> int:
 
 
 _PLAIN = (nn.Parameter, Tensor)
+_PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
 
 
 def _own_weight(layer: Any) -> Tensor | None:
@@ -338,15 +340,13 @@ class Plan:
             for module in model.modules()
             if hasattr(module, 'standardizes_rows')
         ]
-        self._with_own_forward = [
-            ref for ref in self._layers if (layer := ref()) is not None and _has_own_forward(layer)
-        ]
         # FullyShardedDataParallel wants the gradients of each of its units when that unit's
         # backward pass ends: no node may span several.
         fsdp = sys.modules.get('torch.distributed.fsdp')
         units = getattr(fsdp, 'FSDPModule', ())
         self._apart = any(isinstance(module, units) for module in model.modules())
         layers = self.layers()
+        self._kinds = {type(layer) for layer in layers}
         below = {module: [m for m in module.modules() if m in layers] for module in model.modules()}
         self._below = [
             (weakref.ref(module), [weakref.ref(layer) for layer in found])
@@ -368,7 +368,9 @@ class Plan:
         if torch.nn.modules.module._global_forward_pre_hooks:
             return layers
         found = {layer for layer in layers if 'forward' in layer.__dict__}
-        found.update(layer for ref in self._with_own_forward if (layer := ref()) is not None)
+        foreign = {kind for kind in self._kinds if not _is_ours(kind.forward)}
+        if foreign:
+            found.update(layer for layer in layers if type(layer) in foreign)
         for of_module, below in self._below:
             module = of_module()
             hooks = None if module is None else module._forward_pre_hooks
@@ -389,9 +391,10 @@ class Plan:
         self._orders[training] = [weakref.ref(layer) for layer in used]
 
 
-def _has_own_forward(layer: Any) -> bool:
-    """Whether its class has a ``forward`` that is not of this package."""
-    return not type(layer).forward.__module__.startswith('wsbcn_mm.')
+def _is_ours(function: Any) -> bool:
+    """Whether a function is written in this package, whatever it says of itself."""
+    code = getattr(function, '__code__', None)
+    return code is not None and code.co_filename.startswith(_PACKAGE)
 
 
 def _may_write(hook: Callable[..., Any]) -> bool:

@@ -228,7 +228,8 @@ variable_list weight_standardize_all(TensorList weights, double eps, std::string
 
 void join(const Tensor& w_hat, const Tensor& weight) {
   const auto& node = w_hat.grad_fn();
-  TORCH_CHECK(node, "w_hat must be a result of weight_standardize_all that requires a gradient");
+  TORCH_CHECK(dynamic_cast<StandardizeBackward*>(node.get()) != nullptr,
+              "w_hat must be a result of weight_standardize_all that requires a gradient");
   const size_t place = w_hat.output_nr();
   TORCH_CHECK(place < node->next_edges().size(), "w_hat must be one of the results of its node");
   node->next_edges()[place] = torch::autograd::impl::gradient_edge(weight);
