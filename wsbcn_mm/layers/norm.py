@@ -92,7 +92,7 @@ class BatchChannelNorm(ForwardPasses):
             check(value)
         if name == 'eps':
             value = float(value)
-        if name == 'bn':
+        if name == 'bn' and isinstance(value, nn.Module):
             value = channel_stage.adopted(value, self)
         super().__setattr__(name, value)
         if name == 'eps' and 'bn' in self._modules:
