@@ -246,6 +246,13 @@ def test_a_copy_that_is_put_back_belongs_to_the_layer():
     assert norm.bn.weight is norm.batch_weight and norm.bn.num_batches_tracked == 0
     norm.bn.requires_grad_(False)
     assert not norm.batch_weight.requires_grad
+    with pytest.raises(ValueError, match='momentum must lie in'):
+        norm.bn = nn.BatchNorm2d(8, momentum=3)
+    saved, norm.eps = norm.bn, 0.25
+    norm.bn = nn.BatchNorm2d(8, momentum=1)
+    assert norm.momentum == 1.0 and type(norm.momentum) is float and norm.eps == 1e-5
+    norm.bn = saved
+    assert norm.bn is saved and norm.eps == norm.bn.eps == 0.25
 
 
 def test_what_it_is_replaced_by():

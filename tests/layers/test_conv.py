@@ -313,6 +313,9 @@ def test_a_class_may_override_the_standardized_weight(in_scope):
             torch.testing.assert_close(layer(x), plain(x) / 2)
     with pytest.raises(TypeError, match='cannot override _conv_forward'):
         type('Padded', (WSConv2d,), dict(_conv_forward=lambda *_: None))
+    mixin = type('Mixin', (), dict(_conv_forward=lambda *_: None))
+    with pytest.raises(TypeError, match='cannot override _conv_forward'):
+        type('Padded', (mixin, WSConv2d), {})
 
 
 class _PlusFive(nn.Module):

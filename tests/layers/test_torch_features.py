@@ -64,6 +64,13 @@ def test_weights_that_are_edited_before_the_backward_pass_are_refused(scope):
             loss.backward()
 
 
+def test_pruned_and_parametrized_scales_are_frozen_by_the_child():
+    norm = BatchChannelNorm2d(8, 4)
+    prune.l1_unstructured(norm, 'batch_weight', 2)
+    norm.bn.requires_grad_(False)
+    assert not norm.batch_weight_orig.requires_grad and norm.weight.requires_grad
+
+
 def test_pruned_and_parametrized_scales():
     class Double(nn.Module):
         def forward(self, value):

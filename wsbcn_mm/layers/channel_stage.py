@@ -69,10 +69,11 @@ class ChannelStage(_BatchNorm):
         return parameter
 
     def requires_grad_(self: Stage, requires_grad: bool = True) -> Stage:
-        """As in torch, of scale and shift: those of the layer."""
+        """As in torch, of scale and shift: those of the layer, or what they are computed from."""
         if '_layer' in self.__dict__:
-            for name in _PARAMETERS:
-                getattr(self, name).requires_grad_(requires_grad)
+            for name, parameter in self._layer.layer.named_parameters():
+                if 'batch_weight' in name or 'batch_bias' in name:
+                    parameter.requires_grad_(requires_grad)
         return self
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
@@ -138,6 +139,7 @@ def adopted(child: nn.Module, layer: Any) -> nn.Module:
     owner = child.__dict__.get('_layer')
     if isinstance(child, ChannelStage):
         if owner is None or owner.layer is layer:
+            layer.__dict__['eps'] = child.eps
             return child
         kind = type(child)
     elif type(child) in _PLAIN or type(child).__name__ == '_BatchNormXd':  # mmengine's, of any axes
@@ -152,8 +154,9 @@ def adopted(child: nn.Module, layer: Any) -> nn.Module:
     stage.affine = False
     if not hasattr(stage, 'process_group'):
         stage.process_group = getattr(child, 'group', None)
+    stage.momentum = child.momentum  # is a rate
     stage.belongs_to(layer)
-    layer.eps = stage.eps
+    layer.__dict__['eps'] = float(stage.eps)  # not that of the child that goes
     for name in _PARAMETERS:
         parameter = child._parameters.get(name) if owner is None else getattr(child, name)
         if parameter is not None:

@@ -62,9 +62,9 @@ class WeightStandardized(_Base):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        own = WeightStandardized.standardized_weight
-        cls._weight_is_usual = cls.standardized_weight is own
-        if '_conv_forward' in vars(cls):
+        own = WeightStandardized
+        cls._weight_is_usual = cls.standardized_weight is own.standardized_weight
+        if cls._conv_forward is not own._conv_forward:
             raise TypeError(
                 f'{cls.__name__}: a class derived from a WS convolution cannot override '
                 '_conv_forward, which is not asked\n  override forward, or standardized_weight'
