@@ -69,6 +69,16 @@ def test_pruned_and_parametrized_scales_are_frozen_by_the_child():
     prune.l1_unstructured(norm, 'batch_weight', 2)
     norm.bn.requires_grad_(False)
     assert not norm.batch_weight_orig.requires_grad and norm.weight.requires_grad
+    before = norm.bn
+    with pytest.raises(ValueError, match='batch_weight of the layer is pruned'):
+        norm.bn = nn.BatchNorm2d(8, eps=0.5)
+    assert norm.bn is before and norm.eps == 1e-5
+
+
+def test_a_hook_of_the_child_in_a_trace():
+    norm = BatchChannelNorm2d(8, 4, mode='batch')
+    norm.bn.register_forward_hook(lambda bn, args, result: None)
+    torch.jit.trace(norm, torch.randn(2, 8, 3, 3), check_trace=False)
 
 
 def test_pruned_and_parametrized_scales():

@@ -148,6 +148,14 @@ def adopted(child: nn.Module, layer: Any) -> nn.Module:
         kind = ChannelStageOverRanks
     else:
         return child
+    own = {n: child._parameters.get(n) if owner is None else getattr(child, n) for n in _PARAMETERS}
+    for name, parameter in own.items():
+        if parameter is not None and f'batch_{name}' not in layer._parameters:
+            raise ValueError(
+                f'the bn of a {type(layer).__name__} cannot be replaced by one with a {name}: '
+                f'batch_{name} of the layer is pruned or parametrized\n  make it a plain parameter '
+                'first, or give a BatchNorm with affine=False'
+            )
     stage: Any = copy.copy(child)
     stage.__class__ = kind
     stage._parameters = dict.fromkeys(_PARAMETERS)
@@ -157,8 +165,7 @@ def adopted(child: nn.Module, layer: Any) -> nn.Module:
     stage.momentum = child.momentum  # is a rate
     stage.belongs_to(layer)
     layer.__dict__['eps'] = float(stage.eps)  # not that of the child that goes
-    for name in _PARAMETERS:
-        parameter = child._parameters.get(name) if owner is None else getattr(child, name)
+    for name, parameter in own.items():
         if parameter is not None:
             setattr(layer, f'batch_{name}', parameter)
     return stage
@@ -201,7 +208,8 @@ def call_with_hooks(layer: Any, run: Callable[[Tensor], Tensor], input: Tensor) 
 def _result(layer: Any, input: Tensor) -> Tensor:
     """What the channel stage gives for an input, after the update with it."""
     stage = layer.bn
-    batch = layer.mode == 'batch' and stage.training and input.numel() > input.size(1)
+    several = bool(input.numel() > input.size(1))  # traced it is a tensor
+    batch = layer.mode == 'batch' and stage.training and several
     if batch and layer.ranks() is not None:
         raise RuntimeError(
             f'forward hooks of the child bn of a {type(layer).__name__} in batch mode are not '
