@@ -228,6 +228,15 @@ class Returned:
         return result
 
 
+def test_a_pre_hook_may_hand_the_input_on_by_name():
+    norm, x = BatchChannelNorm2d(8, 4).eval(), torch.randn(2, 8, 3, 3)
+    expected = norm(x + 1)
+    norm.bn.register_forward_pre_hook(
+        lambda bn, args, kwargs: ((), dict(input=args[0] + 1)), with_kwargs=True
+    )
+    assert torch.equal(norm(x), expected)
+
+
 def test_its_hooks_lie_within_those_of_the_layer():
     """Profilers keep a stack of what runs."""
     model, stack, seen = net(), [], []

@@ -186,7 +186,8 @@ def call_with_hooks(layer: Any, run: Callable[[Tensor], Tensor], input: Tensor) 
     for key, hook in list(stage._forward_pre_hooks.items()):
         if key in stage._forward_pre_hooks_with_kwargs:
             changed = hook(stage, args, {})
-            changed = None if changed is None else changed[0]
+            # The input, whichever way it is handed on.
+            changed = None if changed is None else (*changed[0], *changed[1].values())
         else:
             changed = hook(stage, args)
         if changed is not None:
