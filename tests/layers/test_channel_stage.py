@@ -262,6 +262,28 @@ def test_a_copy_that_is_put_back_belongs_to_the_layer():
     assert norm.momentum == 1.0 and type(norm.momentum) is float and norm.eps == 1e-5
     norm.bn = saved
     assert norm.bn is saved and norm.eps == norm.bn.eps == 0.25
+    with pytest.raises(ValueError, match='eps must be finite'):
+        norm.bn = nn.BatchNorm2d(8, eps=-1)
+    assert norm.bn is saved
+
+
+def test_put_back_it_brings_its_scale():
+    """An optimizer that was made before steps what the layer computes with."""
+    norm = BatchChannelNorm2d(8, 4)
+    child, before = norm.bn, dict(norm.named_parameters())
+    for other in (nn.BatchNorm2d(8), nn.BatchNorm2d(8)):
+        norm.bn = other
+        assert norm.batch_weight is other.weight
+    norm.bn = child
+    assert all(norm.get_parameter(name) is value for name, value in before.items())
+
+
+def test_an_average_does_not_go_on_with_another_child():
+    norm, x = BatchChannelNorm2d(8, 4, momentum=1.0), torch.randn(2, 8, 5, 5)
+    norm(x)
+    norm.bn = nn.BatchNorm2d(8, momentum=1.0)
+    norm(x + 5)
+    torch.testing.assert_close(norm.bn.running_var, x.var((0, 2, 3), unbiased=False))
 
 
 def test_what_it_is_replaced_by():

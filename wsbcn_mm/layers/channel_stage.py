@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from wsbcn_mm import compat
 from wsbcn_mm.backends.ops import accumulation_dtype
-from wsbcn_mm.checks import checked_rate
+from wsbcn_mm.checks import check_eps, checked_rate
 
 _PARAMETERS = ('weight', 'bias')
 _PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -128,18 +128,23 @@ class ChannelStageOverRanks(ChannelStage, nn.SyncBatchNorm, _BatchNorm):
     """What conversions to SyncBatchNorm make of those above."""
 
 
-def adopted(child: nn.Module, layer: Any) -> nn.Module:
+def adopted(child: Any, layer: Any) -> Any:
     """What becomes the child of a layer where somebody else sets it.
 
     Conversions to SyncBatchNorm, and back, make a new module of each BatchNorm, in which nothing
     knows the layer any more; snapshots put back a copy. Of BatchNorms, and of the child of another
     layer, this is a channel stage of the layer with their statistics, settings and hooks; their
-    scale and shift, where they have them, become the layer's. Whatever else it is stays as it is.
+    scale and shift, where they have them, become the layer's until the child that was there comes
+    back. Whatever else it is stays as it is.
     """
     owner = child.__dict__.get('_layer')
+    gone = layer._modules.get('bn')
+    if getattr(gone, 'running_mean', None) is not getattr(child, 'running_mean', None):
+        layer.forget_average()
     if isinstance(child, ChannelStage):
         if owner is None or owner.layer is layer:
             layer.__dict__['eps'] = child.eps
+            _set_scale(layer, child.__dict__.pop('_replaced', {}), gone)
             return child
         kind = type(child)
     elif type(child) in _PLAIN or type(child).__name__ == '_BatchNormXd':  # mmengine's, of any axes
@@ -149,14 +154,17 @@ def adopted(child: nn.Module, layer: Any) -> nn.Module:
     else:
         return child
     own = {n: child._parameters.get(n) if owner is None else getattr(child, n) for n in _PARAMETERS}
-    for name, parameter in own.items():
-        if parameter is not None and f'batch_{name}' not in layer._parameters:
+    own = {name: parameter for name, parameter in own.items() if parameter is not None}
+    for name in own:
+        if f'batch_{name}' not in layer._parameters:
             raise ValueError(
                 f'the bn of a {type(layer).__name__} cannot be replaced by one with a {name}: '
                 f'batch_{name} of the layer is pruned or parametrized\n  make it a plain parameter '
                 'first, or give a BatchNorm with affine=False'
             )
+    check_eps(child.eps)
     stage: Any = copy.copy(child)
+    stage.__dict__.pop('_replaced', None)
     stage.__class__ = kind
     stage._parameters = dict.fromkeys(_PARAMETERS)
     stage.affine = False
@@ -165,10 +173,16 @@ def adopted(child: nn.Module, layer: Any) -> nn.Module:
     stage.momentum = child.momentum  # is a rate
     stage.belongs_to(layer)
     layer.__dict__['eps'] = float(stage.eps)  # not that of the child that goes
-    for name, parameter in own.items():
-        if parameter is not None:
-            setattr(layer, f'batch_{name}', parameter)
+    _set_scale(layer, own, gone)
     return stage
+
+
+def _set_scale(layer: Any, own: dict[str, nn.Parameter], gone: nn.Module | None) -> None:
+    """Gives the layer those of its new child; the one that goes keeps what it had."""
+    if own and isinstance(gone, ChannelStage):
+        gone.__dict__['_replaced'] = {name: getattr(gone, name) for name in own}
+    for name, parameter in own.items():
+        setattr(layer, f'batch_{name}', parameter)
 
 
 def call_with_hooks(layer: Any, run: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
