@@ -54,6 +54,7 @@ def test_a_quick_run_writes_everything(tmp_path):
         'settings',
         'gate',
         'skipped',
+        'failed',
         'host',
         'norm',
         'ws',
@@ -104,7 +105,29 @@ def test_a_section_that_cannot_run_is_named_with_the_reason(tmp_path, capsys, mo
     benchmark_layers.main(['--device', 'cpu', '--quick', '--only', 'detector', '-o', str(tmp_path)])
     assert 'Not measured: detector: no such thing here' in capsys.readouterr().out
     results = json.loads((tmp_path / 'results.json').read_text())
-    assert results['skipped'] == {'detector': 'no such thing here'}
+    assert results['skipped'] == {'detector': 'no such thing here'} and not results['failed']
+
+
+def test_where_openmmlab_is_not_installed_the_detector_is_left_out(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'wsbcn_mm.openmmlab', None)  # as if its imports failed
+    _, results = run_tool(tmp_path, '--only', 'detector')
+    assert 'wsbcn_mm.openmmlab' in results['skipped']['detector']
+
+
+def test_a_section_that_fails_does_not_take_the_others_with_it(tmp_path, capsys, monkeypatch):
+    def fails(settings):
+        raise KeyError('broken')
+
+    monkeypatch.setitem(benchmark_layers.SECTIONS, 'host', fails)
+    with pytest.raises(SystemExit) as stopped:
+        benchmark_layers.main(
+            ['--device', 'cpu', '--quick', '--only', 'host', 'ws', '-o', str(tmp_path)]
+        )
+    assert stopped.value.code == 1
+    printed = capsys.readouterr()
+    assert "Failed: host: KeyError: 'broken'" in printed.out and 'Traceback' in printed.err
+    results = json.loads((tmp_path / 'results.json').read_text())
+    assert results['ws'] and results['failed'] == {'host': "KeyError: 'broken'"}
 
 
 def test_the_script_for_a_gpu_says_what_it_needs(root, tmp_path):

@@ -1,8 +1,8 @@
 """Times the layers against their peers: host time, a ResNet-50, a Mask R-CNN, WS, norms.
 
 Before any timing the layers are checked against the specification in float64; if they are wrong,
-no speed is printed and the exit status is 1. Tables go to stdout, progress to stderr, and
-results.json and charts to a folder.
+no speed is printed and the exit status is 1. It is 1 as well where a section failed. Tables go to
+stdout, progress to stderr, and results.json and charts to a folder.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import platform
 import shlex
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -159,13 +160,17 @@ def main(arguments: list[str] | None = None) -> None:
     )
 
     args.output.mkdir(parents=True, exist_ok=True)
-    results['skipped'] = {}
+    results['skipped'], results['failed'] = {}, {}
     for name in (name for name in SECTIONS if name in args.only):
         try:
             results[name] = SECTIONS[name](settings)
         except Skipped as reason:
             results['skipped'][name] = str(reason)
             print(f'\nNot measured: {name}: {reason}')
+        except Exception as error:  # noqa: BLE001  # the other sections do not depend on it
+            traceback.print_exc()
+            results['failed'][name] = f'{type(error).__name__}: {error}'
+            print(f'\nFailed: {name}: {results["failed"][name]}')
         else:
             show(getattr(output, name)(results[name]))
         write(results, args.output)  # what was measured survives if a later section does not
@@ -180,6 +185,8 @@ def main(arguments: list[str] | None = None) -> None:
         print('\n'.join(map(str, output.draw(results, args.output))))
     except ImportError as error:
         print(f'no charts: {error}')
+    if results['failed']:
+        sys.exit(1)
 
 
 def show(lines: output.Lines) -> None:

@@ -56,9 +56,9 @@ def detector(settings: Settings) -> list[dict]:
 
     The learning rate is 0, so that every step is the same step.
     """
-    from wsbcn_mm.openmmlab import compat
-
     try:
+        from wsbcn_mm.openmmlab import compat  # which needs mmengine
+
         compat.require('mmengine', 'mmcv', 'mmdet')
     except ImportError as error:
         raise Skipped(str(error).replace('\n', ';')) from None
