@@ -250,7 +250,9 @@ def test_a_warm_up_made_for_more_images(tmp_path, images, end):
     )
     done = convert_config(tiny(tmp_path, retinanet(), **rest), gpus=1)
     assert done.cfg.param_scheduler[0].end == end
-    assert ('param_scheduler[0].end' in str(done)) == (images == 40)
+    lines = [line for line in str(done).split('\n') if line.startswith('param_scheduler')]
+    assert len(lines) == 1 and ('still rise when half' in lines[0]) == (images == 40)
+    assert f'end={end})' in lines[0].partition(' -> ')[2]
     write_config(done, tmp_path / 'done.py')
     assert 'long-warm-up' not in {finding.code for finding in audit(tmp_path / 'done.py', gpus=1)}
 

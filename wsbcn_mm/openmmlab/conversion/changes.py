@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mmengine.config import Config, ConfigDict
@@ -73,11 +73,28 @@ class Conversion:
         if isinstance(value, dict):
             value = ConfigDict(value)
         parent[key] = value
-        # A place that is set twice is one change.
+        # A place that is set twice is one change, and so is one inside of another that was set.
+        if outer := self._changed_around(place):
+            self._note_anew(outer, why)
+            return
         for change in [change for change in self.changes if change.where == dotted(place)]:
             before, why = change.before, why or change.why
             self.changes.remove(change)
         self.changes.append(Change(dotted(place), before, value, why))
+
+    def _changed_around(self, place: Place) -> Place | None:
+        """The outermost place around this one that was set."""
+        around = [place[:length] for length in range(1, len(place))]
+        where = [change.where for change in self.changes]
+        return next((outer for outer in around if dotted(outer) in where), None)
+
+    def _note_anew(self, place: Place, why: str = '') -> None:
+        """Has a change show what stands at its place now."""
+        after = copy.deepcopy(value_at(self.cfg, place))
+        for i, change in enumerate(self.changes):
+            if change.where == dotted(place):
+                reasons = dict.fromkeys(filter(None, (change.why, why)))
+                self.changes[i] = replace(change, after=after, why=', '.join(reasons))
 
     def build_from_kind(self, place: Place, builder: str, why: str) -> None:
         """Has a part built by one of our builders, which gets its type as ``kind``.
@@ -102,6 +119,8 @@ class Conversion:
             parent[key] = copy.deepcopy(original[key])
         else:
             del parent[key]
+        if outer := self._changed_around(place):
+            self._note_anew(outer)
 
 
 def _one_line(value: object) -> str:
