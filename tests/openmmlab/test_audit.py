@@ -345,6 +345,10 @@ def test_files_that_are_no_checkpoints(tmp_path):
         audit(path)
     with pytest.raises(FileNotFoundError):
         audit(tmp_path / 'none.pth')
+    other = tmp_path / 'model.safetensors'
+    other.write_bytes(b'\x10\0\0\0\0\0\0\0{"conv.weight":')
+    with pytest.raises(ValueError, match='safetensors.torch.load_file'):
+        audit(other)
 
 
 @pytest.mark.parametrize('good, code', [(True, 0), (False, 1), (None, 2)])

@@ -9,7 +9,9 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import torch
+from torch import nn
 
 from tests.openmmlab.tiny import make_runner
 from wsbcn_mm.openmmlab import files
@@ -123,10 +125,16 @@ def test_damage_is_seen(tmp_path):
         (b'version https://git-lfs.github.com/spec/v1\noid', 'git lfs pull'),
         (b'<!DOCTYPE html><html>', 'a web page'),
         (b'\x10\0\0\0\0\0\0\0{"conv.weight":', 'safetensors.torch.load_file'),
+        (b'\x08\x08\x12\x07pytorch\x1a', 'an ONNX file'),
+        (b'\x89HDF\r\n', 'HDF5'),
     ):
         path.write_bytes(content)
         assert words in damage(path)
     assert damage(tmp_path / 'b.pth') == 'does not exist'
+    np.savez(path.with_suffix('.npz'), a=np.ones(2))
+    assert 'NumPy' in damage(path.with_suffix('.npz'))
+    torch.jit.script(nn.ReLU()).save(path)
+    assert 'TorchScript' in damage(path)
     torch.save(dict(a=torch.ones(2)), path, _use_new_zipfile_serialization=False)
     assert damage(path) is None
 

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import zipfile
 import zlib
 from pathlib import Path
@@ -87,10 +88,16 @@ def save_atomically(value: object, path: str | Path) -> None:
 
 # What people give for a checkpoint, by what is in its first bytes.
 TAKEN_FOR_ONE = {
-    b'git-lfs': ': it is the pointer to one that Git LFS has (git lfs pull)',
-    b'<!DOCTYPE': ': it is a web page',
-    b'<html': ': it is a web page',
-    b'{"': ": it is of safetensors: torch.save(safetensors.torch.load_file(FILE), 'new.pth')",
+    rb'git-lfs': ': it is the pointer to one that Git LFS has (git lfs pull)',
+    rb'<!DOCTYPE|<html': ': it is a web page',
+    rb'\{"': ": it is of safetensors: torch.save(safetensors.torch.load_file(FILE), 'new.pth')",
+    rb'\A\x08.\x12': ': it is an ONNX file: name the checkpoint that it was made of',
+    rb'\A\x89HDF': ': it is an HDF5 file (Keras, MATLAB)',
+}
+# The same by what is in an archive: others than torch.save write them, too.
+ARCHIVES = {
+    'constants.pkl': ': it is a TorchScript file: name the checkpoint that it was made of',
+    '.npy': ': it is a file of NumPy',
 }
 
 
@@ -113,14 +120,17 @@ def damage(path: str | Path) -> str | None:
     if start.startswith(b'\x80'):  # a pickle: torch < 1.6
         return None
     if not start.startswith(b'PK'):
-        kind = next((kind for mark, kind in TAKEN_FOR_ONE.items() if mark in start), '')
-        return 'is not a checkpoint' + kind
+        kinds = (k for mark, k in TAKEN_FOR_ONE.items() if re.search(mark, start, re.DOTALL))
+        return 'is not a checkpoint' + next(kinds, '')
     try:
         with zipfile.ZipFile(path) as archive:
-            part = archive.testzip()
+            part, names = archive.testzip(), archive.namelist()
     except (zipfile.BadZipFile, EOFError, OSError, ValueError, zlib.error):
         return 'is incomplete (a copy or a download that broke off?)'
-    return None if part is None else f'is damaged (wrong checksum of {part})'
+    if part is not None:
+        return f'is damaged (wrong checksum of {part})'
+    ends = [kind for end, kind in ARCHIVES.items() if any(name.endswith(end) for name in names)]
+    return f'is not a checkpoint{ends[0]}' if ends else None
 
 
 def latest_complete(folder: str | Path) -> tuple[Path | None, list[str]]:

@@ -19,7 +19,8 @@ from wsbcn_mm.openmmlab.conversion.recipe import images_per_gpu as images_of
 from wsbcn_mm.openmmlab.foreign_config import foreign_config
 from wsbcn_mm.openmmlab.guarded_loaders import code_refused
 
-CHECKPOINT_SUFFIXES = ('.pth', '.pt', '.tar')
+CONFIGS = ('.py', '.json', '.yaml', '.yml')
+CHECKPOINTS = ('.pth', '.pt', '.tar')
 
 
 def audit(
@@ -41,9 +42,14 @@ def audit(
         ValueError: a config without a model or with one that cannot be built, a checkpoint that
             cannot be read.
     """
-    if not isinstance(source, Config) and Path(source).suffix in CHECKPOINT_SUFFIXES:
+    if not isinstance(source, Config) and _is_checkpoint(Path(source)):
         return audit_checkpoint(source)
     return audit_config(source, images_per_gpu, gpus)
+
+
+def _is_checkpoint(path: Path) -> bool:
+    """Any file that is no config is taken for one: what it is instead is said there."""
+    return path.suffix in CHECKPOINTS or (path.suffix not in CONFIGS and path.is_file())
 
 
 def audit_checkpoint(path: str | Path) -> list[Finding]:
