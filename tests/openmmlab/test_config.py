@@ -210,7 +210,10 @@ def test_add_hook_keeps_the_hooks_of_the_config():
         ('max_epochs = 2\nnote = 7\nwork_dir = "w"', None),
     ],
 )
-def test_variables_of_a_base_that_are_set_in_vain(text, words, tmp_path, capsys):
+@pytest.mark.parametrize(
+    'inherit', ['_base_ = ["base.py"]', 'with read_base():\n    from .base import *']
+)
+def test_variables_of_a_base_that_are_set_in_vain(inherit, text, words, tmp_path, capsys):
     base = """
 train_pipeline, rate, max_epochs, note = [1], dict(type='SGD', lr=1), 2, 1
 model = dict(type='A')
@@ -219,7 +222,9 @@ optim_wrapper = dict(optimizer=rate)
 train_cfg = dict(max_epochs=max_epochs)
 """
     (tmp_path / 'base.py').write_text(base)
-    (tmp_path / 'c.py').write_text(f'_base_ = ["base.py"]\n{text}\n')
+    pure = 'read_base' in inherit
+    imports = 'from mmengine.config import read_base\n' if pure else ''
+    (tmp_path / 'c.py').write_text(f'{imports}{inherit}\n{text}\n')
     config.load_config(str(tmp_path / 'c.py'))
     warned = capsys.readouterr().err
     assert re.search(words, warned) if words else not warned

@@ -63,22 +63,47 @@ def load_config(path: str, options: dict | None = None) -> Config:
 def _without_effect(cfg: Config, file: Path) -> list[str]:
     """Variables of its bases that a file sets in vain; nothing where the bases are computed."""
     text = file.read_text('utf-8') if file.suffix == '.py' else ''
+    inherited: dict[str, Any] = {}
+    for base in _bases_of(text, file):
+        if not base.is_file():  # mmengine knows more names
+            return []
+        inherited.update(with_names(Config.fromfile(base))._cfg_dict)
+    if not inherited:
+        return []
+    return without_effect(cfg, Config(inherited), text)
+
+
+def _bases_of(text: str, file: Path) -> list[Path]:
+    """The files that a config inherits from; none where they are computed."""
     stated = re.search(r'^_base_\s*=\s*(\[[^]]*\]|\([^)]*\)|[\'"][^\'"]*[\'"])', text, re.MULTILINE)
     if stated is None:
-        return []
+        return _imported_bases(text, file)
     try:
         names = ast.literal_eval(stated[1])
     except ValueError:
         return []
-    inherited: dict[str, Any] = {}
+    found = []
     for name in [names] if isinstance(names, str) else names:
         package = name.partition('::')[0]
         known = package in (*HOSTS, 'wsbcn_mm')
-        base = find_config(name)[0] if '::' in name and known else file.parent / name
-        if not base.is_file():  # mmengine knows more names
-            return []
-        inherited.update(Config.fromfile(base)._cfg_dict)
-    return without_effect(cfg, Config(inherited), text)
+        found.append(find_config(name)[0] if '::' in name and known else file.parent / name)
+    return found
+
+
+def _imported_bases(text: str, file: Path) -> list[Path]:
+    """The same of a config in pure Python: what stands in ``with read_base():``."""
+    try:
+        blocks = [part for part in ast.parse(text).body if isinstance(part, ast.With)]
+    except SyntaxError:  # a template of mmengine
+        return []
+    found = []
+    for node in [node for block in blocks for node in block.body]:  # mmengine allows no other
+        if isinstance(node, ast.ImportFrom) and node.module:
+            first, *rest = node.module.split('.')
+            above = [file.parent, *['..'] * (node.level - 1), first]
+            start = above if node.level else [compat.package_folder(first)]
+            found.append(Path(*start, *rest).with_suffix('.py'))
+    return found
 
 
 def _check_age(cfg: Config, path: str) -> None:
