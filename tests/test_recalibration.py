@@ -315,6 +315,47 @@ def test_set_statistics_keeps_extreme_channels():
     assert layer.bn.running_var[2] == 0 and layer.batch_weight[0] == 0
 
 
+def test_keep_function_needs_scales_of_the_layers_own():
+    net = Net()
+    net.norms[2].batch_bias = net.norms[1].batch_bias
+    with pytest.raises(ValueError, match='norms.2 and norms.1 share their batch_bias'):
+        recalibrate(net, images(), keep_function=True)
+    nn.utils.prune.l1_unstructured(net.norms[0], 'batch_weight', 0.25)
+    with pytest.raises(ValueError, match='norms.0.batch_weight is pruned or parametrized'):
+        recalibrate(net, images(), keep_function=True)
+
+
+def test_what_the_channel_stage_gets_is_measured():
+    class Shifted(BatchChannelNorm2d):
+        def forward(self, x):
+            return super().forward(x + 5)
+
+    norm, x = Shifted(CHANNELS, 2), torch.randn(2, CHANNELS, 4, 4)
+    norm.bn.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+    recalibrate(norm, [x])
+    torch.testing.assert_close(norm.bn.running_mean, 2 * x.mean((0, 2, 3)) + 10)
+
+
+def test_statistics_that_a_buffer_cannot_hold_are_refused():
+    norm, x = BatchChannelNorm2d(CHANNELS, 2).half(), torch.randn(2, CHANNELS, 4, 4).half() * 400
+    with pytest.raises(ValueError, match=r'a buffer of torch\.float16 cannot hold'):
+        recalibrate(norm, [x])
+    assert norm.bn.running_var.eq(1).all()
+
+
+def test_a_frozen_batch_norm_in_the_place_of_the_child():
+    class Frozen(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer('running_mean', torch.zeros(CHANNELS))
+            self.register_buffer('running_var', torch.ones(CHANNELS))
+
+    norm, x = BatchChannelNorm2d(CHANNELS, 2), torch.randn(2, CHANNELS, 4, 4)
+    norm.bn, expected = Frozen(), norm.eval()(x)
+    recalibrate(norm, [x], keep_function=True)
+    torch.testing.assert_close(norm(x), expected)
+
+
 def test_a_failure_gives_stage_1_back():
     net = Net()
     before = {key: value.clone() for key, value in net.state_dict().items()}

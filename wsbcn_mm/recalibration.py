@@ -87,7 +87,9 @@ def recalibrate(
     Raises:
         TypeError: ``batches`` is an iterator, which gives its batches only once.
         ValueError: no layer, no batch on any rank, a bad ``passes`` or ``tolerance``, or a layer
-            that gets values that are not finite, by name. The statistics are then as before.
+            that gets values that are not finite, or has statistics that its buffers cannot hold,
+            by name; with ``keep_function`` a layer whose scale is computed (pruned, parametrized)
+            or another layer's as well. The statistics are then as before.
     """
     _check(batches, passes, tolerance)
     chosen = None if layers is None else {id(layer) for layer in layers}
@@ -98,6 +100,8 @@ def recalibrate(
     }
     if not accounts:
         raise ValueError('recalibrate: the model has no BatchChannelNorm layer')
+    if keep_function:
+        _check_scales(accounts)
     before = [(account.layer, _stage_1(account.layer)) for account in accounts.values()]
     modes = {module: module.training for module in model.modules()}
     model.eval()
@@ -113,7 +117,9 @@ def recalibrate(
                 done += 1
         if keep_function:
             for account in accounts.values():
-                account.layer.bn.num_batches_tracked.clamp_(min=account.total)
+                tracked = getattr(account.layer.bn, 'num_batches_tracked', None)
+                if tracked is not None:  # a frozen BatchNorm that a host put there counts nothing
+                    tracked.clamp_(min=account.total)
     except BaseException:
         for layer, values in before:
             for tensor, value in zip(_tensors(layer), values):
@@ -149,6 +155,7 @@ def set_statistics(
         keep_function: See above.
     """
     bn = layer.bn
+    layer.forget_average()  # of a host, of the statistics that were
     if keep_function:
         wide = torch.promote_types(mean.dtype, torch.float32)
         old_mean, old_var, weight, bias = (
@@ -181,6 +188,25 @@ def _check(batches: Iterable[Any], passes: int, tolerance: float) -> None:
         raise ValueError(f'tolerance must be a number >= 0\n  got {tolerance!r}')
 
 
+def _check_scales(accounts: dict[str, '_Moments']) -> None:
+    """Those that `set_statistics` is to change with the statistics must be the layer's own."""
+    owners: dict[Tensor, str] = {}
+    for name, account in accounts.items():
+        for parameter in ('batch_weight', 'batch_bias'):
+            tensor = account.layer._parameters.get(parameter)
+            if tensor is None:
+                raise ValueError(
+                    f'recalibrate: {name}.{parameter} is pruned or parametrized, and cannot be '
+                    'changed with the statistics\n  make it a plain parameter first, or leave '
+                    'keep_function out'
+                )
+            if owners.setdefault(tensor, name) != name:
+                raise ValueError(
+                    f'recalibrate: {name} and {owners[tensor]} share their {parameter}, which '
+                    'cannot keep what both compute\n  give each its own, or leave keep_function out'
+                )
+
+
 def _statistics(layer: BatchChannelNorm) -> tuple[Tensor, Tensor]:
     return layer.bn.running_mean.clone(), layer.bn.running_var.clone()
 
@@ -193,8 +219,8 @@ def _run(
     try:
         for account in accounts:
             account.calls = 0
-            hook = account.layer.register_forward_pre_hook(account.add, with_kwargs=True)
-            handles.append(hook)
+            # Of the child, behind others: what the channel stage gets.
+            handles.append(account.layer.bn.register_forward_pre_hook(account.add))
         for batch in batches:
             forward(batch)
     finally:
@@ -215,11 +241,13 @@ def _combine(accounts: dict[str, '_Moments']) -> None:
     squares = distributed.sum_over_ranks(
         [square + n * (own - mean).square() for (n, own, square), mean in zip(measured, means)]
     )
-    for name, mean, square in zip(accounts, means, squares):
-        if not torch.isfinite(torch.stack([mean, square])).all():
+    for (name, account), total, mean, square in zip(accounts.items(), totals, means, squares):
+        dtype = account.layer.bn.running_var.dtype
+        if not torch.isfinite(torch.stack([mean, square / max(total, 1)]).to(dtype)).all():
             raise ValueError(
-                f'recalibrate: {name} got values that are not finite\n'
-                '  the weights or the images are damaged; the statistics were left as they were'
+                f'recalibrate: {name} got values that are not finite, or whose statistics a buffer '
+                f'of {dtype} cannot hold\n  the weights or the images are damaged, or the buffers '
+                'have to be float32; the statistics were left as they were'
             )
     for account, total, mean, square in zip(accounts.values(), totals, means, squares):
         account.total = total
@@ -256,9 +284,9 @@ class _Moments:
         # Over the entries, and those that other ranks had at the end of the last pass.
         self.sums = 0, torch.zeros_like(self.centre), torch.zeros_like(self.centre)
 
-    def add(self, module: nn.Module, args: tuple[Tensor], kwargs: dict[str, Tensor]) -> None:
+    def add(self, module: nn.Module, args: tuple[Tensor]) -> None:
         """A forward pre-hook: takes the input in and sets the statistics that the layer uses."""
-        (input,) = args or kwargs.values()
+        (input,) = args
         if not input.numel():
             return
         m, q = (value.to(self.centre.dtype) for value in row_moments(input))
