@@ -55,7 +55,7 @@ def checked_rate(momentum: float | Tensor) -> float | Tensor:
 def check_groups(num_channels: int, num_groups: Any) -> None:
     """Raises ValueError unless ``num_groups`` is a positive divisor of ``num_channels``."""
     for name, value in (('num_channels', num_channels), ('num_groups', num_groups)):
-        if isinstance(value, bool) or not isinstance(value, int):
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
             kind = type(value).__name__
             raise TypeError(f'{name} must be an int\n  got {value!r} of type {kind}')
         if value < 1:

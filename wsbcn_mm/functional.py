@@ -131,6 +131,7 @@ def batch_channel_norm(
         )
     num_channels = input.size(1)
     check_groups(num_channels, num_groups)
+    num_groups = int(num_groups)
     for name, value in (
         ('running_mean', running_mean),
         ('running_var', running_var),

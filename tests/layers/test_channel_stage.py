@@ -276,13 +276,19 @@ def test_put_back_it_brings_its_scale():
         assert norm.batch_weight is other.weight
     norm.bn = child
     assert all(norm.get_parameter(name) is value for name, value in before.items())
+    norm.bn = nn.BatchNorm2d(8)
+    nn.utils.prune.l1_unstructured(norm, 'batch_weight', 0.25)
+    with pytest.raises(ValueError, match='batch_weight of the layer is pruned'):
+        norm.bn = child
 
 
-def test_an_average_does_not_go_on_with_another_child():
+def test_an_average_does_not_go_on_with_other_statistics():
     norm, x = BatchChannelNorm2d(8, 4, momentum=1.0), torch.randn(2, 8, 5, 5)
     norm(x)
     norm.bn = nn.BatchNorm2d(8, momentum=1.0)
     norm(x + 5)
+    norm.load_state_dict(norm.state_dict())
+    norm(x)
     torch.testing.assert_close(norm.bn.running_var, x.var((0, 2, 3), unbiased=False))
 
 

@@ -263,6 +263,11 @@ def test_norm_of_an_empty_batch(norm_class, shape, mode):
         assert torch.equal(value.grad, torch.zeros_like(value)), name
 
 
+def test_norm_takes_integers_of_numpy():
+    norm = BatchChannelNorm2d(numpy.int64(8), numpy.int32(4))
+    assert type(norm.num_channels) is type(norm.num_groups) is int
+
+
 def test_norm_repr_names_every_setting():
     norm = BatchChannelNorm2d(8, 4, 1e-3, 0.2, 'channel', 'batch')
     assert repr(norm).startswith(

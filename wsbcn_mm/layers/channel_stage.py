@@ -52,6 +52,13 @@ class ChannelStage(_BatchNorm):
     def reset_running_stats(self) -> None:
         """As in torch; an average of a host, with ``momentum=1``, begins anew as well."""
         super().reset_running_stats()
+        self._forget_average()
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._forget_average()
+
+    def _forget_average(self) -> None:
         if '_layer' in self.__dict__:
             self._layer.layer.forget_average()  # type: ignore[operator]
 
@@ -143,8 +150,9 @@ def adopted(child: Any, layer: Any) -> Any:
         layer.forget_average()
     if isinstance(child, ChannelStage):
         if owner is None or owner.layer is layer:
+            _set_scale(layer, child.__dict__.get('_replaced', {}), gone)
+            child.__dict__.pop('_replaced', None)
             layer.__dict__['eps'] = child.eps
-            _set_scale(layer, child.__dict__.pop('_replaced', {}), gone)
             return child
         kind = type(child)
     elif type(child) in _PLAIN or type(child).__name__ == '_BatchNormXd':  # mmengine's, of any axes
@@ -155,13 +163,6 @@ def adopted(child: Any, layer: Any) -> Any:
         return child
     own = {n: child._parameters.get(n) if owner is None else getattr(child, n) for n in _PARAMETERS}
     own = {name: parameter for name, parameter in own.items() if parameter is not None}
-    for name in own:
-        if f'batch_{name}' not in layer._parameters:
-            raise ValueError(
-                f'the bn of a {type(layer).__name__} cannot be replaced by one with a {name}: '
-                f'batch_{name} of the layer is pruned or parametrized\n  make it a plain parameter '
-                'first, or give a BatchNorm with affine=False'
-            )
     check_eps(child.eps)
     stage: Any = copy.copy(child)
     stage.__dict__.pop('_replaced', None)
@@ -172,13 +173,20 @@ def adopted(child: Any, layer: Any) -> Any:
         stage.process_group = getattr(child, 'group', None)
     stage.momentum = child.momentum  # is a rate
     stage.belongs_to(layer)
-    layer.__dict__['eps'] = float(stage.eps)  # not that of the child that goes
     _set_scale(layer, own, gone)
+    layer.__dict__['eps'] = float(stage.eps)  # not that of the child that goes
     return stage
 
 
 def _set_scale(layer: Any, own: dict[str, nn.Parameter], gone: nn.Module | None) -> None:
     """Gives the layer those of its new child; the one that goes keeps what it had."""
+    for name in own:
+        if f'batch_{name}' not in layer._parameters:
+            raise ValueError(
+                f'the bn of a {type(layer).__name__} cannot be replaced by one with a {name} of '
+                f'its own: batch_{name} of the layer is pruned or parametrized\n  make it a plain '
+                'parameter first, or give a BatchNorm with affine=False'
+            )
     if own and isinstance(gone, ChannelStage):
         gone.__dict__['_replaced'] = {name: getattr(gone, name) for name in own}
     for name, parameter in own.items():

@@ -64,7 +64,7 @@ class BatchChannelNorm(ForwardPasses):
     ) -> None:
         groups = auto_groups(num_channels) if num_groups == 'auto' else num_groups
         check_groups(num_channels, groups)
-        assert isinstance(groups, int)
+        num_channels, groups = int(num_channels), int(groups)  # NumPy's are none to torch
         check_eps(eps)
         check_choice(affine, AFFINES, 'affine')
         check_choice(mode, MODES, 'mode')  # before anything is made
