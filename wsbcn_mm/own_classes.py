@@ -10,12 +10,33 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
+
+_PACKAGE = os.path.dirname(__file__) + os.sep
+
+
+def is_ours(function: Callable[..., Any]) -> bool:
+    """Whether a function is written in this package, whatever it says of itself."""
+    code = getattr(function, '__code__', None)
+    return code is not None and code.co_filename.startswith(_PACKAGE)
+
+
+def has_own_forward(layer: nn.Module) -> bool:
+    """Whether a layer of this package runs somebody else's code: of a subclass, or set on it."""
+    return 'forward' in layer.__dict__ or not is_ours(type(layer).forward)
+
+
+def _is_torchs(layer: nn.Module) -> bool:
+    """Whether a layer is one of torch's, and does what its class says."""
+    set_on_it = {'forward', '_conv_forward'} & layer.__dict__.keys()
+    return not set_on_it and type(layer).__module__.startswith('torch.nn.modules.')
 
 
 def is_transposed(conv: _ConvNd) -> bool:
@@ -32,7 +53,7 @@ def computes_with_its_weight(conv: _ConvNd) -> bool:
     """
     if hasattr(conv, 'parametrizations'):
         return False
-    if type(conv).__module__ == nn.Conv2d.__module__:
+    if _is_torchs(conv):
         return True
     trial = copy.deepcopy(conv)
     trial = trial.to_empty(device='cpu') if conv.weight.is_meta else trial.cpu()
@@ -92,17 +113,21 @@ ACTIVATION = ('drop', 'act')  # children of timm's norms with an activation, whi
 
 
 @torch.no_grad()
-def normalises_as_its_kind(norm: Any) -> bool:
-    """Whether a BatchNorm or GroupNorm computes what torch's does, an activation behind it aside.
+def normalises_as_its_kind(norm: Any, activation: bool = True) -> bool:
+    """Whether a BatchNorm or GroupNorm computes in evaluation what torch's does.
 
     MMPretrain's sparse BatchNorms, for one, see and write some places of a map alone.
+
+    Args:
+        norm: The layer.
+        activation: It may have an activation of its own behind it, as those of timm do.
     """
-    if type(norm).__module__.startswith('torch.nn.modules.'):
+    if _is_torchs(norm):
         return True
     trial = copy.deepcopy(norm)
     trial = trial.to_empty(device='cpu') if _on_meta(norm) else trial.cpu()
     trial.double().eval()
-    for name in ACTIVATION:
+    for name in ACTIVATION if activation else ():
         if name in trial._modules:
             trial._modules[name] = nn.Identity()
     generator = torch.Generator().manual_seed(0)

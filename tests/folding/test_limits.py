@@ -1,5 +1,7 @@
 """What must not be folded stays, and is said."""
 
+import types
+
 import pytest
 import torch
 from torch import nn
@@ -154,6 +156,59 @@ def test_layers_with_hooks_are_left():
     model = nn.Sequential(WSConv2d(4, 8, 3), BatchChannelNorm2d(8, 2))
     model[0].register_forward_hook(lambda module, args, output: output * 2)
     check_fold(model, torch.randn(2, 4, 9, 9).double(), ['1', '0'])
+    model[0]._forward_hooks.clear()
+    model[1].bn.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+    check_fold(model, torch.randn(2, 4, 9, 9).double(), ['1'])
+
+
+class WithActivation:
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+class WSConvWithActivation(WithActivation, WSConv2d):
+    pass
+
+
+class BCNWithActivation(WithActivation, BatchChannelNorm2d):
+    pass
+
+
+class BatchNormWithActivation(WithActivation, nn.BatchNorm2d):
+    pass
+
+
+class OfTheBatch(nn.BatchNorm2d):
+    def forward(self, x):
+        return nn.functional.batch_norm(x, None, None, self.weight, self.bias, training=True)
+
+
+@pytest.mark.parametrize(
+    'model, left',
+    [
+        ((WSConvWithActivation(4, 8, 3), BatchChannelNorm2d(8, 2)), ['1', '0']),
+        ((WSConv2d(4, 8, 3), BCNWithActivation(8, 2)), ['1']),
+        ((WSConv2d(4, 8, 3), BatchNormWithActivation(8)), []),
+        ((WSConv2d(4, 8, 3), OfTheBatch(8)), []),
+    ],
+)
+def test_layers_that_do_more_than_their_kind_are_left(model, left):
+    check_fold(nn.Sequential(*model), torch.randn(2, 4, 9, 9).double(), left)
+    with pytest.raises(TypeError, match='forward pass of its own'):
+        WSConvWithActivation(4, 8, 3).to_plain()
+
+
+@pytest.mark.parametrize('place', [0, 1])
+@pytest.mark.parametrize('conv', [WSConv2d, nn.Conv2d])
+def test_layers_with_methods_of_their_own_are_left(conv, place):
+    model = nn.Sequential(conv(4, 8, 3), BatchChannelNorm2d(8, 2))
+    model[place].forward = types.MethodType(_magnitude(type(model[place])), model[place])
+    left = ['1', '0'] if conv is WSConv2d and place == 0 else ['1']
+    check_fold(model, torch.randn(2, 4, 9, 9).double(), left)
+
+
+def _magnitude(kind):
+    return lambda layer, x: kind.forward(layer, x).abs()
 
 
 def test_layers_that_an_attribute_refers_to_are_left():

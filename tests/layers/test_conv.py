@@ -311,11 +311,25 @@ def test_a_class_may_override_the_standardized_weight(in_scope):
     with block:
         for _ in range(2):
             torch.testing.assert_close(layer(x), plain(x) / 2)
-    with pytest.raises(TypeError, match='cannot override _conv_forward'):
+    with pytest.raises(TypeError, match='_conv_forward of a WS convolution'):
         type('Padded', (WSConv2d,), dict(_conv_forward=lambda *_: None))
     mixin = type('Mixin', (), dict(_conv_forward=lambda *_: None))
-    with pytest.raises(TypeError, match='cannot override _conv_forward'):
+    with pytest.raises(TypeError, match='_conv_forward of a WS convolution'):
         type('Padded', (mixin, WSConv2d), {})
+    with pytest.raises(TypeError, match='_conv_forward of a WS convolution'):
+        plain._conv_forward = layer._conv_forward
+    torch.testing.assert_close(layer.to_plain()(x), layer(x))
+
+
+def test_the_standardized_weight_may_be_set_on_a_layer_or_in_a_class(monkeypatch):
+    layer, x = WSConv2d(4, 4, 3, bias=False), torch.randn(1, 4, 5, 5)
+    own, expected = WSConv2d.standardized_weight, WSConv2d.__call__(layer, x) / 2
+    layer.standardized_weight = lambda: own(layer) / 2
+    torch.testing.assert_close(layer(x), expected)
+    torch.testing.assert_close(layer.to_plain()(x), expected)
+    del layer.standardized_weight
+    monkeypatch.setattr(WSConv2d, 'standardized_weight', lambda self: own(self) / 2)
+    torch.testing.assert_close(layer(x), expected)
 
 
 class _PlusFive(nn.Module):

@@ -13,6 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 from wsbcn_mm.folding import new_layers
 from wsbcn_mm.folding.evidence import Evidence, Run, watched
 from wsbcn_mm.layers import BatchChannelNorm, WeightStandardized
+from wsbcn_mm.own_classes import has_own_forward, normalises_as_its_kind
 from wsbcn_mm.structure import Call, holders_of, is_conv
 
 
@@ -253,6 +254,8 @@ def _why_not_at_all(
         return 'its input is not the output of a convolution (or not each time, or was changed)'
     if isinstance(norm, _BatchNorm) and norm.running_mean is None:
         return 'it uses the statistics of its input in evaluation, too'
+    if isinstance(norm, _BatchNorm) and not normalises_as_its_kind(norm, activation=False):
+        return f'a {type(norm).__name__} does more than a BatchNorm'
     for conv in convs:
         if conv in fixed:
             return f'{names[conv]} cannot be replaced: {fixed[conv]}'
@@ -305,8 +308,12 @@ def _fixed(root: nn.Module, evidence: Evidence) -> dict[nn.Module, str]:
         for layer in evidence.leaks
     }
     for module in root.modules():
-        if _hooks(module) and watched(module):
+        ours = isinstance(module, (BatchChannelNorm, WeightStandardized))
+        child = isinstance(module, BatchChannelNorm) and module.bn
+        if watched(module) and (_hooks(module) or (child and _hooks(child))):
             found[module] = 'it has hooks, which a new layer would not have'
+        elif ours and has_own_forward(module):
+            found[module] = f'a {type(module).__name__} has a forward pass of its own'
         for attribute, value in vars(module).items():
             for layer in _modules_in(value) if attribute != '_modules' else ():
                 if watched(layer):

@@ -88,13 +88,6 @@ class _WithGain(WeightStandardizationAblation):
         weight = super().standardized_weight()
         return weight * self.gain.to(weight.dtype).view(-1, 1, 1, 1)
 
-    def to_plain(self) -> nn.modules.conv._ConvNd:
-        """A torch convolution with the same results; see `WeightStandardized.to_plain`."""
-        plain = super().to_plain()
-        with torch.no_grad():
-            plain.weight.mul_(self.gain.view(-1, 1, 1, 1))
-        return plain
-
 
 class WeightNormConv2d(_WithGain, nn.Conv2d):
     """Conv2d with Weight Normalization (Salimans and Kingma, arXiv 1602.07868).

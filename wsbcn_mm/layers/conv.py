@@ -13,7 +13,7 @@ import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from wsbcn_mm import compat
 from wsbcn_mm.backends import autograd
 from wsbcn_mm.checks import FORMULAS, check_choice, check_eps, check_fan_in, check_floating
 from wsbcn_mm.layers import standardization
+from wsbcn_mm.own_classes import has_own_forward
 
 # What the mixin stands in front of, for the type checker.
 if TYPE_CHECKING:
@@ -46,8 +47,6 @@ class WeightStandardized(_Base):
     the raw ``weight``; what convolves is `standardized_weight`.
     """
 
-    _weight_is_usual: ClassVar[bool] = True  # not so where a class overrides standardized_weight
-
     def __init__(
         self, *args: Any, eps: float = 1e-5, formula: str = 'paper', **kwargs: Any
     ) -> None:
@@ -62,13 +61,8 @@ class WeightStandardized(_Base):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        own = WeightStandardized
-        cls._weight_is_usual = cls.standardized_weight is own.standardized_weight
-        if cls._conv_forward is not own._conv_forward:
-            raise TypeError(
-                f'{cls.__name__}: a class derived from a WS convolution cannot override '
-                '_conv_forward, which is not asked\n  override forward, or standardized_weight'
-            )
+        if cls._conv_forward is not WeightStandardized._conv_forward:
+            raise _not_asked(cls)
 
     def standardized_weight(self) -> Tensor:
         """The weight that convolves, in the shape of ``weight``; differentiable.
@@ -139,7 +133,14 @@ class WeightStandardized(_Base):
             check(value)
         if name == 'eps':
             value = float(value)
+        if name == '_conv_forward':
+            raise _not_asked(type(self))
         super().__setattr__(name, value)
+
+    def _weight_is_usual(self) -> bool:
+        """Whether nobody overrides `standardized_weight`, in a class or in this layer."""
+        by_class = type(self).standardized_weight is _STANDARDIZED_WEIGHT
+        return by_class and 'standardized_weight' not in self.__dict__
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
         """As in torch; not for to_mkldnn, which has just taken the raw weight."""
@@ -154,7 +155,7 @@ class WeightStandardized(_Base):
         """Convolves with the standardized weight; shapes as in torch's convolution."""
         parameters = self._parameters
         # Not there: it is parametrized or pruned, and somebody else's to compute.
-        if self._weight_is_usual and 'bias' in parameters and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and self._weight_is_usual() and 'bias' in parameters:
             bias = parameters['bias']
             if (bias is None or not bias.is_meta) and isinstance(input, Tensor):
                 w_hat = standardization.usual(self)
@@ -210,7 +211,12 @@ class WeightStandardized(_Base):
         """A torch convolution of the same kind whose weight is this layer's standardized weight.
 
         Same results in evaluation; training it no longer standardizes. Copies, shares nothing.
+
+        Raises:
+            TypeError: a class derived from the layer's, or somebody who set it, gave it another
+                ``forward``, which a convolution of torch does not have.
         """
+        self._check_forward()
         # 'modules': the class of a parametrized layer lives in torch.nn.utils.
         kind = next(c for c in type(self).__mro__ if c.__module__.startswith('torch.nn.modules.'))
         arguments = dict(
@@ -227,15 +233,38 @@ class WeightStandardized(_Base):
             arguments['output_padding'] = self.output_padding
         plain = kind(self.in_channels, self.out_channels, self.kernel_size, **arguments)
         with torch.no_grad():
-            plain.weight.copy_(self.standardize(self.weight, self.weight.dtype))
+            plain.weight.copy_(self._weight_in_evaluation())
             if self.bias is not None:
                 plain.bias.copy_(self.bias)
         return plain.train(self.training)
+
+    def _check_forward(self) -> None:
+        if has_own_forward(self):
+            raise TypeError(
+                f'{type(self).__name__}: to_plain() gives a convolution of torch, and this layer '
+                'has a forward pass of its own\n  give that to a module around a convolution'
+            )
+
+    def _weight_in_evaluation(self) -> Tensor:
+        if self._weight_is_usual():
+            return self.standardize(self.weight, self.weight.dtype)
+        with torch.autocast(self.weight.device.type, enabled=False):
+            return self.standardized_weight()
 
     def extra_repr(self) -> str:
         """Torch's line, followed by eps and formula."""
         torchs = super().extra_repr()  # type: ignore[no-untyped-call]
         return f'{torchs}, eps={self.eps}, formula={self.formula!r}'
+
+
+_STANDARDIZED_WEIGHT = WeightStandardized.standardized_weight
+
+
+def _not_asked(kind: type) -> TypeError:
+    return TypeError(
+        f'{kind.__name__}: the _conv_forward of a WS convolution cannot be overridden, it is not '
+        'asked\n  override forward, or standardized_weight'
+    )
 
 
 _CONV_DOC = """{name} with Weight Standardization (arXiv 1903.10520, equations 5-7).

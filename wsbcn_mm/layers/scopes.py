@@ -8,7 +8,6 @@ result.
 from __future__ import annotations
 
 import functools
-import os
 import sys
 import threading
 import weakref
@@ -24,6 +23,7 @@ from wsbcn_mm.backends import cpu, triton
 from wsbcn_mm.backends.states import is_captured, is_transformed, state_of
 from wsbcn_mm.backends.together import FirstUses, Results, is_dense, standardize_all
 from wsbcn_mm.layers import optimizer_steps as optimizer_steps  # heard of from here on
+from wsbcn_mm.own_classes import is_ours
 
 ON_CPU = 4 * 2**20
 """Bytes that a call standardizes on a CPU: they stay in its cache for the convolutions."""
@@ -246,7 +246,6 @@ def most_bytes(weight: Tensor) -> int:
 
 
 _PLAIN = (nn.Parameter, Tensor)
-_PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
 
 
 def _own_weight(layer: Any) -> Tensor | None:
@@ -368,7 +367,7 @@ class Plan:
         if torch.nn.modules.module._global_forward_pre_hooks:
             return layers
         found = {layer for layer in layers if 'forward' in layer.__dict__}
-        foreign = {kind for kind in self._kinds if not _is_ours(kind.forward)}
+        foreign = {kind for kind in self._kinds if not is_ours(kind.forward)}
         if foreign:
             found.update(layer for layer in layers if type(layer) in foreign)
         for of_module, below in self._below:
@@ -389,12 +388,6 @@ class Plan:
     def remember(self, training: bool, used: list[Any]) -> None:
         """Notes what a pass used."""
         self._orders[training] = [weakref.ref(layer) for layer in used]
-
-
-def _is_ours(function: Any) -> bool:
-    """Whether a function is written in this package, whatever it says of itself."""
-    code = getattr(function, '__code__', None)
-    return code is not None and code.co_filename.startswith(_PACKAGE)
 
 
 def _may_write(hook: Callable[..., Any]) -> bool:

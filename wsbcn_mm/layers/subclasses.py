@@ -69,12 +69,13 @@ class StandardizedSubclass(WeightStandardized):
 
     def to_plain(self) -> _ConvNd:
         """See `WeightStandardized.to_plain`: one of ``plain_class``, without hooks."""
+        self._check_forward()
         plain = copy.deepcopy(self._with(self.weight))
         for name in ('eps', 'formula', 'standardized_hooks'):
             del plain.__dict__[name]
         for name in _HOOKS:
             getattr(plain, name).clear()
-        weight = self.standardize(self.weight.detach(), self.weight.dtype)
+        weight = self._weight_in_evaluation().detach()
         plain.weight = nn.Parameter(weight, self.weight.requires_grad)
         return plain
 
