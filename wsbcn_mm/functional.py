@@ -99,6 +99,11 @@ def batch_channel_norm(
 
     A channel whose new running statistics would not be finite keeps them (ours).
 
+    It updates as often as it is called, as `torch.nn.functional.batch_norm` does: where activation
+    checkpointing (or torch.compile with ``activation_memory_budget`` below 1) runs it again, it
+    updates again, and in estimate mode the gradient is that of the second run. The layers know
+    which run they repeat.
+
     Args:
         input: (N, C, *), floating point, any memory format (kept). N = 0 gives an empty result and
             touches nothing.

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from tests.functional.cases import (
     AFFINES,
@@ -163,6 +164,21 @@ def test_buffers_are_updated_in_place_and_without_graph():
     batch_channel_norm(make_input((2, 6, 4)).requires_grad_(), 3, mean, var, training=True)
     assert (mean.data_ptr(), var.data_ptr()) == before
     assert not mean.requires_grad and not var.requires_grad
+
+
+def test_it_updates_as_often_as_it_runs():
+    """Which run activation checkpointing repeats, the layers know."""
+    x, buffers = make_input((2, 6, 4)), make_buffers(6)
+    twice = [buffer.clone() for buffer in buffers]
+    y = checkpoint(
+        lambda x: batch_channel_norm(x, 3, *buffers, training=True),
+        x.clone().requires_grad_(),
+        use_reentrant=False,
+    )
+    y.sum().backward()
+    for _ in range(2):
+        batch_channel_norm(x, 3, *twice, training=True)
+    torch.testing.assert_close(list(buffers), twice)
 
 
 # ----------------------------------------------------------------------------------------------
