@@ -54,6 +54,7 @@ class Data(torch.utils.data.Dataset):
         self.categories = settings.pop('categories', None)
         self.item = dict(instances=[dict(bbox=[0, 0, 9, 9], ignore_flag=0)])
         self.metainfo, self.size, self.masks = dict(classes=classes), size, masks
+        self.metainfo |= settings.pop('more', {})
         if 'thing_classes' in settings:
             self.metainfo['thing_classes'] = settings.pop('thing_classes')
         steps = settings.pop('steps', [LoadAnnotations()])

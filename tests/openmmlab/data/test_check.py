@@ -5,7 +5,7 @@ import pytest
 pytest.importorskip('mmengine', reason="the hook is mmengine's")
 
 import re
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 
 import numpy as np
 import torch
@@ -48,6 +48,8 @@ RIGHT = {
     ),
     'class agnostic': (Data(), model_of(mask_head=Head(1, class_agnostic=True))),
     'no classes known': (Data(classes=None), model_of(0)),
+    'names under two keys': (Data(more=dict(CLASSES=('a', 'b'))), model_of()),
+    'no names but under another key': (Data(None, more=dict(CLASSES=('a', 'b'))), model_of()),
     'masks': (Data(masks=[mask(0, 1, 255)]), model_of()),
     'no labels to test with': (Data(masks=[mask(255)]), model_of()),
     'objects are rare': (Data(masks=[mask(0, 255)] * 20 + [mask(0, 1)]), model_of()),
@@ -74,6 +76,13 @@ def test_what_works_is_let_through(case, tmp_path):
     check_dataset(dataset.in_folder(tmp_path), model, learned='to learn' in case)
 
 
+class Official(Data):
+    METAINFO = MappingProxyType(dict(classes=('person', 'dog')))
+
+    def __init__(self, **settings):
+        super().__init__(self.METAINFO['classes'], **settings)
+
+
 WRONG = {
     'no image': (
         Data(size=0, img_suffix='.jpeg', data_prefix=dict(img_path='images')),
@@ -89,6 +98,11 @@ WRONG = {
         Data(classes=('square', 'disk'), cat_ids=[3], categories=['square', 'disc']),
         model_of(),
         r"(?s)no category disk, and its objects are left out.*is it 'disk' for 'disc'\?",
+    ),
+    'names under a key of MMDetection 2': (
+        Official(more=dict(CLASSES=('square', 'disc'))),
+        model_of(),
+        r"(?s)metainfo has CLASSES, .* are person, dog\n.*classes=\('square', 'disc'\)",
     ),
     'a name twice': (Data(classes=('disc', 'disc')), model_of(), "classes names 'disc' twice"),
     'a category twice': (

@@ -31,6 +31,8 @@ from wsbcn_mm.openmmlab.data.samples import (
 # Samplers that go on for ever, and loops that wait for their end.
 ENDLESS = ('InfiniteSampler', 'MultiSourceSampler')
 WAITING = ('EpochBasedTrainLoop', 'ValLoop', 'TestLoop')
+# What is written for the key of the names of classes; MMDetection 2 had capitals.
+KEYS_OF_CLASSES = ('classes', 'class', 'class_names')
 
 
 def _inner(dataset: Any) -> Iterator[Any]:
@@ -66,6 +68,7 @@ def check_dataset(dataset: Any, model: nn.Module, learned: bool = False) -> None
     kind = type(dataset).__name__
     if len(dataset) == 0:
         raise DataError(no_image_in(dataset))
+    _check_key_of_classes(dataset)
     classes = dataset.metainfo.get('classes') or ()
     if isinstance(classes, str):
         raise DataError(f'{kind}: classes is one text\n  add a comma: classes=({classes!r},)')
@@ -86,6 +89,23 @@ def check_dataset(dataset: Any, model: nn.Module, learned: bool = False) -> None
     check_images(dataset)
     if classes:
         check_masks(dataset, classes, {IGNORED, *_ignored(model)}, learned)
+
+
+def _check_key_of_classes(dataset: Any) -> None:
+    """Names under another key than ``classes``: the hosts go on with the data set's own."""
+    meta, own = dataset.metainfo, getattr(type(dataset), 'METAINFO', {}).get('classes')
+    for key, names in meta.items():
+        if key == 'classes' or key.lower() not in KEYS_OF_CLASSES or meta.get('classes') != own:
+            continue
+        has = f'its classes are {_shown(own)}' if own else 'it has no names of classes'
+        text = (
+            f'{type(dataset).__name__}: metainfo has {key}, which nobody reads, and {has}\n'
+            f'  write it as classes: metainfo=dict(classes={names!r})'
+        )
+        if own and names != own:
+            raise DataError(text)
+        if not own:  # which trains, and cannot be evaluated
+            print_log(f'data: {text}', 'current', logging.WARNING)
 
 
 def _check_classes(dataset: Any, classes: Any, model: nn.Module) -> None:
