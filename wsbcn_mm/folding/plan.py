@@ -155,6 +155,8 @@ def plan(model: nn.Module, inputs: object = None, run: Run | None = None) -> Pla
         raise TypeError(f'model must be a torch.nn.Module\n  got {type(model).__name__}')
     if inputs is not None and run is not None:
         raise ValueError('give inputs or run, not both')
+    if not any(isinstance(m, (WeightStandardized, BatchChannelNorm)) for m in model.modules()):
+        return Plan((), {})  # nothing to look for, however large the model
     work = _evaluating_copy(model)
     names = {module: name for name, module in work.named_modules()}
     evidence = Evidence()

@@ -46,6 +46,22 @@ def test_parts_are_those_of_the_model(trained):
         assert scores.shape == (1, 6, *SIZE)
 
 
+def test_planning_runs_each_part_once(trained):
+    cfg, model, _ = trained
+    model = copy.deepcopy(model)
+    parts_of_it = {part.name for part in parts.tensor_parts(model, image_of(model, cfg))}
+    seen = []
+    part = model.rpn_head if hasattr(model, 'rpn_head') else model.decode_head.conv_seg
+    part.register_forward_hook(lambda *_: seen.append('image'))
+    run = inference.run_on(cfg, inference.random_image(*SIZE))
+    assert len(run(model)) == len(parts_of_it) and seen == ['image']
+
+
+def test_a_model_without_a_layer_of_ours_is_not_run_to_plan_its_folding():
+    plan = folding.plan(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)), run=pytest.fail)
+    assert not plan.folds and not plan.left
+
+
 def test_without_a_run_the_parts_of_a_detector_are_found_as_well(trained):
     """Nobody says how to call it: backbone, neck and heads are tried on their own."""
     _, model, plan = trained
@@ -71,7 +87,7 @@ def test_an_image_that_is_too_small_is_named():
     cfg = Config(dict(default_scope='mmseg', model=model))
     run = inference.run_on(cfg, inference.random_image(*SIZE))
     with pytest.raises(ValueError, match='does not run on an image of 64x96'):
-        folding.plan(inference.build_model(cfg), run=run)
+        run(inference.build_model(cfg))
 
 
 def test_a_tracker_takes_no_image():

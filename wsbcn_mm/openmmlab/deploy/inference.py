@@ -214,6 +214,6 @@ def run_on(cfg: Config, image: np.ndarray) -> Callable[[nn.Module], object]:
         parts = tensor_parts(model, preprocess(model, cfg, image))
         if hasattr(model, 'bbox_head') and image_function(model) is features_alone:
             model.test_step(batch_of(cfg, image, channels_of(model)))
-        return [part.module(part.input) for part in parts]
+        return [part.values for part in parts]
 
     return run

@@ -28,6 +28,7 @@ class Part:
         input: An example.
         outputs: Names of what it returns.
         input_name: Name of the input.
+        values: What it returned for the example, where it was run to know the names.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Part:
     input: Tensor
     outputs: list[str]
     input_name: str = 'image'
+    values: tuple[Tensor, ...] = ()
 
 
 class _Calls(nn.Module):
@@ -115,8 +117,9 @@ def tensor_parts(model: Any, image: Tensor) -> list[Part]:
 def _part(
     name: str, model: nn.Module, function: Function, x: Tensor, input_name: str = 'image'
 ) -> Part:
-    outputs = [key for key, _ in _named(function(model, x))]
-    return Part(name, _Calls(model, function), x, outputs, input_name)
+    found = list(_named(function(model, x)))
+    names, values = [key for key, _ in found], tuple(value for _, value in found)
+    return Part(name, _Calls(model, function), x, names, input_name, values)
 
 
 def image_function(model: Any) -> Function:
