@@ -74,12 +74,14 @@ def computes_with_its_weight(conv: _ConvNd) -> bool:
         scaled = weight * scale.view(-1, *[1] * (weight.dim() - 1))
     outputs = []
     for values, bias in ((weight, torch.zeros_like(scale)), (scaled, shift)):
-        trial.weight = nn.Parameter(values)
+        trial.weight = nn.Parameter(values.clone())
         if 'bias' in conv._parameters:
             trial.bias = nn.Parameter(bias)
         try:
             outputs.append(trial(x, *offsets))
         except Exception:  # noqa: BLE001  it wants other arguments: not a convolution as torch's
+            return False
+        if not torch.equal(trial.weight, values):  # it edits what it takes for its weight (masks)
             return False
     plain, changed = outputs
     if not isinstance(plain, Tensor) or plain.dim() != x.dim() or plain.shape[1] != len(scale):

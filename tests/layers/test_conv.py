@@ -332,6 +332,22 @@ def test_the_standardized_weight_may_be_set_on_a_layer_or_in_a_class(monkeypatch
     torch.testing.assert_close(layer(x), expected)
 
 
+@pytest.mark.parametrize('kind', [WSConv2d, WSConvTranspose2d])
+def test_a_parametrized_weight_is_computed_once(kind):
+    class Counts(nn.Module):
+        runs = 0
+
+        def forward(self, weight):
+            self.runs += 1
+            return weight
+
+    layer, counts = kind(3, 4, 3), Counts()
+    nn.utils.parametrize.register_parametrization(layer, 'weight', counts)
+    counts.runs = 0
+    layer(torch.randn(1, 3, 5, 5))
+    assert counts.runs == 1
+
+
 class _PlusFive(nn.Module):
     def forward(self, bias):
         return bias + 5

@@ -75,6 +75,61 @@ class MaskedConv2d(WSConv2d):
         return super().forward(input)
 
 
+class MaskedInCall(WSConv2d):
+    def __call__(self, input):
+        self.weight.data *= torch.arange(self.weight[0].numel()).view_as(self.weight[0]) % 3 > 0
+        return super().__call__(input)
+
+
+class MaskedWhenAsked(WSConv2d):
+    def standardized_weight(self):
+        self.weight.data *= torch.arange(self.weight[0].numel()).view_as(self.weight[0]) % 3 > 0
+        return super().standardized_weight()
+
+
+@pytest.mark.parametrize('kind', [MaskedConv2d, MaskedInCall, MaskedWhenAsked])
+def test_a_class_may_be_set_after_the_first_pass(kind):
+    model = nn.Sequential(conv(), conv(), conv())
+    plain = copy.deepcopy(model)
+    wsbcn_mm.standardize_once_per_forward(model)
+    trains_equally(model, plain)
+    for each in (model, plain):
+        each[2].__class__ = kind
+    for _ in range(2):
+        for each in (model, plain):
+            nn.init.normal_(each[2].weight.data, generator=torch.Generator().manual_seed(0))
+        trains_equally(model, plain)
+
+
+@pytest.mark.parametrize('new', [False, True])
+def test_a_part_may_be_put_in_after_the_first_pass(new):
+    """With a hook that writes, around a layer that was there, or a new one."""
+    model = nn.Sequential(conv(), conv(), conv())
+    plain = copy.deepcopy(model)
+    wsbcn_mm.standardize_once_per_forward(model)
+    trains_equally(model, plain)
+    of_new = conv()
+    for each in (model, plain):
+        each[1] = nn.Sequential(copy.deepcopy(of_new) if new else each[1])
+        each[1].register_forward_pre_hook(
+            lambda module, args: module[0].weight.data.mul_(torch.arange(1.0, 4.0, **FLOAT))
+        )
+    trains_equally(model, plain)
+
+
+def test_hooks_of_the_model_in_a_block():
+    model = nn.Sequential(conv(), conv())
+    plain = copy.deepcopy(model)
+    for each in (model, plain):
+        each.register_forward_pre_hook(
+            lambda module, args: module[0].weight.data.mul_(torch.arange(1.0, 4.0, **FLOAT))
+        )
+    with wsbcn_mm.standardized_once(model):
+        model[0](X)
+        y = model(X)
+    close(y, plain(X))
+
+
 @pytest.mark.parametrize('how', ['class', 'method', 'all modules'])
 def test_a_weight_may_be_written_by_code_around_the_layer(how):
     model = nn.Sequential(conv(), conv(), conv())
@@ -405,6 +460,15 @@ def test_threads_do_not_meet():
         for thread in threads:
             thread.join()
     assert not wrong
+
+
+def test_a_block_may_end_in_another_thread():
+    block = wsbcn_mm.weights_do_not_change(net(2))
+    block.__enter__()
+    thread = threading.Thread(target=block.__exit__, args=(None, None, None))
+    thread.start()
+    thread.join()
+    assert standardization.open_scopes() == 0
 
 
 def test_a_parametrized_weight_is_not_read_ahead():

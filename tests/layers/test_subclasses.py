@@ -146,9 +146,54 @@ def test_what_a_forward_keeps_on_its_layer_stays():
     assert type(layer.weight) is nn.Parameter
 
 
+class Doubled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.runs = 0
+
+    def forward(self, w):
+        self.runs += 1
+        return 2 * w
+
+
+@pytest.mark.parametrize(
+    'change',
+    [
+        lambda m: nn.utils.prune.random_unstructured(m, 'weight', amount=0),
+        nn.utils.weight_norm,
+        nn.utils.spectral_norm,
+        lambda m: nn.utils.parametrize.register_parametrization(m, 'weight', Doubled()),
+        lambda m: nn.utils.parametrize.register_parametrization(m, 'bias', Doubled()),
+        nn.Module._replicate_for_data_parallel,
+    ],
+)
+def test_a_weight_that_somebody_else_computes(change):
+    layer, x = standardized_copy(Conv2dSame(3, 4, 3)).eval(), torch.randn(2, 3, 6, 6)
+    parameters = dict(layer.named_parameters())
+    layer = change(layer) or layer
+    if 'weight' not in dir(layer):  # a replica: torch sets them as attributes
+        for name, value in parameters.items():
+            setattr(layer, name, value.detach().clone())
+    if hasattr(layer, 'parametrizations'):
+        (doubled,) = (m for m in layer.modules() if isinstance(m, Doubled))
+        doubled.runs = 0
+    y = layer(x=x)
+    assert not hasattr(layer, 'parametrizations') or doubled.runs == 1
+    w_hat = reference.weight_standardize(layer.weight)
+    torch.testing.assert_close(y, F.conv2d(F.pad(x, (0, 1, 0, 1)), w_hat, layer.bias))
+    torch.testing.assert_close(layer.to_plain()(x), y)
+
+
+class Masked(nn.Conv2d):
+    def forward(self, x):
+        self.weight.data *= torch.tensor([1.0, 1.0, 0.0])
+        return super().forward(x)
+
+
 @pytest.mark.parametrize(
     'kind, does',
     [
+        (Masked, False),
         (Conv2dSame, True),
         (StaticSame, True),
         (nn.Conv2d, True),

@@ -163,19 +163,21 @@ class WeightStandardized(_Base):
                     return super()._conv_forward(input, w_hat, bias)
         if not isinstance(input, Tensor) and compat.is_traced_by_fx(input):
             return self.as_leaf(input)
-        self._check_device(input)
-        return super()._conv_forward(input, self.standardized_weight(), self.bias)
+        return super()._conv_forward(input, self._weight_for(input), self.bias)
 
-    def _check_device(self, input: Tensor) -> None:
+    def _weight_for(self, input: Tensor) -> Tensor:
+        """What convolves with an input; read once, for a parametrized weight is computed anew."""
+        w_hat = self.standardized_weight()
         # A weight on the meta device has no values; torch convolves with whatever is in memory.
         bias = self._parameters.get('bias')  # a deformable convolution may have none at all
         of_bias = bias is not None and bias.is_meta
-        if (self.weight.is_meta or of_bias) and not input.is_meta:
+        if (w_hat.is_meta or of_bias) and not input.is_meta:
             raise ValueError(
                 f'{type(self).__name__}: weight or bias are on the meta device, the input on '
                 f'{input.device}\n  load the weights (load_state_dict(..., assign=True)) or make '
                 'them (to_empty(device=...), then initialise) first'
             )
+        return w_hat
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         # Hosts call this to convolve with a weight of their own making.
@@ -335,12 +337,12 @@ class WSConvTranspose2d(WeightStandardized, nn.ConvTranspose2d):
         """Transposed convolution with the standardized weight; shapes as in torch's."""
         if not isinstance(input, Tensor) and compat.is_traced_by_fx(input):
             return self.as_leaf(input, output_size)
-        self._check_device(input)
+        w_hat = self._weight_for(input)
         sizes: list[Any] = [self.stride, self.padding, self.kernel_size, 2, self.dilation]
         output_padding = self._output_padding(input, output_size, *sizes)
         return F.conv_transpose2d(
             input,
-            self.standardized_weight(),
+            w_hat,
             self.bias,
             self.stride,
             self.padding,  # type: ignore[arg-type]  # never a str: transposed ones have no 'same'

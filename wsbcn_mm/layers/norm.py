@@ -187,7 +187,7 @@ class BatchChannelNorm(ForwardPasses):
         before = self.batch_weight.detach().clone()
         super().apply(fn)
         outer = self.weight
-        if before.is_meta or outer is None or not before.any():
+        if before.is_meta or compat.is_fake(before) or outer is None or not before.any():
             return self
         if not outer.any() and not self.batch_weight.any():
             with torch.no_grad():

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from wsbcn_mm import backends, distributed
 from wsbcn_mm.backends import cpu, triton
@@ -121,7 +122,9 @@ class Scope:
         self._plan = _plan_of(model)
         self._order = self._plan.order(model, model.training)
         self.layers = self._plan.layers()
-        self._hooked = self._plan.hooked(self.layers)
+        # A pass that the model's own hooks opened: they have run.
+        self._hooked_by = model if self.is_of_a_pass() else None
+        self._hooked = self._plan.hooked(self.layers, self._hooked_by)
         self._places = {layer: place for place, layer in enumerate(self._order)}
         self._training = model.training
         self._used: dict[Any, None] = {}
@@ -159,6 +162,7 @@ class Scope:
         self._looked_again = True
         self._plan.look(model)
         self.layers = self._plan.layers()
+        self._hooked = self._plan.hooked(self.layers, self._hooked_by)
         return layer in self.layers
 
     def get(self, layer: Any, weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -325,6 +329,19 @@ _Held = tuple[Results, int, float, str]
 # What is known of a model from one pass to the next: layers, never results
 
 
+class _Registrations:
+    """Counts how often, in this process, a module became part of another one."""
+
+    count = 0
+
+    def __call__(self, *_: object) -> None:
+        self.count += 1
+
+
+_registrations = _Registrations()
+register_module_module_registration_hook(_registrations)
+
+
 class Plan:
     """The layers of a model, and in which order they are used."""
 
@@ -334,6 +351,7 @@ class Plan:
 
     def look(self, model: nn.Module) -> None:
         """Finds the layers."""
+        self._seen = _registrations.count
         self._layers = [
             weakref.ref(module)
             for module in model.modules()
@@ -345,35 +363,44 @@ class Plan:
         units = getattr(fsdp, 'FSDPModule', ())
         self._apart = any(isinstance(module, units) for module in model.modules())
         layers = self.layers()
-        self._kinds = {type(layer) for layer in layers}
         below = {module: [m for m in module.modules() if m in layers] for module in model.modules()}
         self._below = [
             (weakref.ref(module), [weakref.ref(layer) for layer in found])
             for module, found in below.items()
-            if found and module is not model
+            if found
         ]
+
+    def look_where_changed(self, model: nn.Module) -> None:
+        """As `look`, unless no module has become part of another one since."""
+        if self._seen != _registrations.count:
+            self.look(model)
 
     def layers(self) -> set[Any]:
         """All of them."""
         return {layer for ref in self._layers if (layer := ref()) is not None}
 
-    def hooked(self, layers: set[Any]) -> set[Any]:
+    def hooked(self, layers: set[Any], model: nn.Module | None) -> set[Any]:
         """Those of the layers before whose use somebody else's code runs.
 
         It may write a weight through ``.data`` (masked convolutions do): a forward pre-hook of the
-        layer, or of a module that it lies in, or of all modules; a ``forward`` of the layer's own.
-        The model's own hooks run before any use.
+        layer, or of a module that it lies in, or of all modules; a method of the layer's own.
+
+        Args:
+            layers: `layers`.
+            model: A module whose pre-hooks have run before any use.
         """
         if torch.nn.modules.module._global_forward_pre_hooks:
             return layers
-        found = {layer for layer in layers if 'forward' in layer.__dict__}
-        foreign = {kind for kind in self._kinds if not is_ours(kind.forward)}
-        if foreign:
-            found.update(layer for layer in layers if type(layer) in foreign)
+        foreign = {kind for kind in {type(layer) for layer in layers} if _runs_foreign_code(kind)}
+        found = {
+            layer
+            for layer in layers
+            if type(layer) in foreign or not _METHODS.isdisjoint(layer.__dict__)
+        }
         for of_module, below in self._below:
             module = of_module()
             hooks = None if module is None else module._forward_pre_hooks
-            if hooks and any(map(_may_write, hooks.values())):
+            if hooks and module is not model and any(map(_may_write, hooks.values())):
                 found.update(layer for ref in below if (layer := ref()) is not None)
         return found
 
@@ -390,6 +417,14 @@ class Plan:
         self._orders[training] = [weakref.ref(layer) for layer in used]
 
 
+_METHODS = {'forward', 'standardized_weight'}
+
+
+def _runs_foreign_code(kind: Any) -> bool:
+    ours = all(is_ours(getattr(kind, name)) for name in _METHODS)
+    return not ours or kind.__call__ is not nn.Module.__call__
+
+
 def _may_write(hook: Callable[..., Any]) -> bool:
     return all(hook is not known for known in HOOKS_THAT_WRITE_NO_WEIGHT)
 
@@ -401,4 +436,6 @@ def _plan_of(model: nn.Module) -> Plan:
     plan = _plans.get(model)
     if plan is None:
         _plans[model] = plan = Plan(model)
+    else:
+        plan.look_where_changed(model)
     return plan

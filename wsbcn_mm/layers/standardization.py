@@ -201,13 +201,13 @@ def open_scopes() -> int:
 
 @contextlib.contextmanager
 def _block(model: nn.Module, one_pass: bool) -> Iterator[None]:
-    scope = Scope(model, None, one_pass)
-    open_here().append(scope)
+    scope, scopes = Scope(model, None, one_pass), open_here()
+    scopes.append(scope)
     try:
         yield
-    finally:
+    finally:  # perhaps in another thread
         scope.close()
-        open_here().remove(scope)
+        scopes.remove(scope)
 
 
 def _before_forward(model: nn.Module, _args: Any) -> None:

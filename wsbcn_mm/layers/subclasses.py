@@ -29,10 +29,10 @@ class StandardizedSubclass(WeightStandardized):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What ``plain_class`` computes, with the standardized weight."""
-        if compat.is_traced_by_fx(args[0]):
+        input = next(iter((*args, *kwargs.values())))
+        if compat.is_traced_by_fx(input):
             return self.as_leaf(*args, **kwargs)
-        self._check_device(args[0])
-        view = self._with(self.standardized_weight())
+        view = self._with(self._weight_for(input), self._computed())
         before = dict(view.__dict__)
         try:
             return self.plain_class.forward(view, *args, **kwargs)
@@ -41,12 +41,20 @@ class StandardizedSubclass(WeightStandardized):
                 if name not in before or before[name] is not value:
                     self.__dict__[name] = value
 
-    def _with(self, weight: Tensor) -> _ConvNd:
+    def _with(self, weight: Tensor, computed: dict[str, Tensor]) -> _ConvNd:
         """This layer as one of ``plain_class`` with another weight; shares all the rest."""
         view = object.__new__(self.plain_class)
-        parameters = {**self._parameters, 'weight': weight}
+        parameters = {**self._parameters, **computed, 'weight': weight}
         view.__dict__.update(self.__dict__, _parameters=parameters)
+        # Of a pruned or sharded layer, or a replica: an attribute, which would be found first.
+        view.__dict__.pop('weight', None)
         return view
+
+    def _computed(self) -> dict[str, Tensor]:
+        """Other parameters than the weight that are parametrized."""
+        names = self._modules.get('parametrizations')
+        others = (name for name in getattr(names, '_modules', ()) if name != 'weight')
+        return {name: getattr(self, name) for name in others}
 
     def standardize(self, weight: Tensor, dtype: Any) -> Tensor:
         """See `WeightStandardized.standardize`."""
@@ -70,13 +78,17 @@ class StandardizedSubclass(WeightStandardized):
     def to_plain(self) -> _ConvNd:
         """See `WeightStandardized.to_plain`: one of ``plain_class``, without hooks."""
         self._check_forward()
-        plain = copy.deepcopy(self._with(self.weight))
+        weight = self._weight_in_evaluation().detach()
+        computed = {name: value.detach() for name, value in self._computed().items()}
+        plain = copy.deepcopy(self._with(weight, computed))
+        plain._modules.pop('parametrizations', None)
         for name in ('eps', 'formula', 'standardized_hooks'):
             del plain.__dict__[name]
         for name in _HOOKS:
             getattr(plain, name).clear()
-        weight = self._weight_in_evaluation().detach()
-        plain.weight = nn.Parameter(weight, self.weight.requires_grad)
+        for name, value in {**computed, 'weight': weight}.items():
+            plain._parameters[name] = nn.Parameter(value.clone())
+        plain.weight.requires_grad_(self.weight.requires_grad)
         return plain
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
@@ -94,7 +106,8 @@ def standardized_class(plain_class: type[_ConvNd]) -> type[StandardizedSubclass]
 
     Returns:
         A subclass of `WeightStandardized` and of ``plain_class``; layers of it are made by
-        `standardized_copy`.
+        `standardized_copy`. ``forward`` standardizes: other methods of ``plain_class``, called from
+        elsewhere, see the weight as it is.
     """
     name = f'WS{plain_class.__name__}'
     members = dict(
