@@ -77,7 +77,8 @@ def configure(args: argparse.Namespace) -> Config:
     from wsbcn_mm.openmmlab import checkpoints, command_line, config, preflight
 
     cfg = command_line.read_run(args)
-    if args.amp:
+    preflight.check_train(cfg)
+    if args.amp and cfg.get('optim_wrapper') is not None:
         cfg.optim_wrapper.type = 'AmpOptimWrapper'
         cfg.optim_wrapper.loss_scale = 'dynamic'
     if args.auto_scale_lr:

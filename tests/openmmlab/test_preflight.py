@@ -129,6 +129,15 @@ def test_a_home_folder_is_found_where_the_host_finds_it(tmp_path, monkeypatch):
         preflight.check_pretrained(Config(dict(model=dict(backbone=dict(init_cfg=init)))))
 
 
+def test_a_config_that_trains_nothing_is_one_sentence():
+    """As those of trackers; where one of the three is there, the runner says what is missing."""
+    cfg = Config(dict(model=dict(type='StrongSORT'), train_cfg=None, optim_wrapper=None))
+    with pytest.raises(ValueError, match='no train_dataloader, train_cfg, optim_wrapper: nothing'):
+        preflight.check_train(cfg)
+    cfg.optim_wrapper = dict(optimizer=dict(type='SGD', lr=1))
+    preflight.check_train(cfg)
+
+
 def test_mixed_precision_without_a_gpu_is_one_sentence(monkeypatch):
     cfg = Config(dict(optim_wrapper=dict(type='AmpOptimWrapper')))
     monkeypatch.setattr(preflight, 'get_device', lambda: 'cpu')

@@ -69,6 +69,7 @@ def run(args: argparse.Namespace) -> None:
         part.pop('pretrained', None)
     with explain.named(cfg):
         model = MODELS.build(cfg_model).to(recalibration.device())
+    config.refuse_tracker(model)
     # A converted ImageNet file has the keys of a backbone alone.
     backbone = hasattr(model, 'backbone') and not any(k.startswith('backbone.') for k in state)
     target = model.backbone if backbone else model

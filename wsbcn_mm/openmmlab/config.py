@@ -23,6 +23,7 @@ from wsbcn_mm.openmmlab.options import merge, unread, without_effect
 # Detection, segmentation, classification of images, of videos: a config's scope is a package.
 HOSTS = ('mmdet', 'mmseg', 'mmpretrain', 'mmaction')
 PRETRAINED = ('Pretrained', 'PretrainedInit')  # the initialisation from a file
+TRACKER = 'BaseMOTModel'  # the base of MMDetection's trackers and video instance segmentation
 # Fields of a config for MMCV 1, and what MMEngine has in their place.
 FORMER = ('data', 'optimizer', 'optimizer_config', 'lr_config', 'runner', 'checkpoint_config')
 TODAY = ('default_scope', 'train_dataloader', 'test_dataloader', 'optim_wrapper')
@@ -265,6 +266,20 @@ def model_of(cfg: Config) -> Any:
     if cfg.get('data_preprocessor') is not None:
         model.setdefault('data_preprocessor', copy.deepcopy(cfg.data_preprocessor))
     return model
+
+
+def refuse_tracker(model: object) -> None:
+    """Raises where a model takes videos, and a tool images.
+
+    Raises:
+        ValueError: it is one of MMDetection's trackers.
+    """
+    if any(base.__name__ == TRACKER for base in type(model).__mro__):
+        raise ValueError(
+            f'{type(model).__name__} follows objects through videos, and images are taken here\n'
+            '  tools/test.py runs it; its detector alone: a config whose model is its '
+            "model.detector, and a checkpoint of the weights below 'detector.'"
+        )
 
 
 def find_config(source: str) -> tuple[Path, str | None]:

@@ -97,6 +97,20 @@ def check_test(cfg: Config) -> None:
         )
 
 
+def check_train(cfg: Config) -> None:
+    """Raises where a config says nothing of training: that of a tracker, or of a model alone.
+
+    Raises:
+        ValueError: it has neither ``train_dataloader`` nor ``train_cfg`` nor ``optim_wrapper``.
+    """
+    keys = ('train_dataloader', 'train_cfg', 'optim_wrapper')
+    if all(cfg.get(key) is None for key in keys):
+        raise ValueError(
+            f'{cfg.filename or "the config"} has no {", ".join(keys)}: nothing to train\n  that of '
+            'a tracker tests: the configs of its detector and of its reid model train'
+        )
+
+
 def check_versions(cfg: Config) -> None:
     """Raises where a pipeline makes several versions of an image, and the model takes one.
 

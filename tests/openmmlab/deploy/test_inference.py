@@ -99,6 +99,8 @@ def test_a_tracker_takes_no_image():
     cfg = Config(dict(default_scope='mmdet', model=dict(type=Follows)), format_python_code=False)
     with pytest.raises(ValueError, match=r'Follows follows objects through videos.*\n  tools/test'):
         inference.build_model(cfg)
+    with pytest.raises(ValueError, match='follows objects through videos'):  # other tools
+        config.refuse_tracker(Follows())
 
 
 def test_a_wrong_model_is_seen(trained):

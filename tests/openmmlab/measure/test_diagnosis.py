@@ -85,6 +85,7 @@ def test_hook_refuses(interval):
 
 CONFIG = """
 _base_ = [r'{root}/configs/quick/quick_deeplabv3_r18_ws-bcn_1xb1_shapes.py']
+model = dict(data_preprocessor=dict(type='AsksHowFar'))
 data_root = r'{data}/VOCdevkit/VOC2012'
 classes = ('background', 'ellipse', 'rectangle', 'triangle', 'star', 'cross')
 train_dataloader = dict(dataset=dict(
@@ -103,10 +104,21 @@ TWICE = 'val_dataloader.dataset.metainfo.classes=[disc,disc]'
 def model_files(tmp_path_factory):
     """A config on four small images and a checkpoint of its untrained model."""
     pytest.importorskip('mmseg', reason='the quick segmenter is built from it')
+    from mmengine.logging import MessageHub
+    from mmseg.models import SegDataPreProcessor
     from mmseg.registry import MODELS
 
     from wsbcn_mm import shapes
     from wsbcn_mm.openmmlab.config import load_config
+
+    @MODELS.register_module(force=True)
+    class AsksHowFar(SegDataPreProcessor):
+        """As BatchSyncRandomResize and TOOD's head do."""
+
+        def forward(self, data, training=False):
+            hub = MessageHub.get_current_instance()
+            assert not training or hub.get_info('iter') + hub.get_info('epoch') == 0
+            return super().forward(data, training)
 
     folder = tmp_path_factory.mktemp('diagnose')
     shapes.draw_dataset(folder / 'data', 2, 2, (64, 48))

@@ -29,7 +29,6 @@ SAMPLES = {
     'mmpretrain': 'DataSample',
     'mmaction': 'ActionDataSample',
 }
-TRACKER = 'BaseMOTModel'  # the base of MMDetection's trackers and video instance segmentation
 
 
 def build_model(cfg: Config) -> Any:
@@ -42,12 +41,7 @@ def build_model(cfg: Config) -> Any:
     config.use_scope(cfg)
     with explain.named(cfg):
         model = revert_sync_batchnorm(MODELS.build(config.model_of(cfg)))
-    if any(base.__name__ == TRACKER for base in type(model).__mro__):
-        raise ValueError(
-            f'{type(model).__name__} follows objects through videos, and images are taken here\n'
-            '  tools/test.py runs it; its detector alone: a config whose model is its '
-            "model.detector, and a checkpoint of the weights below 'detector.'"
-        )
+    config.refuse_tracker(model)
     model.eval()
     return model
 

@@ -23,7 +23,7 @@ from wsbcn_mm.diagnostics import (
 )
 from wsbcn_mm.layers import BatchChannelNorm
 from wsbcn_mm.layers.standardization import standardize_once_per_forward, weights_do_not_change
-from wsbcn_mm.openmmlab import checkpoints, explain, filling
+from wsbcn_mm.openmmlab import checkpoints, config, explain, filling
 from wsbcn_mm.openmmlab.data.check import check_datasets
 from wsbcn_mm.openmmlab.measure.verdict import Skill, loss_fallen, verdict
 from wsbcn_mm.structure import NORMS, is_conv
@@ -53,7 +53,8 @@ def diagnose(
         without ReLU), ``estimates``, ``gradients`` (by layer) and ``smoothness`` (a list).
 
     Raises:
-        ValueError: the checkpoint leaves tensors unfilled, or the config has no such loader.
+        ValueError: the checkpoint leaves tensors unfilled, the config has no such loader, or the
+            model is a tracker.
         DataError: the data are not the model's, see `DataCheckHook`.
     """
     for name in ('val_dataloader', 'train_dataloader'):
@@ -67,7 +68,12 @@ def diagnose(
     content = checkpoints.read_checkpoint(checkpoint)
     state = checkpoints.state_dict_of(content, checkpoint)
     filling.load(runner.model, state, content, source=checkpoint)
+    config.refuse_tracker(runner.model)
     model = runner.model.eval()
+    # What heads and resized batches ask for how far the training is.
+    meta = checkpoints.meta_of(content)
+    for key in ('iter', 'epoch'):
+        runner.message_hub.update_info(key, meta.get(key, 0))
     loader = Runner.build_dataloader(cfg.val_dataloader, seed=0)
     check_datasets(loader.dataset, model)
     shown, skill = 0, Skill()
