@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from tests.ranks import in_two_ranks
 from wsbcn_mm import BatchChannelNorm1d, BatchChannelNorm2d, WSConv2d
@@ -320,7 +321,7 @@ def test_keep_function_needs_scales_of_the_layers_own():
     net.norms[2].batch_bias = net.norms[1].batch_bias
     with pytest.raises(ValueError, match='norms.2 and norms.1 share their batch_bias'):
         recalibrate(net, images(), keep_function=True)
-    nn.utils.prune.l1_unstructured(net.norms[0], 'batch_weight', 0.25)
+    prune.l1_unstructured(net.norms[0], 'batch_weight', 0.25)
     with pytest.raises(ValueError, match='norms.0.batch_weight is pruned or parametrized'):
         recalibrate(net, images(), keep_function=True)
 

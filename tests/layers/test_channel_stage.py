@@ -7,6 +7,7 @@ import numpy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from wsbcn_mm import BatchChannelNorm1d, BatchChannelNorm2d, BatchChannelNorm3d, WSConv2d
 
@@ -277,7 +278,7 @@ def test_put_back_it_brings_its_scale():
     norm.bn = child
     assert all(norm.get_parameter(name) is value for name, value in before.items())
     norm.bn = nn.BatchNorm2d(8)
-    nn.utils.prune.l1_unstructured(norm, 'batch_weight', 0.25)
+    prune.l1_unstructured(norm, 'batch_weight', 0.25)
     with pytest.raises(ValueError, match='batch_weight of the layer is pruned'):
         norm.bn = child
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 
 from wsbcn_mm import WSConv2d, WSConvTranspose2d, fold, reference
 from wsbcn_mm.convert import convert_model
@@ -159,7 +160,7 @@ class Doubled(nn.Module):
 @pytest.mark.parametrize(
     'change',
     [
-        lambda m: nn.utils.prune.random_unstructured(m, 'weight', amount=0),
+        lambda m: prune.random_unstructured(m, 'weight', amount=0),
         nn.utils.weight_norm,
         nn.utils.spectral_norm,
         lambda m: nn.utils.parametrize.register_parametrization(m, 'weight', Doubled()),
