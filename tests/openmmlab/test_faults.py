@@ -64,6 +64,34 @@ def test_a_step_that_mixes_images_and_settings_that_contradict(picture):
             Compose(steps)(dict(data, reduce_zero_label=False))
 
 
+LOAD = dict(type='LoadImageFromFile')
+VOLUME = dict(type='LoadBiomedicalImageFromFile', decode_backend='numpy')
+
+
+@pytest.mark.parametrize(
+    'suffix, steps, words',
+    [
+        ('.tif', [LOAD], "is a TIFF which this .* imdecode_backend='tifffile' reads it"),
+        ('.jpg', [dict(LOAD, imdecode_backend='tifffile')], 'needs the package tifffile'),
+        (
+            '.jpg',
+            [dict(LOAD, backend_args=dict(backend='tifffile'))],
+            "decodes images and is no storage: write imdecode_backend='tifffile'",
+        ),
+        ('.npy', [VOLUME, dict(type='PackSegInputs')], 'is an array of 1 x 7 x 6 x 5 there'),
+    ],
+)
+def test_images_of_many_channels(picture, suffix, steps, words, monkeypatch):
+    if suffix == '.npy':
+        np.save(picture.with_suffix('.npy'), np.zeros((7, 6, 5), np.float32))
+    if suffix == '.tif':  # of a kind that neither OpenCV nor Pillow knows
+        picture.with_suffix('.tif').write_bytes(b'II*\0' + bytes(50))
+    monkeypatch.setattr(reading, 'find_spec', lambda name: None)  # as where it is not installed
+    init_default_scope('mmseg')
+    with pytest.raises(reading.DataError, match=words):
+        Compose(steps)(dict(img_path=str(picture.with_suffix(suffix))))
+
+
 @pytest.mark.parametrize('content', [b'', b'\x89PNG\r\n\x1a\nbroken off'])
 def test_an_unreadable_mask_is_named(picture, content):
     mask = picture.with_suffix('.png')

@@ -218,6 +218,14 @@ WARNED = {
         Data(masks=[mask(0, 1)], steps=[LoadImageFromFile(), LoadAnnotations()]),
         'the mask .* is 2 x 1, and its image 20 x 10',
     ),
+    'a mask, and an image with its channels first': (
+        Data(masks=[np.eye(20, 9, dtype=np.uint8)], steps=[LoadImageFromFile(), LoadAnnotations()]),
+        '(?s)the mask .* is 9 x 20, and its image 20 x 10\n  are the 10 channels .* its first axis',
+    ),
+    'boxes, and an image with its channels first': (
+        boxes(30, 20, (9, 9)),
+        '3 of 3 images have another size .*\n  are the 10 channels of the image its first axis',
+    ),
     'the background reduced': (
         Data(classes=('bg', 'a', 'b'), masks=[mask(0, 1, 255)], reduce_zero_label=True),
         "leaves out the label 0 .* and 'b' was in none",

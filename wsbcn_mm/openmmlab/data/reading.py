@@ -7,11 +7,15 @@ import difflib
 import os
 import re
 import traceback
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from wsbcn_mm.openmmlab.data.segments import EXPECTED, wrong_mask
 
+# What decodes images, and the package that it needs; None: mmcv has it.
+DECODERS = dict(cv2=None, pillow=None, tifffile='tifffile', turbojpeg='turbojpeg')
+TIFF = (b'II*\0', b'MM\0*', b'II+\0', b'MM\0+')  # how such a file begins
 FEW = 2000  # names among which a similar one is looked for
 
 
@@ -102,20 +106,29 @@ def mend_of(transforms: list[Any], error: Exception, data: dict[str, Any]) -> st
         )
     if isinstance(error, FileNotFoundError) and error.filename:
         return missing(str(error.filename), data)
+    inside = [frame.f_locals.get('self') for frame in frames]
+    step = next((t for t in transforms if any(t is other for other in inside)), None)
+    if lacks := _decoder_lacks(step):
+        return lacks
     if isinstance(error, ImportError) or any(
         frame.f_code is get_file_backend.__code__ for frame in frames
     ):
+        name = str(*error.args[:1])
+        if name in DECODERS:
+            return (
+                f'{name} decodes images and is no storage: write imdecode_backend={name!r} instead'
+            )
         return (
             'backend_args names a storage that is not installed or not known: install what it '
             'needs, or set backend_args=None to read files from the disk'
         )
-    inside = [frame.f_locals.get('self') for frame in frames]
-    step = next((t for t in transforms if any(t is other for other in inside)), None)
     name = type(step).__name__
     if 'Annotations' in name and (wrong := _wrong_object(data)):
         return wrong
     if step is not None and isinstance(error, KeyError) and not name.startswith('Load'):
         return lacking(step, error)
+    if name.startswith('Pack') and (wrong := _wrong_array(data)):
+        return wrong
     mixes = hasattr(step, 'get_indexes') or hasattr(step, 'get_indices')
     if mixes and not any('mix_results' in (f.f_locals.get('results') or ()) for f in frames):
         return (
@@ -131,6 +144,27 @@ def mend_of(transforms: list[Any], error: Exception, data: dict[str, Any]) -> st
         where = '' if damage is None else f'{file} {damage}: '
         return f'{where}restore the file, or take it out of the dataset'
     return f'it failed in {name}: correct its arguments in the pipeline, or take the file out'
+
+
+def _decoder_lacks(step: Any) -> str | None:
+    """The package that a step's decoder needs and that is not installed."""
+    decoder = getattr(step, 'imdecode_backend', None)
+    package = DECODERS.get(decoder) if isinstance(decoder, str) else None
+    if package is None or find_spec(package):
+        return None
+    return f'imdecode_backend={decoder!r} needs the package {package}, which is not installed'
+
+
+def _wrong_array(data: dict[str, Any]) -> str | None:
+    """An image that has other axes than a network for images takes."""
+    shape = getattr(data.get('img'), 'shape', ())
+    if len(shape) in (0, 2, 3):
+        return None
+    return (
+        f'the image is an array of {" x ".join(map(str, shape))} there, and (height, width) or '
+        '(height, width, channels) is what is packed: a step of your own behind the one that loads '
+        'it makes that'
+    )
 
 
 def is_left_behind(path: str) -> bool:
@@ -220,7 +254,13 @@ def damage_of(path: str) -> str | None:
             kind = f'{image.format} image of mode {image.mode}'
             image.load()
     except UnidentifiedImageError:
-        return None
+        if not start.startswith(TIFF):
+            return None
+        return (
+            'is a TIFF which this pipeline does not read (other channels than 1, 3 or 4, or other '
+            "numbers): imdecode_backend='tifffile' reads it, with the package tifffile, and "
+            "color_type='unchanged'; else"
+        )
     except (OSError, ValueError, SyntaxError, EOFError) as error:
         return f'is damaged ({error})'
     return f'is a {kind}, which this pipeline does not read'

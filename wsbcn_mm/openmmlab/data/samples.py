@@ -229,12 +229,17 @@ def check_images(dataset: Any) -> None:
             f'says: {info["img_path"]} is {size[1]} x {size[0]} as it is read, and width x height '
             f'are {info["width"]} x {info["height"]} there'
         )
+        hint = channels_first(size, (info['height'], info['width']))
         if beyond:
             raise DataError(
-                f'{text}, and boxes lie beyond the image\n  are the annotations those of these '
-                'images, before they were resized or turned (EXIF)? Scale them, or take the others'
+                f'{text}, and boxes lie beyond the image\n'
+                + (
+                    hint
+                    or '  are the annotations those of these images, before they were resized or '
+                    'turned (EXIF)? Scale them, or take the others'
+                )
             )
-        print_log(f'data: {text}', 'current', logging.WARNING)
+        print_log(f'data: {text}' + f'\n{hint}' * bool(hint), 'current', logging.WARNING)
     elif boxes and beyond > boxes / 2:
         text = f'{kind}: {beyond} of {boxes} boxes lie beyond their image'
         mend = 'bbox is [x, y, width, height], not [x1, y1, x2, y2]'
@@ -362,7 +367,25 @@ def another_size(path: str, shape: tuple[int, ...], image: tuple[int, ...]) -> s
     """A mask is not of the size (height, width) of its image."""
     return (
         f'the mask {path} is {shape[1]} x {shape[0]}, and its image {image[1]} x {image[0]}\n'
-        '  write it at the size of the image, without interpolation between class numbers'
+        + (
+            channels_first(image, shape)
+            or '  write it at the size of the image, without interpolation between class numbers'
+        )
+    )
+
+
+def channels_first(image: tuple[int, ...], wanted: tuple[int, ...]) -> str:
+    """What to do about an image whose first axis seems to be its channels; '' for another.
+
+    Args:
+        image: Its first two axes as it is read.
+        wanted: The size (height, width) that it should have.
+    """
+    if image[1] != wanted[0] or image[0] == wanted[0]:
+        return ''
+    return (
+        f'  are the {image[0]} channels of the image its first axis? The hosts read (height, '
+        'width, channels): write it so, or put a step of your own behind the one that loads it'
     )
 
 
