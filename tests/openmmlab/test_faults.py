@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.dataset.base_dataset import Compose
+from mmengine.fileio import LocalBackend, register_backend
 from mmengine.registry import DATASETS, init_default_scope
 from PIL import Image
 
@@ -68,6 +69,16 @@ LOAD = dict(type='LoadImageFromFile')
 VOLUME = dict(type='LoadBiomedicalImageFromFile', decode_backend='numpy')
 
 
+class Empty(LocalBackend):
+    """A storage that answers as LMDB does for a key that it lacks."""
+
+    def get(self, filepath):
+        return None
+
+
+register_backend('no_such', Empty, force=True)
+
+
 @pytest.mark.parametrize(
     'suffix, steps, words',
     [
@@ -78,6 +89,7 @@ VOLUME = dict(type='LoadBiomedicalImageFromFile', decode_backend='numpy')
             [dict(LOAD, backend_args=dict(backend='tifffile'))],
             "decodes images and is no storage: write imdecode_backend='tifffile'",
         ),
+        ('.jpg', [dict(LOAD, backend_args=dict(backend='no_such'))], 'has nothing of this name'),
         ('.npy', [VOLUME, dict(type='PackSegInputs')], 'is an array of 1 x 7 x 6 x 5 there'),
     ],
 )

@@ -77,7 +77,8 @@ class Data(torch.utils.data.Dataset):
 
     def get_data_info(self, index):
         if self.masks is not None:
-            return dict(img_path='a.jpg', seg_map_path=__file__, mask=self.masks[index])
+            path = getattr(self, 'mask_path', __file__)
+            return dict(img_path='a.jpg', seg_map_path=path, mask=self.masks[index])
         return self.item
 
 

@@ -51,6 +51,10 @@ RIGHT = {
     'names under two keys': (Data(more=dict(CLASSES=('a', 'b'))), model_of()),
     'no names but under another key': (Data(None, more=dict(CLASSES=('a', 'b'))), model_of()),
     'masks': (Data(masks=[mask(0, 1, 255)]), model_of()),
+    'masks in a storage': (
+        Data(masks=[mask(0, 1)], mask_path='http://127.0.0.1:9/a.png'),
+        model_of(),
+    ),
     'no labels to test with': (Data(masks=[mask(255)]), model_of()),
     'objects are rare': (Data(masks=[mask(0, 255)] * 20 + [mask(0, 1)]), model_of()),
     'another label is ignored': (Data(masks=[mask(0, 9)]), model_of(head=Head(2, ignore_index=9))),

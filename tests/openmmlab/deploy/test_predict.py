@@ -14,6 +14,7 @@ from mmdet.structures import DetDataSample
 from mmdet.utils import register_all_modules as register_mmdet
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
+from mmengine.fileio import LocalBackend, register_backend
 from mmengine.registry import DATASETS, DefaultScope
 from mmengine.structures import InstanceData, PixelData
 from mmseg.evaluation import IoUMetric
@@ -187,6 +188,16 @@ def test_parts_of_the_test_data_that_are_read_differently_are_refused(tmp_path):
         predict.Reader(cfg)
 
 
+class Kept(LocalBackend):
+    """A storage of somebody's own."""
+
+    def get_text(self, filepath, encoding='utf-8'):
+        return super().get_text(filepath.removeprefix('kept://'), encoding)
+
+
+register_backend('kept', Kept, prefixes='kept', force=True)
+
+
 @pytest.mark.usefixtures('mmdet')
 def test_labels_are_named_in_the_order_of_the_annotation_file(tmp_path):
     """mmdet numbers labels as the file's categories stand, whatever order the config has."""
@@ -198,6 +209,10 @@ def test_labels_are_named_in_the_order_of_the_annotation_file(tmp_path):
     model.dataset_meta = dict(classes=('disc', 'square'))
     names = predict.classes_of(cfg, model)['classes']
     assert names == ['square', 'disc']
+    for place, found in (('', names), ('none/', ['disc', 'square'])):
+        stored = Config(cfg.to_dict())
+        stored.test_dataloader.dataset.data_root = f'kept://{tmp_path}/{place}'
+        assert predict.classes_of(stored, model)['classes'] == found
     meta = dict(dataset_meta=dict(classes=('disc', 'square'), palette=['red', 'green']))
     model.dataset_meta = inference.by_label(meta)  # a checkpoint of others
     assert predict.classes_of(cfg, model)['classes'] == names

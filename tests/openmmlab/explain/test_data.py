@@ -57,6 +57,11 @@ def test_a_name_in_a_list_whose_file_is_missing_is_shown():
     assert 'every line must be the name of an image without its suffix' in text
 
 
+def test_a_storage_that_knows_no_folders():
+    text = said_of(lambda: BaseDataset(ann_file='a.json', data_root='http://127.0.0.1:9/data'))
+    assert text.startswith('HTTPBackend has no join_path, which the data set asks for')
+
+
 @pytest.mark.parametrize('text', ['nan', None])
 def test_an_xml_file_that_cannot_be_read_is_named(text):
     class XMLDataset(BaseDataset):

@@ -36,6 +36,19 @@ def test_training_images_get_the_pipeline_of_testing():
         recalibration.training_images_as_tested(Config(dict(train_dataloader=dict(dataset=train))))
 
 
+@pytest.mark.parametrize('stored', [dict(backend='lmdb', db_path='train'), None])
+def test_training_images_are_read_from_where_they_lie(stored):
+    load = dict(type='LoadImageFromFile')
+    train = dict(load, backend_args=stored) if stored else load
+    test = dict(load, color_type='grayscale', backend_args=dict(backend='lmdb', db_path='val'))
+    loaders = {
+        f'{name}_dataloader': dict(dataset=dict(type='A', pipeline=[step, dict(type='Pack')]))
+        for name, step in dict(train=train, test=test).items()
+    }
+    found = recalibration.training_images_as_tested(Config(loaders))['pipeline']
+    assert found == [dict(test, backend_args=stored), dict(type='Pack')]
+
+
 @pytest.mark.parametrize('prefix', ['', 'module.'])
 @pytest.mark.parametrize('bare', [False, True])
 def test_statistics_go_into_a_checkpoint_and_nothing_else(prefix, bare):

@@ -123,6 +123,8 @@ def mend_of(transforms: list[Any], error: Exception, data: dict[str, Any]) -> st
             'needs, or set backend_args=None to read files from the disk'
         )
     name = type(step).__name__
+    if any(f.f_locals.get(key, error) is None for f in frames for key in ('img_bytes', 'content')):
+        return 'the storage that backend_args names has nothing of this name'
     if 'Annotations' in name and (wrong := _wrong_object(data)):
         return wrong
     if step is not None and isinstance(error, KeyError) and not name.startswith('Load'):
@@ -144,6 +146,23 @@ def mend_of(transforms: list[Any], error: Exception, data: dict[str, Any]) -> st
         where = '' if damage is None else f'{file} {damage}: '
         return f'{where}restore the file, or take it out of the dataset'
     return f'it failed in {name}: correct its arguments in the pipeline, or take the file out'
+
+
+def is_there(path: str, backend_args: dict[str, Any] | None = None) -> bool:
+    """Whether a file exists; True for what lies in a storage, which is asked when it is read.
+
+    Args:
+        path: Of the file, or its address.
+        backend_args: Of who reads it.
+    """
+    from mmengine.fileio import LocalBackend, get_file_backend
+
+    if os.path.exists(path):
+        return True
+    try:
+        return type(get_file_backend(path, backend_args=backend_args)) is not LocalBackend
+    except (ImportError, KeyError):  # who reads the file says what is missing
+        return True
 
 
 def _decoder_lacks(step: Any) -> str | None:

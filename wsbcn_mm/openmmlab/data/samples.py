@@ -16,7 +16,7 @@ from mmengine.dataset import Compose
 from mmengine.logging import print_log
 
 from wsbcn_mm.openmmlab.data import annotations, segments
-from wsbcn_mm.openmmlab.data.reading import DataError, is_left_behind, missing
+from wsbcn_mm.openmmlab.data.reading import DataError, is_left_behind, is_there, missing
 
 IGNORED = 255  # what a mask says where it says nothing, in mmsegmentation
 FEW, MANY = 8, 200  # images that are looked at
@@ -29,7 +29,7 @@ def _some(dataset: Any, count: int) -> list[int]:
     return np.random.default_rng(0).permutation(len(dataset))[:count].tolist()
 
 
-def _loader(dataset: Any, name: str) -> Callable[[dict], dict | None] | None:
+def _loader(dataset: Any, name: str) -> Compose | None:
     """The step of a data set's pipeline whose name begins so; its errors name the file."""
     steps = getattr(getattr(dataset, 'pipeline', None), 'transforms', [])
     step = next((s for s in steps if type(s).__name__.startswith(name)), None)
@@ -71,7 +71,7 @@ def check_left_behind(dataset: Any) -> None:
     masks = [str(i['seg_map_path']) for i in odd if i.get('seg_map_path')]
     text = f'{kind}: {len(odd)} of {len(dataset)} images lie in such folders as'
     text = f'{text} {os.path.dirname(odd[0]["img_path"])}, which {REMOVE}'
-    if _mask_reader(dataset) is not None and not all(map(os.path.exists, masks)):
+    if _mask_reader(dataset) is not None and not all(map(is_there, masks)):
         raise DataError(text)
     print_log(f'data: {text}', 'current', logging.WARNING)
 
@@ -427,11 +427,13 @@ def _mask_reader(dataset: Any) -> Callable[[int], tuple[str, np.ndarray]] | None
     load = _loader(dataset, 'LoadAnnotations')
     if load is None or not hasattr(dataset, 'seg_map_suffix') or not hasattr(dataset, 'label_map'):
         return None  # not a segmentation of mmsegmentation
+    step = load.transforms[0]
+    arguments = getattr(step, 'file_client_args', None) or getattr(step, 'backend_args', None)
 
     def read(index: int) -> tuple[str, np.ndarray]:
         info = dataset.get_data_info(index)
         path = info.get('seg_map_path')
-        if not path or not os.path.exists(path):
+        if not path or not is_there(path, arguments):
             image = info.get('img_path')
             mend = missing(str(path if image is None or os.path.exists(image) else image))
             file = getattr(dataset, 'ann_file', '')

@@ -3,20 +3,23 @@
 import copy
 import inspect
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from mmengine import fileio
 from mmengine.config import Config
 from mmengine.dataset import Compose, pseudo_collate
+from mmengine.logging import print_log
 from mmengine.registry import VISUALIZERS
 from PIL import Image
 
 from wsbcn_mm.openmmlab.checkpoints import BY_LABEL
 from wsbcn_mm.openmmlab.config import scope_of, type_name, use_scope
-from wsbcn_mm.openmmlab.data.reading import DataError, is_left_behind
+from wsbcn_mm.openmmlab.data.reading import DataError, is_left_behind, is_there
 from wsbcn_mm.openmmlab.deploy import clips, labels
 from wsbcn_mm.openmmlab.errors import first_line
 from wsbcn_mm.openmmlab.loaders import dataset_class, datasets_of, datasets_of_test
@@ -180,10 +183,11 @@ def classes_of(cfg: Config, model: Any, required: bool = True) -> dict[str, Any]
             '  set test_dataloader.dataset.metainfo=dict(classes=...)'
         )
     names = list(meta['classes'])
-    file = Path(dataset.get('data_root') or '', dataset.get('ann_file') or '')
+    file = os.path.join(dataset.get('data_root') or '', dataset.get('ann_file') or '')
+    arguments = dataset.get('backend_args')
     known = BY_LABEL in meta
-    if not known and _numbers_labels_by_file(cfg, kind) and file.is_file():
-        names = [c['name'] for c in categories_of(file, names)] or names
+    if not known and _numbers_labels_by_file(cfg, kind) and file and is_there(file, arguments):
+        names = _names_by_file(file, names, arguments)
     return {**meta, 'classes': names}
 
 
@@ -206,9 +210,26 @@ def _numbers_labels_by_file(cfg: Config, kind: type | None) -> bool:
     return getattr(kind, 'load_data_list', None) is CocoDataset.load_data_list
 
 
-def categories_of(annotations: Path, names: list[str]) -> list[dict[str, Any]]:
+def _names_by_file(file: str, names: list[str], backend_args: dict[str, Any] | None) -> list[str]:
+    try:
+        return [c['name'] for c in categories_of(file, names, backend_args)] or names
+    except Exception as error:  # of a storage, which may raise anything
+        if os.path.exists(file):
+            raise
+        print_log(
+            f'{file}, whose order of categories numbers the labels, cannot be read '
+            f'({first_line(error)}): the names are taken in the order of the config',
+            'current',
+            logging.WARNING,
+        )
+        return names
+
+
+def categories_of(
+    annotations: str, names: list[str], backend_args: dict[str, Any] | None = None
+) -> list[dict[str, Any]]:
     """The categories of a COCO file that have these names, in its order."""
-    content = json.loads(annotations.read_text())
+    content = json.loads(fileio.get_text(annotations, backend_args=backend_args))
     return [c for c in content.get('categories', []) if c.get('name') in names]
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.dataset import BaseDataset
+from mmengine.fileio import BaseStorageBackend
 from mmengine.structures import BaseDataElement
 from torch import nn
 
@@ -51,13 +52,27 @@ def explain(cfg: Config, error: BaseException) -> str | None:
         if lines:
             return '\n'.join(lines) + f'\n  it ended in {type(error).__name__}: {first_line(error)}'
     return (
-        _of_list(error, frames)
+        _of_storage(error)
+        or _of_list(error, frames)
         or _of_folders(frames)
         or _of_empty(frames)
         or _of_mixed(error, frames)
         or _of_pipeline(error, frames)
         or _of_weights(error, frames)
         or _of_sample(error, frames)
+    )
+
+
+def _of_storage(error: BaseException) -> str | None:
+    """A storage that reads files, and does not know folders."""
+    storage = getattr(error, 'obj', None)
+    if not isinstance(error, AttributeError) or not isinstance(storage, BaseStorageBackend):
+        return None
+    return (
+        f'{type(storage).__name__} has no {error.name}, which the data set asks for: it reads '
+        "single files\n  write whole addresses, data_root='', ann_file=..., data_prefix="
+        'dict(img=...); or give backend_args to LoadImageFromFile alone, and have the annotations '
+        'on the disk'
     )
 
 

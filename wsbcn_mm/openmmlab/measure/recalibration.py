@@ -18,6 +18,7 @@ from wsbcn_mm.layers import BatchChannelNorm
 from wsbcn_mm.openmmlab import loaders
 from wsbcn_mm.openmmlab.checkpoints import holder_of_tensors
 from wsbcn_mm.openmmlab.compat import unwrapped
+from wsbcn_mm.openmmlab.config import type_name
 from wsbcn_mm.recalibration import Recalibration, recalibrate
 
 
@@ -41,8 +42,18 @@ def training_images_as_tested(cfg: Config) -> dict:
     pipeline = loaders.datasets_of_test(cfg)[0]['pipeline']
     dataset = loaders.single_pass(copy.deepcopy(cfg.train_dataloader['dataset']))
     for part in loaders.inner_datasets(dataset):
-        part['pipeline'] = copy.deepcopy(pipeline)
+        part['pipeline'] = _from_own_storage(copy.deepcopy(pipeline), part.get('pipeline') or [])
     return dataset
+
+
+def _from_own_storage(pipeline: list, own: list) -> list:
+    """A pipeline whose steps read files from where those of another one do: each has its place."""
+    places = {type_name(s): s.get('backend_args') for s in own if isinstance(s, dict)}
+    for step in pipeline:
+        place = places.get(type_name(step), step)
+        if isinstance(step, dict) and place is not step and place != step.get('backend_args'):
+            step['backend_args'] = copy.deepcopy(place)
+    return pipeline
 
 
 def loader(dataset: dict, num_images: int, batch_size: int = 1, num_workers: int = 0) -> DataLoader:
