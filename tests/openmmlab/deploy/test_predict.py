@@ -237,6 +237,34 @@ def test_labels_are_named_in_the_order_of_the_annotation_file(tmp_path):
     assert [entry['category_id'] for entry in written] == [3, 9]
 
 
+@pytest.mark.parametrize(
+    'named, found',
+    [
+        ([dict(file_name='a.png')], True),
+        ([dict(file_name='val/a.png'), dict(file_name='val/ba.png')], True),  # below data_prefix
+        ([dict(file_name='COCO_val2017_a.png')], True),  # LVIS 0.5
+        ([dict(coco_url='http://images.cocodataset.org/val2017/a.png')], True),  # LVIS 1
+        ([dict(file_name='x_a.png')], 'not among'),
+        ([dict(file_name='train/a.png'), dict(file_name='val/a.png')], 'several'),
+    ],
+)
+def test_images_get_the_ids_that_their_file_gives_them(named, found, tmp_path):
+    images = [dict(image, id=7 + i) for i, image in enumerate(named)]
+    content = dict(images=images, categories=[dict(id=3, name='b')], annotations=[])
+    (tmp_path / 'a.json').write_text(json.dumps(content))
+    writer = predict.CocoWriter(tmp_path / 'p.json', ['b'], tmp_path / 'a.json')
+    sample = DetDataSample(pred_instances=InstanceData(bboxes=torch.zeros(0, 4)))
+    if found is not True:
+        with pytest.raises(ValueError, match=f'a.png is {found}'):
+            writer.add('a.png', sample, SHAPE)
+    else:
+        sample.pred_instances.scores = sample.pred_instances.labels = torch.zeros(0)
+        writer.add('a.png', sample, SHAPE)
+    writer.close()
+    written = json.loads((tmp_path / 'p.json').read_text())['images']
+    assert [image['id'] for image in written] == [7] * (found is True)
+
+
 @pytest.mark.usefixtures('mmdet')
 def test_what_cannot_be_written_is_one_sentence(tmp_path):
     """A panoptic model predicts no boxes."""

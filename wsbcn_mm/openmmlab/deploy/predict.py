@@ -334,7 +334,7 @@ class CocoWriter:
         self._image_ids: dict[str, int] | None = None
         if annotations is not None:
             given = json.loads(annotations.read_text())
-            self._image_ids = {i['file_name']: i['id'] for i in given['images']}
+            self._image_ids = {_file_of(image): image['id'] for image in given['images']}
             ids = {c['name']: c['id'] for c in given['categories']}
             unknown = [name for name in classes if name not in ids]
             if unknown:
@@ -352,9 +352,7 @@ class CocoWriter:
 
         image_id = len(self.images) + 1
         if self._image_ids is not None:
-            if name not in self._image_ids:
-                raise ValueError(f'{name} is not among the images of the annotation file')
-            image_id = self._image_ids[name]
+            image_id = _id_of(name, self._image_ids)
         self.images.append(dict(id=image_id, file_name=name, height=size[0], width=size[1]))
         found = sample.pred_instances
         if len(found) and int(found.labels.max()) >= len(self.categories):
@@ -394,6 +392,31 @@ class CocoWriter:
             os.replace(self._part, self._path)
         else:
             self._part.unlink()
+
+
+def _file_of(image: dict[str, Any]) -> str:
+    """The file of an image of an annotation file; LVIS 1 has addresses alone."""
+    address = str(image.get('coco_url') or '').partition('://')[2].partition('/')[2]
+    return image.get('file_name') or address
+
+
+def _id_of(name: str, ids: dict[str, int]) -> int:
+    """The id of a file, which the annotations may name with folders, or as LVIS 0.5 does.
+
+    Raises:
+        ValueError: there is none, or several.
+    """
+    if name in ids:
+        return ids[name]
+    found = [file for file in ids if file.endswith((f'/{name}', f'_{name}'))]
+    found = [f for f in found if f[-len(name) - 1] == '/' or f.startswith('COCO_')]
+    if len(found) != 1:
+        there = ', '.join(found[:3] or list(ids)[:3])
+        raise ValueError(
+            f'{name} is {"several" if found else "not among the"} images of the annotation file\n'
+            f'  it has {there}, ...: give infer.py the folder below which they have these names'
+        )
+    return ids[found[0]]
 
 
 def write_mask(path: Path, sample: Any, palette: Any) -> None:
