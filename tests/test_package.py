@@ -98,6 +98,8 @@ LEVELS = {
     'recalibration': 4,
     'shapes': 4,
     'layers': 3,
+    'handover': 2,
+    'references': 2,
     'structure': 3,
     'functional': 2,
     'own_classes': 2,

@@ -6,17 +6,16 @@ follows, because a standardized convolution without one multiplies activations b
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from wsbcn_mm import layers
+from wsbcn_mm import handover, layers, references
 from wsbcn_mm.checks import FORMULAS, MODES, auto_groups, check_choice
 from wsbcn_mm.layers.fusing import refuse_to_fuse
 from wsbcn_mm.layers.subclasses import standardized_copy
@@ -126,7 +125,8 @@ def convert_model(
             width.
         mode: As in `BatchChannelNorm2d`.
         momentum: As in `BatchChannelNorm2d`.
-        formula: As in `WSConv2d`; convolutions that are mmcv's ConvWS keep their own, 'std_eps'.
+        formula: As in `WSConv2d`; convolutions that are mmcv's ConvWS keep their own, 'std_eps',
+            and their eps.
 
     Returns:
         What changed, and what was left and why. Converting a second time changes nothing.
@@ -188,15 +188,16 @@ def convert_model(
                 new = replacement.get(id(modules[name]))
                 if isinstance(new, layers.BatchChannelNorm):
                     new.bn.reset_running_stats()
-    _replace(model, replacement)
+    references.replace(model, replacement)
     if run is not None:
         try:
             run()
         except Exception as error:
             originals = {id(m): m for m in modules.values()}
             for key in replacement:
-                _belong_to(originals[key])
-            _replace(model, {id(new): originals[key] for key, new in replacement.items()})
+                handover.belong_to(originals[key])
+            back = {id(new): originals[key] for key, new in replacement.items()}
+            references.replace(model, back)
             raise ValueError(
                 f'the model runs as it is, but not converted: {type(error).__name__}: {error}\n'
                 '  does its forward read tensors of a layer instead of calling it? nothing was '
@@ -204,13 +205,6 @@ def convert_model(
             ) from error
     refuse_to_fuse(model)
     return report
-
-
-def _replace(model: nn.Module, replacement: dict[int, nn.Module]) -> None:
-    for module in list(model.modules()):
-        for name, child in list(module._modules.items()):
-            if id(child) in replacement:
-                module._modules[name] = replacement[id(child)]
 
 
 def _run(model: nn.Module, example_input: object) -> object:
@@ -245,7 +239,12 @@ def _convert_norms(
     settings: _NormSettings,
 ) -> list[Changed | Left]:
     lines: list[Changed | Left] = []
+    like = next(model.parameters(), None)
     for name, norm in model.named_modules():
+        if isinstance(norm, torch.jit.ScriptModule):
+            if not isinstance(modules[name.rpartition('.')[0]], torch.jit.ScriptModule):
+                lines.append(Left(name, type(norm).__name__, 'TorchScript: its layers are fixed'))
+            continue
         if not is_norm(norm) or isinstance(norm, layers.BatchChannelNorm):
             continue
         parent = modules[name.rpartition('.')[0]]
@@ -257,7 +256,7 @@ def _convert_norms(
             lines.append(Left(name, kind, reason))
             continue
         try:
-            new = _batch_channel_norm(norm, dims[id(norm)], settings)
+            new = _batch_channel_norm(norm, dims[id(norm)], settings, like)
         except ValueError as error:
             raise ValueError(f'{name}: {error}') from None
         replacement[id(norm)] = _with_activation(norm, new)
@@ -313,6 +312,9 @@ def _why_not_norm(norm: nn.Module, dims: dict[int, int]) -> str | None:
         return 'normalises each position by itself; batch size does not matter to it'
     if isinstance(norm, nn.modules.instancenorm._InstanceNorm):
         return 'normalises each sample by itself; batch size does not matter to it'
+    reason = handover.why_not(norm)
+    if reason is not None:
+        return reason
     if isinstance(norm, nn.modules.lazy.LazyModuleMixin) and norm.has_uninitialized_params():
         return 'has no width yet: run the model once before'
     if id(norm) not in dims:
@@ -324,7 +326,10 @@ def _why_not_norm(norm: nn.Module, dims: dict[int, int]) -> str | None:
     return None
 
 
-def _batch_channel_norm(norm: Any, dim: int, settings: _NormSettings) -> layers.BatchChannelNorm:
+def _batch_channel_norm(
+    norm: Any, dim: int, settings: _NormSettings, like: Tensor | None
+) -> layers.BatchChannelNorm:
+    """With the values of a norm; where it has none, on the device and in the dtype of ``like``."""
     width = num_channels(norm)
     assert width is not None  # LayerNorm, which does not say, stays
     groups = settings.num_groups
@@ -335,7 +340,8 @@ def _batch_channel_norm(norm: Any, dim: int, settings: _NormSettings) -> layers.
         groups = norm.num_groups if isinstance(norm, nn.GroupNorm) else auto_groups(width)
     grouped = isinstance(norm, nn.GroupNorm)
     scale, shift = norm.weight, norm.bias  # None without affine
-    reference = next((t for t in (scale, norm._buffers.get('running_mean')) if t is not None), None)
+    tensors = (scale, norm._buffers.get('running_mean'), like)
+    reference = next((t for t in tensors if t is not None), None)
     new = BATCH_CHANNEL_NORM[dim](
         width,
         groups,
@@ -358,7 +364,7 @@ def _batch_channel_norm(norm: Any, dim: int, settings: _NormSettings) -> layers.
     frozen = [not p.requires_grad for p in norm.parameters()]
     if frozen and all(frozen):
         new.requires_grad_(False)
-    _take_over(norm, new)
+    handover.take_over(norm, new)
     return new
 
 
@@ -404,7 +410,8 @@ def _convert_conv(
     reason = _why_not_conv(follower, modules, replacement, settings)
     if reason is not None:
         return Left(name, kind, reason)
-    own = 'std_eps' if kind == 'ConvWS2d' else settings.formula
+    standardizes = kind == 'ConvWS2d'  # mmcv's
+    own = 'std_eps' if standardizes else settings.formula
     torchs = torch_class(conv)
     if torchs is None:  # a class of its own keeps its way to convolve
         copied = standardized_copy(conv, own)
@@ -422,9 +429,11 @@ def _convert_conv(
     )
     if conv.transposed:
         arguments['output_padding'] = conv.output_padding
+    if standardizes:
+        arguments['eps'] = conv.eps
     new = target(conv.in_channels, conv.out_channels, conv.kernel_size, formula=own, **arguments)
     new.weight, new.bias = conv.weight, conv.bias
-    _take_over(conv, new)
+    handover.take_over(conv, new)
     replacement[id(conv)] = new
     return Changed(name, kind, target.__name__)
 
@@ -450,33 +459,15 @@ def _why_not_conv(
         return 'standardize=False'
     if not settings.deformable and not isinstance(conv, _ConvNd):
         return 'deformable=False'
+    reason = handover.why_not(conv)
+    if reason is not None:
+        return reason
     if id(conv.weight) in settings.tied:
         return 'shares its weight with a convolution that no normalisation follows'
-    if hasattr(conv, 'parametrizations') or any(
-        hasattr(hook, 'compute_weight') for hook in conv._forward_pre_hooks.values()
-    ):
-        return 'its weight is computed by another parametrization'
-    if torch_class(conv) is None and not computes_with_its_weight(conv):
-        return f'{type(conv).__name__} computes with something else than its weight'
+    if torch_class(conv) is None:
+        if not computes_with_its_weight(conv):
+            return f'{type(conv).__name__} computes with something else than its weight'
+        own = vars(conv).keys() & {'eps', 'formula'}
+        if own:
+            return f'has an attribute {min(own)!r} of its own, which WS would take for its setting'
     return None if standardizable(conv) else 'a fan-in of 1 has no variance'
-
-
-def _take_over(old: nn.Module, new: nn.Module) -> None:
-    """Mode and hooks of the old layer.
-
-    The very dictionaries that hold the hooks: a handle that somebody keeps still removes its own.
-    """
-    new.train(old.training)
-    for name in vars(nn.Module()):
-        if 'hook' in name:
-            vars(new)[name] = vars(old)[name]
-    _belong_to(new)
-
-
-def _belong_to(layer: nn.Module) -> None:
-    """Hooks that want the module that they are called for get this one."""
-    for name, hooks in vars(layer).items():
-        if 'hook' in name and isinstance(hooks, dict):
-            for hook in hooks.values():
-                if getattr(hook, 'with_module', False):
-                    hook.module = weakref.ref(layer)

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeGuard
 
-from torch import Tensor, nn
+from torch import Tensor, jit, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -40,6 +40,8 @@ def is_conv(module: nn.Module | None) -> TypeGuard[_ConvNd]:
     """
     if isinstance(module, _ConvNd):
         return True
+    if isinstance(module, jit.ScriptModule):  # which holds no layers of Python's
+        return False
     weight = None if module is None else module._parameters.get('weight')
     kernel_size = getattr(module, 'kernel_size', None)
     widths = [getattr(module, name, None) for name in ('in_channels', 'out_channels')]

@@ -32,10 +32,16 @@ class Model(nn.Module):
         self.block, self.head = Block(), nn.Conv2d(8, 2, 1)
 
     def forward(self, x):
-        return self.fused(self.block(x), self.head)
+        return self.reparametrized(self.fused(self.block(x), self.head))
 
     def fused(self, x, head):  # needs arguments: a step of the forward pass
         return head(x)
+
+    def reparametrized(self, x):
+        return self.fuse_all(x, x) / 2
+
+    def fuse_all(self, *maps):  # a step of the forward pass, too, by way of another one
+        return sum(maps)
 
     def fuse(self, verbose=True):
         self.block.conv.weight.data.mul_(self.block.bn.running_var.view(-1, 1, 1, 1))

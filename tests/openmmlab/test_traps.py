@@ -204,6 +204,20 @@ def test_trap_04_efficient_conv_bn_eval_leaves_bcn_alone():
     torch.testing.assert_close(short(x), plain(x), rtol=0, atol=0)
 
 
+def test_trap_04_efficient_conv_bn_eval_ends_where_a_model_is_converted():
+    """The shortcut was chosen for the BatchNorm. mmcv's ConvWS keeps its eps."""
+    conv, norm = dict(type='ConvWS', eps=0.1), dict(type='BN')
+    module = ConvModule(4, 8, 3, conv_cfg=conv, norm_cfg=norm, efficient_conv_bn_eval=True)
+    model, x = nn.Sequential(module).eval(), image(channels=4)
+    before = module.conv(x)
+    assert {line.after for line in convert_model(model).changed} == {
+        'WSConv2d',
+        'BatchChannelNorm2d',
+    }
+    torch.testing.assert_close(module.conv(x), before)
+    assert model(x).isfinite().all()
+
+
 @pytest.mark.parametrize('norm', [nn.BatchNorm2d, partial(BatchChannelNorm2d, num_groups=2)])
 @pytest.mark.parametrize('conv', [nn.Conv2d, WSConv2d])
 def test_trap_04_mmengines_graph_shortcut_is_right_or_refused(conv, norm):

@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
+from wsbcn_mm import references
 from wsbcn_mm.folding import new_layers
 from wsbcn_mm.folding.evidence import Evidence, Run, watched
 from wsbcn_mm.layers import BatchChannelNorm, WeightStandardized
@@ -316,24 +317,12 @@ def _fixed(root: nn.Module, evidence: Evidence) -> dict[nn.Module, str]:
             found[module] = 'it has hooks, which a new layer would not have'
         elif ours and has_own_forward(module):
             found[module] = f'a {type(module).__name__} has a forward pass of its own'
-        for attribute, value in vars(module).items():
-            for layer in _modules_in(value) if attribute != '_modules' else ():
-                if watched(layer):
-                    kind = type(module).__name__
-                    found[layer] = f'attribute {attribute!r} of a {kind} refers to it as well'
+    for layer, where in references.found(root).items():
+        if watched(layer):
+            found[layer] = f'{where} refers to it as well'
     return found
 
 
 def _hooks(module: nn.Module) -> bool:
     kinds = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
     return any(getattr(module, kind) for kind in kinds)
-
-
-def _modules_in(value: object) -> Iterator[nn.Module]:
-    """Modules that an attribute holds beside the module tree."""
-    if isinstance(value, nn.Module):
-        yield value
-    elif isinstance(value, dict):
-        yield from (item for item in value.values() if isinstance(item, nn.Module))
-    elif isinstance(value, (list, tuple, set)):
-        yield from (item for item in value if isinstance(item, nn.Module))

@@ -25,14 +25,17 @@ def refuse_to_fuse(model: nn.Module) -> None:
     """Lets the methods by which modules fold themselves raise while they hold our layers.
 
     Where they hold none any more (the model was folded) there is nothing left to do: they return
-    the module as it is.
+    the module as it is. mmcv's way to fold in every evaluation, an option of its ConvModule, is
+    switched off.
 
     Args:
-        model: Its modules get an attribute in place of such a method. Methods that need arguments
-            are something else: a step of the forward pass.
-
+        model: Its modules get an attribute in place of such a method. Methods that need arguments,
+            or that ``forward`` calls, are something else: a step of the forward pass.
     """
     for module in model.modules():
+        shortcut = getattr(module, 'turn_on_efficient_conv_bn_eval', None)  # of mmcv's ConvModule
+        if shortcut is not None and any(isinstance(child, OURS) for child in module.children()):
+            shortcut(False)
         for name in _folding_methods(type(module)):  # type: ignore[arg-type]
             if any(isinstance(child, OURS) for child in module.modules()):
                 setattr(module, name, functools.partial(_instead, module, name))
@@ -40,13 +43,27 @@ def refuse_to_fuse(model: nn.Module) -> None:
 
 @functools.cache
 def _folding_methods(kind: type[nn.Module]) -> tuple[str, ...]:
+    steps = _steps_of_forward(kind)
     return tuple(
         name
         for name in dir(kind)
         if name.startswith(BEGINNINGS)
+        and name not in steps
         and inspect.isfunction(method := getattr(kind, name))
         and not any(_required(method))
     )
+
+
+def _steps_of_forward(kind: type[nn.Module]) -> set[str]:
+    """Names that ``forward`` uses, and the methods of the class that it calls."""
+    names: set[str] = set()
+    new = {'forward'}
+    while new:
+        code = getattr(getattr(kind, new.pop(), None), '__code__', None)
+        of_method = set() if code is None else set(code.co_names) - names
+        names |= of_method
+        new |= of_method
+    return names
 
 
 def _required(method: Callable[..., object]) -> Iterator[bool]:

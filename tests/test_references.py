@@ -1,0 +1,74 @@
+"""wsbcn_mm.references: layers that a forward pass reaches beside the module tree."""
+
+import copy
+import functools
+import types
+
+import pytest
+import torch
+from torch import nn
+
+from wsbcn_mm import BatchChannelNorm2d, WSConv2d, references
+from wsbcn_mm.convert import convert_model
+from wsbcn_mm.folding import fold, plan
+
+WAYS = {
+    'list': (lambda m: [m.conv, m.norm], lambda way, x: way[1](way[0](x))),
+    'tuples': (lambda m: [(m.conv, 1), (m.norm, 1)], lambda way, x: way[1][0](way[0][0](x))),
+    'dict of lists': (
+        lambda m: {'a': [m.conv], 'b': [m.norm]},
+        lambda way, x: way['b'][0](way['a'][0](x)),
+    ),
+    'object': (
+        lambda m: types.SimpleNamespace(conv=m.conv, norm=m.norm),
+        lambda way, x: way.norm(way.conv(x)),
+    ),
+    'partial': (lambda m: functools.partial(run, m.conv, norm=m.norm), lambda way, x: way(x)),
+    'methods': (lambda m: (m.conv.forward, m.norm.forward), lambda way, x: way[1](way[0](x))),
+    'module': (lambda m: [nn.Sequential(m.conv, m.norm)], lambda way, x: way[0](x)),
+}
+
+
+def run(conv, x, norm):
+    return norm(conv(x))
+
+
+class Model(nn.Module):
+    def __init__(self, conv, norm, way):
+        super().__init__()
+        self.conv, self.norm = conv, norm
+        refer, self.run = WAYS[way]
+        self.way = refer(self)
+
+    def forward(self, x):
+        return self.run(self.way, x)
+
+
+@pytest.mark.parametrize('way', WAYS)
+def test_converted_layers_run_whatever_the_forward_pass_goes_by(way):
+    model, x = Model(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), way), torch.randn(2, 3, 6, 6)
+    report = convert_model(model, x)
+    assert [line.after for line in report.changed] == ['WSConv2d', 'BatchChannelNorm2d']
+    torch.testing.assert_close(copy.deepcopy(model)(x), copy.deepcopy(model.norm)(model.conv(x)))
+    model(x)
+    assert model.norm.bn.num_batches_tracked == 1
+
+
+@pytest.mark.parametrize('way', WAYS)
+def test_layers_that_attributes_refer_to_are_not_folded(way):
+    model, x = Model(WSConv2d(3, 8, 3), BatchChannelNorm2d(8, 2), way), torch.randn(2, 3, 6, 6)
+    model(x)
+    assert plan(model, x).left.keys() == {'conv', 'norm'}
+    with pytest.warns(UserWarning, match="attribute 'way' of a Model refers to it as well"):
+        torch.testing.assert_close(fold(model, x)(x), model.eval()(x))
+
+
+def test_what_refers_to_itself_or_to_the_model_ends():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+    model.parts = parts = [model, (1, 'a', torch.ones(2))]
+    parts.append(parts)
+    model.step = model.forward
+    assert references.found(model).keys() == {model}
+    new = nn.ReLU()
+    references.replace(model, {id(model[1]): new})
+    assert model[1] is new and model.parts is parts and parts[0] is model

@@ -1,0 +1,44 @@
+"""What a layer hands over to the one that takes its place, and when it cannot."""
+
+import weakref
+
+from torch import nn
+
+_OF_NORMS = vars(nn.BatchNorm2d(1)).keys() | nn.BatchNorm2d(1)._buffers.keys()
+
+
+def why_not(layer: nn.Module) -> str | None:
+    """Why no other layer can do what this one does, whatever its class; None: one can."""
+    for name in ('weight', 'bias'):
+        computed = name in vars(layer)  # pruned, weight norm: an attribute, no parameter
+        if computed or name in getattr(layer, 'parametrizations', ()):
+            return f'its {name} is computed by another parametrization, or pruned'
+    methods = sorted(vars(layer).keys() & {'forward', '_conv_forward'})
+    return f'its {methods[0]} was set on it, and is no method of its class' if methods else None
+
+
+def take_over(old: nn.Module, new: nn.Module) -> None:
+    """Mode, hooks, and what others keep on the old layer: hooks and code of theirs read it.
+
+    The very dictionaries that hold the hooks: a handle that somebody keeps still removes its own.
+    """
+    new.train(old.training)
+    for name, value in vars(old).items():
+        if name not in _OF_NORMS and not hasattr(new, name):
+            setattr(new, name, value)
+    for name, value in old._buffers.items():
+        if name not in _OF_NORMS and not hasattr(new, name):
+            new.register_buffer(name, value, name not in old._non_persistent_buffers_set)
+    for name in vars(nn.Module()):
+        if 'hook' in name:
+            vars(new)[name] = vars(old)[name]
+    belong_to(new)
+
+
+def belong_to(layer: nn.Module) -> None:
+    """Hooks that want the module that they are called for get this one."""
+    for name, hooks in vars(layer).items():
+        if 'hook' in name and isinstance(hooks, dict):
+            for hook in hooks.values():
+                if getattr(hook, 'with_module', False):
+                    hook.module = weakref.ref(layer)
