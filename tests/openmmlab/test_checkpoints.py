@@ -142,6 +142,26 @@ def test_loading_is_complete_or_nothing_happens():
     assert (model.head.weight == 2).all() and (model.head.bias == 1).all()
 
 
+@pytest.mark.parametrize('change', [lambda v: v.to('meta'), lambda v: v.to_sparse()])
+def test_a_tensor_without_values_fills_nothing(change):
+    """torch passes over those of the meta device with a warning."""
+    model, state = tiny_model(1.0), tiny_model(2.0).state_dict()
+    state['head.weight'] = change(state['head.weight'])
+    with pytest.raises(CheckpointMismatch, match=r'(?s)not fill 1 of .*meta.*: head.weight$'):
+        filling.load(model, state)
+    with torch.device('meta'):  # of shapes alone
+        assert compare(tiny_model(), tiny_model().state_dict()).complete
+
+
+def test_what_others_write_into_names_and_values_is_named():
+    state = tiny_model().state_dict()
+    wrapped = {k.replace('.', '._checkpoint_wrapped_module.'): v for k, v in state.items()}
+    assert "hold '_checkpoint_wrapped_module.', of a wrapper" in str(compare(tiny_model(), wrapped))
+    arrays = {key: value.numpy() for key, value in state.items()}
+    with pytest.raises(CheckpointMismatch, match='arrays of NumPy: torch.from_numpy'):
+        checkpoints.state_dict_of(dict(state_dict=arrays))
+
+
 def fake_runner(model=None, **cfg):
     return SimpleNamespace(
         model=tiny_model() if model is None else model,

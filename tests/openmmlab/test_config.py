@@ -116,6 +116,13 @@ def test_load_config_wants_a_model(file):
         config.load_config(str(file))
 
 
+def test_a_checkpoint_in_the_place_of_a_config(file):
+    weights = file.with_suffix('.pth')
+    weights.touch()
+    with pytest.raises(ValueError, match='is a file of weights: the config comes first'):
+        config.load_config(str(weights))
+
+
 def test_load_config_names_files_that_may_have_been_meant(file):
     with pytest.raises(FileNotFoundError) as error:
         config.load_config(str(file.with_name('mask_rcnn_tiny.py')))

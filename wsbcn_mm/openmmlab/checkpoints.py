@@ -246,8 +246,10 @@ def state_dict_of(checkpoint: dict, source: str | Path = 'the checkpoint') -> di
     if not tensors:
         keys = ', '.join(map(str, list(holder)[:6])) or 'none'
         inside = [key for key, value in holder.items() if _holds_tensors(value)]
+        arrays = any(type(value).__module__ == 'numpy' for value in holder.values())
         raise CheckpointMismatch(
             f'{source} holds no tensors of a model by name\n  its keys: {keys}'
+            + ('\n  they are arrays of NumPy: torch.from_numpy makes tensors of them' * arrays)
             + ''.join(f"\n  maybe torch.save(checkpoint[{k!r}], 'new.pth')" for k in inside[:1])
         )
     return tensors

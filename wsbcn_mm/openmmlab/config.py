@@ -23,6 +23,7 @@ from wsbcn_mm.openmmlab.options import merge, unread, without_effect
 # Detection, segmentation, classification of images, of videos: a config's scope is a package.
 HOSTS = ('mmdet', 'mmseg', 'mmpretrain', 'mmaction')
 PRETRAINED = ('Pretrained', 'PretrainedInit')  # the initialisation from a file
+WEIGHTS = ('.pth', '.pt', '.tar', '.ckpt', '.safetensors', '.onnx')
 TRACKER = 'BaseMOTModel'  # the base of MMDetection's trackers and video instance segmentation
 # Fields of a config for MMCV 1, and what MMEngine has in their place.
 FORMER = ('data', 'optimizer', 'optimizer_config', 'lr_config', 'runner', 'checkpoint_config')
@@ -42,6 +43,10 @@ def load_config(path: str, options: dict | None = None) -> Config:
         ValueError: it is not a model's config, or has no place for an override.
     """
     file, _ = find_config(path)
+    if file.suffix in WEIGHTS:
+        raise ValueError(
+            f'{path} is a file of weights: the config comes first, then the checkpoint'
+        )
     compat.require('mmengine', 'mmcv')
     cfg = read_config(file)
     lines = [f'{path}: {line}' for line in _without_effect(cfg, file)]

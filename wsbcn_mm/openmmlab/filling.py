@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from wsbcn_mm.layers import BatchChannelNorm, WeightStandardized
 from wsbcn_mm.openmmlab.checkpoints import CheckpointMismatch, meta_of, without_wrappers
 
+# What torch.compile, activation checkpointing and FSDP put into names.
+WRAPPERS_OF_PARTS = ('_orig_mod.', '_checkpoint_wrapped_module.', '_fsdp_wrapped_module.')
+
 
 @dataclass
 class Comparison:
@@ -27,6 +30,7 @@ class Comparison:
         filled: Names of tensors that it fills.
         missing: Names that it does not have.
         other_shape: Names that it has in another shape, with the shape there and the model's.
+        no_values: Names that it has without numbers that can be copied (meta device, sparse).
         left_over: Names in the state dict that the model has no place for.
         not_numbers: Parameters that it fills with NaN or infinity, statistics with what is none.
         unlike: What is wrong where the checkpoint records other settings of the layers, with the
@@ -36,6 +40,7 @@ class Comparison:
     filled: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     other_shape: dict[str, tuple[torch.Size, torch.Size]] = field(default_factory=dict)
+    no_values: list[str] = field(default_factory=list)
     left_over: list[str] = field(default_factory=list)
     not_numbers: list[str] = field(default_factory=list)
     unlike: list[str] = field(default_factory=list)
@@ -43,10 +48,11 @@ class Comparison:
     @property
     def complete(self) -> bool:
         """Whether the model computes what the checkpoint's model did."""
-        return not (self.missing or self.other_shape or self.not_numbers or self.unlike)
+        unfilled = self.missing or self.other_shape or self.no_values
+        return not (unfilled or self.not_numbers or self.unlike)
 
     def __str__(self) -> str:
-        unfilled = len(self.missing) + len(self.other_shape)
+        unfilled = len(self.missing) + len(self.other_shape) + len(self.no_values)
         total = len(self.filled) + unfilled
         if unfilled:
             share = f'({100 * unfilled / total:.0f} %)'
@@ -59,11 +65,15 @@ class Comparison:
             lines.append(f'of another shape: {name}: {tuple(found)} for {tuple(wanted)}')
         if len(self.other_shape) > 4:
             lines.append(f'  and {len(self.other_shape) - 4} more')
+        if self.no_values:
+            what = 'without values, or not dense (saved on the meta device, sparse, quantized)'
+            lines.append(f'{what}: {_some(self.no_values)}')
         if self.left_over:
             lines.append(f'left over in the file: {_some(self.left_over)}')
-        if unfilled:
+        if self.missing or self.other_shape:
             asked = 'is it the checkpoint of another config (classes, norm, layers)?'
-            lines.append(_prefixed(self.missing, self.left_over) or asked)
+            named = _prefixed(self.missing, self.left_over) or _wrapped_inside(self.left_over)
+            lines.append(named or asked)
         if self.not_numbers:
             lines.append(f'NaN, infinite, a variance below 0: {_some(self.not_numbers)}')
             lines.append('did its training diverge? take an earlier one')
@@ -86,6 +96,14 @@ def _prefixed(missing: list[str], left_over: list[str]) -> str | None:
                 f'the file is of a whole model, and this is its {prefix!r}: '
                 f"dict(type='Pretrained', checkpoint=..., prefix={prefix!r})"
             )
+    return None
+
+
+def _wrapped_inside(left_over: list[str]) -> str | None:
+    """A wrapper of a part of the model, whose name stands in the middle of those of its tensors."""
+    for wrapper in WRAPPERS_OF_PARTS:
+        if any(wrapper in name for name in left_over):
+            return f'names in the file hold {wrapper!r}, of a wrapper: take that out of them'
     return None
 
 
@@ -140,11 +158,12 @@ def _load(
     model: nn.Module, state_dict: dict[str, Tensor], checkpoint: dict, copy: bool
 ) -> Comparison:
     names = defaultdict(list)
-    shapes = {}
+    shapes, on_meta = {}, set()
     for name, value in model.state_dict().items():
         if isinstance(value, Tensor):  # a module may have other things to save
             names[name.rpartition('.')[0]].append(name)
             shapes[name] = value.shape
+            on_meta |= {name} if value.is_meta else set()
     found = Comparison(unlike=settings_unlike(model, checkpoint))
     learned = {name for name, _ in model.named_parameters(remove_duplicate=False)}
 
@@ -157,6 +176,8 @@ def _load(
                 found.missing.append(name)
             elif value.shape != shapes[name]:
                 found.other_shape[name] = (value.shape, shapes[name])
+            elif (value.is_meta and name not in on_meta) or not _is_dense(value):
+                found.no_values.append(name)
             else:
                 found.filled.append(name)
                 statistic = 'running_' in name  # infinite ones, of dead channels, are about
@@ -178,6 +199,10 @@ def _load(
     for listed in (found.filled, found.missing):
         listed[:] = [name for name in listed if not name.endswith('num_batches_tracked')]
     return found
+
+
+def _is_dense(value: Tensor) -> bool:
+    return value.layout == torch.strided and not value.is_quantized
 
 
 def settings_unlike(model: nn.Module, checkpoint: dict) -> list[str]:
