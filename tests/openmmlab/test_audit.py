@@ -307,6 +307,13 @@ def test_a_checkpoint_of_ours(tmp_path):
     assert finding.where == '1.bn.running_var'
 
 
+def test_a_checkpoint_without_values(tmp_path):
+    state = nn.Sequential(nn.Conv2d(3, 8, 3)).to('meta').state_dict()
+    state['sparse'] = torch.eye(3).to_sparse()
+    torch.save(dict(state_dict=state), tmp_path / 'a.pth')
+    assert '3 tensors, first 0.weight' in found(tmp_path / 'a.pth')['no-values'].where
+
+
 def test_a_checkpoint_of_batch_norm(tmp_path):
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
     assert 'BatchNorm' in found(save(tmp_path, model))['checkpoint'].why

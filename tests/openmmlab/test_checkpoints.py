@@ -251,10 +251,12 @@ def test_statistics_that_are_none_compute_nothing():
 def test_nothing_is_resumed_from_weights_alone():
     runner = fake_runner(resume=True)
     state = runner.model.state_dict()
-    for checkpoint in (state, dict(state_dict=state), dict(state_dict=state, meta=dict(iter=3))):
+    published = dict(state_dict=state, meta=dict(iter=3, epoch=1))
+    short = dict(state_dict=state, meta=dict(iter=3))
+    for checkpoint in (state, dict(state_dict=state), short, published):
         with pytest.raises(CheckpointMismatch, match='no state of a training'):
             CheckpointReportHook().after_load_checkpoint(runner, dict(checkpoint))
-    whole = dict(state_dict=state, meta=dict(iter=3, epoch=1))
+    whole = dict(published, message_hub={})
     CheckpointReportHook().after_load_checkpoint(runner, whole)
 
 

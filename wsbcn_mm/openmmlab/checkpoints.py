@@ -222,6 +222,11 @@ def without_wrappers(name: str) -> str:
     return WRAPPERS.sub('', name)
 
 
+def is_dense(value: Tensor) -> bool:
+    """Whether a tensor is copied into a parameter as it is: neither sparse nor quantized."""
+    return value.layout == torch.strided and not value.is_quantized
+
+
 def _holds_tensors(value: object) -> bool:
     return isinstance(value, dict) and any(isinstance(v, Tensor) for v in value.values())
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from wsbcn_mm.layers import BatchChannelNorm, WeightStandardized
-from wsbcn_mm.openmmlab.checkpoints import CheckpointMismatch, meta_of, without_wrappers
+from wsbcn_mm.openmmlab.checkpoints import CheckpointMismatch, is_dense, meta_of, without_wrappers
 
 # What torch.compile, activation checkpointing and FSDP put into names.
 WRAPPERS_OF_PARTS = ('_orig_mod.', '_checkpoint_wrapped_module.', '_fsdp_wrapped_module.')
@@ -176,7 +176,7 @@ def _load(
                 found.missing.append(name)
             elif value.shape != shapes[name]:
                 found.other_shape[name] = (value.shape, shapes[name])
-            elif (value.is_meta and name not in on_meta) or not _is_dense(value):
+            elif (value.is_meta and name not in on_meta) or not is_dense(value):
                 found.no_values.append(name)
             else:
                 found.filled.append(name)
@@ -199,10 +199,6 @@ def _load(
     for listed in (found.filled, found.missing):
         listed[:] = [name for name in listed if not name.endswith('num_batches_tracked')]
     return found
-
-
-def _is_dense(value: Tensor) -> bool:
-    return value.layout == torch.strided and not value.is_quantized
 
 
 def settings_unlike(model: nn.Module, checkpoint: dict) -> list[str]:

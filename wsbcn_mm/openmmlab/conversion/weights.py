@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from wsbcn_mm.audit import Finding
-from wsbcn_mm.openmmlab.checkpoints import meta_of, read_checkpoint, state_dict_of
+from wsbcn_mm.openmmlab.checkpoints import is_dense, meta_of, read_checkpoint, state_dict_of
 
 CONVERTER = 'tools/model_converters/convert_checkpoint.py'
 
@@ -61,6 +61,13 @@ def _formula_in(config: str) -> str | None:
 def findings_of(state: dict[str, Tensor], path: str | Path) -> list[Finding]:
     """What the tensors of a checkpoint show to be wrong; ``path`` names it."""
     findings = []
+    empty = [key for key, value in state.items() if value.is_meta or not is_dense(value)]
+    if empty:
+        where = f'{path} ({len(empty)} tensors, first {empty[0]})'
+        why = 'has no values that can be copied: saved on the meta device, sparse, quantized'
+        fix = 'save it from the trained model: torch.save(model.state_dict(), ...)'
+        findings.append(Finding('error', 'no-values', where, why, fix))
+        state = {key: value for key, value in state.items() if key not in set(empty)}
     for key, value in state.items():
         if value.is_floating_point() and not torch.isfinite(value).all():
             why = 'holds values that are not finite'

@@ -28,6 +28,8 @@ def cannot_go_on(runner: Runner, checkpoint: dict[str, Any]) -> str | None:
     """
     if not {'epoch', 'iter'} <= checkpoints.meta_of(checkpoint).keys():
         return 'holds no state of a training: no epoch and iter in its meta'
+    if 'message_hub' not in checkpoint:  # which mmengine asks for; publishing leaves it out
+        return 'holds no state of a training: no message_hub, as one that was published'
     groups, own = _groups(checkpoint.get('optimizer')), _own_groups(runner)
     if not groups or not own:
         return None
