@@ -19,9 +19,11 @@ from PIL import Image
 from tests.openmmlab.test_compat import Harmless, needs_allow_list
 from tests.openmmlab.tiny import make_runner
 from tests.tool import tool
-from wsbcn_mm.openmmlab import command_line
+from wsbcn_mm.openmmlab import command_line, config
 from wsbcn_mm.openmmlab.checkpoints import CheckpointRefused
 from wsbcn_mm.openmmlab.data import annotations, reading
+from wsbcn_mm.openmmlab.deploy import inference
+from wsbcn_mm.openmmlab.explain import ConfigError, named
 
 QUICK = 'configs/quick/quick_mask-rcnn_r18_fpn_ws-bcn_1xb1_shapes.py'
 
@@ -102,6 +104,14 @@ def test_images_of_many_channels(picture, suffix, steps, words, monkeypatch):
     init_default_scope('mmseg')
     with pytest.raises(reading.DataError, match=words):
         Compose(steps)(dict(img_path=str(picture.with_suffix(suffix))))
+
+
+def test_images_of_several_sizes_make_no_batch():
+    cfg = config.load_config('configs/quick/quick_deeplabv3_r18_ws-bcn_1xb1_shapes.py')
+    model = inference.build_model(cfg)
+    inputs = [torch.zeros(3, side, 32, dtype=torch.uint8) for side in (32, 40)]
+    with pytest.raises(ConfigError, match='images of other sizes make no batch'), named(cfg):
+        model.test_step(dict(inputs=inputs, data_samples=[]))
 
 
 @pytest.mark.parametrize('content', [b'', b'\x89PNG\r\n\x1a\nbroken off'])

@@ -201,6 +201,10 @@ def resumed(work_dir, **settings):
             dict(train_cfg=dict(by_epoch=True, max_epochs=1)),
             r'nothing was left.*epochs=1, and .*_1',
         ),
+        (
+            dict(train_dataloader=loader(batch_size=9, drop_last=True)),
+            'makes no batch of its 4 items: drop_last',
+        ),
     ],
 )
 def test_what_cannot_be_resumed(settings, words, tmp_path):

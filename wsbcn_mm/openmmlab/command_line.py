@@ -184,6 +184,11 @@ def train(cfg: Config, may_be_done: bool = False) -> None:
     loop = cfg.get('train_cfg') or {}
     length = ', '.join(f'train_cfg.{k}={v}' for k, v in loop.items() if k.startswith('max_'))
     text = f'nothing was left to train: {length}'
+    if len(runner.train_dataloader) == 0:
+        text = (
+            f'train_dataloader makes no batch of its {len(runner.train_dataloader.dataset)} items: '
+            'drop_last leaves out one that is not full\n  a smaller batch_size, or drop_last=False'
+        )
     if cfg.get('resume'):
         text += f', and {cfg.load_from} is at epoch {runner.epoch}, iteration {runner.iter}'
     if not may_be_done:

@@ -51,6 +51,10 @@ RIGHT = {
     'names under two keys': (Data(more=dict(CLASSES=('a', 'b'))), model_of()),
     'no names but under another key': (Data(None, more=dict(CLASSES=('a', 'b'))), model_of()),
     'masks': (Data(masks=[mask(0, 1, 255)]), model_of()),
+    'names and their numbers': (
+        Data(classes=dict(square=0, disc=1), masks=[mask(0, 1)]),
+        model_of(),
+    ),
     'masks in a storage': (
         Data(masks=[mask(0, 1)], mask_path='http://127.0.0.1:9/a.png'),
         model_of(),
@@ -149,6 +153,7 @@ WRONG = {
     ),
     'an RGB mask': (Data(masks=[np.zeros((4, 4, 3))]), model_of(), r'picture of shape \(4, 4, 3\)'),
     'a label without a class': (Data(masks=[mask(0, 2)]), model_of(), 'label 2, and .* 2 classes'),
+    'masks as JPEG': (Data(masks=[mask(0, 3)], mask_path='http://a/b.JPG'), model_of(), 'PNG$'),
     'the background reduced': (
         Data(masks=[mask(0, 255)] * 20, reduce_zero_label=True),
         model_of(),

@@ -218,6 +218,9 @@ def test_nothing_to_evaluate_on(monkeypatch):
         read = SimpleNamespace(imgs={4: dict(file_name='a.jpg')}, anns=anns)
         check.check_evaluator(SimpleNamespace(_coco_api=read, format_only=format_only), data)
     assert len(said) == 1 and 'a.json has no annotations' in said[0]
+    read = SimpleNamespace(imgs={4: dict(file_name='a.jpg')}, anns={0: dict(id=0)})
+    check.check_evaluator(SimpleNamespace(_coco_api=read), data)
+    assert len(said) == 2 and 'annotation of id 0' in said[1]
 
 
 @pytest.mark.parametrize(

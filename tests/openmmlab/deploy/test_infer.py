@@ -117,6 +117,18 @@ def test_colours_are_those_of_the_classes():
     assert predict.classes_of(cfg, nn.Identity())['palette'] is None
 
 
+def test_classes_in_a_file(tmp_path):
+    file = tmp_path / 'classes.txt'
+    file.write_text('road\ncar\n')
+    meta = dict(classes=str(file))
+    dataset = dict(type='BaseSegDataset', metainfo=meta)
+    cfg = Config(dict(default_scope='mmseg', test_dataloader=dict(dataset=dataset)))
+    assert predict.classes_of(cfg, nn.Identity())['classes'] == ['road', 'car']
+    file.unlink()
+    with pytest.raises(ValueError, match=r'metainfo.classes is one text, and no file'):
+        predict.classes_of(cfg, nn.Identity())
+
+
 def test_files_with_one_result_are_named(tmp_path):
     for name in ('a.png', 'a.jpg'):
         (tmp_path / name).write_bytes(b'x')

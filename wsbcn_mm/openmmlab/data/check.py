@@ -72,6 +72,7 @@ def check_dataset(dataset: Any, model: nn.Module, learned: bool = False) -> None
     classes = dataset.metainfo.get('classes') or ()
     if isinstance(classes, str):
         raise DataError(f'{kind}: classes is one text\n  add a comma: classes=({classes!r},)')
+    classes = list(classes)  # somebody gives a dict of names and numbers
     if classes:
         _check_classes(dataset, classes, model)
     if not hasattr(dataset, 'get_data_info'):  # none of mmengine's
@@ -148,7 +149,7 @@ def _classes_for(head: str, dataset: Any) -> int:
 
 
 def _shown(classes: Any) -> str:
-    return ', '.join(map(str, classes[:4])) + (', ...' if len(classes) > 4 else '')
+    return ', '.join(map(str, list(classes)[:4])) + (', ...' if len(classes) > 4 else '')
 
 
 def check_surplus(datasets: list[Any], model: nn.Module) -> None:
@@ -326,6 +327,12 @@ def check_evaluator(metric: Any, dataset: Any) -> None:
     known = getattr(read_by_it, 'imgs', None)
     if not known or not hasattr(dataset, 'cat_ids'):
         return
+    if 0 in (getattr(read_by_it, 'anns', None) or ()):
+        text = (
+            f'data: {dataset.ann_file} has an annotation of id 0: pycocotools takes 0 for "not '
+            'found", and counts that object as missed\n  number the annotations from 1'
+        )
+        print_log(text, 'current', logging.WARNING)
     if getattr(read_by_it, 'anns', None) == {} and not getattr(metric, 'format_only', False):
         lacks = (
             f'data: {dataset.ann_file} has no annotations: what {type(metric).__name__} says is '

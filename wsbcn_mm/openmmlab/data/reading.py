@@ -82,7 +82,7 @@ def no_image_in(dataset: Any) -> str:
     if suffix:
         text += f'\n  img_suffix={suffix!r}: do the names end like that?'
     if getattr(dataset, 'filter_cfg', None):
-        classes = ', '.join(map(str, (dataset.metainfo.get('classes') or ())[:4]))
+        classes = ', '.join(map(str, list(dataset.metainfo.get('classes') or ())[:4]))
         text += f'\n  filter_cfg={dict(dataset.filter_cfg)}: have they objects of {classes}, ...?'
     return text
 

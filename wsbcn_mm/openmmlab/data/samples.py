@@ -418,6 +418,11 @@ def labels_of(path: str, mask: np.ndarray, num_classes: int, ignored: set[int]) 
                 if wrong == [num_classes]
                 else ''
             )
+            + (
+                '\n  JPEG keeps no numbers: write PNG'
+                if path.lower().endswith(('.jpg', '.jpeg'))
+                else ''
+            )
         )
     return labels
 

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from mmengine import fileio
 from mmengine.config import Config
-from mmengine.dataset import Compose, pseudo_collate
+from mmengine.dataset import BaseDataset, Compose, pseudo_collate
 from mmengine.logging import print_log
 from mmengine.registry import VISUALIZERS
-from PIL import Image
+from PIL import Image, ImageColor
 
 from wsbcn_mm.openmmlab.checkpoints import BY_LABEL
 from wsbcn_mm.openmmlab.config import scope_of, type_name, use_scope
@@ -174,13 +174,20 @@ def classes_of(cfg: Config, model: Any, required: bool = True) -> dict[str, Any]
     dataset = datasets[0][1] if datasets else {}
     kind = dataset_class(cfg, dataset)
     if not meta or 'classes' not in meta:
-        meta = _meta_of(getattr(kind, 'METAINFO', {}), dataset.get('metainfo') or {})
+        # Which also reads the names from a file, where a config names one.
+        own = BaseDataset._load_metainfo(dataset.get('metainfo'))
+        meta = _meta_of(getattr(kind, 'METAINFO', {}), own)
     if not meta.get('classes') and not required:
         return {**meta, 'classes': None}
     if 'classes' not in meta:
         raise ValueError(
             "neither the checkpoint nor the config's dataset knows the names of the classes\n"
             '  set test_dataloader.dataset.metainfo=dict(classes=...)'
+        )
+    if isinstance(meta['classes'], str):
+        raise ValueError(
+            f'metainfo.classes is one text, and no file: {meta["classes"]!r}\n  write a tuple of '
+            'names, with a comma behind a single one'
         )
     names = list(meta['classes'])
     file = os.path.join(dataset.get('data_root') or '', dataset.get('ann_file') or '')
@@ -252,6 +259,11 @@ class Predictor:
         kind = 'mmdet.DetLocalVisualizer' if scope == 'mmdet' else 'mmseg.SegLocalVisualizer'
         if scope == 'mmseg' and not self.meta.get('palette'):
             self.meta['palette'] = _colours(len(self.meta['classes']))
+        if isinstance(self.meta.get('palette'), (list, tuple)):
+            self.meta['palette'] = [
+                ImageColor.getrgb(colour) if isinstance(colour, str) else colour
+                for colour in self.meta['palette']
+            ]
         look = {k: v for k, v in (cfg.get('visualizer') or {}).items() if k == 'alpha'}
         self._visualizer = VISUALIZERS.build(
             dict(type=kind, name='wsbcn_mm_infer', vis_backends=None, **look)

@@ -76,6 +76,11 @@ ONE_VALUE = (
 )
 
 
+OTHER_SIZES = (
+    '\n  images of other sizes make no batch: batch_size=1 there, or a step that gives all one size'
+)
+
+
 class ConfigError(ValueError):
     """A field of a config cannot be used; the cause is what the host raised."""
 
@@ -342,8 +347,17 @@ def _refused(build: Build, error: BaseException, frames: list[Frame]) -> str:
         f'  raised by {frames[-1].module}'
         + (f'\n  from {values}' if values else '')
         + ''.join(commas)
+        + (OTHER_SIZES if _has_other_sizes(frames[-1]) else '')
         + (ONE_VALUE if frames[-1].code.co_name == '_verify_batch_size' else '')
     )
+
+
+def _has_other_sizes(frame: Frame) -> bool:
+    """Whether what a function was to stack are images of several sizes."""
+    values = frame.names.get('inputs')
+    values = values if isinstance(values, (list, tuple)) else ()
+    shapes = {getattr(value, 'shape', None) for value in values}
+    return frame.module.endswith('data_preprocessor') and len(shapes) > 1
 
 
 def _texts_for_numbers(root: dict, error: BaseException) -> str | None:
