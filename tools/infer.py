@@ -81,7 +81,8 @@ def infer(args: argparse.Namespace) -> list[str]:
         planned = inference.load_planned(cfg, args.checkpoint, image)
         print(planned.plan)
         model = planned.folded()
-    predictor = predict.Predictor(cfg, model.to(args.device or get_device()))
+    with explain.named(cfg):
+        predictor = predict.Predictor(cfg, model.to(args.device or get_device()))
     args.output.mkdir(parents=True, exist_ok=True)
     writer: predict.CocoWriter | labels.LabelWriter | None = None
     if scope == 'mmdet':

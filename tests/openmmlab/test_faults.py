@@ -15,6 +15,8 @@ from mmengine.dataset.base_dataset import Compose
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.registry import DATASETS, init_default_scope
 from PIL import Image
+from torch import nn
+from yapf.yapflib.yapf_api import FormatCode
 
 from tests.openmmlab.test_compat import Harmless, needs_allow_list
 from tests.openmmlab.tiny import make_runner
@@ -106,12 +108,29 @@ def test_images_of_many_channels(picture, suffix, steps, words, monkeypatch):
         Compose(steps)(dict(img_path=str(picture.with_suffix(suffix))))
 
 
-def test_images_of_several_sizes_make_no_batch():
+@pytest.mark.parametrize(
+    'shapes, words',
+    [
+        ([(3, 32, 32), (3, 40, 32)], 'images of other sizes make no batch'),
+        ([(1, 32, 32)], 'turns BGR to RGB .* gets images of 1 channels\n  .* in_channels=1'),
+    ],
+)
+def test_images_that_the_preprocessor_does_not_take(shapes, words):
     cfg = config.load_config('configs/quick/quick_deeplabv3_r18_ws-bcn_1xb1_shapes.py')
+    cfg.model.data_preprocessor = dict(type='SegDataPreProcessor', size=(40, 32), bgr_to_rgb=True)
+    if len(shapes) == 1:
+        cfg.model.data_preprocessor = dict(type='ImgDataPreprocessor', bgr_to_rgb=True)
     model = inference.build_model(cfg)
-    inputs = [torch.zeros(3, side, 32, dtype=torch.uint8) for side in (32, 40)]
-    with pytest.raises(ConfigError, match='images of other sizes make no batch'), named(cfg):
+    inputs = [torch.zeros(shape, dtype=torch.uint8) for shape in shapes]
+    with pytest.raises(ConfigError, match=words), named(cfg):
         model.test_step(dict(inputs=inputs, data_samples=[]))
+
+
+def test_a_config_that_cannot_be_written(monkeypatch):
+    monkeypatch.setattr('mmengine.config.config.FormatCode', FormatCode)
+    cfg = Config(dict(model=dict(type='A'), kind=nn.ReLU, values=np.ones(2)))
+    with pytest.raises(ConfigError, match='kind is .*ReLU.*\n.*`del kind, values`'), named(cfg):
+        str(cfg.pretty_text)
 
 
 @pytest.mark.parametrize('content', [b'', b'\x89PNG\r\n\x1a\nbroken off'])

@@ -16,6 +16,7 @@ from types import CodeType
 
 import torch
 from mmengine.config import Config
+from mmengine.model import ImgDataPreprocessor
 from mmengine.optim import DefaultOptimWrapperConstructor
 from mmengine.registry import Registry
 from mmengine.runner import FlexibleRunner, Runner
@@ -76,6 +77,8 @@ ONE_VALUE = (
 )
 
 
+# What a config is made of, so that it can be written.
+PLAIN = (dict, list, tuple, set, str, int, float, complex, type(None))
 OTHER_SIZES = (
     '\n  images of other sizes make no batch: batch_size=1 there, or a step that gives all one size'
 )
@@ -111,6 +114,8 @@ def explain(cfg: Config, error: BaseException) -> str | None:
     root = cfg._cfg_dict
     if not frames:
         return None
+    if text := _not_written(root, error, frames) or _other_preprocessor(frames):
+        return text
     builds, last = builds_of(root, frames), frames[-1]
     for build in reversed(builds):
         text = (
@@ -189,8 +194,9 @@ def _unknown_type(build: Build, scope: str | None) -> str | None:
         where = f'{where} (default_scope is {scope!r}, which is none of {", ".join(HOSTS)})'
     near = difflib.get_close_matches(name, _names_in(build.registry), n=3, cutoff=0.6)
     mean = f'\n  did you mean {" or ".join(map(repr, near))}?' if near else ''
-    if scope is None and not near and '.' not in name:
-        mean = f'\n  the config has no default_scope, which is one of {", ".join(HOSTS)}'
+    if scope in (None, 'mmengine') and '.' not in name and build.registry.scope == 'mmengine':
+        is_one = 'has no default_scope, which' if scope is None else "'s default_scope"
+        mean += f'\n  the config{is_one} is one of {", ".join(HOSTS)}'
     return (
         f'{where}: {name!r} is not known ({build.registry.name} of '
         f'{build.registry.scope}){mean}\n  a class of your own is known once its module is '
@@ -349,6 +355,40 @@ def _refused(build: Build, error: BaseException, frames: list[Frame]) -> str:
         + ''.join(commas)
         + (OTHER_SIZES if _has_other_sizes(frames[-1]) else '')
         + (ONE_VALUE if frames[-1].code.co_name == '_verify_batch_size' else '')
+    )
+
+
+def _not_written(root: dict, error: BaseException, frames: list[Frame]) -> str | None:
+    """A config that mmengine cannot write, as it does into the log and into checkpoints."""
+    writes = Config.pretty_text.fget.__code__
+    if not isinstance(error, SyntaxError) or all(frame.code is not writes for frame in frames):
+        return None
+    odd = [(place, value) for place, value in walk(root, ()) if not isinstance(value, PLAIN)]
+    if not odd:
+        return None
+    place, value = odd[0]
+    names = ', '.join(dict.fromkeys(str(place[0]) for place, _ in odd))
+    return (
+        f'{dotted(place)} is {short(value)}, and a config is made of numbers, texts, lists and '
+        'dicts: mmengine writes it into the log and into checkpoints\n  if the file needs it to '
+        f'compute others: `del {names}` at its end'
+    )
+
+
+def _other_preprocessor(frames: list[Frame]) -> str | None:
+    """Images of other channels than the preprocessor turns from BGR to RGB."""
+    last = frames[-1]
+    image = last.names.get('_batch_input', last.names.get('_batch_inputs'))
+    own = last.names.get('self')
+    if not isinstance(own, ImgDataPreprocessor) or not isinstance(image, torch.Tensor):
+        return None
+    channels = image.shape[-3]
+    if channels == 3 or not own._channel_conversion:
+        return None
+    return (
+        f'model.data_preprocessor turns BGR to RGB (bgr_to_rgb or rgb_to_bgr), and gets images of '
+        f'{channels} channels\n  set it to False, mean and std to {channels} values or None, and '
+        f'in_channels={channels} of the backbone; or load images in colour'
     )
 
 
