@@ -213,6 +213,8 @@ def test_labels_are_named_in_the_order_of_the_annotation_file(tmp_path):
         stored = Config(cfg.to_dict())
         stored.test_dataloader.dataset.data_root = f'kept://{tmp_path}/{place}'
         assert predict.classes_of(stored, model)['classes'] == found
+    stored.test_dataloader.dataset.update(data_root=str(tmp_path), ann_file='')
+    assert predict.classes_of(stored, model)['classes'] == ['disc', 'square']
     meta = dict(dataset_meta=dict(classes=('disc', 'square'), palette=['red', 'green']))
     model.dataset_meta = inference.by_label(meta)  # a checkpoint of others
     assert predict.classes_of(cfg, model)['classes'] == names

@@ -192,8 +192,8 @@ def classes_of(cfg: Config, model: Any, required: bool = True) -> dict[str, Any]
     names = list(meta['classes'])
     file = os.path.join(dataset.get('data_root') or '', dataset.get('ann_file') or '')
     arguments = dataset.get('backend_args')
-    known = BY_LABEL in meta
-    if not known and _numbers_labels_by_file(cfg, kind) and file and is_there(file, arguments):
+    known = BY_LABEL in meta or os.path.isdir(file) or not file
+    if not known and _numbers_labels_by_file(cfg, kind) and is_there(file, arguments):
         names = _names_by_file(file, names, arguments)
     return {**meta, 'classes': names}
 
