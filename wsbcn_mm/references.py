@@ -4,6 +4,7 @@ A forward pass may go by ``self.steps = [self.conv, self.norm]``, a dictionary, 
 `functools.partial`: with another layer in the tree alone, the old one would go on running there.
 """
 
+import collections
 import functools
 import types
 from collections.abc import Callable, Mapping
@@ -84,7 +85,7 @@ def _through(value: Any, visit: Visit, memo: dict[int, Any], depth: int) -> Any:
 
 
 def _looked_into(value: Any, look: Callable[[Any], Any]) -> Any:
-    if isinstance(value, list):
+    if isinstance(value, (list, collections.deque)):
         for i, part in enumerate(value):
             _set(value, i, part, look(part))
     elif isinstance(value, dict):
@@ -100,7 +101,9 @@ def _looked_into(value: Any, look: Callable[[Any], Any]) -> Any:
             return functools.partial(parts[0], *parts[1], **parts[2])
     elif isinstance(value, types.MethodType):
         owner = look(value.__self__)
-        return value if owner is value.__self__ else getattr(owner, value.__name__)
+        if owner is not value.__self__:
+            of_kind = types.MethodType(value.__func__, owner)
+            return getattr(owner, value.__name__, of_kind)
     elif isinstance(value, types.FunctionType):
         for cell in value.__closure__ or ():
             try:
@@ -110,7 +113,7 @@ def _looked_into(value: Any, look: Callable[[Any], Any]) -> Any:
             changed = look(part)
             if changed is not part:
                 cell.cell_contents = changed
-    elif type(value).__module__.partition('.')[0] not in _OPAQUE and hasattr(value, '__dict__'):
+    elif type(value).__module__.partition('.')[0] not in _OPAQUE and type(value).__dictoffset__:
         for name, part in list(vars(value).items()):
             _set(vars(value), name, part, look(part))
     return value
