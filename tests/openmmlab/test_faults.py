@@ -93,6 +93,7 @@ register_backend('no_such', Empty, force=True)
             [dict(LOAD, backend_args=dict(backend='tifffile'))],
             "decodes images and is no storage: write imdecode_backend='tifffile'",
         ),
+        ('.jpg', [dict(type='LoadImageFromNDArray')], 'array already: LoadImageFromFile reads'),
         ('.jpg', [dict(LOAD, backend_args=dict(backend='no_such'))], 'has nothing of this name'),
         ('.npy', [VOLUME, dict(type='PackSegInputs')], 'is an array of 1 x 7 x 6 x 5 there'),
     ],

@@ -209,6 +209,16 @@ def test_samplers_that_never_end(kind, sampler, ends):
         DataCheckHook().before_train(runner)
 
 
+def test_masks_that_are_written_over_others(monkeypatch):
+    said = []
+    monkeypatch.setattr(check, 'print_log', lambda text, *_: said.append(text))
+    one, other = (Data(size=1, item=dict(img_path=f'{f}/1.png')) for f in 'ab')
+    for folder, datasets in ((None, [one, other]), ('out', [one]), ('out', [one, other])):
+        assert not said
+        check.check_names_of_masks(SimpleNamespace(output_dir=folder), datasets)
+    assert len(said) == 1 and '1 of 2 masks are written over others' in said[0]
+
+
 def test_nothing_to_evaluate_on(monkeypatch):
     said = []
     monkeypatch.setattr(check, 'print_log', lambda text, *_: said.append(text))

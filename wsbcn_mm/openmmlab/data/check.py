@@ -5,6 +5,7 @@ None of these raises in the hosts: labels shift, the metrics look fine or are al
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -398,6 +399,23 @@ def check_named(metric: Any, dataset: Any) -> None:
             f'{type(dataset).__name__} ({place(dataset)}) has no names of classes, which IoUMetric '
             "needs\n  set metainfo=dict(classes=('background', ...)) of the data sets"
         )
+
+
+def check_names_of_masks(metric: Any, datasets: list[Any]) -> None:
+    """MMSegmentation's metric writes masks by the names of images, whatever their folders are."""
+    if not getattr(metric, 'output_dir', None):
+        return
+    listed = [d for d in datasets if hasattr(d, 'get_data_info')]
+    infos = (dataset.get_data_info(i) for dataset in listed for i in range(len(dataset)))
+    names = Counter(_stem(str(info.get('img_path'))) for info in infos)
+    twice = [name for name, count in names.items() if count > 1]
+    if twice:
+        text = (
+            f'data: {sum(names.values()) - len(names)} of {sum(names.values())} masks are written '
+            f'over others, of images of the same name in other folders ({twice[0]}, ...)\n  test '
+            'one folder at a time, or rename the images; what is measured is of all'
+        )
+        print_log(text, 'current', logging.WARNING)
 
 
 def _same_boxes(info: dict[str, Any], entries: list[dict] | None) -> bool | None:

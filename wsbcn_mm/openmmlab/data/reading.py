@@ -127,6 +127,8 @@ def mend_of(transforms: list[Any], error: Exception, data: dict[str, Any]) -> st
         return 'the storage that backend_args names has nothing of this name'
     if 'Annotations' in name and (wrong := _wrong_object(data)):
         return wrong
+    if isinstance(error, KeyError) and name.startswith('Load') and error.args == ('img',):
+        return f'{name} takes an image that is an array already: LoadImageFromFile reads files'
     if step is not None and isinstance(error, KeyError) and not name.startswith('Load'):
         return lacking(step, error)
     if name.startswith('Pack') and (wrong := _wrong_array(data)):

@@ -105,7 +105,7 @@ class Reader:
             self._load, self._prepare = Compose(load), Compose(prepare)
             return
         steps = [copy.deepcopy(s) for s in self.dataset['pipeline'] if not _loads_truth(s)]
-        if not steps or 'Load' not in type_name(steps[0]):
+        if not steps or 'Load' not in type_name(steps[0]) or 'Array' in type_name(steps[0]):
             found = type_name(steps[0]) if steps else 'nothing'
             raise ValueError(f'the test pipeline must begin with LoadImageFromFile\n  got {found}')
         steps[0].pop('backend_args', None)  # these images are local files

@@ -14,6 +14,7 @@ from wsbcn_mm.openmmlab.data.check import (
     check_ends,
     check_evaluator,
     check_named,
+    check_names_of_masks,
     check_order,
     check_parts,
     check_same,
@@ -117,6 +118,7 @@ class DataCheckHook(Hook):
         datasets = check_datasets(getattr(loader, 'dataset', None), model, learned)
         for metric in getattr(getattr(loop, 'evaluator', None), 'metrics', ()):
             check_topk(metric, model)
+            check_names_of_masks(metric, datasets)
             if len(datasets) == 1:
                 check_named(metric, datasets[0])
                 check_evaluator(metric, datasets[0])
