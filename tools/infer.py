@@ -58,7 +58,6 @@ def main() -> None:
 
 def infer(args: argparse.Namespace) -> list[str]:
     """Returns the files that could not be read."""
-    from mmengine.device import get_device
     from mmengine.utils import ProgressBar
 
     from wsbcn_mm.layers.standardization import weights_do_not_change
@@ -69,6 +68,7 @@ def infer(args: argparse.Namespace) -> list[str]:
     if args.top_k < 1:
         raise ValueError(f'--top-k must be at least 1\n  got {args.top_k}')
     files.check_place(args.output, folder=True)
+    device = inference.device_of(args.device)
     cfg = config.load_config(args.config, args.cfg_options)
     scope = config.scope_of(cfg)
     images = predict.find_images(args.source, args.output, predict.suffixes_of(cfg))
@@ -82,7 +82,7 @@ def infer(args: argparse.Namespace) -> list[str]:
         print(planned.plan)
         model = planned.folded()
     with explain.named(cfg):
-        predictor = predict.Predictor(cfg, model.to(args.device or get_device()))
+        predictor = predict.Predictor(cfg, model.to(device))
     args.output.mkdir(parents=True, exist_ok=True)
     writer: predict.CocoWriter | labels.LabelWriter | None = None
     if scope == 'mmdet':

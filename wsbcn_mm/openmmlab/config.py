@@ -43,10 +43,6 @@ def load_config(path: str, options: dict | None = None) -> Config:
         ValueError: it is not a model's config, or has no place for an override.
     """
     file, _ = find_config(path)
-    if file.suffix in WEIGHTS:
-        raise ValueError(
-            f'{path} is a file of weights: the config comes first, then the checkpoint'
-        )
     compat.require('mmengine', 'mmcv')
     cfg = read_config(file)
     lines = [f'{path}: {line}' for line in _without_effect(cfg, file)]
@@ -301,6 +297,7 @@ def find_config(source: str) -> tuple[Path, str | None]:
     Raises:
         FileNotFoundError: no such file; the message names similar ones.
         ImportError: the package is not installed.
+        ValueError: it is a checkpoint, or names another package.
     """
     package, separator, name = source.partition('::')
     if not separator:
@@ -309,6 +306,10 @@ def find_config(source: str) -> tuple[Path, str | None]:
             ours = Path(__file__).resolve().parents[1] / '.mim' / 'configs'
             near = compat.near_names(source, ours, Path('configs'))
             raise FileNotFoundError(f'no config file {source}{near}')
+        if Path(source).suffix in WEIGHTS:
+            raise ValueError(
+                f'{source} is a file of weights: the config comes first, then the checkpoint'
+            )
         return Path(source), None
     known = (*HOSTS, 'wsbcn_mm')
     if package not in known:

@@ -103,6 +103,15 @@ def test_a_tracker_takes_no_image():
         config.refuse_tracker(Follows())
 
 
+def test_devices_and_sizes_that_there_are_not():
+    assert inference.device_of('cpu').type == 'cpu'
+    for name in ('gpu0', 'cuda:999'):
+        with pytest.raises(ValueError, match=f'--device {name}: '):
+            inference.device_of(name)
+    with pytest.raises(ValueError, match=r'at least 1\n  got 0 64'):
+        inference.random_image(0, 64)
+
+
 def test_a_wrong_model_is_seen(trained):
     """The comparison that guards the tools: one shift in one norm is found."""
     cfg, model, plan = trained

@@ -183,6 +183,11 @@ def test_parts_of_the_test_data_that_are_read_differently_are_refused(tmp_path):
     both = dict(type='ConcatDataset', datasets=[one, one])
     cfg = Config(dict(default_scope='mmdet', test_dataloader=dict(dataset=both)))
     predict.Reader(cfg)
+    arrays = detection(tmp_path, 'a.png', {})
+    arrays['pipeline'][0]['type'] = 'LoadImageFromNDArray'
+    in_memory = Config(dict(default_scope='mmdet', test_dataloader=dict(dataset=arrays)))
+    with pytest.raises(ValueError, match='begin with LoadImageFromFile\n  got LoadImageFromND'):
+        predict.Reader(in_memory)
     cfg.test_dataloader.dataset.datasets[1] = other
     with pytest.raises(ValueError, match='read in different ways'):
         predict.Reader(cfg)
@@ -237,6 +242,14 @@ def test_labels_are_named_in_the_order_of_the_annotation_file(tmp_path):
     writer.close()
     written = json.loads((tmp_path / 'p.json').read_text())['annotations']
     assert [entry['category_id'] for entry in written] == [3, 9]
+
+
+@pytest.mark.parametrize('text', [None, 'a = 1', '[]', '{"images": []}'])
+def test_an_annotation_file_that_is_none_is_named(text, tmp_path):
+    if text is not None:
+        (tmp_path / 'a.json').write_text(text)
+    with pytest.raises((ValueError, FileNotFoundError), match=r'--annotations: .*a\.json'):
+        predict.CocoWriter(tmp_path / 'p.json', ['b'], tmp_path / 'a.json')
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from mmengine.config import Config
+from mmengine.device import get_device
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from wsbcn_mm.openmmlab import checkpoints, config, explain, filling
 from wsbcn_mm.openmmlab.config import scope_of
 from wsbcn_mm.openmmlab.deploy import clips
 from wsbcn_mm.openmmlab.deploy.parts import features_alone, image_function, tensor_parts
+from wsbcn_mm.openmmlab.errors import first_line
 
 # What a host calls the sample that belongs to an input.
 SAMPLES = {
@@ -144,12 +146,30 @@ def load_planned(
 
 def random_image(height: int, width: int, seed: int = 0) -> np.ndarray:
     """A BGR image (height, width, 3) of smooth noise: it has edges and areas, as pictures do."""
+    if min(height, width) < 1:
+        raise ValueError(f'height and width of an image must be at least 1\n  got {height} {width}')
     generator = torch.Generator().manual_seed(seed)
     image = torch.zeros(1, 3, height, width)
     for cell in (4, 16, 64):
         noise = torch.rand(1, 3, -(-height // cell), -(-width // cell), generator=generator)
         image += nn.functional.interpolate(noise, (height, width), mode='bilinear') / 3
     return (image[0].permute(1, 2, 0) * 255).byte().numpy()
+
+
+def device_of(name: str | None) -> torch.device:
+    """The device of that name; without one the GPU where there is one.
+
+    Raises:
+        ValueError: there is none.
+    """
+    try:
+        device = torch.device(name or get_device())
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise ValueError(
+            f'--device {name}: {first_line(error)}\n  without --device: {get_device()}'
+        ) from error
+    return device
 
 
 def channels_of(model: Any) -> int:

@@ -345,7 +345,7 @@ class CocoWriter:
         self.categories = [dict(id=i + 1, name=name) for i, name in enumerate(classes)]
         self._image_ids: dict[str, int] | None = None
         if annotations is not None:
-            given = json.loads(annotations.read_text())
+            given = _read_annotations(annotations)
             self._image_ids = {_file_of(image): image['id'] for image in given['images']}
             ids = {c['name']: c['id'] for c in given['categories']}
             unknown = [name for name in classes if name not in ids]
@@ -404,6 +404,26 @@ class CocoWriter:
             os.replace(self._part, self._path)
         else:
             self._part.unlink()
+
+
+def _read_annotations(path: Path) -> dict[str, Any]:
+    """An annotation file in COCO's format.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is another one.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f'--annotations: no file {path}')
+    try:
+        content = json.loads(path.read_bytes())
+        if {'images', 'categories'} <= content.keys():
+            return content
+    except (ValueError, AttributeError):  # no JSON, or a list
+        pass
+    raise ValueError(
+        f"--annotations: {path} is not in COCO's format: JSON of images and categories"
+    )
 
 
 def _file_of(image: dict[str, Any]) -> str:
