@@ -4,14 +4,10 @@ import copy
 import functools
 import gc
 import itertools
-import re
-import types
 
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
-from torch.nn.utils import prune
 
 from wsbcn_mm import (
     BatchChannelNorm1d,
@@ -457,87 +453,6 @@ class PreNorm(nn.Module):
         x = x + self.first(x)
         x = x + self.second(input=x)
         return self.vectors(self.mlp(x.mean((2, 3)))), self.sequence(x.flatten(2))
-
-
-def with_method(layer, name, method):
-    setattr(layer, name, types.MethodType(method, layer))
-    return layer
-
-
-def circular(conv, x, weight, bias):
-    return F.conv2d(F.pad(x, (1, 1, 1, 1), 'circular'), weight, bias)
-
-
-class HasEps(nn.Conv2d):
-    eps = 1.0
-
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.eps = 2.0
-
-    def forward(self, x):
-        return super().forward(x / self.eps)
-
-
-@pytest.mark.parametrize(
-    'conv, reason',
-    [
-        (lambda c: prune.l1_unstructured(c, 'weight', 0.5), 'its weight is computed .* or pruned'),
-        (lambda c: prune.l1_unstructured(c, 'bias', 0.5), 'its bias is computed'),
-        (lambda c: with_method(c, '_conv_forward', circular), 'its _conv_forward was set on it'),
-        (lambda c: HasEps(3, 8, 3), "an attribute 'eps' of its own"),
-    ],
-)
-def test_convolutions_that_a_new_one_could_not_replace(conv, reason):
-    model, x = nn.Sequential(conv(nn.Conv2d(3, 8, 3)), nn.BatchNorm2d(8)), torch.randn(2, 3, 6, 6)
-    before = model[0](x)
-    assert re.search(reason, left(convert_model(model))['0'])
-    assert type(model[1]) is BatchChannelNorm2d and torch.equal(model[0](x), before)
-
-
-@pytest.mark.parametrize(
-    'norm, reason',
-    [
-        (lambda n: prune.l1_unstructured(n, 'weight', 0.5), 'its weight is computed'),
-        (
-            lambda n: with_method(n, 'forward', lambda n, x: nn.BatchNorm2d.forward(n, x).relu()),
-            'its forward was set on it',
-        ),
-    ],
-)
-def test_norms_that_a_new_one_could_not_replace(norm, reason):
-    model, x = nn.Sequential(nn.Conv2d(3, 8, 3), norm(nn.BatchNorm2d(8))), torch.randn(2, 3, 6, 6)
-    before = model(x)
-    report = convert_model(model)
-    assert reason in left(report)['1'] and not report.changed
-    torch.testing.assert_close(model(x), before)
-
-
-def test_what_hooks_of_others_read_stays_with_the_layer():
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
-    model[0].register_buffer('mask', torch.ones(8, 3, 3, 3), persistent=False)
-    model[0].is_stem, model[1].level = True, 2
-    model[0].register_forward_pre_hook(lambda layer, args: layer.weight.data.mul_(layer.mask))
-    keys = model.state_dict().keys()
-    convert_model(model)
-    model(torch.randn(2, 3, 6, 6))
-    assert model[0].is_stem and model[1].level == 2 and dict(model[0].named_buffers())
-    assert {'0.weight', '0.bias'} <= model.state_dict().keys() and '0.mask' not in keys
-
-
-def test_a_norm_without_any_tensor_is_like_its_model():
-    norm = nn.BatchNorm2d(8, affine=False, track_running_stats=False)
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), norm).double()
-    convert_model(model)
-    assert model[1].batch_weight.dtype == torch.float64
-
-
-def test_parts_of_torch_script_are_left():
-    part = torch.jit.script(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)))
-    model = nn.Sequential(part, nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8))
-    report = convert_model(model, torch.randn(1, 3, 8, 8))
-    assert left(report) == {'0': 'TorchScript: its layers are fixed'}
-    assert [line.name for line in report.changed] == ['1', '2']
 
 
 class GroupNorm1(nn.GroupNorm):
