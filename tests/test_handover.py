@@ -61,6 +61,7 @@ def test_convolutions_that_a_new_one_could_not_replace(conv, reason):
             lambda n: with_method(n, 'forward', lambda n, x: nn.BatchNorm2d.forward(n, x).relu()),
             'its forward was set on it',
         ),
+        (lambda n: with_method(n.eval(), 'train', lambda n, mode=True: n), 'its train was set'),
     ],
 )
 def test_norms_that_a_new_one_could_not_replace(norm, reason):
@@ -75,19 +76,21 @@ def test_what_hooks_of_others_read_stays_with_the_layer():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
     model[0].register_buffer('mask', torch.ones(8, 3, 3, 3), persistent=False)
     model[0].is_stem, model[1].level = True, 2
+    model[0].extra, model[1].part = nn.Parameter(torch.ones(1)), nn.Linear(2, 2)
     model[0].register_forward_pre_hook(lambda layer, args: layer.weight.data.mul_(layer.mask))
     keys = model.state_dict().keys()
     convert_model(model)
     model(torch.randn(2, 3, 6, 6))
+    assert {'0.extra', '1.part.weight'} <= model.state_dict().keys()
     assert model[0].is_stem and model[1].level == 2 and dict(model[0].named_buffers())
     assert {'0.weight', '0.bias'} <= model.state_dict().keys() and '0.mask' not in keys
 
 
-def test_a_norm_without_any_tensor_is_like_its_model():
+def test_a_norm_without_any_tensor_is_like_its_convolution():
     norm = nn.BatchNorm2d(8, affine=False, track_running_stats=False)
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), norm).double()
+    model = nn.Sequential(nn.Linear(3, 3), nn.Conv2d(3, 8, 3).double(), norm)
     convert_model(model)
-    assert model[1].batch_weight.dtype == torch.float64
+    assert model[2].batch_weight.dtype == torch.float64
 
 
 def test_parts_of_torch_script_are_left():

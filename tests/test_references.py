@@ -12,6 +12,14 @@ from wsbcn_mm import BatchChannelNorm2d, WSConv2d, references
 from wsbcn_mm.convert import convert_model
 from wsbcn_mm.folding import fold, plan
 
+
+class Slots:
+    __slots__ = ('conv', 'norm', 'unset')
+
+    def __init__(self, conv, norm):
+        self.conv, self.norm = conv, norm
+
+
 WAYS = {
     'list': (lambda m: [m.conv, m.norm], lambda way, x: way[1](way[0](x))),
     'tuples': (lambda m: [(m.conv, 1), (m.norm, 1)], lambda way, x: way[1][0](way[0][0](x))),
@@ -25,6 +33,8 @@ WAYS = {
     ),
     'partial': (lambda m: functools.partial(run, m.conv, norm=m.norm), lambda way, x: way(x)),
     'methods': (lambda m: (m.conv.forward, m.norm.forward), lambda way, x: way[1](way[0](x))),
+    'keys': (lambda m: {m.conv: 0, m.norm: 1}, lambda way, x: [*way][1](next(iter(way))(x))),
+    'slots': (lambda m: Slots(m.conv, m.norm), lambda way, x: way.norm(way.conv(x))),
     'module': (lambda m: [nn.Sequential(m.conv, m.norm)], lambda way, x: way[0](x)),
 }
 
@@ -49,9 +59,19 @@ def test_converted_layers_run_whatever_the_forward_pass_goes_by(way):
     model, x = Model(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), way), torch.randn(2, 3, 6, 6)
     report = convert_model(model, x)
     assert [line.after for line in report.changed] == ['WSConv2d', 'BatchChannelNorm2d']
-    torch.testing.assert_close(copy.deepcopy(model)(x), copy.deepcopy(model.norm)(model.conv(x)))
-    model(x)
+    norm = copy.deepcopy(model.norm)
+    y = model(x)
     assert model.norm.bn.num_batches_tracked == 1
+    torch.testing.assert_close(y, norm(model.conv(x)))
+
+
+def test_what_a_replaced_layer_refers_to_is_replaced():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+    model[0].after = (model[1],)
+    model.step = lambda x, norm=model[1]: norm(x)
+    convert_model(model)
+    assert model.step.__defaults__ == (model[1],)
+    assert model[0].after == (model[1],)
 
 
 @pytest.mark.parametrize('way', WAYS)

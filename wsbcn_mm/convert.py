@@ -17,7 +17,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from wsbcn_mm import handover, layers, references
 from wsbcn_mm.checks import FORMULAS, MODES, auto_groups, check_choice
-from wsbcn_mm.layers.fusing import refuse_to_fuse
+from wsbcn_mm.layers.fusing import refuse_to_fuse, turn_off_shortcuts
 from wsbcn_mm.layers.subclasses import standardized_copy
 from wsbcn_mm.own_classes import ACTIVATION, computes_with_its_weight, normalises_as_its_kind
 from wsbcn_mm.structure import (
@@ -165,12 +165,14 @@ def convert_model(
     report = ConversionReport()
     replacement: dict[int, nn.Module] = {}
     dims: dict[int, int] = {}  # of the normalisations behind convolutions
+    like: dict[int, Tensor | None] = {}  # a parameter of the convolutions before them
     for follower in found:
         for name in follower.norms:
             dims[id(modules[name])] = len(follower.conv.kernel_size)
+            like[id(modules[name])] = next(follower.conv.parameters(), None)
     _dims_of_other_norms(model, found, axes, dims)
     norm_lines = _convert_norms(
-        model, modules, dims, replacement, _NormSettings(num_groups, mode, momentum)
+        model, modules, dims, like, replacement, _NormSettings(num_groups, mode, momentum)
     )
     convs = _ConvSettings(
         standardize, deformable, formula, _tied_to_bare(found), ran=run is not None
@@ -189,6 +191,7 @@ def convert_model(
                 if isinstance(new, layers.BatchChannelNorm):
                     new.bn.reset_running_stats()
     references.replace(model, replacement)
+    shortcuts = turn_off_shortcuts(model)
     if run is not None:
         try:
             run()
@@ -198,6 +201,8 @@ def convert_model(
                 handover.belong_to(originals[key])
             back = {id(new): originals[key] for key, new in replacement.items()}
             references.replace(model, back)
+            for module in shortcuts:
+                module.turn_on_efficient_conv_bn_eval(True)  # type: ignore[operator]
             raise ValueError(
                 f'the model runs as it is, but not converted: {type(error).__name__}: {error}\n'
                 '  does its forward read tensors of a layer instead of calling it? nothing was '
@@ -235,11 +240,12 @@ def _convert_norms(
     model: nn.Module,
     modules: dict[str, nn.Module],
     dims: dict[int, int],
+    like: dict[int, Tensor | None],
     replacement: dict[int, nn.Module],
     settings: _NormSettings,
 ) -> list[Changed | Left]:
     lines: list[Changed | Left] = []
-    like = next(model.parameters(), None)
+    of_model = next(model.parameters(), None)
     for name, norm in model.named_modules():
         if isinstance(norm, torch.jit.ScriptModule):
             if not isinstance(modules[name.rpartition('.')[0]], torch.jit.ScriptModule):
@@ -256,7 +262,7 @@ def _convert_norms(
             lines.append(Left(name, kind, reason))
             continue
         try:
-            new = _batch_channel_norm(norm, dims[id(norm)], settings, like)
+            new = _batch_channel_norm(norm, dims[id(norm)], settings, like.get(id(norm), of_model))
         except ValueError as error:
             raise ValueError(f'{name}: {error}') from None
         replacement[id(norm)] = _with_activation(norm, new)

@@ -4,6 +4,8 @@ import weakref
 
 from torch import nn
 
+from wsbcn_mm.own_classes import ACTIVATION
+
 _OF_NORMS = vars(nn.BatchNorm2d(1)).keys() | nn.BatchNorm2d(1)._buffers.keys()
 
 
@@ -13,7 +15,7 @@ def why_not(layer: nn.Module) -> str | None:
         computed = name in vars(layer)  # pruned, weight norm: an attribute, no parameter
         if computed or name in getattr(layer, 'parametrizations', ()):
             return f'its {name} is computed by another parametrization, or pruned'
-    methods = sorted(vars(layer).keys() & {'forward', '_conv_forward'})
+    methods = sorted(n for n in vars(layer) if callable(getattr(type(layer), n, None)))
     return f'its {methods[0]} was set on it, and is no method of its class' if methods else None
 
 
@@ -29,6 +31,10 @@ def take_over(old: nn.Module, new: nn.Module) -> None:
     for name, value in old._buffers.items():
         if name not in _OF_NORMS and not hasattr(new, name):
             new.register_buffer(name, value, name not in old._non_persistent_buffers_set)
+    for kept in ('_parameters', '_modules'):
+        for name, value in getattr(old, kept).items():
+            if name not in ACTIVATION and not hasattr(new, name):
+                setattr(new, name, value)
     for name in vars(nn.Module()):
         if 'hook' in name:
             vars(new)[name] = vars(old)[name]

@@ -55,7 +55,8 @@ def replace(model: nn.Module, new: Mapping[int, nn.Module]) -> None:
 
     tree = set(model.modules())
     memo: dict[int, Any] = {}
-    for module in tree:
+    # The new ones may have taken over attributes of the old ones.
+    for module in tree | {part for layer in new.values() for part in layer.modules()}:
         for name in vars(module).keys() - _OF_TORCH:
             value = vars(module)[name]
             changed = _through(value, put, memo, _DEPTH)
@@ -91,6 +92,11 @@ def _looked_into(value: Any, look: Callable[[Any], Any]) -> Any:
     elif isinstance(value, dict):
         for key, part in list(value.items()):
             _set(value, key, part, look(part))
+        keys = {key: look(key) for key in value}
+        if any(a is not b for a, b in keys.items()):
+            items = [(keys[key], part) for key, part in value.items()]
+            value.clear()
+            value.update(items)
     elif isinstance(value, (tuple, set, frozenset)):
         parts = [look(part) for part in value]
         if any(a is not b for a, b in zip(parts, value)):
@@ -105,6 +111,8 @@ def _looked_into(value: Any, look: Callable[[Any], Any]) -> Any:
             of_kind = types.MethodType(value.__func__, owner)
             return getattr(owner, value.__name__, of_kind)
     elif isinstance(value, types.FunctionType):
+        value.__defaults__ = look(value.__defaults__)
+        look(value.__kwdefaults__)
         for cell in value.__closure__ or ():
             try:
                 part = cell.cell_contents
@@ -113,10 +121,25 @@ def _looked_into(value: Any, look: Callable[[Any], Any]) -> Any:
             changed = look(part)
             if changed is not part:
                 cell.cell_contents = changed
-    elif type(value).__module__.partition('.')[0] not in _OPAQUE and type(value).__dictoffset__:
-        for name, part in list(vars(value).items()):
-            _set(vars(value), name, part, look(part))
+    elif type(value).__module__.partition('.')[0] not in _OPAQUE:
+        if type(value).__dictoffset__:
+            for name, part in list(vars(value).items()):
+                _set(vars(value), name, part, look(part))
+        for slot in _slots(type(value)):  # type: ignore[arg-type]
+            try:
+                part = slot.__get__(value, type(value))
+            except AttributeError:  # not set
+                continue
+            changed = look(part)
+            if changed is not part:
+                slot.__set__(value, changed)
     return value
+
+
+@functools.cache
+def _slots(kind: type) -> list[types.MemberDescriptorType]:
+    members = (member for base in kind.__mro__ for member in vars(base).values())
+    return [member for member in members if isinstance(member, types.MemberDescriptorType)]
 
 
 def _set(container: Any, key: Any, old: Any, new: Any) -> None:

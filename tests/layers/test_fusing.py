@@ -79,6 +79,23 @@ def test_models_that_were_not_converted_fold_themselves():
     assert model.fuse() is model and torch.equal(model.block.conv.weight, 2 * before)
 
 
+class Steps(Block):
+    def reparametrize(self):
+        return self.kept * 2
+
+    def forward(self, x):
+        self.kept = super().forward(x)
+        return [getattr(self, name)() for name in ('reparametrize',)].pop()
+
+
+def test_what_runs_in_a_forward_pass_is_a_step_of_it():
+    model, x = Steps(), torch.randn(2, 3, 8, 8)
+    convert_model(model)
+    torch.testing.assert_close(model(x), model.kept * 2)
+    with pytest.raises(RuntimeError, match=SENTENCE):
+        model.reparametrize()
+
+
 class Same(nn.Conv2d):
     pass
 

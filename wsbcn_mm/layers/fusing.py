@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 from wsbcn_mm.layers.conv import WeightStandardized
@@ -21,21 +22,34 @@ BEGINNINGS = ('fuse', 'reparam', 'switch_to_deploy')
 OURS = (WeightStandardized, BatchChannelNorm)
 
 
+def turn_off_shortcuts(model: nn.Module) -> list[nn.Module]:
+    """Switches off mmcv's way to fold in every evaluation, an option of its ConvModule.
+
+    Returns:
+        The modules that hold our layers and had it on.
+    """
+    had = []
+    for module in model.modules():
+        shortcut = getattr(module, 'turn_on_efficient_conv_bn_eval', None)
+        if shortcut is not None and any(isinstance(child, OURS) for child in module.children()):
+            if getattr(module, 'efficient_conv_bn_eval_forward', None) is not None:
+                had.append(module)
+            shortcut(False)
+    return had
+
+
 def refuse_to_fuse(model: nn.Module) -> None:
     """Lets the methods by which modules fold themselves raise while they hold our layers.
 
     Where they hold none any more (the model was folded) there is nothing left to do: they return
-    the module as it is. mmcv's way to fold in every evaluation, an option of its ConvModule, is
-    switched off.
+    the module as it is.
 
     Args:
         model: Its modules get an attribute in place of such a method. Methods that need arguments,
-            or that ``forward`` calls, are something else: a step of the forward pass.
+            that ``forward`` calls, or that run while a module is called, are something else: a step
+            of the forward pass.
     """
     for module in model.modules():
-        shortcut = getattr(module, 'turn_on_efficient_conv_bn_eval', None)  # of mmcv's ConvModule
-        if shortcut is not None and any(isinstance(child, OURS) for child in module.children()):
-            shortcut(False)
         for name in _folding_methods(type(module)):  # type: ignore[arg-type]
             if any(isinstance(child, OURS) for child in module.modules()):
                 setattr(module, name, functools.partial(_instead, module, name))
@@ -73,10 +87,20 @@ def _required(method: Callable[..., object]) -> Iterator[bool]:
         yield argument.default is argument.empty and not several
 
 
-def _instead(module: nn.Module, name: str, *_args: object, **_kwargs: object) -> nn.Module:
+def _instead(module: nn.Module, name: str, *args: Any, **kwargs: Any) -> Any:
+    if torch.compiler.is_compiling() or _in_forward_pass():
+        return getattr(type(module), name)(module, *args, **kwargs)
     if any(isinstance(child, OURS) for child in module.modules()):
         raise RuntimeError(_sentence(f'{type(module).__name__}.{name}()'))
     return module
+
+
+def _in_forward_pass() -> bool:
+    """Whether a module is being called: what runs then is a step of its, whatever its name."""
+    frame = sys._getframe(2)
+    while frame is not None and frame.f_code is not nn.Module._call_impl.__code__:
+        frame = frame.f_back  # type: ignore[assignment]
+    return frame is not None
 
 
 def _sentence(who: str) -> str:
