@@ -86,6 +86,31 @@ def test_what_hooks_of_others_read_stays_with_the_layer():
     assert {'0.weight', '0.bias'} <= model.state_dict().keys() and '0.mask' not in keys
 
 
+def test_what_is_kept_beside_the_tree_stays_beside_it():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.SyncBatchNorm(8))
+    vars(model[0])['teacher'], vars(model[1])['owner'] = nn.Linear(2, 2), model
+    model[0].after, model[1].process_group = (model[1],), object()
+    convert_model(model)
+    assert model[0].after == (model[1],) and model[1].owner is model
+    assert not any('teacher' in name for name in model.state_dict())
+    assert not hasattr(model[1], 'process_group')
+
+
+class WithoutBias(nn.BatchNorm2d):
+    def __init__(self, width):
+        super().__init__(width)
+        del self.bias
+        self.bias = None
+
+
+def test_a_norm_without_a_bias_is_not_pruned():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), WithoutBias(8))
+    assert [line.after for line in convert_model(model).changed] == [
+        'WSConv2d',
+        'BatchChannelNorm2d',
+    ]
+
+
 def test_a_norm_without_any_tensor_is_like_its_convolution():
     norm = nn.BatchNorm2d(8, affine=False, track_running_stats=False)
     model = nn.Sequential(nn.Linear(3, 3), nn.Conv2d(3, 8, 3).double(), norm)

@@ -2,7 +2,9 @@
 
 import copy
 import functools
+import itertools
 import types
+import weakref
 
 import pytest
 import torch
@@ -81,6 +83,61 @@ def test_layers_that_attributes_refer_to_are_not_folded(way):
     assert plan(model, x).left.keys() == {'conv', 'norm'}
     with pytest.warns(UserWarning, match="attribute 'way' of a Model refers to it as well"):
         torch.testing.assert_close(fold(model, x)(x), model.eval()(x))
+
+
+class Forbids(dict):
+    def items(self):
+        raise RuntimeError('not now')
+
+    def __setitem__(self, key, value):
+        raise RuntimeError('frozen')
+
+
+class Raises:
+    def __getattribute__(self, name):
+        raise RuntimeError('not now')
+
+
+class OwnTuple(tuple):
+    def __new__(cls, a, b):
+        return super().__new__(cls, (a, b))
+
+
+def test_what_cannot_be_looked_into_is_left():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+    model.settings = Forbids(norm=model[1], parent=weakref.proxy(model))
+    vars(model)['raises'] = Raises()
+    vars(model)['parent'] = weakref.proxy(nn.ReLU())  # dead at once
+    model.pair = OwnTuple(model[0], 1)
+    model.method = types.MethodType(functools.partial(run), model[0])
+    assert len(convert_model(model).changed) == 2 and model.settings['norm'] is model[1]
+
+
+def test_every_closure_keeps_its_own_layers():
+    """What is looked into lives as long as it is remembered by its id."""
+    model = nn.Sequential(*[nn.Conv2d(1, 1, 3) for _ in range(60)])
+
+    def step(pair):
+        return lambda: pair, lambda: pair
+
+    model.steps = [step((layer, i)) for i, layer in enumerate(model)]
+    references.replace(model, {id(layer): nn.Conv2d(1, 1, 3) for layer in model})
+    assert all(f()[0] is layer for layer, both in zip(model, model.steps) for f in both)
+
+
+def test_a_chain_of_objects():
+    model = nn.Sequential(*[nn.Conv2d(1, 1, 3) for _ in range(20)])
+    model.steps = [types.SimpleNamespace(layer=layer) for layer in model]
+    for step, following in itertools.pairwise(model.steps):
+        step.following = following
+    references.replace(model, {id(layer): nn.Conv2d(1, 1, 3) for layer in model})
+    assert all(step.layer is layer for step, layer in zip(model.steps, model))
+
+
+def test_a_wrapper_of_the_model_beside_it_refers_to_none_of_its_layers():
+    model = nn.Sequential(WSConv2d(3, 8, 3), BatchChannelNorm2d(8, 2))
+    model.trainer = types.SimpleNamespace(model=nn.Sequential(model))
+    assert references.found(model).keys() == {model}
 
 
 def test_what_refers_to_itself_or_to_the_model_ends():

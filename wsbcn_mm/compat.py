@@ -140,10 +140,10 @@ def is_traced_by_fx(value: object) -> TypeGuard[Proxy]:
     return isinstance(value, Proxy)
 
 
-def call_as_leaf(module: torch.nn.Module, input: Proxy, *args: Any, **kwargs: Any) -> Any:
+def call_as_leaf(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
     """The call of a module that `torch.fx.symbolic_trace` does not look into, as torch's own."""
-    tracer: Any = input.tracer
-    return tracer.create_proxy('call_module', tracer.path_of_module(module), (input, *args), kwargs)
+    tracer: Any = next(v.tracer for v in (*args, *kwargs.values()) if isinstance(v, Proxy))
+    return tracer.create_proxy('call_module', tracer.path_of_module(module), args, kwargs)
 
 
 def is_of(frame: FrameType, module: str) -> bool:

@@ -190,19 +190,28 @@ def convert_model(
                 new = replacement.get(id(modules[name]))
                 if isinstance(new, layers.BatchChannelNorm):
                     new.bn.reset_running_stats()
-    references.replace(model, replacement)
-    shortcuts = turn_off_shortcuts(model)
+    originals = {id(m): m for m in modules.values()}
+
+    def put_back(shortcuts: list[nn.Module]) -> None:
+        for key in replacement:
+            handover.belong_to(originals[key])
+        back = {id(new): originals[key] for key, new in replacement.items()}
+        references.replace(model, back)
+        for module in shortcuts:
+            module.turn_on_efficient_conv_bn_eval(True)  # type: ignore[operator]
+
+    shortcuts: list[nn.Module] = []
+    try:
+        references.replace(model, replacement)
+        shortcuts = turn_off_shortcuts(model)
+    except BaseException:
+        put_back(shortcuts)
+        raise
     if run is not None:
         try:
             run()
         except Exception as error:
-            originals = {id(m): m for m in modules.values()}
-            for key in replacement:
-                handover.belong_to(originals[key])
-            back = {id(new): originals[key] for key, new in replacement.items()}
-            references.replace(model, back)
-            for module in shortcuts:
-                module.turn_on_efficient_conv_bn_eval(True)  # type: ignore[operator]
+            put_back(shortcuts)
             raise ValueError(
                 f'the model runs as it is, but not converted: {type(error).__name__}: {error}\n'
                 '  does its forward read tensors of a layer instead of calling it? nothing was '
@@ -248,7 +257,9 @@ def _convert_norms(
     of_model = next(model.parameters(), None)
     for name, norm in model.named_modules():
         if isinstance(norm, torch.jit.ScriptModule):
-            if not isinstance(modules[name.rpartition('.')[0]], torch.jit.ScriptModule):
+            outer = isinstance(modules[name.rpartition('.')[0]], torch.jit.ScriptModule)
+            kinds = {str(getattr(part, 'original_name', '')) for part in norm.modules()}
+            if not outer and any('Conv' in kind or 'Norm' in kind for kind in kinds):
                 lines.append(Left(name, type(norm).__name__, 'TorchScript: its layers are fixed'))
             continue
         if not is_norm(norm) or isinstance(norm, layers.BatchChannelNorm):

@@ -6,13 +6,14 @@ from torch import nn
 
 from wsbcn_mm.own_classes import ACTIVATION
 
-_OF_NORMS = vars(nn.BatchNorm2d(1)).keys() | nn.BatchNorm2d(1)._buffers.keys()
+_NORMS = nn.BatchNorm2d(1), nn.SyncBatchNorm(1), nn.GroupNorm(1, 1)
+_OF_NORMS = {name for norm in _NORMS for name in (*vars(norm), *norm._buffers)}
 
 
 def why_not(layer: nn.Module) -> str | None:
     """Why no other layer can do what this one does, whatever its class; None: one can."""
     for name in ('weight', 'bias'):
-        computed = name in vars(layer)  # pruned, weight norm: an attribute, no parameter
+        computed = vars(layer).get(name) is not None  # pruned, weight norm: no parameter
         if computed or name in getattr(layer, 'parametrizations', ()):
             return f'its {name} is computed by another parametrization, or pruned'
     methods = sorted(n for n in vars(layer) if callable(getattr(type(layer), n, None)))
@@ -27,14 +28,14 @@ def take_over(old: nn.Module, new: nn.Module) -> None:
     new.train(old.training)
     for name, value in vars(old).items():
         if name not in _OF_NORMS and not hasattr(new, name):
-            setattr(new, name, value)
+            vars(new)[name] = value  # as it was kept, be it a module or a parameter
     for name, value in old._buffers.items():
         if name not in _OF_NORMS and not hasattr(new, name):
             new.register_buffer(name, value, name not in old._non_persistent_buffers_set)
     for kept in ('_parameters', '_modules'):
         for name, value in getattr(old, kept).items():
             if name not in ACTIVATION and not hasattr(new, name):
-                setattr(new, name, value)
+                getattr(new, kept)[name] = value
     for name in vars(nn.Module()):
         if 'hook' in name:
             vars(new)[name] = vars(old)[name]

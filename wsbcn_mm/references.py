@@ -2,20 +2,24 @@
 
 A forward pass may go by ``self.steps = [self.conv, self.norm]``, a dictionary, an object or a
 `functools.partial`: with another layer in the tree alone, the old one would go on running there.
+What cannot be looked into (proxies, classes that forbid it) is left as it is.
 """
 
 import collections
+import contextlib
 import functools
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-_DEPTH = 12  # of containers in containers; what lies deeper is not looked for
+_DEPTH = 100  # of containers in containers; what lies deeper is not looked for
+_LONG = 64  # a list of more that begins with a number or a text holds those alone
 _OF_TORCH = frozenset(vars(nn.Module()))
-_LEAVES = (Tensor, str, bytes, int, float, complex, type(None), type, types.ModuleType, torch.dtype)
+_VALUES = frozenset((str, bytes, int, float, bool, complex, type(None), torch.dtype, torch.device))
+_LEAVES = (Tensor, type, types.ModuleType)
 _OPAQUE = ('torch', 'numpy', 'builtins', __package__)  # objects of theirs hold no layers of a model
 
 Visit = Callable[[nn.Module], nn.Module]
@@ -24,19 +28,21 @@ Visit = Callable[[nn.Module], nn.Module]
 def found(model: nn.Module) -> dict[nn.Module, str]:
     """The modules that attributes in a model refer to, each with one attribute that does."""
     places: dict[nn.Module, str] = {}
-    tree = set(model.modules())
-    memo: dict[int, Any] = {}
+    tree = dict.fromkeys(model.modules())
+    seen: set[nn.Module] = set()
+    memo: _Memo = {}
     for module in tree:
-        for name in vars(module).keys() - _OF_TORCH:
-            reached: list[nn.Module] = []
-
-            def note(part: nn.Module, reached: list[nn.Module] = reached) -> nn.Module:
-                reached.extend([part] if part in tree else part.modules())
-                return part
-
-            _through(vars(module)[name], note, memo, _DEPTH)
+        for name, value in _attributes(module):
             where = f'attribute {name!r} of a {type(module).__name__}'
-            places.update((part, where) for part in reached if part not in places)
+
+            def note(reached: nn.Module, where: str = where) -> nn.Module:
+                if reached in tree:
+                    places.setdefault(reached, where)
+                for _, _, child in _children_outside(reached, tree, seen):
+                    places.setdefault(child, where)
+                return reached
+
+            _through(value, note, memo, _DEPTH)
     return places
 
 
@@ -47,93 +53,132 @@ def replace(model: nn.Module, new: Mapping[int, nn.Module]) -> None:
         model: Changed in place, as are the containers and objects that its attributes refer to.
         new: By the ``id`` of the old module.
     """
+    tree = dict.fromkeys(model.modules())
+    seen: set[nn.Module] = set()
+    memo: _Memo = {}
 
     def put(reached: nn.Module) -> nn.Module:
-        if id(reached) not in new and reached not in tree:  # held by an attribute alone
-            _replace_children(reached, new)
+        for holder, name, child in list(_children_outside(reached, tree, seen)):
+            holder._modules[name] = new.get(id(child), child)
         return new.get(id(reached), reached)
 
-    tree = set(model.modules())
-    memo: dict[int, Any] = {}
     # The new ones may have taken over attributes of the old ones.
-    for module in tree | {part for layer in new.values() for part in layer.modules()}:
-        for name in vars(module).keys() - _OF_TORCH:
-            value = vars(module)[name]
+    for module in (*tree, *(part for layer in new.values() for part in layer.modules())):
+        for name, value in _attributes(module):
             changed = _through(value, put, memo, _DEPTH)
             if changed is not value:
                 vars(module)[name] = changed
-    _replace_children(model, new)
-
-
-def _replace_children(root: nn.Module, new: Mapping[int, nn.Module]) -> None:
-    for module in list(root.modules()):
+    for module in list(model.modules()):
         for name, child in list(module._modules.items()):
             if id(child) in new:
                 module._modules[name] = new[id(child)]
 
 
-def _through(value: Any, visit: Visit, memo: dict[int, Any], depth: int) -> Any:
-    """The value with every module in it replaced by what ``visit`` says; mutable ones in place."""
-    if isinstance(value, _LEAVES) or depth == 0:
+def _attributes(module: nn.Module) -> list[tuple[str, Any]]:
+    return [(name, value) for name, value in vars(module).items() if name not in _OF_TORCH]
+
+
+def _children_outside(
+    module: nn.Module, tree: Mapping[nn.Module, Any], seen: set[nn.Module]
+) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    """Modules of the tree that one outside of it has as children: holder, name, child."""
+    if module in tree or module in seen:
+        return
+    seen.add(module)
+    for name, child in module._modules.items():
+        if child in tree:
+            yield module, name, child  # type: ignore[misc]  # no None in a tree
+        elif child is not None:
+            yield from _children_outside(child, tree, seen)
+
+
+# ----------------------------------------------------------------------------------------------
+# Values, with every module in them replaced by what `visit` says: mutable ones in place
+
+_Memo = dict[int, tuple[Any, Any]]
+"""By id: the value, which must live as long, and what has become of it."""
+
+
+def _through(value: Any, visit: Visit, memo: _Memo, depth: int) -> Any:
+    kind = type(value)  # not isinstance(), which proxies answer for another object
+    if kind in _VALUES or depth == 0 or issubclass(kind, _LEAVES):
         return value
-    if isinstance(value, nn.Module):
+    if issubclass(kind, nn.Module):
         return visit(value)
     if id(value) in memo:
-        return memo[id(value)]
-    memo[id(value)] = value
-    memo[id(value)] = _looked_into(value, lambda part: _through(part, visit, memo, depth - 1))
-    return memo[id(value)]
+        return memo[id(value)][1]
+    memo[id(value)] = value, value
+    changed = value
+    with contextlib.suppress(Exception):  # whatever a class raises that is not to be looked into
+        changed = _looked_into(value, kind, lambda v: _through(v, visit, memo, depth - 1))
+    memo[id(value)] = value, changed
+    return changed
 
 
-def _looked_into(value: Any, look: Callable[[Any], Any]) -> Any:
-    if isinstance(value, (list, collections.deque)):
-        for i, part in enumerate(value):
-            _set(value, i, part, look(part))
-    elif isinstance(value, dict):
-        for key, part in list(value.items()):
-            _set(value, key, part, look(part))
-        keys = {key: look(key) for key in value}
-        if any(a is not b for a, b in keys.items()):
-            items = [(keys[key], part) for key, part in value.items()]
-            value.clear()
-            value.update(items)
-    elif isinstance(value, (tuple, set, frozenset)):
+def _looked_into(value: Any, kind: type, look: Callable[[Any], Any]) -> Any:
+    if issubclass(kind, (list, collections.deque)):
+        if len(value) <= _LONG or type(value[0]) not in _VALUES:
+            base: Any = list if issubclass(kind, list) else collections.deque
+            for i, part in enumerate(base.__iter__(value)):
+                _set(base, value, i, part, look(part))
+    elif issubclass(kind, dict):
+        _look_into_dict(value, look)
+    elif issubclass(kind, (tuple, set, frozenset)):
         parts = [look(part) for part in value]
         if any(a is not b for a, b in zip(parts, value)):
-            return value._make(parts) if hasattr(value, '_make') else type(value)(parts)
-    elif isinstance(value, functools.partial):
+            return value._make(parts) if hasattr(kind, '_make') else kind(parts)
+    elif kind is functools.partial:
         parts = [look(part) for part in (value.func, value.args, value.keywords)]
         if parts[0] is not value.func or parts[1] is not value.args:
             return functools.partial(parts[0], *parts[1], **parts[2])
-    elif isinstance(value, types.MethodType):
+    elif kind is types.MethodType:
         owner = look(value.__self__)
         if owner is not value.__self__:
             of_kind = types.MethodType(value.__func__, owner)
-            return getattr(owner, value.__name__, of_kind)
-    elif isinstance(value, types.FunctionType):
-        value.__defaults__ = look(value.__defaults__)
-        look(value.__kwdefaults__)
-        for cell in value.__closure__ or ():
-            try:
-                part = cell.cell_contents
-            except ValueError:  # not filled yet
-                continue
+            return getattr(owner, getattr(value.__func__, '__name__', ''), of_kind)
+    elif kind is types.FunctionType:
+        _look_into_function(value, look)
+    elif kind.__module__.partition('.')[0] not in _OPAQUE:
+        _look_into_object(value, kind, look)
+    return value
+
+
+def _look_into_dict(value: dict[Any, Any], look: Callable[[Any], Any]) -> None:
+    # Not its own items(): mmengine's configs import packages in it.
+    items = list(dict.items(value))
+    for key, part in items:
+        _set(dict, value, key, part, look(part))
+    keys = [look(key) for key, _ in items]
+    if any(new is not old for new, (old, _) in zip(keys, items)):
+        parts = list(dict.values(value))
+        dict.clear(value)
+        dict.update(value, zip(keys, parts))
+
+
+def _look_into_function(value: types.FunctionType, look: Callable[[Any], Any]) -> None:
+    defaults = look(value.__defaults__)
+    if defaults is not value.__defaults__:
+        value.__defaults__ = defaults
+    look(value.__kwdefaults__)
+    for cell in value.__closure__ or ():
+        with contextlib.suppress(ValueError):  # not filled yet
+            part = cell.cell_contents
             changed = look(part)
             if changed is not part:
                 cell.cell_contents = changed
-    elif type(value).__module__.partition('.')[0] not in _OPAQUE:
-        if type(value).__dictoffset__:
-            for name, part in list(vars(value).items()):
-                _set(vars(value), name, part, look(part))
-        for slot in _slots(type(value)):  # type: ignore[arg-type]
-            try:
-                part = slot.__get__(value, type(value))
-            except AttributeError:  # not set
-                continue
+
+
+def _look_into_object(value: Any, kind: type, look: Callable[[Any], Any]) -> None:
+    if kind.__dictoffset__:
+        attributes = object.__getattribute__(value, '__dict__')
+        for name, part in list(attributes.items()):
+            _set(dict, attributes, name, part, look(part))
+    for slot in _slots(kind):
+        with contextlib.suppress(AttributeError):  # not set
+            part = slot.__get__(value, kind)
             changed = look(part)
             if changed is not part:
                 slot.__set__(value, changed)
-    return value
 
 
 @functools.cache
@@ -142,6 +187,7 @@ def _slots(kind: type) -> list[types.MemberDescriptorType]:
     return [member for member in members if isinstance(member, types.MemberDescriptorType)]
 
 
-def _set(container: Any, key: Any, old: Any, new: Any) -> None:
+def _set(base: Any, container: Any, key: Any, old: Any, new: Any) -> None:
+    """Without the methods of a derived class, which may forbid it."""
     if new is not old:
-        container[key] = new
+        base.__setitem__(container, key, new)

@@ -296,6 +296,24 @@ def test_fake_tensors_leave_nothing_behind():
         assert type(model[0].standardized_weight()) is torch.Tensor
 
 
+def test_compiled_code_may_make_modules():
+    """That they are counted does not compile it anew."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    def makes(x):
+        activation = nn.Sequential(nn.ReLU())
+        return activation(x)
+
+    made = torch.compile(makes, backend=backend)
+    for _ in range(3):
+        made(X)
+    assert len(graphs) == 1
+
+
 def test_compiled_code_is_one_graph_with_the_weights_as_they_are():
     model = net(2)
     compiled = torch.compile(model, backend='aot_eager', fullgraph=True)

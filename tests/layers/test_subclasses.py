@@ -185,6 +185,21 @@ def test_a_weight_that_somebody_else_computes(change):
     torch.testing.assert_close(layer.to_plain()(x), y)
 
 
+def test_keywords_in_any_order():
+    layer, x = standardized_copy(TakesMore(3, 4, 3)), torch.randn(2, 3, 6, 6)
+    torch.testing.assert_close(layer(offset=1, x=x), layer(x, 1))
+
+    class Model(nn.Sequential):
+        def forward(self, x):
+            return self[0](offset=1, x=x)
+
+    torch.testing.assert_close(torch.fx.symbolic_trace(Model(layer))(x), layer(x, 1))
+    with pytest.raises(TypeError, match='missing 2 required positional arguments'):
+        layer()
+    with pytest.raises(ValueError, match='on the meta device, the input on cpu'):
+        layer.to('meta')(offset=None, x=x)
+
+
 class Masked(nn.Conv2d):
     def forward(self, x):
         self.weight.data *= torch.tensor([1.0, 1.0, 0.0])

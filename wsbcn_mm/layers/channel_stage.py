@@ -54,9 +54,10 @@ class ChannelStage(_BatchNorm):
         super().reset_running_stats()
         self._forget_average()
 
-    def _load_from_state_dict(self, *args: Any) -> None:
-        super()._load_from_state_dict(*args)
-        self._forget_average()
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if f'{prefix}running_mean' in state_dict or f'{prefix}running_var' in state_dict:
+            self._forget_average()
 
     def _forget_average(self) -> None:
         if '_layer' in self.__dict__:
@@ -150,7 +151,10 @@ def adopted(child: Any, layer: Any) -> Any:
         layer.forget_average()
     if isinstance(child, ChannelStage):
         if owner is None or owner.layer is layer:
-            _set_scale(layer, child.__dict__.get('_replaced', {}), gone)
+            own = child.__dict__.get('_replaced', {})
+            for name, parameter in own.items():  # the model may have been moved meanwhile
+                parameter.data = parameter.data.to(getattr(layer, f'batch_{name}'))
+            _set_scale(layer, own, gone)
             child.__dict__.pop('_replaced', None)
             layer.__dict__['eps'] = child.eps
             return child

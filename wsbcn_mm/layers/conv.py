@@ -165,16 +165,17 @@ class WeightStandardized(_Base):
             return self.as_leaf(input)
         return super()._conv_forward(input, self._weight_for(input), self.bias)
 
-    def _weight_for(self, input: Tensor) -> Tensor:
-        """What convolves with an input; read once, for a parametrized weight is computed anew."""
+    def _weight_for(self, *inputs: Any) -> Tensor:
+        """What convolves with inputs; read once, for a parametrized weight is computed anew."""
         w_hat = self.standardized_weight()
         # A weight on the meta device has no values; torch convolves with whatever is in memory.
         bias = self._parameters.get('bias')  # a deformable convolution may have none at all
         of_bias = bias is not None and bias.is_meta
-        if (w_hat.is_meta or of_bias) and not input.is_meta:
+        real = next((x for x in inputs if isinstance(x, Tensor) and not x.is_meta), None)
+        if (w_hat.is_meta or of_bias) and real is not None:
             raise ValueError(
                 f'{type(self).__name__}: weight or bias are on the meta device, the input on '
-                f'{input.device}\n  load the weights (load_state_dict(..., assign=True)) or make '
+                f'{real.device}\n  load the weights (load_state_dict(..., assign=True)) or make '
                 'them (to_empty(device=...), then initialise) first'
             )
         return w_hat

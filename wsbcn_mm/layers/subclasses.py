@@ -29,10 +29,10 @@ class StandardizedSubclass(WeightStandardized):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What ``plain_class`` computes, with the standardized weight."""
-        input = next(iter((*args, *kwargs.values())))
-        if compat.is_traced_by_fx(input):
+        given = (*args, *kwargs.values())
+        if any(compat.is_traced_by_fx(value) for value in given):
             return self.as_leaf(*args, **kwargs)
-        view = self._with(self._weight_for(input), self._computed())
+        view = self._with(self._weight_for(*given), self._computed())
         before = dict(view.__dict__)
         try:
             return self.plain_class.forward(view, *args, **kwargs)
