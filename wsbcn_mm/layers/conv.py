@@ -171,11 +171,11 @@ class WeightStandardized(_Base):
         # A weight on the meta device has no values; torch convolves with whatever is in memory.
         bias = self._parameters.get('bias')  # a deformable convolution may have none at all
         of_bias = bias is not None and bias.is_meta
-        real = next((x for x in inputs if isinstance(x, Tensor) and not x.is_meta), None)
-        if (w_hat.is_meta or of_bias) and real is not None:
+        real = [x for x in inputs if isinstance(x, Tensor) and not x.is_meta]
+        if (w_hat.is_meta or of_bias) and real:
             raise ValueError(
                 f'{type(self).__name__}: weight or bias are on the meta device, the input on '
-                f'{real.device}\n  load the weights (load_state_dict(..., assign=True)) or make '
+                f'{real[0].device}\n  load the weights (load_state_dict(..., assign=True)) or make '
                 'them (to_empty(device=...), then initialise) first'
             )
         return w_hat
