@@ -71,6 +71,8 @@ def infer(args: argparse.Namespace) -> list[str]:
     device = inference.device_of(args.device)
     cfg = config.load_config(args.config, args.cfg_options)
     scope = config.scope_of(cfg)
+    if args.annotations is not None and scope != 'mmdet':
+        raise ValueError(f'--annotations numbers the objects of detectors, and this is of {scope}')
     images = predict.find_images(args.source, args.output, predict.suffixes_of(cfg))
     if args.no_fold:
         model = inference.load_model(cfg, args.checkpoint)

@@ -294,6 +294,9 @@ def test_boxes_that_end_before_they_begin(box, monkeypatch):
     data.item['instances'].append(wrong)
     check_dataset(data, model_of(), learned=True)
     assert len(said) == 1 and 'a.xml has the box' in said[0]
+    data.item['instances'] = [dict(right, ignore_flag=1)] * 2
+    check_dataset(data, model_of(), learned=True)
+    assert 'objects of the images looked at are to be ignored' in said[1]
 
 
 class Repeated(torch.utils.data.Dataset):

@@ -82,6 +82,9 @@ def test_infer_takes_ids_from_an_annotation_file(folder):
     assert {a['image_id'] for a in found['annotations']} == {77}
     assert {a['category_id'] for a in found['annotations']} <= {10, 20, 30, 40, 50}
     assert [f.name for f in out.iterdir()] == ['predictions.json']
+    given = ('images', '-o', out, '--annotations', 'a.json')
+    done = tool('infer.py', QUICK['deeplabv3'], 'none.pth', *given)
+    assert done.returncode == 1 and 'numbers the objects of detectors' in done.stderr
     done = tool('infer.py', *arguments, folder / 'nowhere', '-o', out)
     assert done.returncode == 1 and 'no image file or folder' in done.stderr
     assert 'Traceback' not in done.stderr

@@ -181,13 +181,15 @@ def alike(missing: list[str], others: list[str], cutoff: float = 0.6) -> str:
 
 
 def check_boxes(dataset: Any) -> None:
-    """Boxes end behind where they begin; COCO's are looked at when they are read."""
+    """Boxes count, and end behind where they begin; COCO's are looked at when they are read."""
     if hasattr(dataset, 'cat_ids'):
         return
+    there = counted = 0
     for index in _some(dataset, MANY):
         info = dataset.get_data_info(index)
         objects = info.get('instances') if isinstance(info, dict) else None
         boxes = [o['bbox'] for o in objects or [] if not o.get('ignore_flag') and 'bbox' in o]
+        there, counted = there + len(objects or []), counted + len(boxes)
         corners = np.array([box for box in boxes if len(box) == 4], float).reshape(-1, 4)
         wrong = ~(corners[:, 2:] > corners[:, :2]).all(1)  # NaN is no order
         if wrong.any():
@@ -200,6 +202,14 @@ def check_boxes(dataset: Any) -> None:
                 logging.WARNING,
             )
             return
+    if there and not counted:
+        print_log(
+            f'data: {type(dataset).__name__}: all {there} objects of the images looked at are to '
+            'be ignored (marked as difficult, or smaller than bbox_min_size): nothing is learned '
+            'of them',
+            'current',
+            logging.WARNING,
+        )
 
 
 def check_images(dataset: Any) -> None:
