@@ -68,6 +68,11 @@ def replace(model: nn.Module, new: Mapping[int, nn.Module]) -> None:
             changed = _through(value, put, memo, _DEPTH)
             if changed is not value:
                 vars(module)[name] = changed
+    replace_children(model, new)
+
+
+def replace_children(model: nn.Module, new: Mapping[int, nn.Module]) -> None:
+    """Puts new modules wherever the tree refers to the old ones; see `replace`."""
     for module in list(model.modules()):
         for name, child in list(module._modules.items()):
             if id(child) in new:

@@ -1,7 +1,6 @@
 """The layers that a folded model has in place of ours."""
 
 import copy
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -114,12 +113,3 @@ def batch_norm(norm: BatchChannelNorm) -> _BatchNorm:
 def both_stages(norm: BatchChannelNorm) -> nn.Sequential:
     """BCN in evaluation, by layers of torch."""
     return nn.Sequential(batch_norm(norm), group_norm(norm)).eval()
-
-
-def replace(root: nn.Module, new: Mapping[nn.Module, nn.Module]) -> nn.Module:
-    """Puts new modules wherever the tree refers to the old ones."""
-    for module in list(root.modules()):
-        for name, child in module._modules.items():
-            if child is not None and child in new:
-                module._modules[name] = new[child]
-    return new.get(root, root)

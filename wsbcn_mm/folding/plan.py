@@ -86,7 +86,8 @@ class Plan:
                     new[layer] = new_layers.both_stages(layer)
                 else:
                     new[layer] = new_layers.conv_with_raw_weight(_conv_at(folded, name))
-        folded = new_layers.replace(folded, new)
+        references.replace_children(folded, {id(old): layer for old, layer in new.items()})
+        folded = new.get(folded, folded)
         for name, plain_conv in at_one_place.items():
             holder, _, attribute = name.rpartition('.')
             folded.get_submodule(holder)._modules[attribute] = plain_conv

@@ -329,6 +329,25 @@ _Held = tuple[Results, int, float, str]
 # What is known of a model from one pass to the next: layers, never results
 
 
+def _layers_by_module(model: nn.Module) -> dict[nn.Module, dict[Any, None]]:
+    """Of each module of a model the layers that it is or contains, in the order of the tree."""
+    found: dict[nn.Module, dict[Any, None]] = {}
+
+    def look(module: nn.Module) -> dict[Any, None]:
+        below = found.get(module)
+        if below is None:
+            below = found[module] = {}
+            if hasattr(module, 'standardizes_rows'):
+                below[module] = None
+            for child in module._modules.values():
+                if child is not None:
+                    below.update(look(child))
+        return below
+
+    look(model)
+    return found
+
+
 class _Registrations:
     """Counts how often, in this process, a module became part of another one."""
 
@@ -353,23 +372,18 @@ class Plan:
     def look(self, model: nn.Module) -> None:
         """Finds the layers."""
         self._seen = _registrations.count
-        self._layers = [
-            weakref.ref(module)
-            for module in model.modules()
-            if hasattr(module, 'standardizes_rows')
+        found = _layers_by_module(model)
+        self._layers = [weakref.ref(layer) for layer in found[model]]
+        self._below = [
+            (weakref.ref(module), [weakref.ref(layer) for layer in below])
+            for module, below in found.items()
+            if below
         ]
         # FullyShardedDataParallel wants the gradients of each of its units when that unit's
         # backward pass ends: no node may span several.
         fsdp = sys.modules.get('torch.distributed.fsdp')
         units = getattr(fsdp, 'FSDPModule', ())
-        self._apart = any(isinstance(module, units) for module in model.modules())
-        layers = self.layers()
-        below = {module: [m for m in module.modules() if m in layers] for module in model.modules()}
-        self._below = [
-            (weakref.ref(module), [weakref.ref(layer) for layer in found])
-            for module, found in below.items()
-            if found
-        ]
+        self._apart = any(isinstance(module, units) for module in found)
 
     def look_where_changed(self, model: nn.Module) -> None:
         """As `look`, unless no module has become part of another one since."""
