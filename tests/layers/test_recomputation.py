@@ -1,14 +1,21 @@
 """Activation checkpointing (trap 8): the same gradients, and one update of the statistics."""
 
+import contextlib
 import functools
 import gc
+import threading
 
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointImpl,
+    checkpoint_wrapper,
+)
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
+    checkpoint_sequential,
     create_selective_checkpoint_contexts,
     set_checkpoint_early_stop,
 )
@@ -396,3 +403,67 @@ def test_selective_checkpointing_repeats_what_was_not_saved(saved, mode):
             raise
     else:
         assert_same(left, run(plain))
+
+
+def deep():
+    return nn.Sequential(make('estimate'), make('batch'), make('estimate'))
+
+
+WAYS = {
+    'sequential': lambda net, x: checkpoint_sequential(net, 3, x, use_reentrant=False),
+    'sequential, reentrant': lambda net, x: checkpoint_sequential(net, 3, x, use_reentrant=True),
+    'wrapper': lambda net, x: checkpoint_wrapper(net)(x),
+    'wrapper, reentrant': lambda net, x: checkpoint_wrapper(net, CheckpointImpl.REENTRANT)(x),
+}
+
+
+@pytest.mark.parametrize('autocast', [True, False])
+@pytest.mark.parametrize('elsewhere', [True, False], ids=['other thread', 'same thread'])
+@pytest.mark.parametrize('way', WAYS)
+def test_what_torch_has_around_checkpoints(way, elsewhere, autocast):
+    """Its helpers, a backward pass in another thread, autocast (in which both runs compute)."""
+
+    def run(wrap):
+        net, x = deep(), INPUT.clone()
+        if autocast:
+            net, x = net.float(), x.float()
+        x.requires_grad_()
+        for shift in (0, 1):
+            with torch.autocast('cpu', torch.bfloat16, enabled=autocast):
+                loss = wrap(net, x + shift).pow(3).sum()
+            if elsewhere:
+                thread = threading.Thread(target=loss.backward)
+                thread.start()
+                thread.join()
+            else:
+                loss.backward()
+        return left_by(net, x)
+
+    assert_same(run(WAYS[way]), run(plain))
+
+
+@pytest.mark.parametrize('use_reentrant', [True, False])
+@pytest.mark.parametrize('fails_at', [1, 2], ids=['forward', 'repetition'])
+def test_training_goes_on_after_an_exception(fails_at, use_reentrant):
+    """As it does without checkpointing after a step whose backward pass was left out."""
+
+    def run(wrap):
+        net, x = make('estimate'), INPUT.clone().requires_grad_()
+        runs = iter(range(1, 9))
+
+        def fails(x):
+            y = net(x)
+            if wrap is not plain and next(runs) == fails_at:
+                raise InterruptedError
+            return y
+
+        with contextlib.suppress(InterruptedError), set_checkpoint_early_stop(False):
+            loss = wrap(fails, x).sum()
+            if wrap is not plain:
+                loss.backward()
+                pytest.fail('it has been run to its end')
+        for shift in (1, 2):
+            wrap(net, x + shift).pow(3).sum().backward()
+        return left_by(net, x)
+
+    assert_same(run(wrapped(use_reentrant)), run(plain))
