@@ -103,14 +103,24 @@ class OwnTuple(tuple):
         return super().__new__(cls, (a, b))
 
 
-def test_what_cannot_be_looked_into_is_left():
+class HidesAttributes:
+    @property
+    def __dict__(self):
+        raise RuntimeError('not these')
+
+
+def test_classes_that_forbid_it_are_looked_into_all_the_same():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
     model.settings = Forbids(norm=model[1], parent=weakref.proxy(model))
     vars(model)['raises'] = Raises()
     vars(model)['parent'] = weakref.proxy(nn.ReLU())  # dead at once
     model.pair = OwnTuple(model[0], 1)
+    model.pair.of = 'a pair'
+    model.hides = HidesAttributes()  # the one thing that stays unseen
     model.method = types.MethodType(functools.partial(run), model[0])
     assert len(convert_model(model).changed) == 2 and model.settings['norm'] is model[1]
+    assert model.pair[0] is model[0]
+    assert type(model.pair) is OwnTuple and model.pair.of == 'a pair'
 
 
 def test_every_closure_keeps_its_own_layers():

@@ -2,7 +2,7 @@
 
 A forward pass may go by ``self.steps = [self.conv, self.norm]``, a dictionary, an object or a
 `functools.partial`: with another layer in the tree alone, the old one would go on running there.
-What cannot be looked into (proxies, classes that forbid it) is left as it is.
+What cannot be looked into (proxies, iterators, objects of other languages) is left as it is.
 """
 
 import collections
@@ -113,25 +113,35 @@ def _through(value: Any, visit: Visit, memo: _Memo, depth: int) -> Any:
     if id(value) in memo:
         return memo[id(value)][1]
     memo[id(value)] = value, value
-    changed = value
-    with contextlib.suppress(Exception):  # whatever a class raises that is not to be looked into
-        changed = _looked_into(value, kind, lambda v: _through(v, visit, memo, depth - 1))
+    changed = _looked_into(value, kind, lambda v: _through(v, visit, memo, depth - 1))
     memo[id(value)] = value, changed
     return changed
 
 
 def _looked_into(value: Any, kind: type, look: Callable[[Any], Any]) -> Any:
+    # By the methods of torch's and Python's own classes alone: a derived one may forbid it.
     if issubclass(kind, (list, collections.deque)):
-        if len(value) <= _LONG or type(value[0]) not in _VALUES:
-            base: Any = list if issubclass(kind, list) else collections.deque
+        base: Any = list if issubclass(kind, list) else collections.deque
+        if base.__len__(value) <= _LONG or type(base.__getitem__(value, 0)) not in _VALUES:
             for i, part in enumerate(base.__iter__(value)):
                 _set(base, value, i, part, look(part))
     elif issubclass(kind, dict):
         _look_into_dict(value, look)
-    elif issubclass(kind, (tuple, set, frozenset)):
-        parts = [look(part) for part in value]
-        if any(a is not b for a, b in zip(parts, value)):
-            return value._make(parts) if hasattr(kind, '_make') else kind(parts)
+    elif issubclass(kind, (tuple, frozenset)):
+        base = tuple if issubclass(kind, tuple) else frozenset
+        old = list(base.__iter__(value))
+        parts = [look(part) for part in old]
+        if any(a is not b for a, b in zip(parts, old)):
+            new = base.__new__(kind, parts)
+            if kind.__dictoffset__:
+                _dict_of(new).update(_dict_of(value))
+            return new
+    elif issubclass(kind, set):
+        old = list(set.__iter__(value))
+        parts = [look(part) for part in old]
+        if any(a is not b for a, b in zip(parts, old)):
+            set.clear(value)
+            set.update(value, parts)
     elif kind is functools.partial:
         parts = [look(part) for part in (value.func, value.args, value.keywords)]
         if parts[0] is not value.func or parts[1] is not value.args:
@@ -143,7 +153,7 @@ def _looked_into(value: Any, kind: type, look: Callable[[Any], Any]) -> Any:
             return getattr(owner, getattr(value.__func__, '__name__', ''), of_kind)
     elif kind is types.FunctionType:
         _look_into_function(value, look)
-    elif kind.__module__.partition('.')[0] not in _OPAQUE:
+    elif str(kind.__module__).partition('.')[0] not in _OPAQUE:
         _look_into_object(value, kind, look)
     return value
 
@@ -175,15 +185,26 @@ def _look_into_function(value: types.FunctionType, look: Callable[[Any], Any]) -
 
 def _look_into_object(value: Any, kind: type, look: Callable[[Any], Any]) -> None:
     if kind.__dictoffset__:
-        attributes = object.__getattribute__(value, '__dict__')
-        for name, part in list(attributes.items()):
+        attributes = _dict_of(value)
+        for name, part in list(dict.items(attributes)):
             _set(dict, attributes, name, part, look(part))
     for slot in _slots(kind):
-        with contextlib.suppress(AttributeError):  # not set
+        try:
             part = slot.__get__(value, kind)
-            changed = look(part)
-            if changed is not part:
-                slot.__set__(value, changed)
+        except AttributeError:  # not set
+            continue
+        changed = look(part)
+        if changed is not part:
+            slot.__set__(value, changed)
+
+
+def _dict_of(value: Any) -> dict[str, Any]:
+    for base in type(value).__mro__:  # a class may give the name to something else
+        descriptor = vars(base).get('__dict__')
+        if type(descriptor) is types.GetSetDescriptorType:
+            attributes: dict[str, Any] = descriptor.__get__(value)
+            return attributes
+    return {}
 
 
 @functools.cache
