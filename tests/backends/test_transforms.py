@@ -2,17 +2,30 @@
 
 import contextlib
 import copy
+import warnings
 
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import nn
-from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vmap
+from torch.func import (
+    functional_call,
+    functionalize,
+    grad,
+    hessian,
+    jacfwd,
+    jacrev,
+    jvp,
+    stack_module_state,
+    vmap,
+)
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import conv2d
 
 from wsbcn_mm import (
     BatchChannelNorm2d,
     WSConv2d,
+    backends,
     reference,
     standardize_once_per_forward,
     standardized_once,
@@ -257,8 +270,9 @@ def test_training_inside_a_transform_updates_buffers_that_are_arguments(backend,
         lambda f: vmap(
             lambda b, x: functional_call(f, dict(f.named_parameters()) | b, (x[None],)), (None, 0)
         )(dict(f.named_buffers()), X),
+        lambda f: functionalize(f)(X),
     ],
-    ids=['grad', 'vmap', 'jvp', 'vmap with one copy'],
+    ids=['grad', 'vmap', 'jvp', 'vmap with one copy', 'functionalize'],
 )
 @pytest.mark.parametrize('settings', [dict(), dict(mode='batch')], ids=['estimate', 'batch'])
 def test_training_inside_a_transform_is_refused_for_buffers_of_others(transform, settings):
@@ -279,6 +293,71 @@ def test_averages_inside_a_transform_are_refused(momentum):
     ]
     with pytest.raises(RuntimeError, match='momentum below 1'):
         grad(lambda p, b: functional_call(norm, (p, b), (X,)).sum())(*arguments)
+
+
+@pytest.mark.parametrize('mode', ['estimate', 'batch'])
+@pytest.mark.parametrize('way', ['real', 'fake', 'symbolic', 'functionalize'])
+def test_a_training_step_as_a_function_of_its_buffers(backend, way, mode):
+    """The graphs of `make_fx` have the gradients in them; `functionalize` is a forward pass."""
+
+    def make():
+        torch.manual_seed(0)
+        return nn.Sequential(WSConv2d(8, 8, 1).double(), make_norm(mode))
+
+    net, plain = make(), make()
+    y = plain(X)
+    y.pow(3).sum().backward()
+    expected = [y, *(p.grad for p in plain.parameters())]
+    parameters = dict(net.named_parameters())
+    copies = lambda: {name: b.clone() for name, b in net.named_buffers()}  # noqa: E731
+    buffers = copies()
+
+    def step(parameters, buffers, x):
+        y = functional_call(net, (parameters, buffers), (x,))
+        if way == 'functionalize':
+            return [y]
+        return [y, *torch.autograd.grad(y.pow(3).sum(), list(parameters.values()))]
+
+    try:
+        if way == 'functionalize':
+            traced, expected = functionalize(step), expected[:1]
+        else:
+            traced = make_fx(step, tracing_mode=way)(parameters, copies(), X)
+    except RuntimeError as error:
+        assert way == 'symbolic' and 'with symbolic sizes/strides' in str(error)
+    else:
+        assert_close(traced(parameters, buffers, X), expected)
+        assert_close(buffers, dict(plain.named_buffers()))
+
+
+@pytest.mark.parametrize('name', ['WS', 'BCN'])
+@pytest.mark.parametrize(
+    'backend, transform',
+    [('eager', 'grad'), ('eager', 'vmap'), ('eager', 'jvp'), ('kernels', 'grad')],
+    indirect=['backend'],
+)
+def test_transforms_in_compiled_code(backend, transform, name):
+    """With kernels the gradients of parameters may be wrong, of which torch warns."""
+    torch._dynamo.reset()
+    layer = WSConv2d(8, 4, 1).double() if name == 'WS' else make_norm().eval()
+    parameters = {n: p.detach() for n, p in layer.named_parameters()}
+    run = lambda p, x: functional_call(layer, p, (x,)).pow(3)  # noqa: E731
+    function = dict(
+        grad=lambda p, x: grad(lambda p: run(p, x).sum())(p),
+        vmap=lambda p, x: vmap(lambda x: run(p, x[None]))(x),
+        jvp=lambda p, x: jvp(lambda x: run(p, x), (x,), (T,)),
+    )[transform]
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter('always')
+        try:
+            found = torch.compile(function, backend='aot_eager')(parameters, X)
+        except RuntimeError:  # torch's
+            assert transform != 'grad'
+            return
+    if any('an autograd kernel was not registered' in str(w.message) for w in warned):
+        assert backend != 'eager'
+    else:
+        assert_close(found, function(parameters, X))
 
 
 @pytest.mark.parametrize(
