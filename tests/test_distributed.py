@@ -10,41 +10,19 @@ import torch
 from torch import nn
 
 from tests.ranks import in_two_ranks
-from wsbcn_mm import BatchChannelNorm1d, BatchChannelNorm2d, WSConv2d, reference
+from tests.wrappers import (
+    CHANNELS,
+    STEPS,
+    WRAPPERS,
+    Net,
+    case_recalibrated,
+    case_wrappers,
+    cotangent,
+    images,
+)
+from wsbcn_mm import BatchChannelNorm1d, BatchChannelNorm2d, reference
 from wsbcn_mm.estimates import skipped_updates, synchronize_estimates
-from wsbcn_mm.layers.standardization import standardize_once_per_forward
-
-CHANNELS, STEPS = 8, 5
-
-
-class Net(nn.Module):
-    """Two blocks, the second norm used twice per step."""
-
-    def __init__(self, mode='estimate', sync='step', dtype=torch.float64):
-        super().__init__()
-        torch.manual_seed(0)
-        self.conv1, self.conv2 = WSConv2d(3, CHANNELS, 3), WSConv2d(CHANNELS, CHANNELS, 3)
-        make = lambda: BatchChannelNorm2d(CHANNELS, 2, momentum=0.1, mode=mode, sync=sync)  # noqa: E731
-        self.norm1, self.norm2 = make(), make()
-        for norm in (self.norm1, self.norm2):
-            nn.init.normal_(norm.batch_weight)
-            nn.init.normal_(norm.batch_bias)
-            nn.init.normal_(norm.weight)
-        self.to(dtype)
-
-    def forward(self, x):
-        x = self.conv2(self.norm1(self.conv1(x)).relu())
-        return self.norm2(x) + self.norm2(0.5 * x - 3)
-
-
-def images(step, dtype=torch.float64):
-    g = torch.Generator().manual_seed(step)
-    return (torch.randn(2, 3, 9, 8, generator=g) * (step + 1) + step).to(dtype)
-
-
-def cotangent(step, dtype=torch.float64):
-    g = torch.Generator().manual_seed(99 + step)
-    return torch.randn(2, CHANNELS, 5, 4, generator=g).to(dtype)
+from wsbcn_mm.recalibration import recalibrate
 
 
 def train(net, mine, world, dtype=torch.float64, after=lambda net: None):
@@ -220,58 +198,6 @@ def case_data_parallel(rank):
     return results
 
 
-def fully_sharded(net):
-    """FSDP2, every layer for itself."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    mesh = init_device_mesh('cpu', (2,))
-    for child in net.children():
-        fully_shard(child, mesh=mesh)
-    return fully_shard(net, mesh=mesh)
-
-
-def data_parallel(**settings):
-    return lambda net: nn.parallel.DistributedDataParallel(net, **settings)
-
-
-WRAPPERS = {
-    'DDP': data_parallel(),
-    'DDP, buffers apart': data_parallel(broadcast_buffers=False),
-    'DDP, static graph': data_parallel(static_graph=True),
-    'DDP, unused': data_parallel(find_unused_parameters=True),
-    'DDP, buckets': data_parallel(gradient_as_bucket_view=True),
-    'ZeRO': data_parallel(),
-    'FSDP2': fully_sharded,
-}
-
-
-def case_wrappers(rank):
-    """The same training by what torch offers for several processes."""
-    results = {}
-    for (name, wrap), scopes in product(WRAPPERS.items(), (False, True)):
-        net = Net()
-        model = wrap(net)
-        if scopes:
-            standardize_once_per_forward(net)
-        optimizer = torch.optim.SGD(net.parameters(), 0.01)
-        if name == 'ZeRO':
-            zero = torch.distributed.optim.ZeroRedundancyOptimizer
-            optimizer = zero(net.parameters(), torch.optim.SGD, lr=0.01)
-        for step in range(STEPS):
-            part = slice(rank, rank + 1)
-            optimizer.zero_grad()
-            loss = (model(images(step)[part]) * cotangent(step)[part]).sum()
-            (2 * loss).backward()  # they take the mean over the ranks, `train` the sum
-            optimizer.step()
-            synchronize_estimates(net)
-        results[name, scopes] = {
-            key: value.full_tensor() if hasattr(value, 'full_tensor') else value.detach().clone()
-            for key, value in net.state_dict().items()
-        }
-    return results
-
-
 def case_compiled(rank):
     def outputs(mode):
         nets = Net(mode, 'forward'), torch.compile(Net(mode, 'forward'), backend='eager')
@@ -283,6 +209,7 @@ def case_compiled(rank):
 CASES = (
     case_compiled,
     case_wrappers,
+    case_recalibrated,
     case_nets,
     case_norms,
     case_damaged,
@@ -445,6 +372,18 @@ def test_wrappers_train_as_a_loop_that_sums_gradients(ranks, name, scopes):
     for rank in ranks:
         expected = rank['case_nets']['step/torch.float64']['state']
         assert_same(rank['case_wrappers'][name, scopes], expected, 1e-12)
+
+
+def test_a_sharded_model_is_recalibrated(ranks):
+    """By the statistics of all samples; what spreads over ranks is not taken for a scale."""
+    net = Net()
+    batches = [x[None] for step in range(2) for x in images(step)]
+    done = recalibrate(net, batches, passes=3, tolerance=0)
+    for rank in ranks:
+        samples, state, refused = rank['case_recalibrated']
+        assert samples == done.samples
+        assert_same(state, net.state_dict(), 1e-9)
+        assert 'DTensor' in refused
 
 
 @pytest.mark.parametrize('mode', ['estimate', 'batch'])
