@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.ao.quantization import fuse_modules
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from wsbcn_mm import BatchChannelNorm2d, WSConv2d, fold
 from wsbcn_mm.convert import convert_model
@@ -118,3 +119,14 @@ def test_fuse_modules_of_torch(layers):
 def test_fuse_modules_does_all_else_as_before():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).eval()
     assert isinstance(fuse_modules(model, ['0', '1'])[1], nn.Identity)
+
+
+def test_fusing_by_hand_is_right_with_the_standardized_weight():
+    """Tensors do not say whose they are: with the raw weight nobody sees that it is wrong."""
+    conv, bn, x = WSConv2d(3, 8, 3), nn.BatchNorm2d(8).eval(), torch.randn(2, 3, 8, 8)
+    nn.init.normal_(bn.running_mean)
+    nn.init.uniform_(bn.running_var, 0.5, 2)
+    rest = conv.bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias
+    raw, right = (fuse_conv_bn_weights(w, *rest) for w in (conv.weight, conv.standardized_weight()))
+    torch.testing.assert_close(nn.functional.conv2d(x, *right), bn(conv(x)))
+    assert not torch.allclose(nn.functional.conv2d(x, *raw), bn(conv(x)), atol=0.1)

@@ -363,6 +363,29 @@ def test_a_block_may_end_in_another_thread():
     assert standardization.open_scopes() == 0
 
 
+@pytest.mark.parametrize('block', [wsbcn_mm.standardized_once, wsbcn_mm.weights_do_not_change])
+def test_a_block_of_a_generator_is_open_while_it_waits(block, calls):
+    """What its caller does meanwhile is inside; changes that torch counts are seen all the same."""
+    model = net(2)
+
+    def results():
+        with block(model):
+            while True:
+                yield model(X)
+
+    generator = results()
+    with torch.no_grad():
+        close(next(generator), expected(model))
+        close(model(X), expected(model))
+        assert calls == [2] and standardization.open_scopes() == 1
+        model[0].weight.mul_(torch.arange(1.0, 4.0, **FLOAT))
+        close(next(generator), expected(model))
+        generator.close()
+        assert standardization.open_scopes() == 0
+        model[0].weight.data.normal_()
+        close(model(X), expected(model))
+
+
 def test_a_parametrized_weight_is_not_read_ahead():
     """Reading it computes it: spectral norm moves its vectors at every training step."""
     model = nn.Sequential(conv(), nn.utils.parametrizations.spectral_norm(conv()))

@@ -5,6 +5,15 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.ao.quantization import (
+    convert,
+    get_default_qat_qconfig_mapping,
+    get_default_qconfig,
+    get_default_qconfig_mapping,
+    prepare,
+    quantize_dynamic,
+    quantize_fx,
+)
 from torch.nn.utils import parametrize, prune
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils import mkldnn
@@ -204,6 +213,69 @@ def test_a_trace_keeps_the_dtype_of_its_weights():
     traced = torch.jit.trace(WSConv2d(8, 4, 3).eval(), X.float(), check_trace=False)
     with pytest.raises(RuntimeError, match='expected scalar type Double but found Float'):
         traced.double()(X)
+
+
+@pytest.mark.parametrize('optimize', [True, False])
+def test_traces_are_frozen(optimize):
+    """The standardized weights are constants then."""
+    model = nn.Sequential(WSConv2d(8, 8, 3), norm(), WSConvTranspose2d(8, 4, 3)).double().eval()
+    standardize_once_per_forward(model)
+    frozen = torch.jit.freeze(torch.jit.trace(model, X, check_trace=False))
+    assert not any('standardize' in node.kind() for node in frozen.graph.nodes())
+    if optimize:
+        frozen = torch.jit.optimize_for_inference(frozen)
+    for shift in range(3):  # the first runs are watched by the interpreter, and rewritten
+        same(frozen(X + shift), model(X + shift))
+
+
+def by_graph(model, x, quantization_aware=False):
+    model, engine = model.train(quantization_aware), torch.backends.quantized.engine
+    if quantization_aware:
+        mapping = get_default_qat_qconfig_mapping(engine)
+        prepared = quantize_fx.prepare_qat_fx(model, mapping, (x,))
+    else:
+        prepared = quantize_fx.prepare_fx(model, get_default_qconfig_mapping(engine), (x,))
+    prepared(x)
+    return quantize_fx.convert_fx(prepared.eval())
+
+
+@pytest.mark.skipif(torch.backends.quantized.engine == 'none', reason='no quantized operators here')
+@pytest.mark.parametrize(
+    'quantize',
+    [
+        by_graph,
+        lambda model, x: by_graph(model, x, quantization_aware=True),
+        lambda model, x: quantize_dynamic(model.eval(), {nn.Linear}),
+    ],
+    ids=['prepare_fx', 'prepare_qat_fx', 'quantize_dynamic'],
+)
+def test_quantization_goes_around_the_layers(quantize):
+    """What is behind them is quantized as it is without them, for what they give it."""
+    torch.manual_seed(0)
+    front = nn.Sequential(WSConv2d(8, 8, 3), norm().float().eval())
+    front.requires_grad_(False)[1].momentum = 0  # evaluation and training: the same statistics
+    tail = nn.Sequential(nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 9, 4))
+    x = X.float()
+    model = copy.deepcopy(nn.Sequential(*front, *tail))
+    quantized, expected = quantize(model, x), quantize(copy.deepcopy(tail), front(x))
+    kinds = [type(quantized.get_submodule(str(i))) for i in (0, 1)]
+    assert kinds == [WSConv2d, BatchChannelNorm2d]
+    assert 'quantized' in type(quantized.get_submodule('5')).__module__
+    assert torch.equal(quantized(x), expected(front(x)))
+
+
+@pytest.mark.skipif(torch.backends.quantized.engine == 'none', reason='no quantized operators here')
+@pytest.mark.parametrize(
+    'layer, error, words',
+    [(norm(), TypeError, 'floating-point'), (WSConv2d(8, 4, 3), RuntimeError, 'c10::quint8')],
+)
+def test_a_quantized_tensor_is_refused(layer, error, words):
+    model = torch.ao.quantization.QuantWrapper(copy.deepcopy(layer).float().eval())
+    model.qconfig = get_default_qconfig(torch.backends.quantized.engine)
+    prepared = prepare(model)
+    prepared(X.float())
+    with pytest.raises(error, match=words):
+        convert(prepared)(X.float())
 
 
 @pytest.mark.parametrize('layer', [norm(), WSConv2d(3, 4, 3), WSConvTranspose2d(3, 4, 3)])
