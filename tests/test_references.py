@@ -2,10 +2,12 @@
 
 import copy
 import functools
+import gc
 import itertools
 import types
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -13,6 +15,42 @@ from torch import nn
 from wsbcn_mm import BatchChannelNorm2d, WSConv2d, references
 from wsbcn_mm.convert import convert_model
 from wsbcn_mm.folding import fold, plan
+
+
+class OwnPartial(functools.partial):
+    pass
+
+
+class Helper(nn.Module):
+    """A module outside of the tree."""
+
+    def __init__(self, *steps):
+        super().__init__()
+        self.steps = steps
+
+
+NOT_COPIED = 'proxy', 'function'  # by copy.deepcopy, with which folding begins
+
+
+def function_with_attributes(conv, norm):
+    def step(x):
+        return step.norm(step.conv(x))
+
+    step.conv, step.norm = conv, norm
+    return step
+
+
+def chain(*layers, length=200):
+    link = types.SimpleNamespace(layers=layers)
+    for _ in range(length):
+        link = types.SimpleNamespace(link=link)
+    return link
+
+
+def through_chain(link, x):
+    while not hasattr(link, 'layers'):
+        link = link.link
+    return link.layers[1](link.layers[0](x))
 
 
 class Slots:
@@ -38,7 +76,36 @@ WAYS = {
     'keys': (lambda m: {m.conv: 0, m.norm: 1}, lambda way, x: [*way][1](next(iter(way))(x))),
     'slots': (lambda m: Slots(m.conv, m.norm), lambda way, x: way.norm(way.conv(x))),
     'module': (lambda m: [nn.Sequential(m.conv, m.norm)], lambda way, x: way[0](x)),
+    'attribute of a module': (
+        lambda m: (Helper(m.conv, m.norm),),
+        lambda way, x: way[0].steps[1](way[0].steps[0](x)),
+    ),
+    'hooks of a module': (
+        lambda m: (_hooked(nn.Identity(), m.conv, m.norm),),
+        lambda way, x: way[0](x),
+    ),
+    'own partial': (lambda m: OwnPartial(run, m.conv, norm=m.norm), lambda way, x: way(x)),
+    'proxy': (
+        lambda m: types.MappingProxyType({'a': m.conv, 'b': m.norm}),
+        lambda way, x: way['b'](way['a'](x)),
+    ),
+    'array': (
+        lambda m: np.array([m.conv, m.norm], dtype=object),
+        lambda way, x: way[1](way[0](x)),
+    ),
+    'function': (lambda m: function_with_attributes(m.conv, m.norm), lambda way, x: way(x)),
+    'chain': (lambda m: chain(m.conv, m.norm), through_chain),
 }
+
+
+def _hooked(module, conv, norm):
+    module.register_forward_hook(functools.partial(_call, conv))
+    module.register_forward_hook(functools.partial(_call, norm))
+    return module
+
+
+def _call(layer, module, args, output):
+    return layer(output)
 
 
 def run(conv, x, norm):
@@ -76,7 +143,7 @@ def test_what_a_replaced_layer_refers_to_is_replaced():
     assert model[0].after == (model[1],)
 
 
-@pytest.mark.parametrize('way', WAYS)
+@pytest.mark.parametrize('way', [way for way in WAYS if way not in NOT_COPIED])
 def test_layers_that_attributes_refer_to_are_not_folded(way):
     model, x = Model(WSConv2d(3, 8, 3), BatchChannelNorm2d(8, 2), way), torch.randn(2, 3, 6, 6)
     model(x)
@@ -142,6 +209,36 @@ def test_a_chain_of_objects():
         step.following = following
     references.replace(model, {id(layer): nn.Conv2d(1, 1, 3) for layer in model})
     assert all(step.layer is layer for step, layer in zip(model.steps, model))
+
+
+def test_weak_references_follow():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+    model.norms, model.conv = weakref.WeakSet([model[1]]), weakref.ref(model[0])
+    model.by_name = weakref.WeakValueDictionary(norm=model[1])
+    convert_model(model)
+    gc.collect()
+    assert [*model.norms] == [model[1]] == [*model.by_name.values()]
+    assert model.conv() is model[0]
+    del model[1]
+    gc.collect()
+    assert not model.norms and not model.by_name
+
+
+def test_however_deep_the_stack_is():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+    steps = model[0]
+    for _ in range(400):
+        steps = [(steps,)]
+    model.steps = steps
+
+    def deeper(times):
+        return convert_model(model) if times == 0 else deeper(times - 1)
+
+    assert len(deeper(600).changed) == 2
+    found = model.steps
+    while isinstance(found, (list, tuple)):
+        (found,) = found
+    assert found is model[0]
 
 
 def test_a_wrapper_of_the_model_beside_it_refers_to_none_of_its_layers():
