@@ -216,7 +216,8 @@ def test_a_trace_keeps_the_dtype_of_its_weights():
 
 
 @pytest.mark.parametrize('optimize', [True, False])
-def test_traces_are_frozen(optimize):
+@torch.no_grad()
+def test_traces_are_frozen(backend, optimize):
     """The standardized weights are constants then."""
     model = nn.Sequential(WSConv2d(8, 8, 3), norm(), WSConvTranspose2d(8, 4, 3)).double().eval()
     standardize_once_per_forward(model)
