@@ -198,6 +198,20 @@ def case_data_parallel(rank):
     return results
 
 
+def case_hooks(rank):
+    """What the forward hooks of the child of a norm get."""
+    results = {}
+    for mode, sync in product(('estimate', 'batch'), ('step', 'forward')):
+        norm, seen = norm_alone(mode, sync), []
+        norm.bn.register_forward_hook(lambda bn, args, y, seen=seen: seen.append(y))
+        try:
+            norm(share(rank, 'uneven'))
+        except RuntimeError as error:
+            seen.append(str(error))
+        results[mode, sync] = seen
+    return results
+
+
 def case_compiled(rank):
     def outputs(mode):
         nets = Net(mode, 'forward'), torch.compile(Net(mode, 'forward'), backend='eager')
@@ -210,6 +224,7 @@ CASES = (
     case_compiled,
     case_wrappers,
     case_recalibrated,
+    case_hooks,
     case_nets,
     case_norms,
     case_damaged,
@@ -372,6 +387,13 @@ def test_wrappers_train_as_a_loop_that_sums_gradients(ranks, name, scopes):
     for rank in ranks:
         expected = rank['case_nets']['step/torch.float64']['state']
         assert_same(rank['case_wrappers'][name, scopes], expected, 1e-12)
+
+
+def test_hooks_of_the_child_are_refused_in_a_batch_over_ranks(ranks):
+    for rank in ranks:
+        for case, (seen,) in rank['case_hooks'].items():
+            refused = isinstance(seen, str) and 'the batch lies on several processes' in seen
+            assert refused == (case == ('batch', 'forward'))
 
 
 def test_a_sharded_model_is_recalibrated(ranks):

@@ -126,7 +126,6 @@ def case_wrappers(rank):
         if scopes:
             standardize_once_per_forward(net)
         optimizer = optimizer_of(name, net)
-        averager = PeriodicModelAverager(period=1, warmup_steps=0)
         with model.join() if name == 'DDP, join' else contextlib.nullcontext():
             for step in range(STEPS):
                 part = slice(rank, rank + 1)
@@ -136,7 +135,7 @@ def case_wrappers(rank):
                 if name != 'DDP, optimizer inside':
                     optimizer.step()
                 if name == 'averaged models':
-                    averager.average_parameters(net.parameters())
+                    PeriodicModelAverager(1, warmup_steps=0).average_parameters(net.parameters())
                 synchronize_estimates(net)
         results[name, scopes] = whole(model)
     return results

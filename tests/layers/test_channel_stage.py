@@ -229,6 +229,16 @@ class Returned:
         return result
 
 
+def test_what_it_is_never_called_for():
+    """Its forward method does not run: the layer computes both stages at once."""
+    norm, seen = BatchChannelNorm2d(8, 4), []
+    norm.bn.register_full_backward_hook(lambda *_: seen.append('backward'))
+    norm.bn.register_full_backward_pre_hook(lambda *_: seen.append('before'))
+    norm.bn.forward = lambda x: seen.append('forward')
+    norm(torch.randn(2, 8, 3, 3, requires_grad=True)).pow(2).sum().backward()
+    assert not seen
+
+
 def test_a_pre_hook_may_hand_the_input_on_by_name():
     norm, x = BatchChannelNorm2d(8, 4).eval(), torch.randn(2, 8, 3, 3)
     expected = norm(x + 1)

@@ -7,6 +7,7 @@ pytest.importorskip('mmdet', reason='the model has a ResNet of mmdet')
 import functools
 import itertools
 import logging
+import sys
 
 import numpy as np
 import torch
@@ -305,6 +306,23 @@ def test_the_rate_of_the_config_is_the_default(tmp_path):
     runner.train()
     rates = runner.message_hub.get_scalar('train/bcn_rate').data[0]
     assert rates.tolist() == pytest.approx([0.01] * 6)
+
+
+@pytest.mark.parametrize('scale, images', [('images', 8), ('ranks', 4), (None, 1)])
+def test_what_the_rate_of_the_config_is_the_weight_of(scale, images, tmp_path, monkeypatch):
+    """Four ranks with two images each; a layer that shares nothing has its own alone."""
+    runner = make_runner(tmp_path, batch_size=2)
+    hook = HOOKS.build(dict(type='EstimatesHook', scale=scale))
+    monkeypatch.setattr(sys.modules[type(hook).__module__], 'get_dist_info', lambda: (0, 4))
+    layers = layers_of(runner.model)
+    alone = next(iter(layers))
+    layers[alone].sync = None
+    hook.before_train(runner)
+    hook.before_train_iter(runner, 0)
+    for name, layer in layers.items():
+        if layer.mode == 'estimate':
+            seen = images // 4 or 1 if name == alone else images
+            assert layer.momentum == pytest.approx(1 - 0.99**seen)
 
 
 def test_the_rate_follows_the_learning_rate(tmp_path):

@@ -69,3 +69,18 @@ def test_an_audit_that_fails_does_not_stop_the_training(train, tmp_path, capsys,
     monkeypatch.setattr(audit, 'audit_config', fails)
     train.print_audit(config(tmp_path), 'stop')
     assert 'not done: KeyError' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('amp', [True, False])
+def test_mixed_precision_is_asked_for_on_the_command_line(train, amp, tmp_path, monkeypatch):
+    from wsbcn_mm.openmmlab import preflight
+
+    file = tmp_path / 'config.py'
+    config(tmp_path, **GOOD).dump(file)
+    for check in ('check_data', 'check_amp', 'check_pretrained', 'check_train'):
+        monkeypatch.setattr(preflight, check, lambda *_: None)
+    arguments = ['train.py', str(file), '--work-dir', str(tmp_path), *['--amp'] * amp]
+    monkeypatch.setattr('sys.argv', [*arguments, '--audit', 'off'])
+    cfg = train.configure(train.parse_args())
+    assert (cfg.optim_wrapper.type == 'AmpOptimWrapper') == amp
+    assert cfg.optim_wrapper.get('loss_scale') == ('dynamic' if amp else None)

@@ -46,6 +46,22 @@ def test_operators_are_registered_for_cuda():
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f'wsbcn_mm::{name}', 'CUDA')
 
 
+@pytest.mark.parametrize(
+    'wanted, error, words',
+    [
+        ('cpp', RuntimeError, 'WSBCN_LAUNCHER=cpp needs the compiled extension'),
+        ('C++', ValueError, r"(?s)WSBCN_LAUNCHER must be cpp or python.*got 'C\+\+'"),
+    ],
+)
+def test_a_launcher_that_cannot_be_had_is_not_replaced(wanted, error, words, monkeypatch):
+    monkeypatch.setattr(backend, 'INTERPRETED', True)  # where the driver is never asked
+    monkeypatch.setenv('WSBCN_LAUNCHER', 'python')
+    assert backend.register() is False
+    monkeypatch.setenv('WSBCN_LAUNCHER', wanted)
+    with pytest.raises(error, match=words):
+        backend.register()
+
+
 def test_operators_pass_their_arguments_on():
     """What is registered for CUDA, under another name and for the device of the tests."""
     library = torch.library.Library('wsbcn_mm_test', 'DEF')
