@@ -1,5 +1,6 @@
-"""Pages beside configs and tools: what they name is there, what they report stands somewhere."""
+"""Pages: what they name is there, what they report stands somewhere."""
 
+import pkgutil
 import re
 from pathlib import Path
 
@@ -90,3 +91,39 @@ def test_links_of_pages_lead_somewhere(page):
         if anchor:
             headings = re.findall(r'^#+ (.*)$', file.read_text(), re.MULTILINE)
             assert anchor in {re.sub(r'[^\w -]', '', h).lower().replace(' ', '-') for h in headings}
+
+
+def inline_code(page: Path) -> str:
+    """What stands between backquotes; blocks are run by tests/test_snippets.py."""
+    text = re.sub(r'^```.*?^```', '', page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    return '\n'.join(re.findall(r'`([^`\n]+)`', text))
+
+
+NOW = [page for page in PAGES if page.name != 'CHANGELOG.md']  # which names what there was
+# What is named and is of others: ruff's, MMAction2's.
+OF_OTHERS = {'--check', 'requirements/optional.txt'}
+
+
+@pytest.fixture(scope='module')
+def sources() -> str:
+    files = [ROOT / 'setup.py', ROOT / '.ci' / 'run', ROOT / 'tests' / 'conftest.py']
+    files += [p for folder in ('wsbcn_mm', 'tools') for p in (ROOT / folder).rglob('*.[ps][yh]')]
+    return '\n'.join(file.read_text() for file in files)
+
+
+@pytest.mark.parametrize('page', NOW, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_what_a_page_names_in_passing_is_there(page, sources):
+    """Options, variables of the environment, names of the package, files, tests."""
+    code = inline_code(page)
+    for option in set(re.findall(r'(?<![\w-])--[a-z][\w-]+', code)) - OF_OTHERS:
+        assert re.search(rf'(?<![\w-]){option}(?![\w-])', sources), option
+    for variable in set(re.findall(r'WSBCN_\w+', page.read_text())):
+        assert re.search(rf'\b{variable}\b', sources), variable
+    for name in set(re.findall(r'\bwsbcn_mm(?:\.\w+)+', code)):
+        pkgutil.resolve_name(name)
+    folders = 'tools|tests|configs|docs|wsbcn_mm|requirements|demo'
+    for path in set(re.findall(rf'\b(?:{folders})/[\w./+-]*\w', code)) - OF_OTHERS:
+        assert (ROOT / path).exists(), path
+    for name in set(re.findall(r'(?<![/\w])test_\w+(?!\w|\.)', code)):
+        tests = (ROOT / 'tests').rglob('test_*.py')
+        assert any(f'def {name}(' in file.read_text() for file in tests), name

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from tests.openmmlab.deploy.models import QUICK, SIZE, image_of, run_here
-from wsbcn_mm import shapes
+from wsbcn_mm import BatchChannelNorm2d, WSConv2d, fold, shapes
 from wsbcn_mm.openmmlab.deploy import onnx, parts
 
 pytestmark = pytest.mark.filterwarnings('ignore')  # of the hosts about their own futures
@@ -37,6 +37,22 @@ def test_parts_in_any_size(trained, tmp_path):
         if part.name != 'image':  # another number of RoIs
             part.input = part.input[:3]
             assert onnx.check_results(part, file) < 1e-4
+
+
+def test_plain_torch_exports_what_is_folded(tmp_path):
+    """And nothing else: the operators of this package are none of ONNX."""
+    pytest.importorskip('onnxscript', reason="torch's exporter needs it")
+    runtime = pytest.importorskip('onnxruntime', reason='runs what is exported')
+    model = nn.Sequential(WSConv2d(3, 8, 3), BatchChannelNorm2d(8, 4), nn.ReLU())
+    model(torch.randn(2, 3, 8, 8) + 1)
+    model.eval()
+    x, file = torch.randn(1, 3, 8, 8), tmp_path / 'folded.onnx'
+    torch.onnx.export(fold(model), (x,), file, dynamo=True)
+    session = runtime.InferenceSession(file, providers=['CPUExecutionProvider'])
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    np.testing.assert_allclose(found, model(x).detach().numpy(), rtol=1e-4, atol=1e-4)
+    with pytest.raises(torch.onnx.OnnxExporterError):
+        torch.onnx.export(model, (x,), tmp_path / 'model.onnx', dynamo=True)
 
 
 class LooksAtMemory(nn.Module):
