@@ -91,12 +91,11 @@ SCHEMAS = (
         'bool from_batch) -> Tensor'
     ),
     ('weight_standardize(Tensor weight, float eps, str formula, ScalarType dtype) -> Tensor'),
-    # Many weights by one node, to whose graph a weight belongs only after `join`: see `together`.
+    # Many weights by one call, and their gradients: see `together`.
     (
         'weight_standardize_all(Tensor[] weights, float eps, str formula, ScalarType dtype) -> '
         'Tensor[]'
     ),
-    'join(Tensor w_hat, Tensor weight) -> ()',
     # Where it is counted how often such a node has computed gradients, in the whole process.
     'backward_calls_address() -> int',
     # Frees the memory that a backend keeps for its next results.
@@ -137,7 +136,6 @@ ENTRIES = (
     'note_change()',
     'state(weight, one_pass)',
     'gather(order, place, left_out, layer, weight, most_bytes)',
-    'join(w_hat, weight)',
 )
 """What layers call directly; see nodes/python.cpp and nodes/standardized_weights.cpp.
 

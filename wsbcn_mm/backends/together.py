@@ -1,8 +1,8 @@
-"""Weight Standardization of many weights by one operator call.
+"""Weight Standardization of many weights by one operator call, and of their gradients by another.
 
-A result belongs to autograd's graph from its first use on. A weight whose result is never used is,
-for hooks and for DistributedDataParallel, a weight that nobody read: it gets no gradient, and
-nobody waits for one.
+Each weight has a node of its own in autograd's graph: a weight whose result has no part in a loss
+is, for hooks and for DistributedDataParallel, one that nobody read. The nodes of one backward pass
+hand in their gradients first, and compute all of them together.
 """
 
 from __future__ import annotations
@@ -24,10 +24,7 @@ class Results(Protocol):
     """Standardized weights, and what they hold for; of the compiled extension, or `Together`."""
 
     def take(self, index: int, weight: Tensor | None, /) -> Tensor | None:
-        """The result for a weight, which from the first time on belongs to autograd's graph.
-
-        None where it is not, or no longer, that of this weight as it is.
-        """
+        """The result for a weight; None where it is not, or no longer, that of it as it is."""
 
     def use(self, index: int, /) -> bool:
         """Whether this is the first use of a result."""
@@ -72,8 +69,8 @@ def standardize_all(
 class Together(FirstUses):
     """See `standardize_all`; where the compiled extension does not do all of it.
 
-    The gradient is one node, and one call, where the backend brings nodes of its own; else a node
-    for each weight that is used.
+    The gradients are one call where the backend brings nodes of its own; else one for each weight
+    that is used.
     """
 
     def __init__(
@@ -84,16 +81,17 @@ class Together(FirstUses):
             check_fan_in(weight.numel() // weight.size(0))  # channels may have been pruned
         self._weights, self._eps, self._formula = weights, eps, formula
         self._backend = backends.select(weights[0])
-        self._by_node = autograd.has_nodes(self._backend)
         self._results: list[Tensor]
-        if self._by_node:
+        # Whether a result is a part of the graph: in Python a node takes long, it is made at the
+        # first use.
+        self._joined = [not (torch.is_grad_enabled() and weights[0].requires_grad)] * len(weights)
+        if autograd.has_nodes(self._backend):
             self._results = torch.ops.wsbcn_mm.weight_standardize_all.default(
                 weights, eps, formula, dtype
             )
+            self._joined = [True] * len(weights)
         else:
             self._results, self._rows = _standardize(weights, eps, formula, dtype)
-        self._joined = [False] * len(weights)
-        self._differentiable = torch.is_grad_enabled() and weights[0].requires_grad
         self._one_pass = one_pass
         self._states = [state_of(weight, one_pass) for weight in weights]
 
@@ -104,17 +102,13 @@ class Together(FirstUses):
             return None
         if state_of(weight, self._one_pass) != state:
             return None
-        if self._differentiable and not self._joined[index]:
+        if not self._joined[index]:
             self._joined[index] = True
-            w_hat = self._results[index]
-            if self._by_node:
-                assert cpu.entries is not None
-                cpu.entries.join(w_hat, weight)
-            else:
-                with torch.enable_grad():
-                    self._results[index] = _Member.apply(  # type: ignore[no-untyped-call]
-                        weight, w_hat, *self._rows[index], self._eps, self._formula, self._backend
-                    )
+            w_hat, rows = self._results[index], self._rows[index]
+            with torch.enable_grad():
+                self._results[index] = _Member.apply(  # type: ignore[no-untyped-call]
+                    weight, w_hat, *rows, self._eps, self._formula, self._backend
+                )
         return self._results[index]
 
 

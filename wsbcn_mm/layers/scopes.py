@@ -380,7 +380,7 @@ class Plan:
             if below
         ]
         # FullyShardedDataParallel wants the gradients of each of its units when that unit's
-        # backward pass ends: no node may span several.
+        # backward pass ends: no call may span several.
         fsdp = sys.modules.get('torch.distributed.fsdp')
         units = getattr(fsdp, 'FSDPModule', ())
         self._apart = any(isinstance(module, units) for module in found)

@@ -9,9 +9,9 @@ A scope is what a model's outermost forward pass opens and closes (`standardize_
     wsbcn_mm.standardize_once_per_forward(model)  # once, after the model was built
 
 Inside it, the first use of a weight standardizes it together with those that were used after it
-the last time, up to a few MB on a CPU and all of them on a GPU: one operator call, one node of
-autograd's graph. Another use of the weight gets the same result. **When the forward pass ends, by
-an exception too, the results are forgotten:** whatever then changes the weights, the next pass
+the last time, up to a few MB on a CPU and all of them on a GPU: one operator call, and one for
+their gradients. Another use of the weight gets the same result. **When the forward pass ends, by an
+exception too, the results are forgotten:** whatever then changes the weights, the next pass
 computes with them as they are. `standardized_once` is a scope as a block, `weights_do_not_change` a
 longer one, which its caller vouches for.
 

@@ -148,17 +148,6 @@ PyObject* weight_standardize_or_none(PyObject*, PyObject* const* arguments, Py_s
   END_HANDLE_TH_ERRORS
 }
 
-// join(w_hat, weight): the operator.
-PyObject* join_tensors(PyObject*, PyObject* const* arguments, Py_ssize_t number) {
-  HANDLE_TH_ERRORS
-  TORCH_CHECK_TYPE(
-      number == 2 && THPVariable_Check(arguments[0]) && THPVariable_Check(arguments[1]),
-      "expected two tensors");
-  join(THPVariable_Unpack(arguments[0]), THPVariable_Unpack(arguments[1]));
-  Py_RETURN_NONE;
-  END_HANDLE_TH_ERRORS
-}
-
 PyMethodDef methods[] = {
     {"batch_channel_norm", reinterpret_cast<PyCFunction>(batch_channel_norm_or_none), METH_FASTCALL,
      "The result, or None where something is unusual."},
@@ -173,7 +162,6 @@ PyMethodDef methods[] = {
      "What a standardized weight depends on, or None where something is unusual."},
     {"gather", reinterpret_cast<PyCFunction>(gather), METH_FASTCALL,
      "Layers that are standardized together, and their weights."},
-    {"join", reinterpret_cast<PyCFunction>(join_tensors), METH_FASTCALL, "The operator."},
     {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "_kernels", nullptr, -1, methods};

@@ -92,19 +92,14 @@ bool are_equal(const State& one, const State& other) {
 struct Held {
   std::vector<Tensor> weights, w_hats;
   std::vector<State> states;
-  std::vector<bool> joined;  // whether a result belongs to the graph
   std::vector<bool> used;
-  bool one_pass, differentiable;
+  bool one_pass;
 
   // See `take`; without a value where the result does not hold.
   OptionalTensor result_for(const Tensor& weight, size_t index) {
     if (!weight.is_same(weights[index]) || !nothing_unusual()) return {};
     const std::optional<State> state = state_of(weight, one_pass);
     if (!state || !are_equal(*state, states[index])) return {};
-    if (differentiable && !joined[index]) {
-      joined[index] = true;
-      join(w_hats[index], weight);
-    }
     return w_hats[index];
   }
 };
@@ -130,8 +125,8 @@ Py_ssize_t place_of(PyObject* index, const Held& held) {
   return place;
 }
 
-// take(index, weight): the result for a weight, which from the first time on belongs to the graph;
-// None where it is not, or no longer, that of this weight as it is.
+// take(index, weight): the result for a weight; None where it is not, or no longer, that of this
+// weight as it is.
 PyObject* take(PyObject* self, PyObject* const* arguments, Py_ssize_t number) {
   HANDLE_TH_ERRORS
   TORCH_CHECK_TYPE(number == 2, "expected 2 arguments\n  got ", number);
@@ -395,9 +390,7 @@ PyObject* weight_standardize_all_or_none(PyObject*, PyObject* const* arguments, 
     held.w_hats =
         weight_standardize_all(held.weights, eps, {formula, static_cast<size_t>(length)}, dtype);
   }
-  held.joined.resize(count, false);
   held.used.resize(count, false);
-  held.differentiable = held.w_hats[0].grad_fn() != nullptr;
   return wrap(std::move(held));
   END_HANDLE_TH_ERRORS
 }

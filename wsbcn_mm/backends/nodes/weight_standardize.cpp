@@ -1,11 +1,13 @@
-// Weight Standardization with its gradients, as a node of torch's graph: of one weight, or of many
-// at once. The second derivative goes back to backends/autograd.py (`standardize_twice`).
+// Weight Standardization with its gradients, as nodes of torch's graph: of one weight, or of many at
+// once. The second derivative goes back to backends/autograd.py (`standardize_twice`).
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/graph_task.h>
 #include <torch/library.h>
 
 #include <atomic>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <utility>
 #include <vector>
@@ -85,16 +87,6 @@ bool is_ours(const Tensor& grad, const Tensor& weight) {
          grad.is_non_overlapping_and_dense() && !grad.is_inference();
 }
 
-bool have_one_dtype(const variable_list& grads) {
-  std::optional<at::ScalarType> dtype;
-  for (const Tensor& grad : grads) {
-    if (!grad.defined()) continue;
-    if (dtype && *dtype != grad.scalar_type()) return false;
-    dtype = grad.scalar_type();
-  }
-  return true;
-}
-
 std::atomic<int64_t> backward_calls_so_far{0};
 
 // Where Python reads it, as a plain number.
@@ -105,8 +97,31 @@ int64_t backward_calls_address() {
   return reinterpret_cast<int64_t>(&backward_calls_so_far);
 }
 
-struct StandardizeBackward : Node {
-  StandardizeBackward(TensorList of, double eps, std::string_view formula, Standardized& result)
+// A gradient that waits for those of the same backward pass, and the memory of the result.
+struct Waiting {
+  int task;  // the backward pass
+  size_t place;
+  Tensor grad, out;
+};
+
+bool have_one_dtype(const std::vector<Waiting>& all) {
+  for (const Waiting& one : all) {
+    if (one.grad.scalar_type() != all[0].grad.scalar_type()) return false;
+  }
+  return true;
+}
+
+// What the nodes of weights know that were standardized by one call.
+struct Together {
+  // Not SavedVariables, which allow a single backward pass and count for activation checkpointing:
+  // uses of a layer share the node. Torch's check for edits is then ours to make.
+  const std::vector<Tensor> weights;
+  std::vector<int64_t> versions, first_rows;
+  const Tensor mean, sigma;
+  const double eps;
+  const std::string formula;
+
+  Together(TensorList of, double eps, std::string_view formula, const Standardized& result)
       : weights(of.vec()), mean(result.mean), sigma(result.sigma), eps(eps), formula(formula) {
     versions.reserve(weights.size());
     first_rows.reserve(weights.size());
@@ -118,58 +133,94 @@ struct StandardizeBackward : Node {
     }
   }
 
-  std::string name() const override { return "WeightStandardizeBackward"; }
-
-  // A weight that was not used, or not joined to the graph, has no gradient and gets none.
-  variable_list apply(variable_list&& grads) override {
-    ++backward_calls_so_far;
-    variable_list result(weights.size());
-    variable_list used_grads, used_weights, out;
-    std::vector<int64_t> offsets;
-    std::vector<size_t> places;
-    for (auto* list : {&used_grads, &used_weights, &out}) list->reserve(weights.size());
-    offsets.reserve(weights.size());
-    places.reserve(weights.size());
-    // The kernels of a GPU read what the convolutions of autocast give.
-    const bool reads_any = weights[0].is_cuda() && have_one_dtype(grads);
-    for (size_t k = 0; k < weights.size(); ++k) {
-      const Tensor& weight = weights[k];
-      if (!grads[k].defined()) continue;
-      TORCH_CHECK(
-          version_of(weight) == versions[k] && weight.sizes() == grads[k].sizes(),
-          "a weight was modified by an inplace operation between the forward pass that "
-          "standardized it and the backward pass\n  call backward() before the optimizer's step "
-          "and before editing weights");
-      if (is_differentiated(grads[k])) {
-        result[k] = standardize_twice(grads[k], weight, eps, formula);
-        continue;
-      }
-      places.push_back(k);
-      offsets.push_back(first_rows[k]);
-      used_weights.push_back(weight);
-      if (is_ours(grads[k], weight)) {
-        out.push_back(grads[k]);
-      } else {
-        out.push_back(result_like(weight, weight.scalar_type()));
-        const bool fits = grads[k].scalar_type() == weight.scalar_type() &&
-                          grads[k].strides() == weight.strides();
-        if (!fits && !reads_any) grads[k] = out.back().copy_(grads[k]);
-      }
-      used_grads.push_back(std::move(grads[k]));
-    }
-    if (places.empty()) return result;
-    standardize_all_backward(used_grads, used_weights, offsets, mean, sigma, eps, formula, out);
-    for (size_t j = 0; j < places.size(); ++j) result[places[j]] = std::move(out[j]);
-    return result;
+  // The gradient of a weight from that of its result. Where no graph of it is wanted, its memory:
+  // its values come with `compute`.
+  Tensor receive(size_t place, Tensor grad) {
+    const Tensor& weight = weights[place];
+    TORCH_CHECK(
+        version_of(weight) == versions[place] && weight.sizes() == grad.sizes(),
+        "a weight was modified by an inplace operation between the forward pass that "
+        "standardized it and the backward pass\n  call backward() before the optimizer's step "
+        "and before editing weights");
+    if (is_differentiated(grad)) return standardize_twice(grad, weight, eps, formula);
+    Tensor out = is_ours(grad, weight) ? grad : result_like(weight, weight.scalar_type());
+    const std::lock_guard<std::mutex> guard(mutex);
+    if (waiting.empty()) waiting.reserve(weights.size());
+    waiting.push_back({torch::autograd::get_current_graph_task_id(), place, std::move(grad), out});
+    return out;
   }
 
-  // Not SavedVariables, which allow a single backward pass and count for activation checkpointing:
-  // uses of a layer share the node. Torch's check for edits is then ours to make.
-  const std::vector<Tensor> weights;
-  std::vector<int64_t> versions, first_rows;
-  const Tensor mean, sigma;
-  const double eps;
-  const std::string formula;
+  // Of all that wait in this backward pass, by one call.
+  void compute() {
+    std::vector<Waiting> all = those_of(torch::autograd::get_current_graph_task_id());
+    if (all.empty()) return;
+    variable_list used_grads, used_weights, out;
+    std::vector<int64_t> offsets;
+    for (auto* list : {&used_grads, &used_weights, &out}) list->reserve(all.size());
+    offsets.reserve(all.size());
+    // The kernels of a GPU read what the convolutions of autocast give.
+    const bool reads_any = weights[0].is_cuda() && have_one_dtype(all);
+    for (Waiting& one : all) {
+      const Tensor& weight = weights[one.place];
+      const bool fits = one.grad.scalar_type() == weight.scalar_type() &&
+                        one.grad.strides() == weight.strides();
+      offsets.push_back(first_rows[one.place]);
+      used_weights.push_back(weight);
+      used_grads.push_back(fits || reads_any ? std::move(one.grad) : one.out.copy_(one.grad));
+      out.push_back(std::move(one.out));
+    }
+    standardize_all_backward(used_grads, used_weights, offsets, mean, sigma, eps, formula, out);
+  }
+
+ private:
+  // Takes them out. Of another one: that failed, or runs within this one or in another thread.
+  std::vector<Waiting> those_of(int task) {
+    const std::lock_guard<std::mutex> guard(mutex);
+    std::vector<Waiting> others, all;
+    for (Waiting& one : waiting) (one.task == task ? all : others).push_back(std::move(one));
+    waiting = std::move(others);
+    return all;
+  }
+
+  std::mutex mutex;
+  std::vector<Waiting> waiting;
+};
+
+// Behind a weight's StandardizeBackward, in front of what takes its gradient. Torch runs the node
+// first that was made last: these were made before those, and both before the convolutions. When
+// the first of them runs, all gradients of this backward pass that there will be have come.
+struct StandardizeTogetherBackward : Node {
+  explicit StandardizeTogetherBackward(std::shared_ptr<Together> together)
+      : together(std::move(together)) {}
+
+  std::string name() const override { return "WeightStandardizeTogetherBackward"; }
+
+  variable_list apply(variable_list&& grads) override {
+    together->compute();
+    return std::move(grads);
+  }
+
+  const std::shared_ptr<Together> together;
+};
+
+// Of one weight.
+struct StandardizeBackward : Node {
+  StandardizeBackward(std::shared_ptr<Together> together, size_t place)
+      : together(std::move(together)), place(place) {}
+
+  std::string name() const override { return "WeightStandardizeBackward"; }
+
+  variable_list apply(variable_list&& grads) override {
+    ++backward_calls_so_far;
+    if (grads[0].defined()) {
+      grads[0] = together->receive(place, std::move(grads[0]));
+      if (together->weights.size() == 1) together->compute();
+    }
+    return std::move(grads);
+  }
+
+  const std::shared_ptr<Together> together;
+  const size_t place;
 };
 
 bool is_differentiable(TensorList weights) {
@@ -195,10 +246,22 @@ variable_list apply(TensorList weights, double eps, std::string_view formula,
         "wsbcn_mm::weight_standardize has no forward-mode derivative: call the layer or "
         "wsbcn_mm.functional.weight_standardize, which have one");
   }
-  const NodePointer node =
-      owned(std::make_unique<StandardizeBackward>(weights, eps, formula, result));
-  node->set_next_edges(torch::autograd::collect_next_edges(weights));
-  for (const Tensor& w_hat : result.w_hats) torch::autograd::set_history(w_hat, node);
+  // A node for each weight: its gradient hangs on what was computed with it alone.
+  const auto together = std::make_shared<Together>(weights, eps, formula, result);
+  torch::autograd::edge_list edges = torch::autograd::collect_next_edges(weights);
+  if (weights.size() > 1) {
+    for (size_t k = 0; k < weights.size(); ++k) {
+      const NodePointer behind = owned(std::make_unique<StandardizeTogetherBackward>(together));
+      behind->add_input_metadata(weights[k]);
+      behind->add_next_edge(std::move(edges[k]));
+      edges[k] = torch::autograd::Edge(behind, 0);
+    }
+  }
+  for (size_t k = 0; k < weights.size(); ++k) {
+    const NodePointer node = owned(std::make_unique<StandardizeBackward>(together, k));
+    node->add_next_edge(std::move(edges[k]));
+    torch::autograd::set_history(result.w_hats[k], node);
+  }
   return std::move(result.w_hats);
 }
 
@@ -213,26 +276,9 @@ Tensor weight_standardize(const Tensor& weight, double eps, std::string_view for
   return apply(weight, eps, formula, dtype).front();
 }
 
-// The results belong to the graph one by one, as they are used (`join`): what is never used must
-// look to hooks and to DistributedDataParallel as a weight that nobody read.
 variable_list weight_standardize_all(TensorList weights, double eps, std::string_view formula,
                                      at::ScalarType dtype) {
-  variable_list w_hats = apply(weights, eps, formula, dtype);
-  // Not set_next_edge(), which refuses to change a node that has been used; that a node lies deeper
-  // in the graph than its present edges say does no harm.
-  if (const auto& node = w_hats.front().grad_fn()) {
-    for (auto& edge : node->next_edges()) edge = torch::autograd::Edge();
-  }
-  return w_hats;
-}
-
-void join(const Tensor& w_hat, const Tensor& weight) {
-  const auto& node = w_hat.grad_fn();
-  TORCH_CHECK(dynamic_cast<StandardizeBackward*>(node.get()) != nullptr,
-              "w_hat must be a result of weight_standardize_all that requires a gradient");
-  const size_t place = w_hat.output_nr();
-  TORCH_CHECK(place < node->next_edges().size(), "w_hat must be one of the results of its node");
-  node->next_edges()[place] = torch::autograd::impl::gradient_edge(weight);
+  return apply(weights, eps, formula, dtype);
 }
 
 namespace {
@@ -249,7 +295,6 @@ WSBCN_IMPLEMENT(CPU)
 WSBCN_IMPLEMENT(CUDA)
 
 TORCH_LIBRARY_IMPL(wsbcn_mm, CompositeImplicitAutograd, library) {
-  library.impl("join", join);
   library.impl("backward_calls_address", backward_calls_address);
 }
 

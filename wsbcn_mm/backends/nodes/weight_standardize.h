@@ -12,12 +12,9 @@ namespace wsbcn {
 Tensor weight_standardize(const Tensor& weight, double eps, std::string_view formula,
                           at::ScalarType dtype);
 
-// Of many weights at once; none of the results belongs to autograd's graph before `join`.
+// Of many weights at once, and their gradients of a backward pass.
 std::vector<Tensor> weight_standardize_all(at::TensorList weights, double eps,
                                            std::string_view formula, at::ScalarType dtype);
-
-// Makes one of the results of weight_standardize_all a part of autograd's graph.
-void join(const Tensor& w_hat, const Tensor& weight);
 
 // How often a weight's gradient was computed in this process so far.
 int64_t backward_calls();
