@@ -62,3 +62,17 @@ def test_what_does_something_else_is_not_replaced():
     assert type(model[0]) is nn.Conv2d and type(model[1]) is Masked
     assert [c.name for c in report.changed] == ['2', '3']
     assert 'computes something else than the kind' in report.left[1].reason
+
+
+def test_trying_a_layer_calls_nobodys_hooks():
+    class OwnConv(nn.Conv2d):
+        def forward(self, x):
+            return super().forward(x)
+
+    layers = OwnConv(3, 4, 3), WithActivation(4)
+    calls = []
+    for layer in (*layers, layers[1].act):
+        layer.register_forward_hook(lambda *args: calls.append(args))
+        layer.register_forward_pre_hook(lambda *args: calls.append(args))
+    report = convert_model(nn.Sequential(*layers))
+    assert len(report.changed) == 2 and calls == []

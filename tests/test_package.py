@@ -107,6 +107,7 @@ LEVELS = {
     'distributed': 1,
     'checks': 0,
     'compat': 0,
+    'copies': 0,
     'reference': 0,
     'version': 0,
 }

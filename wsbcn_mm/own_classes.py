@@ -7,7 +7,6 @@ take their place.
 
 from __future__ import annotations
 
-import copy
 import inspect
 import math
 import os
@@ -18,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
+
+from wsbcn_mm.copies import copied
 
 _PACKAGE = os.path.dirname(__file__) + os.sep
 
@@ -51,11 +52,11 @@ def computes_with_its_weight(conv: _ConvNd) -> bool:
     Then scaling filters and adding a bias does that to its output; a layer that computes its weight
     (by standardizing, by mixing several) does something else. Found out by trying, on a copy.
     """
-    if hasattr(conv, 'parametrizations'):
+    if hasattr(conv, 'parametrizations') or 'weight' not in conv._parameters:
         return False
     if _is_torchs(conv):
         return True
-    trial = copy.deepcopy(conv)
+    trial = copied(conv, hooks=False)
     trial = trial.to_empty(device='cpu') if conv.weight.is_meta else trial.cpu()
     trial.double()
     generator = torch.Generator().manual_seed(0)
@@ -126,7 +127,7 @@ def normalises_as_its_kind(norm: Any, activation: bool = True) -> bool:
     """
     if _is_torchs(norm):
         return True
-    trial = copy.deepcopy(norm)
+    trial = copied(norm, hooks=False)
     trial = trial.to_empty(device='cpu') if _on_meta(norm) else trial.cpu()
     trial.double().eval()
     for name in ACTIVATION if activation else ():

@@ -343,7 +343,7 @@ class Watch(TorchDispatchMode):
         inputs: For every call of a norm: the convolution's call whose unchanged output came in, or
             None.
         outputs: The call that a tensor is the output of.
-        leaks: Layers whose parameters something outside of them read.
+        leaks: Layers whose parameters or buffers something outside of them read.
     """
 
     def __init__(self, root: nn.Module) -> None:
@@ -352,9 +352,11 @@ class Watch(TorchDispatchMode):
         inner = {part for norm in norms for part in norm.children()}  # BCN holds a BatchNorm
         self.layers = [m for m in norms if m not in inner]
         self.layers += [m for m in root.modules() if is_conv(m)]
-        self.owners = {
-            id(p): layer for layer in self.layers for p in layer.parameters()
-        }  # the root keeps the parameters alive
+        self.owners = {  # the root keeps the tensors alive
+            id(tensor): layer
+            for layer in self.layers
+            for tensor in (*layer.parameters(), *layer.buffers())
+        }
         self.outputs: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self.calls: list[Call] = []
         self.inputs: list[tuple[nn.Module, Call | None]] = []

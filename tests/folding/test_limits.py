@@ -1,12 +1,14 @@
 """What must not be folded stays, and is said."""
 
+import copy
+import threading
 import types
 
 import pytest
 import torch
 from torch import nn
 
-from tests.folding.cases import Block, check_fold, trained
+from tests.folding.cases import Block, check_fold, relative, trained
 from wsbcn_mm import (
     BatchChannelNorm1d,
     BatchChannelNorm2d,
@@ -217,6 +219,70 @@ def test_layers_that_an_attribute_refers_to_are_left():
     left = folding.plan(model).left
     assert "attribute 'favourites' of a Sequential" in left['0']
     assert 'cannot be replaced' in left['1']
+
+
+def test_layers_that_something_unseen_runs_are_left():
+    """The attribute of a class is looked for nowhere; the copy that is planned with shares it."""
+
+    class Steps(nn.Sequential):
+        def forward(self, x):
+            for step in self.steps.layers:
+                x = step(x)
+            return x
+
+    class Unseen(threading.local):
+        def __deepcopy__(self, memo):
+            new = Unseen()
+            new.layers = copy.deepcopy(self.layers, memo)
+            return new
+
+    model = Steps(WSConv2d(4, 8, 3), BatchChannelNorm2d(8, 2))
+    model.steps = Unseen()
+    model.steps.layers = [*model]
+    x = torch.randn(2, 4, 9, 9).double()
+    check_fold(model, x, ['1', '0'], inputs=x)
+    assert 'not only the module tree leads to it' in str(folding.plan(model, x))
+
+
+class AsksForTheClass(nn.Sequential):
+    def forward(self, x):
+        y = super().forward(x)
+        return 2 * y if isinstance(self[1], BatchChannelNorm2d) else y
+
+
+class ReadsASetting(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x) * self[1].bn.num_features
+
+
+class ReadsStatistics(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x) * self[1].bn.running_var.mean()
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+def test_a_forward_that_asks_what_a_layer_is(dtype):
+    layers = WSConv2d(4, 8, 3), BatchChannelNorm2d(8, 2)
+    x = torch.randn(2, 4, 9, 9, dtype=dtype)
+    with pytest.raises(ValueError, match='computes something else: its results differ by 0.5 of'):
+        fold(trained(AsksForTheClass(*layers)).to(dtype), x)
+    for how in (dict(inputs=x), dict(run=lambda model: model(x))):
+        with pytest.raises(ValueError, match="not folded: AttributeError: 'GroupNorm' object has"):
+            fold(trained(ReadsASetting(*layers)).to(dtype), **how)
+    check_fold(ReadsStatistics(*layers), x.double(), ['1'], inputs=x.double())
+
+
+class Chaos(nn.Module):
+    def forward(self, x):
+        return torch.sin(1e3 * x)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+def test_networks_that_enlarge_rounding_without_bounds_are_folded(dtype):
+    steps = [(WSConv2d(8, 8, 1), BatchChannelNorm2d(8, 4), Chaos()) for _ in range(9)]
+    model = trained(nn.Sequential(*[layer for step in steps for layer in step])).eval().to(dtype)
+    x = torch.randn(2, 8, 4, 4, dtype=dtype)
+    assert relative(fold(model, x)(x), model(x)) > 0.1  # and no error
 
 
 class ComputesItsWeight(nn.Conv2d):

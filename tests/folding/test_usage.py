@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from tests.folding.cases import Block, check_fold, left_in, relative, trained
 from wsbcn_mm import (
@@ -188,3 +189,16 @@ def test_a_module_with_two_names_stays_one():
     assert left_in(folded) == []
     net = nn.Sequential(model.first, nn.ReLU(), model.first)
     check_fold(net, torch.randn(2, 4, 9, 9).double())
+
+
+def test_a_model_that_keeps_tensors_of_its_last_pass():
+    """A pruned weight has a graph, and so has a loss that a model keeps."""
+    model = nn.Sequential(WSConv2d(4, 8, 3), BatchChannelNorm2d(8, 2))
+    prune.l1_unstructured(model[0], 'weight', 0.5)
+    x = torch.randn(2, 4, 9, 9).double()
+    trained(model)
+    model.losses = [model(x).sum()]
+    with pytest.warns(UserWarning, match='0 is not folded: it has hooks'):
+        folded = fold(model, x)
+    with torch.no_grad():
+        assert relative(folded(x), model.eval()(x)) < 1e-12

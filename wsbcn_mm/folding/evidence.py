@@ -12,6 +12,7 @@ from torch.nn.functional import interpolate
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves, tree_map
 
+from wsbcn_mm import references
 from wsbcn_mm.layers import BatchChannelNorm, WeightStandardized
 from wsbcn_mm.structure import KEPT, Call, Watch, is_conv
 
@@ -28,7 +29,8 @@ class Evidence:
         calls: By convolution, what is known of every call.
         inputs: By norm: one entry per call, the call of a convolution whose unchanged output came
             in, or None.
-        leaks: Layers whose parameters something outside of them read.
+        leaks: Layers whose parameters or statistics something outside of them read.
+        beside: Layers that something ran which does not go by the module tree.
         failed: By module: why it could not be run on its own.
         refused_sizes: Sizes other than that of the inputs which the model does not take, and why.
     """
@@ -37,22 +39,41 @@ class Evidence:
         self.calls: dict[nn.Module, list[Call]] = defaultdict(list)
         self.inputs: dict[nn.Module, list[Call | None]] = defaultdict(list)
         self.leaks: set[nn.Module] = set()
+        self.beside: set[nn.Module] = set()
         self.failed: dict[nn.Module, str] = {}
         self.refused_sizes: list[str] = []
 
-    def add(self, module: nn.Module, run: Run) -> None:
+    def add(self, module: nn.Module, run: Run) -> object:
         """Runs the module and remembers what was seen; nothing of a run that raises."""
         watch = Watch(module)
         with torch.no_grad(), watch:
             result = run(module)
-        for call in watch.kept():
+        for call in watch.kept():  # the outputs in the result are, however they lie there
             call.readers.append(KEPT)
-        del result  # the outputs in it are kept, however they lie there
         for call in watch.calls:
             self.calls[call.conv].append(call)
         for norm, seen in watch.inputs:
             self.inputs[norm].append(seen)
         self.leaks |= watch.leaks
+        return result
+
+    def put_twins(self, root: nn.Module) -> dict[nn.Module, nn.Module]:
+        """Puts a twin in the place of every layer, with the same parameters, and by the layer.
+
+        What still runs the layer itself does not go by the tree (a hook, an object in a list, code
+        in another language), and would not run what folding puts there.
+        """
+        inner = {m.bn for m in root.modules() if isinstance(m, BatchChannelNorm)}
+        layers = [m for m in root.modules() if watched(m) and m not in inner]
+        twins = {layer: _twin(layer) for layer in layers}
+
+        def ran(layer: nn.Module, *_: object) -> None:
+            self.beside.add(twins[layer])
+
+        for layer in layers:
+            layer.register_forward_pre_hook(ran)
+        references.replace_children(root, {id(layer): twin for layer, twin in twins.items()})
+        return twins
 
     def add_other_sizes(self, module: nn.Module, arguments: tuple[Any, ...]) -> None:
         """Runs the module on its arguments in half and twice their size, where it takes such."""
@@ -64,7 +85,7 @@ class Evidence:
             try:
                 self.add(module, partial(_call_with, arguments=resized))
             except Exception as error:  # noqa: BLE001  whatever a module raises that wants its size
-                self.refused_sizes.append(f'{factor:g} times the size: {_in_one_line(error)}')
+                self.refused_sizes.append(f'{factor:g} times the size: {in_one_line(error)}')
 
     def explore(self, module: nn.Module) -> None:
         """Runs what no run has reached yet: the module, or its parts where it does not run."""
@@ -74,7 +95,7 @@ class Evidence:
             try:
                 self.add(module, partial(_call, x=x))
             except Exception as error:  # noqa: BLE001  whatever a module raises that wants other arguments
-                self.failed[module] = _in_one_line(error)
+                self.failed[module] = in_one_line(error)
             else:
                 break
         for child in module.children():
@@ -86,7 +107,16 @@ class Evidence:
         return isinstance(module, kind) and not any(module in some for some in seen)
 
 
-def _in_one_line(error: Exception) -> str:
+def _twin(layer: nn.Module) -> nn.Module:
+    """A layer that holds what another one holds, and has hooks of its own."""
+    twin = object.__new__(type(layer))
+    own = {k: v.copy() for k, v in vars(layer).items() if 'hook' in k and isinstance(v, dict)}
+    vars(twin).update(vars(layer), **own)
+    return twin
+
+
+def in_one_line(error: Exception) -> str:
+    """The first line of what an error says."""
     return f'{type(error).__name__}: {error}'.partition('\n')[0]
 
 
@@ -109,6 +139,7 @@ def _call(module: nn.Module, x: Tensor) -> object:
 
 
 def watched(module: nn.Module) -> bool:
+    """Whether this is a layer that folding changes, or looks at."""
     return is_conv(module) or isinstance(module, (BatchChannelNorm, _BatchNorm))
 
 

@@ -1,17 +1,17 @@
 """What can be folded in a model, and what cannot, with the reason."""
 
-import copy
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from wsbcn_mm import references
-from wsbcn_mm.folding import new_layers
+from wsbcn_mm.copies import copied
+from wsbcn_mm.folding import new_layers, results
 from wsbcn_mm.folding.evidence import Evidence, Run, watched
 from wsbcn_mm.layers import BatchChannelNorm, WeightStandardized
 from wsbcn_mm.own_classes import has_own_forward, normalises_as_its_kind
@@ -137,7 +137,8 @@ def fold(
 
     Raises:
         TypeError: ``model`` is no module.
-        ValueError: both ``inputs`` and ``run``.
+        ValueError: both ``inputs`` and ``run``; a folded model that does not run with them, or
+            whose results differ by more than rounding (in float64, where the model takes that).
 
     Examples:
         >>> from wsbcn_mm import BatchChannelNorm2d, WSConv2d
@@ -145,31 +146,59 @@ def fold(
         >>> [type(layer).__name__ for layer in fold(model)]
         ['Conv2d', 'GroupNorm', 'ReLU']
     """
-    steps = plan(model, inputs, run)
+    steps, expected = _planned(model, inputs, run)
     for name, reason in steps.left.items():
         warnings.warn(f'{name} is not folded: {reason}', stacklevel=2)
-    return steps.apply(model, plain)
+    folded = steps.apply(model, plain)
+    if expected is not None:
+        arguments = _arguments(inputs)
+        results.check(
+            lambda: _evaluating_copy(model).double(),
+            lambda double: steps.apply(double, plain),
+            folded,
+            run or (lambda m: m(*arguments)),
+            run or (lambda m: m(*results.doubled(arguments))),
+            expected,
+        )
+    return folded
 
 
 def plan(model: nn.Module, inputs: object = None, run: Run | None = None) -> Plan:
     """Finds what `fold` would do, without doing it; the arguments are those of `fold`."""
+    return _planned(model, inputs, run)[0]
+
+
+def _planned(model: nn.Module, inputs: object, run: Run | None) -> tuple[Plan, list[Tensor] | None]:
+    """The plan, and what the model gave for the inputs, or in the run."""
     if not isinstance(model, nn.Module):
         raise TypeError(f'model must be a torch.nn.Module\n  got {type(model).__name__}')
     if inputs is not None and run is not None:
         raise ValueError('give inputs or run, not both')
     if not any(isinstance(m, (WeightStandardized, BatchChannelNorm)) for m in model.modules()):
-        return Plan((), {})  # nothing to look for, however large the model
+        return Plan((), {}), None  # nothing to look for, however large the model
     work = _evaluating_copy(model)
-    names = {module: name for name, module in work.named_modules()}
+    referred = references.found(work)
     evidence = Evidence()
+    twins = evidence.put_twins(work)
+    work = twins.get(work, work)
+    names = {module: name for name, module in work.named_modules()}
+    expected = None
     if inputs is not None:
-        arguments = inputs if isinstance(inputs, tuple) else (inputs,)
-        evidence.add(work, lambda module: module(*arguments))
+        arguments = _arguments(inputs)
+        expected = results.tensors_of(evidence.add(work, lambda module: module(*arguments)))
         evidence.add_other_sizes(work, arguments)
     elif run is not None:
-        evidence.add(work, run)
+        expected = results.tensors_of(evidence.add(work, run))
     evidence.explore(work)
-    return _decide(work, names, evidence)
+    fixed = _fixed(work, evidence)
+    for layer, where in referred.items():
+        if layer in twins:
+            fixed[twins[layer]] = f'{where} refers to it as well'
+    return _decide(work, names, evidence, fixed), expected
+
+
+def _arguments(inputs: object) -> tuple[object, ...]:
+    return inputs if isinstance(inputs, tuple) else (inputs,)
 
 
 def _conv_at(model: nn.Module, name: str) -> _ConvNd:
@@ -179,7 +208,7 @@ def _conv_at(model: nn.Module, name: str) -> _ConvNd:
 
 
 def _evaluating_copy(model: nn.Module) -> nn.Module:
-    model = copy.deepcopy(model)
+    model = copied(model)
     model.eval()  # OpenMMLab's backbones answer None
     return model
 
@@ -193,8 +222,9 @@ _HOLDS = 'no run calls it; something else reads its weight, without Weight Stand
 Names = Mapping[nn.Module, str]
 
 
-def _decide(root: nn.Module, names: Names, evidence: Evidence) -> Plan:
-    fixed = _fixed(root, evidence)
+def _decide(
+    root: nn.Module, names: Names, evidence: Evidence, fixed: Mapping[nn.Module, str]
+) -> Plan:
     holders = holders_of(root)
     folds: list[Fold] = []
     left: dict[str, str] = {}
@@ -308,7 +338,7 @@ def _fixed(root: nn.Module, evidence: Evidence) -> dict[nn.Module, str]:
     found = {
         layer: _HOLDS
         if isinstance(layer, WeightStandardized) and layer not in evidence.calls
-        else 'something else reads its parameters'
+        else 'something else reads its parameters or statistics'
         for layer in evidence.leaks
     }
     for module in root.modules():
@@ -318,9 +348,7 @@ def _fixed(root: nn.Module, evidence: Evidence) -> dict[nn.Module, str]:
             found[module] = 'it has hooks, which a new layer would not have'
         elif ours and has_own_forward(module):
             found[module] = f'a {type(module).__name__} has a forward pass of its own'
-    for layer, where in references.found(root).items():
-        if watched(layer):
-            found[layer] = f'{where} refers to it as well'
+    found.update((layer, 'not only the module tree leads to it') for layer in evidence.beside)
     return found
 
 
