@@ -141,6 +141,16 @@ def test_statistics_of_raw_weights_are_not_kept_for_standardized_ones():
     assert torch.equal(model[1].bn.running_var, torch.ones(8))
 
 
+def test_statistics_start_anew_where_a_convolution_is_standardized_later():
+    model, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)), torch.randn(2, 3, 6, 6)
+    convert_model(model, standardize=False)
+    model(x)
+    assert convert_model(model, standardize=False).changed == []
+    assert model[1].bn.num_batches_tracked == 1
+    convert_model(model)
+    assert model[1].bn.num_batches_tracked == 0 and not model[1].bn.running_mean.any()
+
+
 @pytest.mark.parametrize(
     'width, groups', [(64, 32), (256, 32), (48, 24), (32, 16), (18, 9), (17, 1), (2, 1), (1, 1)]
 )

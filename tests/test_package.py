@@ -109,6 +109,7 @@ LEVELS = {
     'compat': 0,
     'copies': 0,
     'reference': 0,
+    'trials': 0,
     'version': 0,
 }
 # Rooms of openmmlab, and the roof: they import from the modules beside them, and of each other only

@@ -6,6 +6,7 @@ import gc
 import itertools
 import types
 import weakref
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -256,3 +257,42 @@ def test_what_refers_to_itself_or_to_the_model_ends():
     new = nn.ReLU()
     references.replace(model, {id(model[1]): new})
     assert model[1] is new and model.parts is parts and parts[0] is model
+
+
+class KeptByTheClass(nn.Module):
+    """Where a forward pass goes by what is looked for nowhere."""
+
+    unseen: ClassVar[list[nn.Module]] = []
+
+    def __init__(self, *unseen):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+        self.conv2, self.norm2 = nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)
+        self.unseen[:] = [getattr(self, name) for name in unseen]
+
+    def forward(self, x):
+        layers = [self.conv, self.norm, self.conv2, self.norm2]
+        if self.unseen:
+            layers[-len(self.unseen) :] = self.unseen
+        return nn.Sequential(*layers)(x)
+
+
+@pytest.mark.parametrize(
+    'unseen, changed',
+    [
+        ((), ['conv', 'norm', 'conv2', 'norm2']),
+        (('norm2',), ['conv', 'norm']),
+        (('conv2', 'norm2'), ['conv', 'norm']),
+        (('norm', 'conv2', 'norm2'), []),
+    ],
+)
+def test_an_old_layer_that_still_runs_is_put_back(unseen, changed):
+    model, x = KeptByTheClass(*unseen), torch.randn(2, 3, 8, 8)
+    layers = dict(model.named_children())
+    report = convert_model(model, x)
+    assert [line.name for line in report.changed] == changed
+    assert all((model.get_submodule(n) is layers[n]) == (n not in changed) for n in layers)
+    for line in report.left:
+        assert 'something runs it that' in line.reason or 'stays as it is' in line.reason
+    model(x)
+    assert all(m.num_batches_tracked == 1 for m in model.modules() if hasattr(m, 'running_mean'))

@@ -6,8 +6,7 @@ follows, because a standardized convolution without one multiplies activations b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,14 +22,15 @@ from wsbcn_mm.own_classes import ACTIVATION, computes_with_its_weight, normalise
 from wsbcn_mm.structure import (
     NORMS,
     Follower,
+    dims_of_other_norms,
     followers,
     is_conv,
     is_norm,
-    norms_of_vectors,
     num_channels,
     standardizable,
     torch_class,
 )
+from wsbcn_mm.trials import called, input_axes, run_on
 
 STANDARDIZED = {
     nn.Conv1d: layers.WSConv1d,
@@ -43,6 +43,9 @@ BATCH_CHANNEL_NORM = {
     2: layers.BatchChannelNorm2d,
     3: layers.BatchChannelNorm3d,
 }
+
+
+_UNSEEN = 'something runs it that does not go by the modules and attributes of the model'
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,8 @@ def convert_model(
       as it computes with its own ``weight``.
     - Methods by which the model's library folds Conv + BatchNorm by itself (``model.fuse()``) end
       in an error that points to `wsbcn_mm.fold`, before anything is changed.
+    - With ``example_input``, a layer that still runs when a new one stands in its place everywhere
+      (a list of a class refers to it, an object in another language) is put back, and left.
     - Parameters stay the same objects (an optimizer that holds them, or layers that share them,
       still do). Running statistics are kept where the convolution stays as it is, and start anew
       where it is standardized: they describe the outputs of the raw weight.
@@ -156,12 +161,45 @@ def convert_model(
         )
     check_choice(mode, MODES, 'mode')
     check_choice(formula, FORMULAS, 'formula')
-    run = None if example_input is None else lambda: _run(model, example_input)
-    with _input_axes(model) as axes:
+    run = None if example_input is None else lambda *also: run_on(model, example_input, also)
+    with input_axes(m for m in model.modules() if is_norm(m)) as axes:
         found = followers(model, run)
     modules = dict(model.named_modules(remove_duplicate=False))
+    settings = _NormSettings(num_groups, mode, momentum)
+    convs = _ConvSettings(
+        standardize, deformable, formula, _tied_to_bare(found), ran=run is not None
+    )
+    unseen: set[int] = set()
+    while True:
+        # Everything is made before anything is replaced: an error leaves the model as it was.
+        report, replacement = _decided(model, modules, found, axes, settings, convs, unseen)
+        still = _put(model, modules, replacement, run)
+        if not still:
+            break
+        unseen |= still
+    for follower in found:  # statistics of a raw weight's outputs say nothing about the new ones
+        if id(follower.conv) in replacement:
+            for name in follower.norms:
+                norm = replacement.get(id(modules[name]), modules[name])
+                if isinstance(norm, layers.BatchChannelNorm):
+                    norm.bn.reset_running_stats()
+    refuse_to_fuse(model)
+    return report
 
-    # Everything is made before anything is replaced: an error leaves the model as it was.
+
+def _decided(
+    model: nn.Module,
+    modules: dict[str, nn.Module],
+    found: list[Follower],
+    axes: dict[int, set[int]],
+    norms: _NormSettings,
+    convs: _ConvSettings,
+    unseen: set[int],
+) -> tuple[ConversionReport, dict[int, nn.Module]]:
+    """What changes, and the new layers by the id of the old one.
+
+    ``unseen``: ids of layers that something runs where no new one can be put.
+    """
     report = ConversionReport()
     replacement: dict[int, nn.Module] = {}
     dims: dict[int, int] = {}  # of the normalisations behind convolutions
@@ -170,26 +208,25 @@ def convert_model(
         for name in follower.norms:
             dims[id(modules[name])] = len(follower.conv.kernel_size)
             like[id(modules[name])] = next(follower.conv.parameters(), None)
-    _dims_of_other_norms(model, found, axes, dims)
-    norm_lines = _convert_norms(
-        model, modules, dims, like, replacement, _NormSettings(num_groups, mode, momentum)
-    )
-    convs = _ConvSettings(
-        standardize, deformable, formula, _tied_to_bare(found), ran=run is not None
-    )
-    conv_lines = [_convert_conv(follower, modules, replacement, convs) for follower in found]
+    dims_of_other_norms(model, found, axes, dims)
+    lines = _convert_norms(model, modules, dims, like, replacement, norms, unseen)
+    lines += [_convert_conv(follower, modules, replacement, convs, unseen) for follower in found]
     order = {name: i for i, name in enumerate(modules)}
-    for line in sorted([*norm_lines, *conv_lines], key=lambda line: order[line.name]):
+    for line in sorted(lines, key=lambda line: order[line.name]):
         if isinstance(line, Changed):
             report.changed.append(line)
         else:
             report.left.append(line)
-    for follower in found:  # statistics of a raw weight's outputs say nothing about the new ones
-        if id(follower.conv) in replacement:
-            for name in follower.norms:
-                new = replacement.get(id(modules[name]))
-                if isinstance(new, layers.BatchChannelNorm):
-                    new.bn.reset_running_stats()
+    return report, replacement
+
+
+def _put(
+    model: nn.Module,
+    modules: dict[str, nn.Module],
+    replacement: dict[int, nn.Module],
+    run: Callable[..., object] | None,
+) -> set[int]:
+    """Puts the new layers into the model, unless an old one still runs then: returns their ids."""
     originals = {id(m): m for m in modules.values()}
 
     def put_back(shortcuts: list[nn.Module]) -> None:
@@ -207,30 +244,21 @@ def convert_model(
     except BaseException:
         put_back(shortcuts)
         raise
-    if run is not None:
-        try:
-            run()
-        except Exception as error:
-            put_back(shortcuts)
-            raise ValueError(
-                f'the model runs as it is, but not converted: {type(error).__name__}: {error}\n'
-                '  does its forward read tensors of a layer instead of calling it? nothing was '
-                'changed'
-            ) from error
-    refuse_to_fuse(model)
-    return report
-
-
-def _run(model: nn.Module, example_input: object) -> object:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
+    if run is None:
+        return set()
     try:
-        with torch.no_grad():
-            arguments = example_input if isinstance(example_input, tuple) else (example_input,)
-            return model(*arguments)
-    finally:
-        for module, training in modes.items():
-            module.training = training
+        old = [originals[key] for key in replacement]
+        with called(old) as still:
+            run(*old)
+    except Exception as error:
+        put_back(shortcuts)
+        raise ValueError(
+            f'the model runs as it is, but not converted: {type(error).__name__}: {error}\n'
+            '  does its forward read tensors of a layer instead of calling it? nothing was changed'
+        ) from error
+    if still:
+        put_back(shortcuts)
+    return still
 
 
 # ---- normalisations ----------------------------------------------------------------------------
@@ -252,6 +280,7 @@ def _convert_norms(
     like: dict[int, Tensor | None],
     replacement: dict[int, nn.Module],
     settings: _NormSettings,
+    unseen: set[int],
 ) -> list[Changed | Left]:
     lines: list[Changed | Left] = []
     of_model = next(model.parameters(), None)
@@ -268,7 +297,7 @@ def _convert_norms(
         if is_norm(parent):  # the statistics of a BatchChannelNorm
             continue
         kind = type(norm).__name__
-        reason = _why_not_norm(norm, dims)
+        reason = _UNSEEN if id(norm) in unseen else _why_not_norm(norm, dims)
         if reason is not None:
             lines.append(Left(name, kind, reason))
             continue
@@ -279,49 +308,6 @@ def _convert_norms(
         replacement[id(norm)] = _with_activation(norm, new)
         lines.append(Changed(name, kind, type(new).__name__))
     return lines
-
-
-@contextmanager
-def _input_axes(model: nn.Module) -> Iterator[dict[int, set[int]]]:
-    """How many axes the inputs of each norm have while this lasts, by the norm's id."""
-    axes: dict[int, set[int]] = {}
-
-    def look(norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = next((v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)), None)
-        if x is not None:
-            axes.setdefault(id(norm), set()).add(x.dim())
-
-    norms = [m for m in model.modules() if is_norm(m)]
-    hooks = [m.register_forward_pre_hook(look, with_kwargs=True) for m in norms]
-    try:
-        yield axes
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _dims_of_other_norms(
-    model: nn.Module, found: list[Follower], axes: dict[int, set[int]], dims: dict[int, int]
-) -> None:
-    """Norms that follow no convolution (pre-activation, pooling, behind an addition).
-
-    Their kind tells the number of axes, or a run showed it. Not a BatchNorm1d that was not run,
-    which also stands behind linear layers.
-    """
-    for norm in model.modules():
-        if is_norm(norm) and len(axes.get(id(norm), ())) == 1:
-            (number,) = axes[id(norm)]
-            if number > 2:
-                dims.setdefault(id(norm), number - 2)
-    everywhere = {len(follower.conv.kernel_size) for follower in found}
-    vectors = norms_of_vectors(model)
-    for name, norm in model.named_modules():
-        if isinstance(norm, nn.BatchNorm2d) or type(norm).__name__ == 'FrozenBatchNorm2d':
-            dims.setdefault(id(norm), 2)
-        elif isinstance(norm, nn.BatchNorm3d):
-            dims.setdefault(id(norm), 3)
-        elif isinstance(norm, nn.SyncBatchNorm) and len(everywhere) == 1 and name not in vectors:
-            dims.setdefault(id(norm), *everywhere)
 
 
 def _why_not_norm(norm: nn.Module, dims: dict[int, int]) -> str | None:
@@ -421,10 +407,13 @@ def _convert_conv(
     modules: dict[str, nn.Module],
     replacement: dict[int, nn.Module],
     settings: _ConvSettings,
+    unseen: set[int],
 ) -> Changed | Left:
     conv, name = follower.conv, follower.names[0]
     kind = type(conv).__name__
     reason = _why_not_conv(follower, modules, replacement, settings)
+    if reason is None and id(conv) in unseen:
+        reason = _UNSEEN
     if reason is not None:
         return Left(name, kind, reason)
     standardizes = kind == 'ConvWS2d'  # mmcv's

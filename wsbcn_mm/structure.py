@@ -169,6 +169,30 @@ def norms_of_vectors(model: nn.Module) -> set[str]:
     return found
 
 
+def dims_of_other_norms(
+    model: nn.Module, found: list[Follower], axes: dict[int, set[int]], dims: dict[int, int]
+) -> None:
+    """Norms that follow no convolution (pre-activation, pooling, behind an addition).
+
+    Their kind tells the number of axes, or a run showed it. Not a BatchNorm1d that was not run,
+    which also stands behind linear layers.
+    """
+    for norm in model.modules():
+        if is_norm(norm) and len(axes.get(id(norm), ())) == 1:
+            (number,) = axes[id(norm)]
+            if number > 2:
+                dims.setdefault(id(norm), number - 2)
+    everywhere = {len(follower.conv.kernel_size) for follower in found}
+    vectors = norms_of_vectors(model)
+    for name, norm in model.named_modules():
+        if isinstance(norm, nn.BatchNorm2d) or type(norm).__name__ == 'FrozenBatchNorm2d':
+            dims.setdefault(id(norm), 2)
+        elif isinstance(norm, nn.BatchNorm3d):
+            dims.setdefault(id(norm), 3)
+        elif isinstance(norm, nn.SyncBatchNorm) and len(everywhere) == 1 and name not in vectors:
+            dims.setdefault(id(norm), *everywhere)
+
+
 def _pairs_of(model: nn.Module) -> Iterator[tuple[str, str]]:
     """Names of (convolution, normalisation behind it)."""
     for prefix, module in model.named_modules(remove_duplicate=False):
