@@ -209,10 +209,15 @@ HOOKS = {
 }
 
 
+class OwnConv(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(x)
+
+
 def test_hooks_of_every_kind_stay_and_can_be_removed():
     cases = []
-    for kind, layer in itertools.product(HOOKS, (0, 1)):
-        model, calls = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)), []
+    for kind, conv, layer in itertools.product(HOOKS, (nn.Conv2d, OwnConv), (0, 1)):
+        model, calls = nn.Sequential(conv(3, 8, 3), nn.BatchNorm2d(8)), []
         handle = HOOKS[kind](model[layer], functools.partial(calls.append, kind))
         convert_model(model)
         cases.append((model, kind, calls, handle))

@@ -37,6 +37,11 @@ class HasEps(nn.Conv2d):
         return super().forward(x / self.eps)
 
 
+class OwnConv(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(x)
+
+
 @pytest.mark.parametrize(
     'conv, reason',
     [
@@ -124,3 +129,20 @@ def test_parts_of_torch_script_are_left():
     report = convert_model(model, torch.randn(1, 3, 8, 8))
     assert left(report) == {'0': 'TorchScript: its layers are fixed'}
     assert [line.name for line in report.changed] == ['1', '2']
+
+
+@pytest.mark.parametrize('fails', [False, True])
+def test_hooks_are_given_the_layer_that_is_there(fails):
+    """The new one, and the old one where the conversion fails."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), OwnConv(8, 7, 1))
+    model.append(nn.BatchNorm2d(7))
+    given = []
+    for layer in model:
+        layer.register_load_state_dict_pre_hook(lambda layer, *args: given.append(layer))
+    if fails:
+        with pytest.raises(ValueError, match='3: num_channels must be'):
+            convert_model(model, num_groups=4)
+    else:
+        assert len(convert_model(model).changed) == 4
+    model.load_state_dict(model.state_dict())
+    assert given == [*model]

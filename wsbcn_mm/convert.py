@@ -172,7 +172,12 @@ def convert_model(
     unseen: set[int] = set()
     while True:
         # Everything is made before anything is replaced: an error leaves the model as it was.
-        report, replacement = _decided(model, modules, found, axes, settings, convs, unseen)
+        try:
+            report, replacement = _decided(model, modules, found, axes, settings, convs, unseen)
+        except BaseException:
+            for module in modules.values():
+                handover.belong_to(module)
+            raise
         still = _put(model, modules, replacement, run)
         if not still:
             break
@@ -421,6 +426,7 @@ def _convert_conv(
     torchs = torch_class(conv)
     if torchs is None:  # a class of its own keeps its way to convolve
         copied = standardized_copy(conv, own)
+        handover.belong_to(copied)
         replacement[id(conv)] = copied
         return Changed(name, kind, type(copied).__name__)
     target = STANDARDIZED[torchs]

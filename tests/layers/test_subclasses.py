@@ -147,6 +147,25 @@ def test_what_a_forward_keeps_on_its_layer_stays():
     assert type(layer.weight) is nn.Parameter
 
 
+def test_what_a_forward_removes_or_makes_is_so_for_its_layer():
+    class SetsUp(nn.Conv2d):
+        def forward(self, x):
+            if hasattr(self, 'first'):
+                del self.first
+                self.scale = nn.Parameter(torch.full((4, 1, 1), 3.0))
+                self.bias = None
+            return super().forward(x) * self.scale
+
+    conv = SetsUp(3, 4, 3)
+    conv.first = True
+    layer, x = standardized_copy(conv), torch.randn(1, 3, 6, 6)
+    for _ in range(2):
+        layer(x).sum().backward()
+    assert not hasattr(layer, 'first') and layer.bias is None
+    assert [name for name, _ in layer.named_parameters()] == ['weight', 'scale']
+    assert layer.scale.grad is not None and layer.weight is conv.weight
+
+
 class Doubled(nn.Module):
     def __init__(self):
         super().__init__()

@@ -17,9 +17,8 @@ from torch.nn.modules.conv import _ConvNd
 from wsbcn_mm import compat
 from wsbcn_mm.backends import autograd
 from wsbcn_mm.checks import FORMULAS, check_choice, check_eps, check_fan_in
+from wsbcn_mm.copies import copied
 from wsbcn_mm.layers.conv import WeightStandardized
-
-_HOOKS = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
 
 
 class StandardizedSubclass(WeightStandardized):
@@ -33,13 +32,12 @@ class StandardizedSubclass(WeightStandardized):
         if any(compat.is_traced_by_fx(value) for value in given):
             return self.as_leaf(*args, **kwargs)
         view = self._with(self._weight_for(*given), self._computed())
-        before = dict(view.__dict__)
+        attributes, parameters = dict(view.__dict__), dict(view._parameters)
         try:
             return self.plain_class.forward(view, *args, **kwargs)
         finally:  # what it keeps on itself, it keeps
-            for name, value in view.__dict__.items():
-                if name not in before or before[name] is not value:
-                    self.__dict__[name] = value
+            _change(self._parameters, parameters, view._parameters)
+            _change(self.__dict__, attributes, view.__dict__)
 
     def _with(self, weight: Tensor, computed: dict[str, Tensor]) -> _ConvNd:
         """This layer as one of ``plain_class`` with another weight; shares all the rest."""
@@ -80,12 +78,10 @@ class StandardizedSubclass(WeightStandardized):
         self._check_forward()
         weight = self._weight_in_evaluation().detach()
         computed = {name: value.detach() for name, value in self._computed().items()}
-        plain = copy.deepcopy(self._with(weight, computed))
+        plain = copied(self._with(weight, computed), hooks=False)
         plain._modules.pop('parametrizations', None)
         for name in ('eps', 'formula', 'standardized_hooks'):
             del plain.__dict__[name]
-        for name in _HOOKS:
-            getattr(plain, name).clear()
         for name, value in {**computed, 'weight': weight}.items():
             plain._parameters[name] = nn.Parameter(value.clone())
         plain.weight.requires_grad_(self.weight.requires_grad)
@@ -94,6 +90,15 @@ class StandardizedSubclass(WeightStandardized):
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class is made when it is asked for: a pickle names the one that it is made of.
         return _blank, (self.plain_class,), self.__dict__
+
+
+def _change(own: dict[str, Any], before: dict[str, Any], after: dict[str, Any]) -> None:
+    """Does to a dictionary what happened to another one."""
+    for name in before.keys() | after.keys():
+        if name not in after:
+            own.pop(name, None)
+        elif name not in before or before[name] is not after[name]:
+            own[name] = after[name]
 
 
 @functools.cache
@@ -121,7 +126,7 @@ def standardized_class(plain_class: type[_ConvNd]) -> type[StandardizedSubclass]
 def standardized_copy(
     conv: _ConvNd, formula: str = 'paper', eps: float = 1e-5
 ) -> StandardizedSubclass:
-    """A convolution as its WS form; the parameters and all that it holds are shared.
+    """A convolution as its WS form; the parameters, hooks and all that it holds are shared.
 
     Args:
         conv: A layer of any convolution class; stays as it is.
@@ -135,7 +140,7 @@ def standardized_copy(
     check_choice(formula, FORMULAS, 'formula')
     new = _blank(type(conv))
     new.__dict__.update(conv.__dict__)
-    for name in ('_parameters', '_buffers', '_modules', *_HOOKS):
+    for name in ('_parameters', '_buffers', '_modules'):
         new.__dict__[name] = copy.copy(conv.__dict__[name])
     new.eps, new.formula, new.standardized_hooks = eps, formula, {}
     check_fan_in(new.filters(new.weight).shape[1])
