@@ -76,3 +76,21 @@ def test_trying_a_layer_calls_nobodys_hooks():
         layer.register_forward_pre_hook(lambda *args: calls.append(args))
     report = convert_model(nn.Sequential(*layers))
     assert len(report.changed) == 2 and calls == []
+
+
+def test_hooks_of_a_norm_with_activation_see_what_they_saw():
+    """Its outputs and the gradients of these; the place in the state dict is that of the norm."""
+    model, x = nn.Sequential(nn.Conv2d(3, 8, 3), WithActivation(8)), torch.randn(2, 3, 6, 6)
+    outputs, gradients = [], []
+    handles = [
+        model[1].register_forward_hook(lambda layer, args, output: outputs.append(output)),
+        model[1].register_full_backward_hook(lambda layer, _, given: gradients.append(given[0])),
+    ]
+    convert_model(model)
+    y = model(x)
+    y.square().sum().backward()
+    assert torch.equal(outputs.pop(), y) and torch.equal(gradients.pop(), 2 * y)
+    for handle in handles:
+        handle.remove()
+    model(x).sum().backward()
+    assert outputs == gradients == []

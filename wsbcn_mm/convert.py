@@ -385,6 +385,7 @@ def _with_activation(norm: nn.Module, new: nn.Module) -> nn.Module:
     both.add_module('norm', new)
     for name, module in rest.items():
         both.add_module(name, module)
+    handover.pass_on_calls(new, both)
     return both.train(norm.training)
 
 
