@@ -256,6 +256,7 @@ def test_smoothness_changes_nothing():
     for key, value in model.state_dict().items():
         assert torch.equal(value, before[key]), key
     assert torch.equal(torch.get_rng_state(), state)
+    assert not model[1].counts.any()
     # Same dropout, same estimates: a step of nothing changes nothing.
     assert found.losses[0] == pytest.approx(found.loss, rel=1e-6)
     assert found.gradient_distances[0] < 1e-5 * found.gradient_norm

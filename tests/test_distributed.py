@@ -165,12 +165,14 @@ def case_checkpointing(rank):
 def case_average(rank):
     """Five steps of the average over all samples, with means of the ranks that lie far apart."""
     results = {}
-    for sync, uneven in product(('step', 'forward'), (False, True)):
+    for sync, uneven in product(('step', 'forward'), (None, 0, 1)):
         norm = BatchChannelNorm1d(4, 2, momentum='cumulative', sync=sync).double()
         for step in range(STEPS):
             x = far_apart(step)[rank : rank + 1]
-            if uneven and rank == 1 and step < 2:  # no image, or an overflow, of one rank alone
+            if rank == uneven and step < 2:  # no image, or an overflow, of one rank alone
                 x = x[:0] if step == 0 or sync == 'forward' else x / 0
+            for buffer in norm.buffers():  # as DistributedDataParallel does
+                torch.distributed.broadcast(buffer, 0)
             norm(x)
             synchronize_estimates(norm)
         results[sync, uneven] = norm.bn.running_mean, norm.bn.running_var
@@ -360,12 +362,12 @@ def test_an_overflow_on_one_rank_poisons_none(ranks):
 
 
 @pytest.mark.parametrize('sync', ['step', 'forward'])
-@pytest.mark.parametrize('uneven', [False, True])
+@pytest.mark.parametrize('uneven', [None, 0, 1])
 def test_an_average_over_ranks_is_that_of_all_samples(ranks, sync, uneven):
     """Every step with the same weight, also those in which a rank took nothing in."""
     steps = [far_apart(step) for step in range(STEPS)]
-    if uneven:  # the samples of the first rank alone, twice
-        steps[:2] = [x[:1].repeat(2, 1, 1) for x in steps[:2]]
+    if uneven is not None:  # the samples of the other rank alone, twice
+        steps[:2] = [x[[1 - uneven]].repeat(2, 1, 1) for x in steps[:2]]
     x = torch.cat(steps)
     expected = x.mean((0, 2)), x.var((0, 2), correction=0)
     for rank in ranks:

@@ -9,6 +9,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 from wsbcn_mm import BatchChannelNorm2d, WSConv2d
 from wsbcn_mm.estimates import synchronize_estimates
@@ -90,6 +91,9 @@ WRAPPERS = {
     'ZeRO': data_parallel(),
     'FSDP1': flat(),
     'FSDP1, own parameters': flat(use_orig_params=True),
+    'FSDP1, units': flat(
+        use_orig_params=True, auto_wrap_policy=ModuleWrapPolicy({WSConv2d, BatchChannelNorm2d})
+    ),
     'FSDP2': fully_sharded,
 }
 

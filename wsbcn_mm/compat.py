@@ -141,9 +141,22 @@ def is_traced_by_fx(value: object) -> TypeGuard[Proxy]:
 
 
 def call_as_leaf(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """The call of a module that `torch.fx.symbolic_trace` does not look into, as torch's own."""
+    """The call of a module that `torch.fx.symbolic_trace` does not look into, as torch's own.
+
+    Of a module with hooks, which are in the graph by now, that of its ``forward`` alone.
+    """
     tracer: Any = next(v.tracer for v in (*args, *kwargs.values()) if isinstance(v, Proxy))
+    if module._forward_pre_hooks or module._forward_hooks:
+        return call_in_graph(tracer, module, 'forward', *args, **kwargs)
     return tracer.create_proxy('call_module', tracer.path_of_module(module), args, kwargs)
+
+
+def call_in_graph(
+    tracer: Any, module: torch.nn.Module, method: str, *args: Any, **kwargs: Any
+) -> Any:
+    """The call of a method of a module, as a step of the graph that `torch.fx` makes."""
+    itself = tracer.create_proxy('get_attr', tracer.path_of_module(module), (), {})
+    return tracer.create_proxy('call_method', method, (itself, *args), kwargs)
 
 
 def is_of(frame: FrameType, module: str) -> bool:

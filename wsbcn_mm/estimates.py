@@ -4,6 +4,8 @@
 it under OpenMMLab (`EstimatesHook`); a training loop of one's own calls it itself.
 """
 
+import functools
+
 import torch
 from torch import distributed as dist
 from torch import nn
@@ -46,14 +48,18 @@ def synchronize_estimates(model: nn.Module, group: dist.ProcessGroup | None = No
         return 0
     buffers = [b for layer in layers for b in layer.running_statistics()]
     # Sums of half-precision buffers would lose digits.
-    dtype = torch.promote_types(buffers[0].dtype, torch.float32)
+    dtype = functools.reduce(torch.promote_types, {b.dtype for b in buffers}, torch.float32)
     old = torch.cat(buffers).to(dtype)
     channels = [len(samples) for samples in taken_in]
     weights = torch.cat(taken_in).to(dtype)
     twice = torch.cat([samples.repeat(2) for samples in taken_in]).to(dtype)
     sums, totals = distributed.sum_over_ranks([old * twice, weights], group)
     twice = torch.cat([part.repeat(2) for part in totals.split(channels)])
-    new = torch.where(twice > 0, sums / twice, old).split([len(b) for b in buffers])
+    # A sum may overflow where no summand has: as an update that is not finite, it is left out.
+    mean_over_ranks = sums / twice
+    new = torch.where(mean_over_ranks.isfinite(), mean_over_ranks, old).split(
+        [len(b) for b in buffers]
+    )
     added = [
         (mean, layer.running_statistics()[0].to(dtype), samples, total, var)
         for layer, samples, total, mean, var in zip(

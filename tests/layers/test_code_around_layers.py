@@ -31,6 +31,25 @@ def test_hooks_may_write_a_weight_before_its_use(of_layer):
     trains_equally(model, plain)
 
 
+def test_a_model_that_calls_itself_runs_its_hooks_again():
+    class Twice(nn.Sequential):
+        def forward(self, x, deep=True):
+            y = super().forward(x)
+            return y + self(x * 0.5, deep=False) if deep else y
+
+    model = Twice(conv(), conv())
+    plain = copy.deepcopy(model)
+    for each in (model, plain):
+
+        def write(module, args):
+            module[0].weight.data.mul_(torch.arange(1.0, 4.0, **FLOAT))
+
+        each.register_forward_pre_hook(write)
+    wsbcn_mm.standardize_once_per_forward(model)
+    with torch.no_grad():
+        close(model(X), plain(X))
+
+
 def trains_equally(model, plain):
     for _ in range(2):
         seen = []

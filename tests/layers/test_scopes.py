@@ -410,3 +410,27 @@ def test_the_methods_that_diagnostics_read():
                 (rows - rows.mean(1, keepdim=True)) / layer.denominators()[:, None],
                 layer.filters(layer.standardized_weight()),
             )
+
+
+def test_conversions_end_what_a_block_holds():
+    """They write through ``.data``, and the memory of before is soon used again."""
+    for _ in range(20):
+        model = net(2)
+        with torch.no_grad(), wsbcn_mm.weights_do_not_change(model):
+            model(X)
+            model.half()
+            model.double()
+            y = model(X)
+        with torch.no_grad():
+            close(y, model(X))
+
+
+def test_wrappers_of_layers_are_no_layers():
+    """They hand on what they wrap, attributes too."""
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    model = net(2)
+    expected = model(X)
+    model[0] = checkpoint_wrapper(model[0])
+    with wsbcn_mm.weights_do_not_change(model):
+        close(model(X), expected)

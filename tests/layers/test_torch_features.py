@@ -177,6 +177,29 @@ def test_symbolic_traces_have_the_layers_as_leaves(training):
     assert all(p.grad is not None for p in traced.parameters())
 
 
+def test_hooks_are_traced_once():
+    """They are in the graph: what the graph calls then is the layer without them."""
+    model = nn.Sequential(WSConv2d(8, 8, 3), norm(), norm()).double().eval()
+    model[0].register_forward_pre_hook(lambda layer, args: (args[0] * 2,))
+    model[1].register_forward_hook(lambda layer, args, y: y * 3)
+    model[2].bn.register_forward_pre_hook(lambda bn, args: (args[0] + 1,))
+    model[2].bn.register_forward_hook(lambda bn, args, y: None)
+    same(torch.fx.symbolic_trace(model)(X), model(X))
+
+
+def test_a_trace_of_who_asks_for_the_standardized_weight():
+    class Asks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = WSConv2d(8, 4, 3, bias=False)
+
+        def forward(self, x):
+            return nn.functional.conv2d(x, self.conv.standardized_weight())
+
+    model = Asks().double()
+    same(torch.fx.symbolic_trace(model)(X), model(X))
+
+
 def test_functional_call_updates_the_buffers_it_was_given():
     layer, expected = norm(), norm()
     before = copy.deepcopy(layer.state_dict())

@@ -133,7 +133,8 @@ def has_nodes(backend: str) -> bool:
 
 def _needs_torch() -> bool:
     """Whether a result must be made of torch's own operations; see `compat.is_transformed`."""
-    return not torch.compiler.is_compiling() and compat.is_transformed()
+    # The compiler differentiates what it compiles by itself, unless its code transforms a function.
+    return compat.in_transform() if torch.compiler.is_compiling() else compat.is_transformed()
 
 
 class _Call(NamedTuple):
@@ -285,9 +286,14 @@ def filter_statistics(weight: Tensor, eps: float, formula: str) -> tuple[Tensor,
         return mean, sigma
 
 
+def version_of(weight: Tensor) -> int:
+    """How often a weight was edited; an inference tensor does not count."""
+    return 0 if weight.is_inference() else weight._version
+
+
 def check_version(weight: Tensor, version: int) -> None:
     """Raises where a weight was edited since its version was that one."""
-    if weight._version != version:
+    if version_of(weight) != version:
         raise RuntimeError(
             'a weight was modified by an inplace operation between the forward pass that '
             "standardized it and the backward pass\n  call backward() before the optimizer's "
@@ -320,7 +326,7 @@ class _Standardize(torch.autograd.Function):
         # Not save_for_backward, which allows a single backward pass and counts for activation
         # checkpointing: several uses of a layer may share the node. Torch's check for edits is then
         # ours to make; compiled code, where nothing is shared, leaves both to torch.
-        ctx.version = None if torch.compiler.is_compiling() else weight._version
+        ctx.version = None if torch.compiler.is_compiling() else version_of(weight)
         if ctx.version is None:
             ctx.save_for_backward(weight, mean, sigma)
         else:

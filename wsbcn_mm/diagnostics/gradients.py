@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from wsbcn_mm.layers import WeightStandardized
+from wsbcn_mm.layers import BatchChannelNorm, WeightStandardized
 from wsbcn_mm.structure import is_conv
 
 
@@ -162,18 +162,25 @@ def smoothness(
         raise ValueError('model must have parameters that require a gradient\n  got none')
     start = [p.detach().clone() for p in parameters]
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
+    norms = [module for module in model.modules() if isinstance(module, BatchChannelNorm)]
+    layers = [(norm, norm.remembered()) for norm in norms]
 
     def put_back(values: Iterable[tuple[Tensor, Tensor]]) -> None:
         with torch.no_grad():
             for target, value in values:
                 target.copy_(value)
 
+    def put_back_buffers() -> None:
+        put_back(buffers)
+        for layer, remembered in layers:
+            layer.remember(remembered)
+
     def gradient() -> tuple[float, list[Tensor]]:
         # The same random numbers for every point, and none used up.
         with torch.random.fork_rng(), torch.enable_grad():
             value = loss()
             found = torch.autograd.grad(value, parameters, allow_unused=True)
-        put_back(buffers)
+        put_back_buffers()
         return value.item(), [
             torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found)
         ]
@@ -192,7 +199,7 @@ def smoothness(
             result.betas.append(distance / (step_size * factor * size) if size > 0 else 0.0)
     finally:
         put_back(zip(parameters, start))
-        put_back(buffers)
+        put_back_buffers()
     return result
 
 

@@ -29,12 +29,13 @@ def rate_of_next(steps: Tensor, tracked: Tensor) -> Tensor:
     """Counts an update; its rate in a cumulative average, (C,), float64.
 
     Args:
-        steps: (2, C), int64: how many inputs the statistics of a channel are the average of, and
-            ``tracked`` when that was so. Where this has been changed since (statistics that were
-            loaded, or reset) it is the number of inputs. Changed in place.
+        steps: (3, C), int64: how many inputs the statistics of a channel are the average of;
+            ``tracked`` when that was so; and ``tracked`` when the ranks last had the same (see
+            `note_of_others`). Where ``tracked`` has been changed since, by who counts anew, it is
+            the number of inputs. Changed in place.
         tracked: The counter of updates of a BatchNorm, a 0-d tensor; changed in place.
     """
-    inputs, known = steps
+    inputs, known = steps[:2]
     inputs.copy_(torch.where(known == tracked, inputs, tracked))
     tracked.add_(1)
     known.copy_(tracked.expand_as(known))
@@ -44,6 +45,25 @@ def rate_of_next(steps: Tensor, tracked: Tensor) -> Tensor:
 def note(steps: Tensor, taken_in: Tensor) -> None:
     """Notes which channels, (C,), have taken an input into their average."""
     steps[0].add_(taken_in)
+
+
+def note_of_others(steps: Tensor, tracked: Tensor, taken_in: Tensor) -> None:
+    """Notes inputs that the average has taken in from other ranks.
+
+    A rank that had no input itself counts one more update all the same: DistributedDataParallel
+    gives every rank the counter of the first one.
+
+    Args:
+        steps: See `rate_of_next`; changed in place.
+        tracked: Likewise.
+        taken_in: (C,), the channels that have taken in an input of another rank, and none of this.
+    """
+    inputs, known, together = steps
+    inputs.add_(taken_in)
+    had_none = taken_in.any() & (together[0] == tracked)
+    tracked.add_(had_none)
+    known.add_(had_none)
+    together.copy_(tracked.expand_as(together))
 
 
 def update_from_batch(input: Tensor, running: Running, rate: float | Tensor, steps: Tensor) -> None:

@@ -50,18 +50,18 @@ class ChannelStage(_BatchNorm):
         self._layer = _Layer(layer)
 
     def reset_running_stats(self) -> None:
-        """As in torch; an average of a host, with ``momentum=1``, begins anew as well."""
+        """As in torch; averages and the counts of what they took in begin anew as well."""
         super().reset_running_stats()
-        self._forget_average()
+        self._begin_anew()
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
         if f'{prefix}running_mean' in state_dict or f'{prefix}running_var' in state_dict:
-            self._forget_average()
+            self._begin_anew()
 
-    def _forget_average(self) -> None:
+    def _begin_anew(self) -> None:
         if '_layer' in self.__dict__:
-            self._layer.layer.forget_average()  # type: ignore[operator]
+            self._layer.layer.begin_anew()  # type: ignore[operator]
 
     # Until it belongs to a layer, None: what nn.BatchNorm registers without an affine.
     @property

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from wsbcn_mm import compat
-from wsbcn_mm.backends import autograd
+from wsbcn_mm.backends import autograd, states
 from wsbcn_mm.checks import FORMULAS, check_choice, check_eps, check_fan_in, check_floating
 from wsbcn_mm.layers import standardization
 from wsbcn_mm.own_classes import has_own_forward
@@ -71,6 +71,9 @@ class WeightStandardized(_Base):
         dtype of ``weight``; under autocast, in the one in which the convolution runs.
         """
         weight = self.weight  # once: a parametrized one is computed when it is read
+        if not isinstance(weight, Tensor) and compat.is_traced_by_fx(weight):
+            w_hat: Tensor = compat.call_in_graph(weight.tracer, self, 'standardized_weight')
+            return w_hat
         dtype, autocast = weight.dtype, compat.autocast_dtype(weight.device.type)
         if autocast is not None and dtype != torch.float64:
             dtype = autocast
@@ -136,6 +139,11 @@ class WeightStandardized(_Base):
         if name == '_conv_forward':
             raise _not_asked(type(self))
         super().__setattr__(name, value)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: bool, **kwargs: bool) -> nn.Module:
+        super()._apply(fn, *args, **kwargs)  # type: ignore[no-untyped-call]
+        states.note_change()  # torch writes through .data, and memory is soon used again
+        return self
 
     def _weight_is_usual(self) -> bool:
         """Whether nobody overrides `standardized_weight`, in a class or in this layer."""

@@ -22,6 +22,9 @@ from wsbcn_mm.backends.carriers import Affine, Rate, Running
 from wsbcn_mm.checks import check_floating, checked_rate
 from wsbcn_mm.layers import averages, channel_stage, compiled, recomputation, transformed
 
+Remembered = tuple[Tensor, Tensor, averages.Average | None]
+"""What a layer knows of its updates beside the buffers."""
+
 
 class ForwardPasses(nn.GroupNorm):
     """The forward passes of `wsbcn_mm.layers.norm.BatchChannelNorm`, which makes what they use."""
@@ -49,6 +52,8 @@ class ForwardPasses(nn.GroupNorm):
         bn = self._modules['bn']
         assert bn is not None
         if bn._forward_pre_hooks or bn._forward_hooks:
+            if compat.is_traced_by_fx(input):
+                return compat.call_as_leaf(self, input)
             return channel_stage.call_with_hooks(self, self._forward, input)
         return self._forward(input)
 
@@ -246,11 +251,34 @@ class ForwardPasses(nn.GroupNorm):
 
     def note_inputs_of_others(self, taken_in: Tensor) -> None:
         """Counts an input of another rank, in the channels (C,) that it is now a part of."""
-        averages.note(self._steps, taken_in)
+        averages.note_of_others(self._steps, self.bn.num_batches_tracked, taken_in)
 
     def forget_average(self) -> None:
         """Lets a host's average, with ``momentum=1``, begin with the next input."""
         self._average = None
+
+    @torch.no_grad()
+    def begin_anew(self) -> None:
+        """Forgets what the running statistics had taken in: somebody has set them."""
+        self.forget_average()
+        counts, tracked = self._counts, self.bn.num_batches_tracked
+        if counts is None or tracked is None or counts.device != tracked.device:
+            return  # they are made when they are needed
+        if compat.is_fake(counts) != compat.is_fake(tracked):
+            return
+        counts[0].zero_()
+        self._steps.copy_(tracked.expand_as(self._steps))
+
+    def remembered(self) -> Remembered:
+        """A copy of what is not in the buffers; for `remember`."""
+        return self.counts.clone(), self._steps.clone(), self._average
+
+    @torch.no_grad()
+    def remember(self, remembered: Remembered) -> None:
+        """Puts back what `remembered` gave, after a trial."""
+        self.counts.copy_(remembered[0])
+        self._steps.copy_(remembered[1])
+        self._average = remembered[2]
 
     def _average_now(self, rate: float | Tensor) -> bool | Tensor:
         """`averages`; where only the device knows it, a 0-d tensor."""

@@ -160,7 +160,7 @@ class BatchChannelNorm(ForwardPasses):
         ):
             size = 2, statistics.numel()
             counts = torch.zeros(size, dtype=torch.int64, device=statistics.device)
-            steps = torch.zeros_like(counts)
+            steps = counts.new_zeros(3, statistics.numel())
         elif counts.device != statistics.device:
             counts, steps = counts.to(statistics.device), self._steps.to(statistics.device)
         else:
@@ -213,8 +213,6 @@ class BatchChannelNorm(ForwardPasses):
             self.bn.reset_running_stats()
             if self._counts is not None:
                 self._counts.zero_()
-                self._steps.zero_()
-            self.forget_average()
 
     def __prepare_scriptable__(self) -> NoReturn:
         """What torch.jit.script calls first."""

@@ -141,6 +141,16 @@ class Scope:
         """Whether a forward pass opened it, which will close it."""
         return self.frame is not None and self._one_pass
 
+    def enter_again(self) -> None:
+        """Another call of the model within its pass: its pre-hooks run once more, between uses."""
+        self.entered += 1
+        if self._hooked_by is not None:
+            self._hooked_by = None
+            self._hooked = self._plan.hooked(self.layers, None)
+            if self._hooked:
+                self._tables.clear()
+                self._held.clear()
+
     def is_running(self) -> bool:
         """Whether the call that opened it has not ended; asked in the thread that opened it."""
         if self.frame is None:
@@ -337,7 +347,7 @@ def _layers_by_module(model: nn.Module) -> dict[nn.Module, dict[Any, None]]:
         below = found.get(module)
         if below is None:
             below = found[module] = {}
-            if hasattr(module, 'standardizes_rows'):
+            if hasattr(type(module), 'standardizes_rows'):  # wrappers hand on what they wrap
                 below[module] = None
             for child in module._modules.values():
                 if child is not None:
@@ -362,6 +372,9 @@ _registrations = _Registrations()
 register_module_module_registration_hook(_registrations)
 
 
+_UNITS = ('FSDPModule', 'FullyShardedDataParallel')
+
+
 class Plan:
     """The layers of a model, and in which order they are used."""
 
@@ -379,10 +392,10 @@ class Plan:
             for module, below in found.items()
             if below
         ]
-        # FullyShardedDataParallel wants the gradients of each of its units when that unit's
-        # backward pass ends: no call may span several.
+        # FullyShardedDataParallel gathers the weights of one of its units at a time, and wants
+        # their gradients when the unit's backward pass ends: no call may span several.
         fsdp = sys.modules.get('torch.distributed.fsdp')
-        units = getattr(fsdp, 'FSDPModule', ())
+        units = tuple(getattr(fsdp, name) for name in _UNITS if hasattr(fsdp, name))
         self._apart = any(isinstance(module, units) for module in found)
 
     def look_where_changed(self, model: nn.Module) -> None:

@@ -217,7 +217,8 @@ def _before_forward(model: nn.Module, _args: Any) -> None:
     scope = Scope(model, sys._getframe(1), True)
     for outer in open_here():
         if outer.is_current() and outer.layers >= scope.layers:
-            outer.entered += outer.is_of_a_pass() and outer.model() is model
+            if outer.is_of_a_pass() and outer.model() is model:
+                outer.enter_again()
             return
     open_here().append(scope)
 
