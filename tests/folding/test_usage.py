@@ -202,3 +202,11 @@ def test_a_model_that_keeps_tensors_of_its_last_pass():
         folded = fold(model, x)
     with torch.no_grad():
         assert relative(folded(x), model.eval()(x)) < 1e-12
+
+
+def test_folding_draws_no_random_numbers():
+    model, x = nn.Sequential(WSConv2d(4, 8, 3), BatchChannelNorm2d(8, 2)), torch.randn(2, 4, 9, 9)
+    state = torch.get_rng_state()
+    fold(model, x)
+    model[0].to_plain()
+    assert torch.equal(torch.get_rng_state(), state)

@@ -237,12 +237,13 @@ class WeightStandardized(_Base):
             groups=self.groups,
             bias=self.bias is not None,
             padding_mode=self.padding_mode,
-            device=self.weight.device,
+            device='meta',  # no random values, which would not be used
             dtype=self.weight.dtype,
         )
         if self.transposed:
             arguments['output_padding'] = self.output_padding
         plain = kind(self.in_channels, self.out_channels, self.kernel_size, **arguments)
+        plain.to_empty(device=self.weight.device)
         with torch.no_grad():
             plain.weight.copy_(self._weight_in_evaluation())
             if self.bias is not None:
