@@ -210,3 +210,12 @@ def test_folding_draws_no_random_numbers():
     fold(model, x)
     model[0].to_plain()
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_folding_in_inference_mode():
+    model = trained(nn.Sequential(WSConv2d(4, 8, 3), BatchChannelNorm2d(8, 2))).eval()
+    with torch.inference_mode():
+        x = torch.randn(2, 4, 9, 9).double()
+        folded = fold(model, x)
+        assert relative(folded(x), model(x)) < 1e-12
+    assert not folded[0].weight.is_inference()

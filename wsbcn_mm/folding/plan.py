@@ -146,9 +146,14 @@ def fold(
         >>> [type(layer).__name__ for layer in fold(model)]
         ['Conv2d', 'GroupNorm', 'ReLU']
     """
+    with torch.inference_mode(False):
+        return _folded(model, inputs, run, plain)
+
+
+def _folded(model: nn.Module, inputs: object, run: Run | None, plain: bool) -> nn.Module:
     steps, expected = _planned(model, inputs, run)
     for name, reason in steps.left.items():
-        warnings.warn(f'{name} is not folded: {reason}', stacklevel=2)
+        warnings.warn(f'{name} is not folded: {reason}', stacklevel=3)
     folded = steps.apply(model, plain)
     if expected is not None:
         arguments = _arguments(inputs)
@@ -165,7 +170,8 @@ def fold(
 
 def plan(model: nn.Module, inputs: object = None, run: Run | None = None) -> Plan:
     """Finds what `fold` would do, without doing it; the arguments are those of `fold`."""
-    return _planned(model, inputs, run)[0]
+    with torch.inference_mode(False):  # whose tensors do not tell that they were changed
+        return _planned(model, inputs, run)[0]
 
 
 def _planned(model: nn.Module, inputs: object, run: Run | None) -> tuple[Plan, list[Tensor] | None]:
