@@ -345,3 +345,29 @@ def test_converted_it_is_the_channel_stage_all_the_same():
     norm.bn = SyncBatchNorm()
     assert isinstance(norm.bn, nn.SyncBatchNorm) and norm.bn.process_group == 'ranks'
     assert norm.bn.weight is norm.batch_weight
+
+
+def test_a_forward_of_the_child_is_said_not_to_be_called():
+    """Test-time adaptation sets one on every BatchNorm, or puts in a class of its own."""
+
+    class Own(nn.BatchNorm2d):
+        def forward(self, x):
+            return x
+
+    layer = BatchChannelNorm2d(8, 4)
+    with pytest.warns(UserWarning, match='forward of its own, which is not called'):
+        layer.bn.forward = lambda x: x
+    with pytest.warns(UserWarning, match='forward of its own, which is not called'):
+        layer.bn = Own(8)
+
+
+def test_loops_that_go_by_the_name_of_a_class():
+    layer = BatchChannelNorm2d(8, 4)
+
+    def visit(module):
+        if type(module).__name__.find('BatchNorm2d') != -1:
+            nn.init.normal_(module.weight.data, 1.0, 0.02)
+            module.eval()
+
+    layer.apply(visit)
+    assert (layer.batch_weight != 1).all() and not layer.bn.training

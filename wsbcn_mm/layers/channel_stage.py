@@ -11,6 +11,7 @@ them away. ``eps`` is the layer's; forward hooks are called with what the layer 
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar
 
@@ -102,6 +103,8 @@ class ChannelStage(_BatchNorm):
             )
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == 'forward' and '_layer' in self.__dict__:
+            _warn_that_it_is_not_called(self._layer.layer)
         if name in _PARAMETERS and '_layer' in self.__dict__:
             setattr(self._layer.layer, f'batch_{name}', value)
             return
@@ -120,19 +123,20 @@ class ChannelStage(_BatchNorm):
 
 
 # `_BatchNorm` once more, as a direct base: initialisation rules of OpenMMLab look at those alone.
-class ChannelStage1d(ChannelStage, nn.BatchNorm1d, _BatchNorm):
+# Loops that initialise or freeze by the name of a class look for 'BatchNorm' or 'BatchNorm2d'.
+class ChannelStageBatchNorm1d(ChannelStage, nn.BatchNorm1d, _BatchNorm):
     """The channel stage of `BatchChannelNorm1d`, a BatchNorm1d for everybody else."""
 
 
-class ChannelStage2d(ChannelStage, nn.BatchNorm2d, _BatchNorm):
+class ChannelStageBatchNorm2d(ChannelStage, nn.BatchNorm2d, _BatchNorm):
     """The channel stage of `BatchChannelNorm2d`, a BatchNorm2d for everybody else."""
 
 
-class ChannelStage3d(ChannelStage, nn.BatchNorm3d, _BatchNorm):
+class ChannelStageBatchNorm3d(ChannelStage, nn.BatchNorm3d, _BatchNorm):
     """The channel stage of `BatchChannelNorm3d`, a BatchNorm3d for everybody else."""
 
 
-class ChannelStageOverRanks(ChannelStage, nn.SyncBatchNorm, _BatchNorm):
+class ChannelStageSyncBatchNorm(ChannelStage, nn.SyncBatchNorm, _BatchNorm):
     """What conversions to SyncBatchNorm make of those above."""
 
 
@@ -162,8 +166,10 @@ def adopted(child: Any, layer: Any) -> Any:
     elif type(child) in _PLAIN or type(child).__name__ == '_BatchNormXd':  # mmengine's, of any axes
         kind = layer._stage_class
     elif isinstance(child, nn.SyncBatchNorm) or type(child).__name__ == 'SyncBatchNorm':  # mmcv's
-        kind = ChannelStageOverRanks
+        kind = ChannelStageSyncBatchNorm
     else:
+        if isinstance(child, _BatchNorm):
+            _warn_that_it_is_not_called(layer)
         return child
     own = {n: child._parameters.get(n) if owner is None else getattr(child, n) for n in _PARAMETERS}
     own = {name: parameter for name, parameter in own.items() if parameter is not None}
@@ -180,6 +186,16 @@ def adopted(child: Any, layer: Any) -> Any:
     _set_scale(layer, own, gone)
     layer.__dict__['eps'] = float(stage.eps)  # not that of the child that goes
     return stage
+
+
+def _warn_that_it_is_not_called(layer: nn.Module) -> None:
+    kind = type(layer).__name__
+    warnings.warn(
+        f'the child bn of a {kind} has got a forward of its own, which is not called: the {kind} '
+        'reads its statistics, scale and mode\n  set the forward of the layer, or replace the '
+        'layer',
+        stacklevel=4,
+    )
 
 
 def _set_scale(layer: Any, own: dict[str, nn.Parameter], gone: nn.Module | None) -> None:

@@ -288,19 +288,19 @@ _NORM_DOC = """Batch-Channel Normalization over {shape} inputs (arXiv 1911.09738
 class BatchChannelNorm1d(BatchChannelNorm, nn.GroupNorm):
     __doc__ = _NORM_DOC.format(shape='(N, C) or (N, C, L)')
     _bn_class = nn.BatchNorm1d
-    _stage_class = channel_stage.ChannelStage1d
+    _stage_class = channel_stage.ChannelStageBatchNorm1d
     _dims = (2, 3)
 
 
 class BatchChannelNorm2d(BatchChannelNorm, nn.GroupNorm):
     __doc__ = _NORM_DOC.format(shape='(N, C, H, W)')
     _bn_class = nn.BatchNorm2d
-    _stage_class = channel_stage.ChannelStage2d
+    _stage_class = channel_stage.ChannelStageBatchNorm2d
     _dims = (4,)
 
 
 class BatchChannelNorm3d(BatchChannelNorm, nn.GroupNorm):
     __doc__ = _NORM_DOC.format(shape='(N, C, D, H, W)')
     _bn_class = nn.BatchNorm3d
-    _stage_class = channel_stage.ChannelStage3d
+    _stage_class = channel_stage.ChannelStageBatchNorm3d
     _dims = (5,)
