@@ -212,6 +212,15 @@ def test_a_chain_of_objects():
     assert all(step.layer is layer for step, layer in zip(model.steps, model))
 
 
+def test_what_wraps_a_module_refers_to_no_layer_by_its_attributes():
+    """As torch.compile does: a function gets the dictionary that holds the children."""
+    model = nn.Sequential(WSConv2d(3, 8, 3), BatchChannelNorm2d(8, 2))
+    model.call = functools.wraps(model)(function_with_attributes(1, 2))
+    assert references.found(model).keys() == {model}  # as __wrapped__
+    compiled = torch.compile(model, backend='eager')
+    assert plan(compiled, torch.randn(2, 3, 6, 6)).left == {}
+
+
 def test_weak_references_follow():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
     model.norms, model.conv = weakref.WeakSet([model[1]]), weakref.ref(model[0])

@@ -91,6 +91,9 @@ class _Walk:
         self._tree = {id(module): module for module in model.modules()}
         # By id: the value, which must live as long, and what has become of it.
         self._memo: dict[int, tuple[Any, Any]] = {}
+        for module in self._tree.values():  # the tree itself, which functools.wraps(module) copies
+            for own in (vars(module), module._modules):
+                self._memo[id(own)] = own, own
 
     def through(self, value: Any) -> Any:
         """What becomes of a value."""
