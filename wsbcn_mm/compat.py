@@ -31,6 +31,11 @@ NEWEST = (2, 14)
 """The newest of tools/dev/stacks.txt; newer ones get one line."""
 
 
+def installed() -> tuple[int, ...]:
+    """The release of torch that is installed."""
+    return tuple(int(part) for part in re.findall(r'\d+', torch.__version__)[:2])
+
+
 def check_torch() -> None:
     """Compares the installed torch with the releases that this package was tested with.
 
@@ -40,14 +45,13 @@ def check_torch() -> None:
     Warns:
         UserWarning: it is newer than all of them.
     """
-    installed = tuple(int(part) for part in re.findall(r'\d+', torch.__version__)[:2])
     oldest, newest = ('.'.join(map(str, release)) for release in (OLDEST, NEWEST))
-    if installed < OLDEST:
+    if installed() < OLDEST:
         raise ImportError(
             f'wsbcn_mm needs torch >= {oldest}\n  got {torch.__version__}\n'
             f"  pip install 'torch>={oldest}'"
         )
-    if installed > NEWEST:
+    if installed() > NEWEST:
         warnings.warn(
             f'wsbcn_mm was tested with torch {oldest} to {newest}, not yet with '
             f'{torch.__version__}',
@@ -114,6 +118,15 @@ def is_differentiated() -> bool:
 def in_transform() -> bool:
     """Whether this thread runs inside a transform of torch.func."""
     return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+COUNTS_TRANSFORMS = installed() >= (2, 13)
+"""Whether the tracer of torch.compile knows how many transforms of torch.func run."""
+
+
+def compiles_in_transform() -> bool:
+    """As `in_transform`, in code that is being compiled; before torch 2.13 always False."""
+    return COUNTS_TRANSFORMS and torch._C._functorch.get_dynamic_layer_stack_depth() > 0
 
 
 def compiles_backward_passes() -> bool:

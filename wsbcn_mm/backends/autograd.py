@@ -134,7 +134,9 @@ def has_nodes(backend: str) -> bool:
 def _needs_torch() -> bool:
     """Whether a result must be made of torch's own operations; see `compat.is_transformed`."""
     # The compiler differentiates what it compiles by itself, unless its code transforms a function.
-    return compat.in_transform() if torch.compiler.is_compiling() else compat.is_transformed()
+    if torch.compiler.is_compiling():
+        return compat.compiles_in_transform()
+    return compat.is_transformed()
 
 
 class _Call(NamedTuple):

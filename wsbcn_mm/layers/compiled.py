@@ -50,15 +50,10 @@ def observe(
     Returns:
         The mean and variance to normalise with; batch mode: nothing of use.
     """
-    with torch.no_grad():
-        mean, var = torch.ops.wsbcn_mm.observe(
-            x.detach(),
-            *running,
-            steps,
-            *flat_rate(rate),
-            from_batch,
-            identity,
-        )
+    # Detached, not under no_grad(), whose block would split what torch.export gives.
+    mean, var = torch.ops.wsbcn_mm.observe(
+        x.detach(), *running, steps, *flat_rate(rate), from_batch, identity
+    )
     return mean, var
 
 
