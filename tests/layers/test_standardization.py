@@ -128,36 +128,6 @@ def test_a_layer_that_is_not_used_gets_nothing(backend):
         assert [layer.weight.grad is not None for layer in model] == [i in which for i in range(3)]
 
 
-def test_a_loss_tells_the_weights_that_it_depends_on_alone(backend):
-    """One pass, two losses, a branch that is thrown away: DistributedDataParallel counts calls."""
-    model = net(5, attached=False)
-    wsbcn_mm.standardize_once_per_forward(model)
-    heard = []
-    for i, layer in enumerate(model):
-        layer.weight.register_hook(lambda grad, i=i: heard.append((i, grad.shape)))
-        layer.weight.register_post_accumulate_grad_hook(lambda p, i=i: heard.append((i, p.grad)))
-    x = X.clone().requires_grad_()
-    with wsbcn_mm.standardized_once(model):
-        outputs = [layer(x) for layer in model]
-    first = (outputs[0] + outputs[2] + outputs[4].detach()).square().mean()
-    for loss, of in ((first, [0, 2]), (outputs[3].mean(), [3]), (outputs[1].mean(), [1])):
-        heard.clear()
-        loss.backward()
-        assert sorted(i for i, _ in heard) == sorted([*of, *of])
-        assert all(value is not None for _, value in heard)
-    assert model[4].weight.grad is None
-
-
-@pytest.mark.skipif(cpu.entries is None, reason='the C++ extension is not compiled')
-def test_the_gradients_of_a_backward_pass_are_one_call():
-    model = net(6)
-    model(X)  # from now on the order is known
-    with torch.profiler.profile() as profile:
-        model(X).square().sum().backward()
-    calls = {event.key: event.count for event in profile.key_averages()}
-    assert calls['wsbcn_mm::standardize_all'] == calls['wsbcn_mm::standardize_all_backward'] == 1
-
-
 def test_what_differs_is_standardized_apart(calls):
     model = net(6)
     model[1].eps = 0.1

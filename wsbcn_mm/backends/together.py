@@ -1,8 +1,8 @@
 """Weight Standardization of many weights by one operator call, and of their gradients by another.
 
-Each weight has a node of its own in autograd's graph: a weight whose result has no part in a loss
-is, for hooks and for DistributedDataParallel, one that nobody read. The nodes of one backward pass
-hand in their gradients first, and compute all of them together.
+A weight whose result has no part in a loss is, for hooks and for DistributedDataParallel, one that
+nobody read. So weights that are watched have a node each in autograd's graph; those of a backward
+pass hand in their gradients first, and compute all of them together. Others share a node.
 """
 
 from __future__ import annotations

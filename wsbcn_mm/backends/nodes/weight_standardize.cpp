@@ -5,6 +5,7 @@
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <atomic>
 #include <memory>
 #include <mutex>
@@ -111,6 +112,15 @@ bool have_one_dtype(const std::vector<Waiting>& all) {
   return true;
 }
 
+// Whether anything but a weight's gradient shows that a backward pass has come to it: hooks, as
+// those of DistributedDataParallel, or a node in front of it.
+bool is_watched(const torch::autograd::Edge& edge) {
+  const auto& node = edge.function;
+  return node && (node->num_outputs() != 0 || !node->tensor_pre_hooks().empty() ||
+                  !node->pre_hooks().empty() || !node->post_hooks().empty() ||
+                  node->tensor_post_acc_grad_hooks() != nullptr);
+}
+
 // What the nodes of weights know that were standardized by one call.
 struct Together {
   // Not SavedVariables, which allow a single backward pass and count for activation checkpointing:
@@ -186,12 +196,54 @@ struct Together {
   std::vector<Waiting> waiting;
 };
 
-// Behind a weight's StandardizeBackward, in front of what takes its gradient. Torch runs the node
-// first that was made last: these were made before those, and both before the convolutions. When
-// the first of them runs, all gradients of this backward pass that there will be have come.
-struct StandardizeTogetherBackward : Node {
-  explicit StandardizeTogetherBackward(std::shared_ptr<Together> together)
+// Of one weight, or of several that nobody watches: those that a loss does not depend on get no
+// gradient, but are visited.
+struct StandardizeBackward : Node {
+  explicit StandardizeBackward(std::shared_ptr<Together> together)
       : together(std::move(together)) {}
+
+  std::string name() const override { return "WeightStandardizeBackward"; }
+
+  variable_list apply(variable_list&& grads) override {
+    ++backward_calls_so_far;
+    for (size_t k = 0; k < grads.size(); ++k) {
+      if (grads[k].defined()) {
+        grads[k] = together->receive(k, std::move(grads[k]));
+      } else {
+        TORCH_CHECK(grads.size() == 1 || !is_watched(next_edge(k)),
+                    "a hook was set on a weight between the forward pass that standardized it and "
+                    "the backward pass of a loss that does not depend on it\n  set it before the "
+                    "forward pass");
+      }
+    }
+    together->compute();
+    return std::move(grads);
+  }
+
+  const std::shared_ptr<Together> together;
+};
+
+// Of one of several that are watched. Torch runs the node first that was made last: these are made
+// after those that they lead to, and both before the convolutions. When the first of the others
+// runs, all gradients of this backward pass that there will be have come.
+struct ReceiveBackward : Node {
+  ReceiveBackward(std::shared_ptr<Together> together, size_t place)
+      : together(std::move(together)), place(place) {}
+
+  std::string name() const override { return "WeightStandardizeBackward"; }
+
+  variable_list apply(variable_list&& grads) override {
+    ++backward_calls_so_far;
+    if (grads[0].defined()) grads[0] = together->receive(place, std::move(grads[0]));
+    return std::move(grads);
+  }
+
+  const std::shared_ptr<Together> together;
+  const size_t place;
+};
+
+struct ComputeBackward : Node {
+  explicit ComputeBackward(std::shared_ptr<Together> together) : together(std::move(together)) {}
 
   std::string name() const override { return "WeightStandardizeTogetherBackward"; }
 
@@ -201,26 +253,6 @@ struct StandardizeTogetherBackward : Node {
   }
 
   const std::shared_ptr<Together> together;
-};
-
-// Of one weight.
-struct StandardizeBackward : Node {
-  StandardizeBackward(std::shared_ptr<Together> together, size_t place)
-      : together(std::move(together)), place(place) {}
-
-  std::string name() const override { return "WeightStandardizeBackward"; }
-
-  variable_list apply(variable_list&& grads) override {
-    ++backward_calls_so_far;
-    if (grads[0].defined()) {
-      grads[0] = together->receive(place, std::move(grads[0]));
-      if (together->weights.size() == 1) together->compute();
-    }
-    return std::move(grads);
-  }
-
-  const std::shared_ptr<Together> together;
-  const size_t place;
 };
 
 bool is_differentiable(TensorList weights) {
@@ -246,19 +278,22 @@ variable_list apply(TensorList weights, double eps, std::string_view formula,
         "wsbcn_mm::weight_standardize has no forward-mode derivative: call the layer or "
         "wsbcn_mm.functional.weight_standardize, which have one");
   }
-  // A node for each weight: its gradient hangs on what was computed with it alone.
   const auto together = std::make_shared<Together>(weights, eps, formula, result);
   torch::autograd::edge_list edges = torch::autograd::collect_next_edges(weights);
-  if (weights.size() > 1) {
-    for (size_t k = 0; k < weights.size(); ++k) {
-      const NodePointer behind = owned(std::make_unique<StandardizeTogetherBackward>(together));
-      behind->add_input_metadata(weights[k]);
-      behind->add_next_edge(std::move(edges[k]));
-      edges[k] = torch::autograd::Edge(behind, 0);
-    }
+  if (weights.size() == 1 || std::none_of(edges.begin(), edges.end(), is_watched)) {
+    const NodePointer node = owned(std::make_unique<StandardizeBackward>(together));
+    node->set_next_edges(std::move(edges));
+    for (const Tensor& w_hat : result.w_hats) torch::autograd::set_history(w_hat, node);
+    return std::move(result.w_hats);
   }
   for (size_t k = 0; k < weights.size(); ++k) {
-    const NodePointer node = owned(std::make_unique<StandardizeBackward>(together, k));
+    const NodePointer node = owned(std::make_unique<ComputeBackward>(together));
+    node->add_input_metadata(weights[k]);
+    node->add_next_edge(std::move(edges[k]));
+    edges[k] = torch::autograd::Edge(node, 0);
+  }
+  for (size_t k = 0; k < weights.size(); ++k) {
+    const NodePointer node = owned(std::make_unique<ReceiveBackward>(together, k));
     node->add_next_edge(std::move(edges[k]));
     torch::autograd::set_history(result.w_hats[k], node);
   }

@@ -1,0 +1,52 @@
+"""Gradients of weights that were standardized together: one call, told to whom it concerns."""
+
+import pytest
+import torch
+
+import wsbcn_mm
+from tests.layers.standardized import X, net
+from wsbcn_mm.backends import cpu
+
+
+def test_a_loss_tells_the_weights_that_it_depends_on_alone(backend):
+    """One pass, two losses, a branch that is thrown away: DistributedDataParallel counts calls."""
+    model = net(5, attached=False)
+    wsbcn_mm.standardize_once_per_forward(model)
+    heard = []
+    for i, layer in enumerate(model):
+        layer.weight.register_hook(lambda grad, i=i: heard.append((i, grad.shape)))
+        layer.weight.register_post_accumulate_grad_hook(lambda p, i=i: heard.append((i, p.grad)))
+    x = X.clone().requires_grad_()
+    with wsbcn_mm.standardized_once(model):
+        outputs = [layer(x) for layer in model]
+    first = (outputs[0] + outputs[2] + outputs[4].detach()).square().mean()
+    for loss, of in ((first, [0, 2]), (outputs[3].mean(), [3]), (outputs[1].mean(), [1])):
+        heard.clear()
+        loss.backward()
+        assert sorted(i for i, _ in heard) == sorted([*of, *of])
+        assert all(value is not None for _, value in heard)
+    assert model[4].weight.grad is None
+
+
+@pytest.mark.skipif(cpu.entries is None, reason='the C++ extension is not compiled')
+@pytest.mark.parametrize('watched', [True, False])
+def test_the_gradients_of_a_backward_pass_are_one_call(watched):
+    model = net(6)
+    model(X)  # from now on the order is known
+    if watched:
+        model[2].weight.register_hook(lambda grad: None)
+    with torch.profiler.profile() as profile:
+        model(X).square().sum().backward()
+    calls = {event.key: event.count for event in profile.key_averages()}
+    assert calls['wsbcn_mm::standardize_all'] == calls['wsbcn_mm::standardize_all_backward'] == 1
+
+
+@pytest.mark.skipif(cpu.entries is None, reason='the C++ extension is not compiled')
+def test_a_hook_that_would_be_called_for_nothing_is_refused():
+    model = net(2, attached=False)
+    with wsbcn_mm.standardized_once(model):
+        first, second = (layer(X) for layer in model)
+    model[1].weight.register_hook(lambda grad: grad * 2)
+    with pytest.raises(RuntimeError, match='set it before the forward pass'):
+        first.sum().backward(retain_graph=True)
+    (first.sum() + second.sum()).backward()  # with a gradient there is nothing to tell
