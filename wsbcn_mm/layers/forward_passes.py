@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from wsbcn_mm import backends, compat, distributed
 from wsbcn_mm.backends import autograd, cpu, synchronised
 from wsbcn_mm.backends.carriers import Affine, Rate, Running
-from wsbcn_mm.checks import check_floating, checked_rate
+from wsbcn_mm.checks import check_floating, check_groups, checked_rate
 from wsbcn_mm.layers import averages, channel_stage, compiled, recomputation, transformed
 
 Remembered = tuple[Tensor, Tensor, averages.Average | None]
@@ -122,6 +122,8 @@ class ForwardPasses(nn.GroupNorm):
                 return compat.call_as_leaf(self, input)
             self._refuse(input)
         assert mean is not None and var is not None
+        if self.num_groups < 1 or self.num_channels % self.num_groups:  # set since it was made
+            check_groups(self.num_channels, self.num_groups)
         # norm_eval and frozen stages call eval() on BatchNorm instances only: the child obeys. What
         # hosts replace BatchNorms by to freeze them (FrozenBatchNorm2d) has nothing to update with.
         if not bn.training or not hasattr(bn, 'momentum'):
