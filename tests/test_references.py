@@ -1,5 +1,6 @@
 """wsbcn_mm.references: layers that a forward pass reaches beside the module tree."""
 
+import collections
 import copy
 import functools
 import gc
@@ -305,3 +306,11 @@ def test_an_old_layer_that_still_runs_is_put_back(unseen, changed):
         assert 'something runs it that' in line.reason or 'stays as it is' in line.reason
     model(x)
     assert all(m.num_batches_tracked == 1 for m in model.modules() if hasattr(m, 'running_mean'))
+
+
+def test_modules_as_keys_and_behind_many_nones():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+    model.of = collections.OrderedDict([(model[0], 'a'), ('b', 1), (model[1], 'c')])
+    model.steps = [None] * 100 + list(model)
+    assert len(convert_model(model).changed) == 2
+    assert list(model.of) == [model[0], 'b', model[1]] and model.steps[-2:] == list(model)

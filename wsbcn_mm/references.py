@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_LONG = 64  # a list of more that begins with a number or a text holds those alone
+_LONG = 64  # a list of more is looked through for its kinds first
 _OF_TORCH = frozenset(vars(nn.Module()))
 _VALUES = frozenset((str, bytes, int, float, bool, complex, type(None), torch.dtype, torch.device))
 _LEAVES = (Tensor, type, types.ModuleType, torch.jit.ScriptModule)
@@ -164,7 +164,7 @@ def _parts(value: Any, kind: type) -> _Steps | None:
 
 
 def _of_items(items: Any, base: Any, value: Any = None) -> _Steps:
-    if base.__len__(items) <= _LONG or type(base.__getitem__(items, 0)) not in _VALUES:
+    if base.__len__(items) <= _LONG or not _VALUES.issuperset(map(type, base.__iter__(items))):
         for i, part in enumerate(list(base.__iter__(items))):
             changed = yield part
             with contextlib.suppress(ValueError):  # a read-only array
@@ -182,8 +182,9 @@ def _of_dict(value: dict[Any, Any]) -> _Steps:
         keys.append((yield key))
     if any(new is not old for new, (old, _) in zip(keys, items)):
         parts = list(dict.values(value))
-        dict.clear(value)
-        dict.update(value, zip(keys, parts))
+        base: Any = collections.OrderedDict if isinstance(value, collections.OrderedDict) else dict
+        base.clear(value)
+        base.update(value, zip(keys, parts))
     return value
 
 

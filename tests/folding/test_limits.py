@@ -272,6 +272,37 @@ def test_a_forward_that_asks_what_a_layer_is(dtype):
     check_fold(ReadsStatistics(*layers), x.double(), ['1'], inputs=x.double())
 
 
+class AsksInFloat32(AsksForTheClass):
+    def forward(self, x):
+        return super().forward(x.float())
+
+
+class DrawsAWay(nn.Sequential):
+    def forward(self, x):
+        y = super().forward(x)
+        return y.flip(-1) if torch.rand(()) > 0.5 else y
+
+
+def test_what_can_be_compared():
+    """The same random numbers for both; a model's own dtype; nothing where a run is for once."""
+    layers = WSConv2d(4, 8, 3), BatchChannelNorm2d(8, 2)
+    x = torch.randn(2, 4, 9, 9)
+    with pytest.raises(ValueError, match='computes something else: its results differ by 0.5 of'):
+        fold(AsksInFloat32(*layers), x)
+    for seed in range(4):
+        torch.manual_seed(seed)
+        fold(DrawsAWay(*layers), x)
+    batches = iter([x])
+    fold(nn.Sequential(*layers), run=lambda model: model(next(batches)))
+
+
+def test_a_container_that_holds_itself():
+    model = nn.Sequential(WSConv2d(4, 8, 3), BatchChannelNorm2d(8, 2))
+    model.cache = {}
+    model.cache['itself'] = model.cache
+    fold(model, torch.randn(2, 4, 9, 9))
+
+
 class Chaos(nn.Module):
     def forward(self, x):
         return torch.sin(1e3 * x)

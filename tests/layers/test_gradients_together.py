@@ -50,3 +50,16 @@ def test_a_hook_that_would_be_called_for_nothing_is_refused():
     with pytest.raises(RuntimeError, match='set it before the forward pass'):
         first.sum().backward(retain_graph=True)
     (first.sum() + second.sum()).backward()  # with a gradient there is nothing to tell
+
+
+@pytest.mark.parametrize('anomalies', [True, False])
+def test_who_looks_between_the_nodes_sees_gradients(anomalies):
+    model = net(3, attached=False)
+    model[2].weight.register_hook(lambda grad: None)
+    seen = []
+    with wsbcn_mm.standardized_once(model), torch.autograd.set_detect_anomaly(anomalies):
+        w_hat = model[0].standardized_weight()
+        if not anomalies:
+            w_hat.grad_fn.register_hook(lambda inputs, outputs: seen.append(inputs[0].clone()))
+        sum(layer(X).square().sum() for layer in model).backward()
+    assert all(torch.equal(grad, model[0].weight.grad) for grad in seen)

@@ -158,11 +158,12 @@ def _folded(model: nn.Module, inputs: object, run: Run | None, plain: bool) -> n
     if expected is not None:
         arguments = _arguments(inputs)
         results.check(
+            lambda: _evaluating_copy(model),
             lambda: _evaluating_copy(model).double(),
             lambda double: steps.apply(double, plain),
             folded,
-            run or (lambda m: m(*arguments)),
-            run or (lambda m: m(*results.doubled(arguments))),
+            results.seeded(run or (lambda m: m(*results.copies(arguments)))),
+            results.seeded(run or (lambda m: m(*results.copies(arguments, torch.float64)))),
             expected,
         )
     return folded
@@ -191,10 +192,12 @@ def _planned(model: nn.Module, inputs: object, run: Run | None) -> tuple[Plan, l
     expected = None
     if inputs is not None:
         arguments = _arguments(inputs)
-        expected = results.tensors_of(evidence.add(work, lambda module: module(*arguments)))
+        expected = results.tensors_of(
+            evidence.add(work, results.seeded(lambda module: module(*arguments)))
+        )
         evidence.add_other_sizes(work, arguments)
     elif run is not None:
-        expected = results.tensors_of(evidence.add(work, run))
+        expected = results.tensors_of(evidence.add(work, results.seeded(run)))
     evidence.explore(work)
     fixed = _fixed(work, evidence)
     for layer, where in referred.items():

@@ -22,8 +22,21 @@ def tensors_of(result: object) -> list[Tensor]:
     return [leaf.detach().clone() for leaf in leaves]
 
 
+def seeded(run: Run) -> Run:
+    """The same run, each time with the same random numbers of torch, and none used up."""
+
+    def run_again(model: nn.Module) -> object:
+        devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(0)
+            return run(model)
+
+    return run_again
+
+
 @torch.no_grad()
 def check(
+    again: Callable[[], nn.Module],
     in_double: Callable[[], nn.Module],
     fold: Callable[[nn.Module], nn.Module],
     folded: nn.Module,
@@ -38,10 +51,12 @@ def check(
     does when its weights change in their last bits.
 
     Args:
-        in_double: Makes a copy of the model, in float64 and evaluation mode.
+        again: Makes a copy of the model, in evaluation mode.
+        in_double: Likewise, in float64.
         fold: Makes a folded one of such a copy.
         folded: Stays as it is; a copy of it runs.
-        run: Runs a model.
+        run: Runs a model; where it cannot run the model itself once more (it draws from an
+            iterator), nothing is compared.
         run_in_double: Runs one whose parameters are float64.
         expected: `tensors_of` what it returned for the model.
 
@@ -51,6 +66,8 @@ def check(
     try:
         got = tensors_of(run(copied(folded)))  # which may keep something of it
     except Exception as error:
+        if not _runs(again, run):
+            return
         raise ValueError(
             f'the model runs as it is, but not folded: {in_one_line(error)}\n'
             '  does its forward read an attribute of a layer, which the plain one does not have? '
@@ -58,29 +75,53 @@ def check(
         ) from error
     largest = _difference(got, expected)
     expected_rounding = max((torch.finfo(t.dtype).eps for t in expected), default=0.0) ** 0.5
-    if largest > expected_rounding and _differs_in_float64(in_double, fold, run_in_double):
+    if largest > expected_rounding and _is_more_than_rounding(
+        again, in_double, fold, run, run_in_double, expected, largest
+    ):
         raise ValueError(
             f'the folded model computes something else: its results differ by {largest:.2g} of the '
-            'largest value, in float64 as well\n  does its forward ask which class a layer has, or '
-            'does something compute with a layer that no run showed? wsbcn_mm.folding.plan tells '
-            'what is folded; what an attribute of the model refers to (model.keep = [layer]) stays'
+            'largest value, which is not rounding\n  does its forward ask which class a layer has, '
+            'or does something compute with a layer that no run showed? wsbcn_mm.folding.plan '
+            'tells what is folded; what an attribute refers to (model.keep = [layer]) stays'
         )
 
 
-def _differs_in_float64(
-    in_double: Callable[[], nn.Module], fold: Callable[[nn.Module], nn.Module], run: Run
-) -> bool:
-    generator = torch.Generator().manual_seed(0)
+def _runs(model: Callable[[], nn.Module], run: Run) -> bool:
     try:
-        shaken = in_double()
-        for parameter in shaken.parameters():
-            noise = torch.rand(parameter.shape, generator=generator, dtype=torch.float64) - 0.5
-            parameter.mul_(1 + 8 * torch.finfo(torch.float64).eps * noise.to(parameter.device))
-        exact, got, moved = (tensors_of(run(m)) for m in (in_double(), fold(in_double()), shaken))
-    except Exception:  # noqa: BLE001  whatever a model raises that wants its own dtype
+        run(model())
+    except Exception:  # noqa: BLE001  whatever it is, it is not because of what was folded
         return False
-    difference = _difference(got, exact)
-    return difference > max(_EXACT, _AS_ROUNDING * _difference(moved, exact))
+    return True
+
+
+def _is_more_than_rounding(
+    again: Callable[[], nn.Module],
+    in_double: Callable[[], nn.Module],
+    fold: Callable[[nn.Module], nn.Module],
+    run: Run,
+    run_in_double: Run,
+    expected: list[Tensor],
+    largest: float,
+) -> bool:
+    try:
+        exact, got, moved = (
+            tensors_of(run_in_double(model))
+            for model in (in_double(), fold(in_double()), _shaken(in_double()))
+        )
+    except Exception:  # noqa: BLE001  whatever a model raises that wants its own dtype
+        return largest > _AS_ROUNDING * _difference(tensors_of(run(_shaken(again()))), expected)
+    return _difference(got, exact) > max(_EXACT, _AS_ROUNDING * _difference(moved, exact))
+
+
+def _shaken(model: nn.Module) -> nn.Module:
+    """The model with parameters that differ in their last bits."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            noise = torch.rand(parameter.shape, generator=generator, dtype=torch.float64) - 0.5
+            factor = 1 + 8 * torch.finfo(parameter.dtype).eps * noise
+            parameter.copy_(parameter.double() * factor.to(parameter.device))
+    return model
 
 
 def _difference(got: list[Tensor], expected: list[Tensor]) -> float:
@@ -97,13 +138,13 @@ def _difference(got: list[Tensor], expected: list[Tensor]) -> float:
     return largest
 
 
-def doubled(arguments: Any) -> Any:
-    """Copies of a model's arguments in float64."""
+def copies(arguments: Any, dtype: torch.dtype | None = None) -> Any:
+    """Copies of a model's arguments, of floating-point ones in the dtype: it may edit them."""
 
-    def double(value: Any) -> Any:
+    def copy_of(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        dtype = torch.float64 if value.is_floating_point() else value.dtype
-        return value.to(dtype, copy=True)
+        of = dtype if dtype is not None and value.is_floating_point() else value.dtype
+        return value.to(of, copy=True)
 
-    return tree_map(double, arguments)
+    return tree_map(copy_of, arguments)

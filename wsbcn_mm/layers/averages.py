@@ -47,6 +47,11 @@ def note(steps: Tensor, taken_in: Tensor) -> None:
     steps[0].add_(taken_in)
 
 
+def begin_together(steps: Tensor, tracked: Tensor) -> None:
+    """Notes that all ranks have the same statistics: they were loaded, or reset."""
+    steps[2].copy_(tracked.expand_as(steps[2]))
+
+
 def note_of_others(steps: Tensor, tracked: Tensor, taken_in: Tensor) -> None:
     """Notes inputs that the average has taken in from other ranks.
 
@@ -63,7 +68,7 @@ def note_of_others(steps: Tensor, tracked: Tensor, taken_in: Tensor) -> None:
     had_none = taken_in.any() & (together[0] == tracked)
     tracked.add_(had_none)
     known.add_(had_none)
-    together.copy_(tracked.expand_as(together))
+    begin_together(steps, tracked)
 
 
 def update_from_batch(input: Tensor, running: Running, rate: float | Tensor, steps: Tensor) -> None:

@@ -53,16 +53,16 @@ class ChannelStage(_BatchNorm):
     def reset_running_stats(self) -> None:
         """As in torch; averages and the counts of what they took in begin anew as well."""
         super().reset_running_stats()
-        self._begin_anew()
+        self._begin_anew(loaded=False)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
         if f'{prefix}running_mean' in state_dict or f'{prefix}running_var' in state_dict:
-            self._begin_anew()
+            self._begin_anew(loaded=True)
 
-    def _begin_anew(self) -> None:
+    def _begin_anew(self, loaded: bool) -> None:
         if '_layer' in self.__dict__:
-            self._layer.layer.begin_anew()  # type: ignore[operator]
+            self._layer.layer.begin_anew(loaded)  # type: ignore[operator]
 
     # Until it belongs to a layer, None: what nn.BatchNorm registers without an affine.
     @property
@@ -103,8 +103,9 @@ class ChannelStage(_BatchNorm):
             )
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == 'forward' and '_layer' in self.__dict__:
-            _warn_that_it_is_not_called(self._layer.layer)
+        own = getattr(value, '__func__', None) is type(self).forward  # who puts back what was there
+        if name == 'forward' and not own and '_layer' in self.__dict__:
+            _warn_that_it_is_not_called(self._layer.layer, stacklevel=3)
         if name in _PARAMETERS and '_layer' in self.__dict__:
             setattr(self._layer.layer, f'batch_{name}', value)
             return
@@ -169,7 +170,7 @@ def adopted(child: Any, layer: Any) -> Any:
         kind = ChannelStageSyncBatchNorm
     else:
         if isinstance(child, _BatchNorm):
-            _warn_that_it_is_not_called(layer)
+            _warn_that_it_is_not_called(layer, stacklevel=4)
         return child
     own = {n: child._parameters.get(n) if owner is None else getattr(child, n) for n in _PARAMETERS}
     own = {name: parameter for name, parameter in own.items() if parameter is not None}
@@ -188,13 +189,13 @@ def adopted(child: Any, layer: Any) -> Any:
     return stage
 
 
-def _warn_that_it_is_not_called(layer: nn.Module) -> None:
+def _warn_that_it_is_not_called(layer: nn.Module, stacklevel: int) -> None:
     kind = type(layer).__name__
     warnings.warn(
         f'the child bn of a {kind} has got a forward of its own, which is not called: the {kind} '
         'reads its statistics, scale and mode\n  set the forward of the layer, or replace the '
         'layer',
-        stacklevel=4,
+        stacklevel=stacklevel,
     )
 
 

@@ -260,16 +260,22 @@ class ForwardPasses(nn.GroupNorm):
         self._average = None
 
     @torch.no_grad()
-    def begin_anew(self) -> None:
-        """Forgets what the running statistics had taken in: somebody has set them."""
+    def begin_anew(self, loaded: bool) -> None:
+        """Lets averages begin anew: somebody has set the running statistics.
+
+        Args:
+            loaded: From a state dict, which may be the one that was put aside a moment ago: what
+                they are to be synchronised with stays. Else they were reset.
+        """
         self.forget_average()
         counts, tracked = self._counts, self.bn.num_batches_tracked
         if counts is None or tracked is None or counts.device != tracked.device:
             return  # they are made when they are needed
         if compat.is_fake(counts) != compat.is_fake(tracked):
             return
-        counts[0].zero_()
-        self._steps.copy_(tracked.expand_as(self._steps))
+        if not loaded:
+            counts[0].zero_()
+        averages.begin_together(self._steps, tracked)
 
     def remembered(self) -> Remembered:
         """A copy of what is not in the buffers; for `remember`."""

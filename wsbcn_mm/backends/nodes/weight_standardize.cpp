@@ -1,6 +1,7 @@
 // Weight Standardization with its gradients, as nodes of torch's graph: of one weight, or of many at
 // once. The second derivative goes back to backends/autograd.py (`standardize_twice`).
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/autograd/anomaly_mode.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/library.h>
@@ -235,6 +236,11 @@ struct ReceiveBackward : Node {
   variable_list apply(variable_list&& grads) override {
     ++backward_calls_so_far;
     if (grads[0].defined()) grads[0] = together->receive(place, std::move(grads[0]));
+    // Who looks at what goes from here to the next node: anomaly mode, hooks, `autograd.grad`.
+    const auto* asked_for = torch::autograd::get_current_graph_task_exec_info();
+    const bool is_seen = torch::autograd::AnomalyMode::is_enabled() || !post_hooks().empty() ||
+                         (asked_for != nullptr && !asked_for->empty());
+    if (is_seen) together->compute();
     return std::move(grads);
   }
 
