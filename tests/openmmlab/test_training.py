@@ -392,6 +392,7 @@ def test_two_ranks_with_unused_parameters_end_with_the_same_estimates(tmp_path):
         assert first[name]['rates'] == [rate_of_step(0.01, 2, i) for i in range(6)]
         saved = torch.load(tmp_path / name / 'epoch_2.pth', weights_only=True)['state_dict']
         assert_same(saved['neck.bn.running_var'], first[name]['statistics']['neck.running_var'])
-    # Only rank 0 took the branch: its update alone counts, with all of its weight.
-    assert first['plain']['statistics']['branch.1.num_batches_tracked'] == 6
-    assert second['plain']['statistics']['branch.1.num_batches_tracked'] == 0
+    # Only rank 0 took the branch: its update alone counts, with all of its weight. It is an update
+    # of both: what else is the average of 6 inputs on rank 1?
+    for found in (first, second):
+        assert found['plain']['statistics']['branch.1.num_batches_tracked'] == 6
