@@ -41,4 +41,5 @@ def _rank(
     leave_configs_unformatted()
     torch.save(function(rank, *arguments), f'{folder}/{rank}.pt')
     if torch.distributed.is_initialized():
+        torch.distributed.barrier()  # torch 2.6 may wait for ever for a rank that has gone
         torch.distributed.destroy_process_group()
