@@ -312,5 +312,7 @@ def test_modules_as_keys_and_behind_many_nones():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
     model.of = collections.OrderedDict([(model[0], 'a'), ('b', 1), (model[1], 'c')])
     model.steps = [None] * 100 + list(model)
+    model.array = np.array(model.steps, dtype=object)
     assert len(convert_model(model).changed) == 2
+    assert list(model.array[-2:]) == list(model)
     assert list(model.of) == [model[0], 'b', model[1]] and model.steps[-2:] == list(model)

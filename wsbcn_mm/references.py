@@ -164,8 +164,9 @@ def _parts(value: Any, kind: type) -> _Steps | None:
 
 
 def _of_items(items: Any, base: Any, value: Any = None) -> _Steps:
-    if base.__len__(items) <= _LONG or not _VALUES.issuperset(map(type, base.__iter__(items))):
-        for i, part in enumerate(list(base.__iter__(items))):
+    parts = list(base.__iter__(items))  # once: an array's iterator does not begin anew
+    if len(parts) <= _LONG or not _VALUES.issuperset(map(type, parts)):
+        for i, part in enumerate(parts):
             changed = yield part
             with contextlib.suppress(ValueError):  # a read-only array
                 _set(base, items, i, part, changed)
