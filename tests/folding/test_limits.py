@@ -292,8 +292,9 @@ def test_what_can_be_compared():
     for seed in range(4):
         torch.manual_seed(seed)
         fold(DrawsAWay(*layers), x)
-    batches = iter([x])
-    fold(nn.Sequential(*layers), run=lambda model: model(next(batches)))
+    for count in (1, 9):
+        batches = iter(torch.randn(count, *x.shape))
+        fold(nn.Sequential(*layers), run=lambda model, it=batches: model(next(it)))
 
 
 def test_a_container_that_holds_itself():

@@ -138,7 +138,8 @@ def fold(
     Raises:
         TypeError: ``model`` is no module.
         ValueError: both ``inputs`` and ``run``; a folded model that does not run with them, or
-            whose results differ by more than rounding (in float64, where the model takes that).
+            whose results differ by more than rounding (in float64, or in the model's own dtype
+            where it takes no other).
 
     Examples:
         >>> from wsbcn_mm import BatchChannelNorm2d, WSConv2d
@@ -159,7 +160,6 @@ def _folded(model: nn.Module, inputs: object, run: Run | None, plain: bool) -> n
         arguments = _arguments(inputs)
         results.check(
             lambda: _evaluating_copy(model),
-            lambda: _evaluating_copy(model).double(),
             lambda double: steps.apply(double, plain),
             folded,
             results.seeded(run or (lambda m: m(*results.copies(arguments)))),
