@@ -20,7 +20,13 @@ from tests.wrappers import (
     cotangent,
     images,
 )
-from wsbcn_mm import BatchChannelNorm1d, BatchChannelNorm2d, reference
+from wsbcn_mm import (
+    BatchChannelNorm1d,
+    BatchChannelNorm2d,
+    WSConv2d,
+    reference,
+    standardize_once_per_forward,
+)
 from wsbcn_mm.estimates import skipped_updates, synchronize_estimates
 from wsbcn_mm.recalibration import recalibrate
 
@@ -222,7 +228,35 @@ def case_compiled(rank):
     return {mode: outputs(mode) for mode in ('estimate', 'batch')}
 
 
+class TwoHeads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.heads = nn.ModuleList(WSConv2d(3, 4, 3, bias=False).double() for _ in 'ab')
+
+    def forward(self, x):
+        return [head(x).square().mean() for head in self.heads]
+
+
+def case_two_losses(rank):
+    """One pass in a scope, two losses: gradients with one wrapper around all and one per part."""
+    results = {}
+    x = torch.randn(2, 3, 5, 5, generator=torch.Generator().manual_seed(1)).double()
+    for parts in (False, True):
+        net = TwoHeads()
+        weights = [head.weight for head in net.heads]
+        if parts:
+            net.heads = nn.ModuleList(map(nn.parallel.DistributedDataParallel, net.heads))
+        standardize_once_per_forward(net)
+        model = net if parts else nn.parallel.DistributedDataParallel(net)
+        for loss in model(x[rank][None]):
+            loss.backward()
+        results[parts] = [weight.grad for weight in weights]
+    return results
+
+
 CASES = (
+    case_two_losses,
     case_compiled,
     case_wrappers,
     case_recalibrated,
@@ -389,6 +423,15 @@ def test_wrappers_train_as_a_loop_that_sums_gradients(ranks, name, scopes):
     for rank in ranks:
         expected = rank['case_nets']['step/torch.float64']['state']
         assert_same(rank['case_wrappers'][name, scopes], expected, 1e-12)
+
+
+def test_losses_of_one_pass_are_reduced_one_by_one(ranks):
+    net = TwoHeads()
+    x = torch.randn(2, 3, 5, 5, generator=torch.Generator().manual_seed(1)).double()
+    sum(net(x)).backward()
+    for rank in ranks:
+        for found in rank['case_two_losses'].values():
+            assert_same(found, [head.weight.grad for head in net.heads], 1e-12)
 
 
 def test_hooks_of_the_child_are_refused_in_a_batch_over_ranks(ranks):
