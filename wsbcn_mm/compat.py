@@ -120,13 +120,14 @@ def in_transform() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
-COUNTS_TRANSFORMS = installed() >= (2, 13)
-"""Whether the tracer of torch.compile knows how many transforms of torch.func run."""
+HAS_IS_EXPORTING = hasattr(torch.compiler, 'is_exporting')
 
 
-def compiles_in_transform() -> bool:
-    """As `in_transform`, in code that is being compiled; before torch 2.13 always False."""
-    return COUNTS_TRANSFORMS and torch._C._functorch.get_dynamic_layer_stack_depth() > 0
+def is_exporting() -> bool:
+    """Whether torch.export traces."""
+    if HAS_IS_EXPORTING:
+        return torch.compiler.is_exporting()
+    return torch.compiler._is_compiling_flag  # torch 2.6; not set by torch.compile
 
 
 def compiles_backward_passes() -> bool:

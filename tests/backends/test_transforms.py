@@ -24,7 +24,6 @@ from torch.nn.functional import conv2d
 from wsbcn_mm import (
     BatchChannelNorm2d,
     WSConv2d,
-    compat,
     reference,
     standardize_once_per_forward,
     standardized_once,
@@ -338,8 +337,6 @@ def test_a_training_step_as_a_function_of_its_buffers(backend, way, mode):
 )
 def test_transforms_in_compiled_code(backend, transform, name):
     """Exact, or torch's error."""
-    if backend != 'eager' and not compat.COUNTS_TRANSFORMS:
-        pytest.skip('the tracer of this torch does not tell that it is in a transform')
     torch._dynamo.reset()
     layer = WSConv2d(8, 4, 1).double() if name == 'WS' else make_norm().eval()
     parameters = {n: p.detach() for n, p in layer.named_parameters()}

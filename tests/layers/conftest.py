@@ -23,7 +23,7 @@ def backend(request):
     if request.param == 'nodes':
         if backends.BACKENDS['cpu'].unavailable():
             pytest.skip('the CPU kernels are not compiled')
-        yield
+        yield 'nodes'
     else:
         with backends.use_backend('eager'):
-            yield
+            yield 'eager'

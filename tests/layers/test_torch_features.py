@@ -1,6 +1,7 @@
 """BCN layers under what torch does to modules; see docs/guarantees.md."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from wsbcn_mm import (
     BatchChannelNorm2d,
     WSConv2d,
     WSConvTranspose2d,
+    compat,
     standardize_once_per_forward,
 )
 from wsbcn_mm.layers.subclasses import standardized_copy
@@ -230,6 +232,55 @@ def test_traced_and_exported(training):
     same(dict(exported.named_buffers())['bn.running_mean'], expected.bn.running_mean)
     if not training:  # tracing runs the layer once before
         same(traced(X), y)
+
+
+@pytest.mark.parametrize('mode', ['estimate', 'batch', 'evaluation'])
+def test_exported_programs_have_the_gradients_of_their_model(backend, mode):
+    model = nn.Sequential(
+        WSConv2d(8, 8, 3),
+        norm(mode='batch' if mode == 'batch' else 'estimate'),
+        nn.ReLU(),
+        WSConv2d(8, 4, 1, formula='std_eps'),
+    )
+    model = model.double().train(mode != 'evaluation')
+    # torch 2.6 does not tell that it exports when it is strict.
+    strictnesses = (False,) if backend == 'eager' and not compat.HAS_IS_EXPORTING else (False, True)
+    programs = []
+    for strict, recording in itertools.product(strictnesses, (False, True)):
+        with torch.set_grad_enabled(recording):
+            exported = torch.export.export(copy.deepcopy(model), (X,), strict=strict)
+        programs.append(exported.module())
+
+    def gradients_of(one, transform):
+        x = X.clone().requires_grad_()
+        names, parameters = zip(*sorted(one.named_parameters()))
+        buffers = {name: value.clone() for name, value in one.named_buffers()}
+
+        def loss(parameters, x, buffers):
+            own = dict(zip(names, parameters)) | buffers
+            return torch.func.functional_call(one, own, (x,)).sin().sum()
+
+        if transform:
+            first = torch.func.grad(loss, argnums=(0, 1))(parameters, x, buffers)
+            return [*first[0], first[1]]
+        inputs = [*parameters, x]
+        first = torch.autograd.grad(loss(parameters, x, buffers), inputs, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), inputs)
+        return [*first, *second]
+
+    for transform in (False, True):
+        expected = gradients_of(model, transform)
+        for program in programs:
+            found = gradients_of(program, transform)
+            torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    for one in (model, *programs):
+        one(X).square().sum().backward()
+    for program in programs:
+        for name, parameter in program.named_parameters():
+            expected = model.get_parameter(name).grad
+            torch.testing.assert_close(parameter.grad, expected, rtol=1e-10, atol=1e-10)
+        for name, buffer in program.named_buffers():
+            same(buffer, model.get_buffer(name))
 
 
 def test_a_trace_keeps_the_dtype_of_its_weights():

@@ -65,12 +65,15 @@ def batch_channel_norm(
         rate = float(rate)
     backend = backends.select(x)
     y: Tensor
-    if x.numel() > 0 and _needs_torch():
+    if x.numel() > 0 and _needs_torch(backend):
         y = batch_channel_norm_in_torch(x, num_groups, running, affine, rate, eps, from_batch)
     elif has_nodes(backend) and x.numel() > 0:
         y = torch.ops.wsbcn_mm.batch_channel_norm.default(
             x, num_groups, *running, *affine, *flat_rate(rate), eps, from_batch
         )
+    elif torch.is_grad_enabled() and _is_written_down(backend) and x.numel() > 0:
+        call = _Call(num_groups, running, rate, eps, from_batch, backend)
+        y, _ = _normalize(x, affine, call)
     elif torch.is_grad_enabled():
         call = _Call(num_groups, running, rate, eps, from_batch, backend)
         y = _Normalize.apply(x, *affine, call)  # type: ignore[no-untyped-call]
@@ -101,10 +104,12 @@ def weight_standardize(weight: Tensor, eps: float, formula: str, dtype: torch.dt
     eps = float(eps)  # dynamic=True of torch.compile makes a symbol of it, which no node can take
     backend = backends.select(weight)
     w_hat: Tensor
-    if _needs_torch():
+    if _needs_torch(backend):
         w_hat = weight_standardize_in_torch(weight, eps, formula, dtype)
     elif has_nodes(backend):
         w_hat = torch.ops.wsbcn_mm.weight_standardize.default(weight, eps, formula, dtype)
+    elif _is_written_down(backend):
+        w_hat, _, _ = backends.kernels(backend).standardize(weight, eps, formula, dtype)
     else:
         arguments = weight, eps, formula, dtype, backend
         w_hat = _Standardize.apply(*arguments)  # type: ignore[no-untyped-call]
@@ -131,11 +136,17 @@ def has_nodes(backend: str) -> bool:
     return there and not torch.compiler.is_compiling() and not compat.compiles_backward_passes()
 
 
-def _needs_torch() -> bool:
+def _is_written_down(backend: str) -> bool:
+    """Whether a compiler writes the operator down, which `exported` differentiates."""
+    return torch.compiler.is_compiling() and backend != 'eager'
+
+
+def _needs_torch(backend: str) -> bool:
     """Whether a result must be made of torch's own operations; see `compat.is_transformed`."""
-    # The compiler differentiates what it compiles by itself, unless its code transforms a function.
     if torch.compiler.is_compiling():
-        return compat.compiles_in_transform()
+        # Of a Function torch.export keeps what runs forward. An operator is written down, whatever
+        # then transforms it.
+        return backend == 'eager' and compat.is_exporting()
     return compat.is_transformed()
 
 
@@ -191,17 +202,43 @@ class _Normalize(torch.autograd.Function):
         if grad.numel() == 0:
             # Zeros, not None: DistributedDataParallel waits for every parameter's gradient.
             gradients = [None if i is None else torch.zeros_like(i) for i in (x, *affine)]
-            return *gradients, None
-        statistics = Statistics(*saved[4:])
-        if compat.is_differentiated():
-            mean, var = (None, None) if ctx.from_batch else (statistics.mean, statistics.var)
-            wanted = iter(normalize_twice(grad, x, ctx.num_groups, mean, var, affine, ctx.eps))
-            gradients = [next(wanted) if need else None for need in ctx.needs_input_grad[:5]]
-            return *gradients, None
-        grad_x, of_affine = backends.kernels(ctx.backend).normalize_backward(
-            grad, x, ctx.num_groups, statistics, affine, ctx.eps, ctx.from_batch
-        )
-        return grad_x, *gradients_of(affine, of_affine), None
+        else:
+            of = x, ctx.num_groups, Statistics(*saved[4:]), affine, ctx.eps, ctx.from_batch
+            gradients = normalize_backward(grad, *of, backends.kernels(ctx.backend))
+        return *gradients, None
+
+
+def normalize_backward(
+    grad: Tensor,
+    x: Tensor,
+    num_groups: int,
+    statistics: Statistics,
+    affine: Affine,
+    eps: float,
+    from_batch: bool,
+    kernels: ops.Kernels,
+) -> list[Tensor | None]:
+    """The gradients of x and of the parameters, differentiable where gradients are recorded.
+
+    Args:
+        grad: That of the result.
+        x: (N, C, *), not empty.
+        num_groups: G.
+        statistics: Of the forward pass.
+        affine: Scales and shifts.
+        eps: Added to both variances.
+        from_batch: Whether the statistics are those of x.
+        kernels: Of a backend.
+    """
+    if compat.is_differentiated():
+        mean, var = (None, None) if from_batch else (statistics.mean, statistics.var)
+        found = iter(normalize_twice(grad, x, num_groups, mean, var, affine, eps))
+        inputs = x, *affine
+        return [next(found) if i is not None and i.requires_grad else None for i in inputs]
+    grad_x, of_affine = kernels.normalize_backward(
+        grad, x, num_groups, statistics, affine, eps, from_batch
+    )
+    return [grad_x, *gradients_of(affine, of_affine)]
 
 
 @torch.enable_grad()  # where tangents alone ask for it, it is off
@@ -310,12 +347,11 @@ def standardize_backward(
     sigma: Tensor,
     eps: float,
     formula: str,
-    backend: str,
+    kernels: ops.Kernels,
 ) -> Tensor:
     """The gradient of a weight, differentiable where gradients are recorded."""
     if compat.is_differentiated():
         return standardize_twice(grad, weight, eps, formula)
-    kernels = backends.kernels(backend)
     return kernels.standardize_backward(grad, weight, mean, sigma, eps, formula)
 
 
@@ -344,7 +380,6 @@ class _Standardize(torch.autograd.Function):
             weight, mean, sigma = ctx.saved
             check_version(weight, ctx.version)
             count_backward_call()
-        gradient = standardize_backward(
-            grad, weight, mean, sigma, ctx.eps, ctx.formula, ctx.backend
-        )
+        kernels = backends.kernels(ctx.backend)
+        gradient = standardize_backward(grad, weight, mean, sigma, ctx.eps, ctx.formula, kernels)
         return gradient, None, None, None, None

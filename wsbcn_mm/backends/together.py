@@ -157,7 +157,8 @@ class _Member(torch.autograd.Function):
         count_backward_call()
         weight, mean, sigma = ctx.saved
         autograd.check_version(weight, ctx.version)
+        kernels = backends.kernels(ctx.backend)
         gradient = autograd.standardize_backward(
-            grad, weight, mean, sigma, ctx.eps, ctx.formula, ctx.backend
+            grad, weight, mean, sigma, ctx.eps, ctx.formula, kernels
         )
         return gradient, None, None, None, None, None, None

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wsbcn_mm.backends import exported as exported  # what compiled code becomes
 from wsbcn_mm.backends import ops, synchronised
 from wsbcn_mm.backends.autograd import row_moments
 from wsbcn_mm.backends.carriers import Running, flat_rate
