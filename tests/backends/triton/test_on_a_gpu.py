@@ -110,7 +110,9 @@ def test_a_step_captured_in_a_graph(mode):
 
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
-def test_mixed_precision_and_checkpointing(dtype):
+def test_mixed_precision_and_checkpointing(dtype, monkeypatch):
+    # Else cuDNN may add up a convolution's gradients in another order, rounded to half precision.
+    monkeypatch.setattr(torch.backends.cudnn, 'deterministic', True)
     x = images(12)[0].float()
     model = network().float()
     expected = copy.deepcopy(model)
