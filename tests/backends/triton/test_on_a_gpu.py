@@ -2,6 +2,7 @@
 
 import copy
 import threading
+import time
 
 import pytest
 import torch
@@ -21,11 +22,14 @@ def allocator():
     torch.use_deterministic_algorithms(False)
 
 
-def network(mode: str = 'estimate', scope: bool = True) -> Network:
+def network(mode: str = 'estimate', scope: bool = True, watched: bool = False) -> Network:
     torch.manual_seed(0)
     model = Network(mode).double().cuda()
     if scope:
         wsbcn_mm.standardize_once_per_forward(model)
+    if watched:  # as by DistributedDataParallel: each weight of a scope has nodes of its own
+        for parameter in model.parameters():
+            parameter.register_post_accumulate_grad_hook(lambda _: None)
     return model
 
 
@@ -39,23 +43,26 @@ def test_the_launcher_is_there():
         assert triton.HAS_NODES
 
 
-@pytest.mark.parametrize('scope', [False, True])
+@pytest.mark.parametrize('scope, watched', [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize('mode', ['estimate', 'batch'])
-def test_a_network_trains_as_over_plain_torch(mode, scope):
+def test_a_network_trains_as_over_plain_torch(mode, scope, watched):
     steps = images(6, 8, 6, 40)
     with backends.use_backend('eager'):
         expected = network(mode, scope)
         train(expected, steps)
-    model = network(mode, scope)
+    model = network(mode, scope, watched)
     train(model, steps)
     for name, value in expected.state_dict().items():
         torch.testing.assert_close(model.state_dict()[name], value)
 
 
-def test_a_new_thread_and_another_stream():
+@pytest.mark.parametrize('watched', [False, True])
+def test_a_new_thread_and_another_stream(watched):
     (x,) = images(6)
-    model, found = network(), []
-    expected = copy.deepcopy(model)(x)
+    model, found = network(watched=watched), []
+    same = copy.deepcopy(model)
+    expected = same(x)
+    expected.square().mean().backward()
     layer, y = BatchChannelNorm2d(8, 4).cuda(), torch.randn(2, 8, 5, 5, device='cuda')
     layer(y)
     torch.cuda.synchronize()
@@ -78,16 +85,20 @@ def test_a_new_thread_and_another_stream():
     assert len(found) == 2
     torch.testing.assert_close(found[1], expected)
     torch.testing.assert_close(found[0], layer(y))
+    for parameter, alike in zip(model.parameters(), same.parameters()):
+        torch.testing.assert_close(parameter.grad, alike.grad)
 
 
-@pytest.mark.parametrize('mode', ['estimate', 'batch'])
-def test_a_step_captured_in_a_graph(mode):
+@pytest.mark.parametrize('mode, watched', [('estimate', False), ('batch', False), ('batch', True)])
+def test_a_step_captured_in_a_graph(mode, watched):
     (x,) = images(6)
-    model = network(mode)
+    model = network(mode, watched=watched)
     parameters = list(model.parameters())
 
     def step():
-        return torch.autograd.grad(model(x).square().mean(), parameters)
+        model.zero_grad()
+        model(x).square().mean().backward()
+        return [parameter.grad for parameter in parameters]
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -96,6 +107,7 @@ def test_a_step_captured_in_a_graph(mode):
             step()
     torch.cuda.current_stream().wait_stream(stream)
     before = copy.deepcopy(model.state_dict())
+    time.sleep(0.02)  # autograd's thread may still hold a node of a stream that is not captured
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         gradients = step()
