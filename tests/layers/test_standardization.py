@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import operator
 import weakref
 
 import pytest
@@ -23,7 +22,6 @@ from tests.layers.standardized import (
     shrunk,
 )
 from wsbcn_mm import WSConv1d, WSConv2d, WSConv3d, WSConvTranspose2d, reference
-from wsbcn_mm.backends import cpu
 from wsbcn_mm.layers import comparators, scopes
 
 
@@ -136,33 +134,6 @@ def test_what_differs_is_standardized_apart(calls):
     close(model(X), expected(model))
     assert sorted(calls) == [1, 1, 1, 3]
     assert not model[3].standardized_weight().requires_grad
-
-
-@pytest.mark.skipif(cpu.entries is None, reason='the C++ extension is not compiled')
-def test_the_extension_gathers_what_python_does():
-    """Whatever sets a layer apart: what it computes, its weight, what is left out, what fits."""
-    model = net(12)
-    model[1].eps = 0.1
-    model[2].formula = 'std_eps'
-    model[3].weight.requires_grad_(False)
-    model[4].float()
-    model[5] = conv(WSConvTranspose2d)
-    nn.utils.parametrizations.weight_norm(model[6])
-    model[7].to('meta')
-    model[8].weight = nn.Parameter(model[8].weight.detach().transpose(2, 3)[..., ::2])  # not dense
-    one = model[0].weight.nbytes
-    for left_out in (({}, set()), ({model[9]: None}, {model[11]})):
-        for most in (one, 2 * one, 100 * one):
-            for place in range(len(model)):
-                layer, weight = model[place], model[place].weight
-                found = [
-                    gather(list(model), place, left_out, layer, weight, most)
-                    for gather in (cpu.entries.gather, scopes.gather)
-                ]
-                for ours, plain in zip(*found):
-                    assert len(ours) == len(plain) and all(map(operator.is_, ours, plain)), place
-    assert len(found[0][0]) == 1
-    assert len(cpu.entries.gather(list(model), 0, ({}, ()), model[0], model[0].weight, 9**9)[0]) > 3
 
 
 @pytest.mark.parametrize('kind', [WSConvTranspose2d, comparators.WSMeanOnlyConv2d])

@@ -135,9 +135,10 @@ ENTRIES = (
     'find(held, used, frame, layer)',
     'note_change()',
     'state(weight, one_pass)',
+    'survey(layers, below, opener)',
     'gather(order, place, left_out, layer, weight, most_bytes)',
 )
-"""What layers call directly; see nodes/python.cpp and nodes/standardized_weights.cpp.
+"""What layers call directly; see nodes/python.h and nodes/standardized_weights.cpp.
 
 `batch_channel_norm` asks itself whether activation checkpointing may be at work.
 """

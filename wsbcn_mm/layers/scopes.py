@@ -1,8 +1,7 @@
-"""How long a standardized weight holds, and what is standardized together; see `standardization`.
+"""How long a standardized weight holds; see `standardization`.
 
-A `Scope` holds the results of one forward pass, or of a longer block. Of a model, a `Plan`
-remembers from one pass to the next which layers it has and in which order they are used: never a
-result.
+A `Scope` holds the results of one forward pass, or of a longer block. What it knows of the model
+from one pass to the next is in `plans`.
 """
 
 from __future__ import annotations
@@ -11,20 +10,19 @@ import functools
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Container
+from collections.abc import Callable
 from types import FrameType
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_module_registration_hook
 
 from wsbcn_mm import backends, distributed
-from wsbcn_mm.backends import cpu, triton
+from wsbcn_mm.backends import cpu
 from wsbcn_mm.backends.states import is_captured, is_transformed, state_of
-from wsbcn_mm.backends.together import FirstUses, Results, is_dense, standardize_all
+from wsbcn_mm.backends.together import FirstUses, Results, standardize_all
 from wsbcn_mm.layers import optimizer_steps as optimizer_steps  # heard of from here on
-from wsbcn_mm.own_classes import is_ours
+from wsbcn_mm.layers import plans
 
 ON_CPU = 4 * 2**20
 """Bytes that a call standardizes on a CPU: they stay in its cache for the convolutions."""
@@ -33,10 +31,6 @@ OVER_RANKS = 16 * 2**20
 of them is, and the buckets of DistributedDataParallel, 25 MB, shall not wait for each other."""
 ALONE = 256 * 2**20
 """Where there is one process: on a GPU a call costs more than its work."""
-
-
-HOOKS_THAT_WRITE_NO_WEIGHT: list[Callable[..., Any]] = []
-"""Forward pre-hooks of this package."""
 
 
 class Layer(Protocol):
@@ -119,17 +113,17 @@ class Scope:
         self.entered = 1
         self._one_pass = one_pass
         self._task = torch._C._current_graph_task_id()  # the backward pass that this is part of
-        self._plan = _plan_of(model)
-        self._order = self._plan.order(model, model.training)
-        self.layers = self._plan.layers()
+        self._plan = plans.plan_of(model)
         # A pass that the model's own hooks opened: they have run.
-        self._hooked_by = model if self.is_of_a_pass() else None
-        self._hooked = self._plan.hooked(self.layers, self._hooked_by)
+        self._opener = model if self.is_of_a_pass() else None
+        self._hooked = self._plan.hooked(model, self._opener)
+        self._order = self._plan.order(model.training)
         self._places = {layer: place for place, layer in enumerate(self._order)}
         self._training = model.training
         self._used: dict[Any, None] = {}
         self._tables: dict[tuple[Any, ...], dict[Any, _Held]] = {}
         self._looked_again = False
+        self._layers: set[Any] | None = None
         self._held: dict[Any, _Held] = {}  # of each layer the one that was found last
         self.find: Callable[[Any], Tensor | None] = _find_nothing
         """What `get` would give a layer, where it is there already; None elsewhere."""
@@ -141,12 +135,19 @@ class Scope:
         """Whether a forward pass opened it, which will close it."""
         return self.frame is not None and self._one_pass
 
-    def enter_again(self) -> None:
+    @property
+    def layers(self) -> set[Any]:
+        """Those that it serves."""
+        if self._layers is None:
+            self._layers = self._plan.layers()
+        return self._layers
+
+    def enter_again(self, model: nn.Module) -> None:
         """Another call of the model within its pass: its pre-hooks run once more, between uses."""
         self.entered += 1
-        if self._hooked_by is not None:
-            self._hooked_by = None
-            self._hooked = self._plan.hooked(self.layers, None)
+        if self._opener is not None:
+            self._opener = None
+            self._hooked = self._plan.hooked(model, None)
             if self._hooked:
                 self._tables.clear()
                 self._held.clear()
@@ -171,15 +172,15 @@ class Scope:
             return False
         self._looked_again = True
         self._plan.look(model)
-        self.layers = self._plan.layers()
-        self._hooked = self._plan.hooked(self.layers, self._hooked_by)
+        self._layers = None
+        self._hooked = self._plan.hooked(model, self._opener)
         return layer in self.layers
 
     def get(self, layer: Any, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """The standardized weight of one of the layers."""
         if layer in self._hooked:
             return computed(layer, weight, dtype)
-        if not _is_plain(weight) or (not self._one_pass and is_captured(weight)):
+        if not plans.is_plain(weight) or (not self._one_pass and is_captured(weight)):
             return computed(layer, weight, dtype)
         context = (
             dtype,
@@ -232,7 +233,7 @@ class Scope:
             return [layer], [weight]
         left_out = table, self._hooked
         found: tuple[list[Any], list[Tensor]]
-        found = (gather if cpu.entries is None else cpu.entries.gather)(
+        found = (plans.gather if cpu.entries is None else cpu.entries.gather)(
             self._order, place, left_out, layer, weight, most_bytes(weight)
         )
         return found
@@ -259,63 +260,6 @@ def most_bytes(weight: Tensor) -> int:
     return OVER_RANKS if distributed.world_size() > 1 else ALONE
 
 
-_PLAIN = (nn.Parameter, Tensor)
-
-
-def _own_weight(layer: Any) -> Tensor | None:
-    # Not `layer.weight`: reading a parametrized weight computes it.
-    own: Tensor | None = layer._parameters.get('weight')
-    return own
-
-
-def _is_plain(weight: Tensor) -> bool:
-    """Whether a weight is a tensor whose changes torch counts, and what holds for it is known."""
-    if type(weight) not in _PLAIN or weight.is_inference():
-        return False
-    return triton.HAS_NODES or not is_captured(weight)
-
-
-def gather(
-    order: list[Any],
-    place: int,
-    left_out: tuple[Container[Any], ...],
-    layer: Any,
-    weight: Tensor,
-    most_bytes: int,
-) -> tuple[list[Any], list[Tensor]]:
-    """As the compiled extension's; see nodes/python.h."""
-    layers, weights = [layer], [weight]
-    size = _joins(layer, weight, layer, weight)
-    for member in order[place + 1 :] if size else ():
-        own = _own_weight(member)
-        stays = own is None or any(member in container for container in left_out)
-        more = 0 if own is None or stays else _joins(layer, weight, member, own)
-        if own is None or not more:
-            continue
-        size += more
-        if size > most_bytes:
-            break
-        layers.append(member)
-        weights.append(own)
-    return layers, weights
-
-
-def _joins(layer: Any, weight: Tensor, other: Any, of_other: Tensor) -> int:
-    """The bytes of another weight that can be standardized in the same call; else 0."""
-    joins = (
-        _is_plain(of_other)
-        and of_other.dtype is weight.dtype
-        and of_other.device == weight.device
-        and of_other.requires_grad == weight.requires_grad
-        and of_other.numel() > 0
-        and is_dense(of_other)
-        and other.eps == layer.eps
-        and other.formula == layer.formula
-        and other.standardizes_rows()
-    )
-    return of_other.nbytes if joins else 0
-
-
 class _Alone(FirstUses):
     """The result for one weight."""
 
@@ -333,137 +277,3 @@ class _Alone(FirstUses):
 
 _Held = tuple[Results, int, float, str]
 """Where the result of a layer is, and the eps and formula that it holds for."""
-
-
-# ----------------------------------------------------------------------------------------------
-# What is known of a model from one pass to the next: layers, never results
-
-
-def _layers_by_module(model: nn.Module) -> dict[nn.Module, dict[Any, None]]:
-    """Of each module of a model the layers that it is or contains, in the order of the tree."""
-    found: dict[nn.Module, dict[Any, None]] = {}
-
-    def look(module: nn.Module) -> dict[Any, None]:
-        below = found.get(module)
-        if below is None:
-            below = found[module] = {}
-            if hasattr(type(module), 'standardizes_rows'):  # wrappers hand on what they wrap
-                below[module] = None
-            for child in module._modules.values():
-                if child is not None:
-                    below.update(look(child))
-        return below
-
-    look(model)
-    return found
-
-
-class _Registrations:
-    """Counts how often, in this process, a module became part of another one."""
-
-    count = 0
-
-    def __call__(self, *_: object) -> None:
-        if not torch.compiler.is_compiling():  # which would compile anew for each number
-            self.count += 1
-
-
-_registrations = _Registrations()
-register_module_module_registration_hook(_registrations)
-
-
-_UNITS = ('FSDPModule', 'FullyShardedDataParallel')
-
-
-class Plan:
-    """The layers of a model, and in which order they are used."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._orders: dict[bool, list[weakref.ref[Any]]] = {}
-        self.look(model)
-
-    def look(self, model: nn.Module) -> None:
-        """Finds the layers."""
-        self._seen = _registrations.count
-        found = _layers_by_module(model)
-        self._layers = [weakref.ref(layer) for layer in found[model]]
-        self._below = [
-            (weakref.ref(module), [weakref.ref(layer) for layer in below])
-            for module, below in found.items()
-            if below
-        ]
-        # FullyShardedDataParallel gathers the weights of one of its units at a time, and wants
-        # their gradients when the unit's backward pass ends: no call may span several.
-        fsdp = sys.modules.get('torch.distributed.fsdp')
-        units = tuple(getattr(fsdp, name) for name in _UNITS if hasattr(fsdp, name))
-        self._apart = any(isinstance(module, units) for module in found)
-
-    def look_where_changed(self, model: nn.Module) -> None:
-        """As `look`, unless no module has become part of another one since."""
-        if self._seen != _registrations.count:
-            self.look(model)
-
-    def layers(self) -> set[Any]:
-        """All of them."""
-        return {layer for ref in self._layers if (layer := ref()) is not None}
-
-    def hooked(self, layers: set[Any], model: nn.Module | None) -> set[Any]:
-        """Those of the layers before whose use somebody else's code runs.
-
-        It may write a weight through ``.data`` (masked convolutions do): a forward pre-hook of the
-        layer, or of a module that it lies in, or of all modules; a method of the layer's own.
-
-        Args:
-            layers: `layers`.
-            model: A module whose pre-hooks have run before any use.
-        """
-        if torch.nn.modules.module._global_forward_pre_hooks:
-            return layers
-        foreign = {kind for kind in {type(layer) for layer in layers} if _runs_foreign_code(kind)}
-        found = {
-            layer
-            for layer in layers
-            if type(layer) in foreign or not _METHODS.isdisjoint(layer.__dict__)
-        }
-        for of_module, below in self._below:
-            module = of_module()
-            hooks = None if module is None else module._forward_pre_hooks
-            if hooks and module is not model and any(map(_may_write, hooks.values())):
-                found.update(layer for ref in below if (layer := ref()) is not None)
-        return found
-
-    def order(self, model: nn.Module, training: bool) -> list[Any]:
-        """Those that the last pass used, in the order of use; before that, all."""
-        refs = self._orders.get(training, self._layers)
-        order = [layer for ref in refs if (layer := ref()) is not None]
-        if not self._apart and any(type(own) not in _PLAIN for own in map(_own_weight, order)):
-            self.look(model)  # it may have been sharded since
-        return [] if self._apart else order
-
-    def remember(self, training: bool, used: list[Any]) -> None:
-        """Notes what a pass used."""
-        self._orders[training] = [weakref.ref(layer) for layer in used]
-
-
-_METHODS = {'forward', 'standardized_weight'}
-
-
-def _runs_foreign_code(kind: Any) -> bool:
-    ours = all(is_ours(getattr(kind, name)) for name in _METHODS)
-    return not ours or kind.__call__ is not nn.Module.__call__
-
-
-def _may_write(hook: Callable[..., Any]) -> bool:
-    return all(hook is not known for known in HOOKS_THAT_WRITE_NO_WEIGHT)
-
-
-_plans: weakref.WeakKeyDictionary[nn.Module, Plan] = weakref.WeakKeyDictionary()
-
-
-def _plan_of(model: nn.Module) -> Plan:
-    plan = _plans.get(model)
-    if plan is None:
-        _plans[model] = plan = Plan(model)
-    else:
-        plan.look_where_changed(model)
-    return plan

@@ -40,14 +40,8 @@ from torch import Tensor, nn
 
 from wsbcn_mm import backends, compat
 from wsbcn_mm.backends import cpu
-from wsbcn_mm.layers.scopes import (
-    HOOKS_THAT_WRITE_NO_WEIGHT,
-    Scope,
-    computed,
-    drop_abandoned,
-    open_here,
-    scope_of,
-)
+from wsbcn_mm.layers.plans import HOOKS_THAT_WRITE_NO_WEIGHT
+from wsbcn_mm.layers.scopes import Scope, computed, drop_abandoned, open_here, scope_of
 
 # ----------------------------------------------------------------------------------------------
 # What a layer asks
@@ -218,7 +212,7 @@ def _before_forward(model: nn.Module, _args: Any) -> None:
     for outer in open_here():
         if outer.is_current() and outer.layers >= scope.layers:
             if outer.is_of_a_pass() and outer.model() is model:
-                outer.enter_again()
+                outer.enter_again(model)
             return
     open_here().append(scope)
 

@@ -13,6 +13,7 @@
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/jit/frontend/tracer.h>
+#include <torch/csrc/utils/object_ptr.h>
 
 #include "../triton/host/register.h"
 #include "batch_channel_norm.h"
@@ -35,6 +36,38 @@ bool read(PyObject* object, OptionalTensor& tensor) {
   if (!THPVariable_CheckExact(object)) return false;
   tensor = THPVariable_Unpack(object);
   return true;
+}
+
+PyObject* name_of_eps() {
+  static PyObject* const name = PyUnicode_InternFromString("eps");
+  return name;
+}
+
+PyObject* name_of_formula() {
+  static PyObject* const name = PyUnicode_InternFromString("formula");
+  return name;
+}
+
+bool is_still(PyObject* layer, PyObject* name, PyObject* value) {
+  THPObjectPtr now(PyObject_GetAttr(layer, name));
+  if (!now) throw python_error();
+  const int equal = PyObject_RichCompareBool(now, value, Py_EQ);  // identity counts
+  if (equal < 0) throw python_error();
+  return equal == 1;
+}
+
+OptionalTensor own_weight(PyObject* layer) {
+  static PyObject* const kParameters = PyUnicode_InternFromString("_parameters");
+  static PyObject* const kWeight = PyUnicode_InternFromString("weight");
+  OptionalTensor weight;
+  THPObjectPtr parameters(PyObject_GetAttr(layer, kParameters));
+  if (!parameters) throw python_error();
+  if (PyDict_Check(parameters.get())) {
+    PyObject* const own = PyDict_GetItemWithError(parameters, kWeight);
+    if (own == nullptr && PyErr_Occurred()) throw python_error();
+    if (own != nullptr && !read(own, weight)) return {};
+  }
+  return weight;
 }
 
 bool is_of_ours(const Tensor& x) {
@@ -160,6 +193,8 @@ PyMethodDef methods[] = {
     {"note_change", note_change, METH_NOARGS, "Ends whatever results hold for."},
     {"state", reinterpret_cast<PyCFunction>(state_or_none), METH_FASTCALL,
      "What a standardized weight depends on, or None where something is unusual."},
+    {"survey", reinterpret_cast<PyCFunction>(survey), METH_FASTCALL,
+     "The classes of layers before whose use nothing unusual runs, or None."},
     {"gather", reinterpret_cast<PyCFunction>(gather), METH_FASTCALL,
      "Layers that are standardized together, and their weights."},
     {nullptr, nullptr, 0, nullptr}};

@@ -13,6 +13,16 @@ bool nothing_unusual();
 // A tensor, None, or neither of the two as they should be.
 bool read(PyObject* object, OptionalTensor& tensor);
 
+// The attributes of a layer that say how it standardizes.
+PyObject* name_of_eps();
+PyObject* name_of_formula();
+
+// Whether an attribute is what it was.
+bool is_still(PyObject* layer, PyObject* name, PyObject* value);
+
+// Not `layer.weight`: reading a parametrized weight computes it. None: it has no plain one.
+OptionalTensor own_weight(PyObject* layer);
+
 // Whether there are kernels and nodes for a tensor.
 bool is_of_ours(const Tensor& x);
 
@@ -28,6 +38,13 @@ PyObject* state_or_none(PyObject*, PyObject* const* arguments, Py_ssize_t number
 //   used: the layers whose result was used
 //   frame: the function call that the scope ends with, or None
 PyObject* find_or_none(PyObject*, PyObject* const* arguments, Py_ssize_t number);
+
+// survey(layers, below, opener): the classes of layers; None where somebody's own code may run before
+// one of them is used, or one has no plain weight: a method set on it, a forward pre-hook.
+//   layers: weak references
+//   below: tuples, each with a weak reference to a module that a layer lies in, or is
+//   opener: a module whose hooks do not count, or None
+PyObject* survey(PyObject*, PyObject* const* arguments, Py_ssize_t number);
 
 // gather(order, place, left_out, layer, weight, most_bytes): what is standardized together with the
 // weight of a layer, two lists: layers, itself the first, and their weights.

@@ -1,0 +1,138 @@
+// What layers/plans.py asks of a model's layers in each forward pass.
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/object_ptr.h>
+
+#include "python.h"
+
+namespace wsbcn {
+namespace {
+
+// Whether it is WS of rows, by the same eps and formula, that a layer computes.
+bool computes_alike(PyObject* layer, PyObject* eps, PyObject* formula) {
+  static PyObject* const kRows = PyUnicode_InternFromString("standardizes_rows");
+  if (!is_still(layer, name_of_eps(), eps)) return false;
+  if (!is_still(layer, name_of_formula(), formula)) return false;
+  THPObjectPtr rows(PyObject_CallMethodNoArgs(layer, kRows));
+  if (!rows) throw python_error();
+  return rows.get() == Py_True;
+}
+
+// Whether weights can be standardized in one call.
+bool fit_together(const Tensor& weight, const Tensor& other) {
+  return !other.is_inference() && is_of_ours(other) &&
+         other.scalar_type() == weight.scalar_type() && other.device() == weight.device() &&
+         other.requires_grad() == weight.requires_grad() && other.numel() > 0 && is_dense(other);
+}
+
+bool contains(PyObject* container, PyObject* layer) {
+  const int found = PySequence_Contains(container, layer);
+  if (found < 0) throw python_error();
+  return found == 1;
+}
+
+// What a weak reference points to; nothing where that is gone.
+THPObjectPtr target(PyObject* ref) {
+  THPObjectPtr found(PyObject_CallNoArgs(ref));
+  if (!found) throw python_error();
+  if (found.get() == Py_None) return {};
+  return found;
+}
+
+THPObjectPtr attribute(PyObject* object, PyObject* name) {
+  THPObjectPtr found(PyObject_GetAttr(object, name));
+  if (!found) throw python_error();
+  return found;
+}
+
+// Whether an object has its own value for one of the methods that a layer is called by.
+bool has_methods_of_its_own(PyObject* object) {
+  static PyObject* const kDict = PyUnicode_InternFromString("__dict__");
+  static PyObject* const kMethods[] = {PyUnicode_InternFromString("forward"),
+                                       PyUnicode_InternFromString("standardized_weight")};
+  THPObjectPtr own = attribute(object, kDict);
+  for (PyObject* const name : kMethods) {
+    if (contains(own, name)) return true;
+  }
+  return false;
+}
+
+bool has_pre_hooks(PyObject* module) {
+  static PyObject* const kHooks = PyUnicode_InternFromString("_forward_pre_hooks");
+  THPObjectPtr hooks = attribute(module, kHooks);
+  const int found = PyObject_IsTrue(hooks);
+  if (found < 0) throw python_error();
+  return found == 1;
+}
+
+}  // namespace
+
+PyObject* survey(PyObject*, PyObject* const* arguments, Py_ssize_t number) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(
+      number == 3 && PyList_CheckExact(arguments[0]) && PyList_CheckExact(arguments[1]),
+      "expected two lists and a module or None");
+  PyObject *const layers = arguments[0], *const below = arguments[1], *const opener = arguments[2];
+  THPObjectPtr kinds(PyList_New(0));
+  for (Py_ssize_t k = 0; k < PyList_GET_SIZE(layers); ++k) {
+    THPObjectPtr layer = target(PyList_GET_ITEM(layers, k));
+    if (!layer) continue;
+    if (has_methods_of_its_own(layer) || !own_weight(layer)) Py_RETURN_NONE;
+    PyObject* const kind = reinterpret_cast<PyObject*>(Py_TYPE(layer.get()));
+    if (!contains(kinds, kind) && PyList_Append(kinds, kind) != 0) return nullptr;
+  }
+  for (Py_ssize_t k = 0; k < PyList_GET_SIZE(below); ++k) {
+    PyObject* const pair = PyList_GET_ITEM(below, k);
+    TORCH_CHECK_TYPE(PyTuple_CheckExact(pair) && PyTuple_GET_SIZE(pair) > 0, "expected tuples");
+    THPObjectPtr module = target(PyTuple_GET_ITEM(pair, 0));
+    if (module && module.get() != opener && has_pre_hooks(module)) Py_RETURN_NONE;
+  }
+  return kinds.release();
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* gather(PyObject*, PyObject* const* arguments, Py_ssize_t number) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(
+      number == 6 && PyList_CheckExact(arguments[0]) && PyTuple_CheckExact(arguments[2]),
+      "expected a list, a place, a tuple, a layer, its weight and a number of bytes");
+  PyObject *const order = arguments[0], *const left_out = arguments[2], *const layer = arguments[3];
+  const Py_ssize_t place = PyLong_AsSsize_t(arguments[1]);
+  const size_t most = PyLong_AsSize_t(arguments[5]);
+  if (PyErr_Occurred()) return nullptr;
+  THPObjectPtr layers(PyList_New(0)), weights(PyList_New(0));
+  const auto append = [&](PyObject* member, PyObject* own) {
+    if (PyList_Append(layers, member) != 0 || PyList_Append(weights, own) != 0) {
+      throw python_error();
+    }
+  };
+  append(layer, arguments[4]);
+  THPObjectPtr eps(PyObject_GetAttr(layer, name_of_eps()));
+  if (!eps) return nullptr;
+  THPObjectPtr formula(PyObject_GetAttr(layer, name_of_formula()));
+  if (!formula) return nullptr;
+  OptionalTensor weight;
+  size_t size = 0;
+  if (read(arguments[4], weight) && weight && fit_together(*weight, *weight) &&
+      computes_alike(layer, eps, formula)) {
+    size = weight->nbytes();
+  }
+  for (Py_ssize_t k = place + 1; size > 0 && k < PyList_GET_SIZE(order); ++k) {
+    THPObjectPtr member(Py_NewRef(PyList_GET_ITEM(order, k)));
+    bool stays = false;
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(left_out); ++i) {
+      stays |= contains(PyTuple_GET_ITEM(left_out, i), member);
+    }
+    if (stays) continue;
+    const OptionalTensor own = own_weight(member);
+    if (!own || !fit_together(*weight, *own) || !computes_alike(member, eps, formula)) continue;
+    size += own->nbytes();
+    if (size > most) break;
+    THPObjectPtr wrapped(THPVariable_Wrap(*own));
+    append(member, wrapped);
+  }
+  return PyTuple_Pack(2, layers.get(), weights.get());
+  END_HANDLE_TH_ERRORS
+}
+
+}  // namespace wsbcn
