@@ -1,5 +1,7 @@
 """Memory formats, views, and what `batch_channel_norm` keeps for the backward pass."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -144,3 +146,18 @@ def test_overwritten_buffers_do_not_reach_the_backward_pass():
         for buffer in buffers:
             buffer.fill_(torch.nan)
         assert torch.equal(torch.autograd.grad(y, x, grad_y)[0], expected)
+
+
+def test_statistics_that_require_a_gradient_are_refused():
+    """They have none: torch's BatchNorm refuses them too."""
+    x = make_input((2, 6, 4))
+    for mode, training in itertools.product(MODES, (True, False)):
+        for name in range(2):
+            buffers = make_buffers(6)
+            before = clone(dict(enumerate(buffers)))
+            buffers[name].requires_grad_()
+            with pytest.raises(ValueError, match='must not require a gradient'):
+                batch_channel_norm(x, 3, *buffers, training=training, mode=mode)
+            assert all(torch.equal(buffers[i], before[i]) for i in range(2))
+            with torch.no_grad():
+                batch_channel_norm(x, 3, *buffers, training=training, mode=mode)

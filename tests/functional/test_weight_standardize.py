@@ -120,3 +120,15 @@ def test_ws_of_rows_far_from_zero(formula):
     for found, expected in ((w_hat, case['w_hat']), (grad, case['grad'])):
         error = (found.detach().double() - expected).abs().max() / expected.abs().max()
         assert error < 1e-5
+
+
+def test_results_and_gradients_have_memory_that_can_be_freed():
+    """As that of any tensor: sharding frees gradients so."""
+    weight = torch.randn(64, 64, 3, 3, requires_grad=True)  # large: it comes from a pool
+    w_hat = weight_standardize(weight)
+    w_hat.sum().backward()
+    for tensor in (w_hat.detach(), weight.grad):
+        values = tensor.clone()
+        tensor.untyped_storage().resize_(0)
+        tensor.untyped_storage().resize_(values.untyped_storage().nbytes())
+        assert torch.equal(tensor.copy_(values), values)

@@ -298,6 +298,14 @@ def test_pruned_to_a_fan_in_of_one(in_scope, backend):
             layer(torch.randn(1, 1, 5, 5))
 
 
+def test_a_layer_pruned_to_a_fan_in_of_one_is_refused_when_it_is_used(backend):
+    model = nn.ModuleList(WSConv2d(4, 4, 1, bias=False) for _ in range(3))
+    model[1].weight.data = model[1].weight.data[:, :1]
+    with wsbcn_mm.standardized_once(model):
+        y = model[2](model[0](torch.randn(1, 4, 5, 5)))
+    y.sum().backward()
+
+
 @pytest.mark.parametrize('in_scope', [False, True])
 def test_a_class_may_override_the_standardized_weight(in_scope):
     class Halved(WSConv2d):

@@ -72,9 +72,11 @@ def batch_channel_norm(
             x, num_groups, *running, *affine, *flat_rate(rate), eps, from_batch
         )
     elif torch.is_grad_enabled() and _is_written_down(backend) and x.numel() > 0:
+        _check_constant(running)
         call = _Call(num_groups, running, rate, eps, from_batch, backend)
         y, _ = _normalize(x, affine, call)
     elif torch.is_grad_enabled():
+        _check_constant(running)
         call = _Call(num_groups, running, rate, eps, from_batch, backend)
         y = _Normalize.apply(x, *affine, call)  # type: ignore[no-untyped-call]
     elif rate is None and x.numel() > 0:
@@ -83,6 +85,15 @@ def batch_channel_norm(
         call = _Call(num_groups, running, rate, eps, from_batch, backend)
         y, _ = _normalize(x, affine, call)  # without the cost of a node
     return y
+
+
+def _check_constant(running: Running) -> None:
+    for name, statistic in (('running_mean', running.mean), ('running_var', running.var)):
+        if statistic.requires_grad:
+            raise ValueError(
+                'the running statistics must not require a gradient: they are no parameters\n  got '
+                f'a {name} that does\n  detach() it, or call under torch.no_grad()'
+            )
 
 
 def row_moments(x: Tensor) -> tuple[Tensor, Tensor]:

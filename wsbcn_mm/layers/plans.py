@@ -228,7 +228,8 @@ def _joins(layer: Any, weight: Tensor, other: Any, of_other: Tensor) -> int:
         and of_other.dtype is weight.dtype
         and of_other.device == weight.device
         and of_other.requires_grad == weight.requires_grad
-        and of_other.numel() > 0
+        and of_other.dim() > 0
+        and of_other.numel() > len(of_other)  # else it is refused, when it is used
         and is_dense(of_other)
         and other.eps == layer.eps
         and other.formula == layer.formula

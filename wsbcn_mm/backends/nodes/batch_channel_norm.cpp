@@ -227,8 +227,14 @@ Tensor batch_channel_norm(const Tensor& x, int64_t num_groups, Tensor& running_m
                   {rate, rate_tensor},
                   eps,
                   from_batch};
+  const bool recorded = at::GradMode::is_enabled();
+  TORCH_CHECK_VALUE(
+      !recorded || !(running_mean.requires_grad() || running_var.requires_grad()),
+      "the running statistics must not require a gradient: they are no parameters\n  got ",
+      running_mean.requires_grad() ? "a running_mean" : "a running_var",
+      " that does\n  detach() it, or call under torch.no_grad()");
   const bool differentiable =
-      at::GradMode::is_enabled() &&
+      recorded &&
       (x.requires_grad() || requires_grad(batch_weight) || requires_grad(batch_bias) ||
        requires_grad(weight) || requires_grad(bias));
   if (differentiable) return normalize_with_node(x, affine, call);

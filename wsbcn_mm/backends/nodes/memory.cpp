@@ -69,6 +69,16 @@ Pool& pool() {
   return *shared;
 }
 
+// Of the pool, until somebody resizes it (as who frees a gradient does).
+c10::Storage storage_of(size_t size) {
+  void* const data = pool().take(size);
+  const auto give = [size](void* block) { pool().give(block, size); };
+  return c10::Storage(c10::make_intrusive<c10::StorageImpl>(
+      c10::StorageImpl::use_byte_size_t(), size,
+      c10::InefficientStdFunctionContext::makeDataPtr(data, give, at::kCPU),
+      c10::GetAllocator(at::kCPU), /*resizable=*/true));
+}
+
 // Where the allocator of a GPU lets a tensor start, in bytes: convolutions count on a part of it.
 constexpr int64_t kStart = 512;
 
@@ -88,10 +98,11 @@ at::Tensor result_like(const at::Tensor& like, at::ScalarType dtype) {
   const auto options = like.options().dtype(dtype);
   const size_t size = like.numel() * c10::elementSize(dtype);
   if (!like.is_cpu() || size < kLarge) return at::empty_like(like, options);
-  void* const data = pool().take(size);
-  return at::from_blob(
-      data, like.sizes(), like.strides(), [size](void* block) { pool().give(block, size); },
-      options);
+  auto result = c10::make_intrusive<c10::TensorImpl>(storage_of(size),
+                                                     c10::DispatchKeySet(c10::DispatchKey::CPU),
+                                                     c10::scalarTypeToTypeMeta(dtype));
+  result->set_sizes_and_strides(like.sizes(), like.strides());
+  return at::Tensor(std::move(result));
 }
 
 std::vector<at::Tensor> results_like(at::TensorList like, at::ScalarType dtype) {

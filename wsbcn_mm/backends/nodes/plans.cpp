@@ -18,11 +18,13 @@ bool computes_alike(PyObject* layer, PyObject* eps, PyObject* formula) {
   return rows.get() == Py_True;
 }
 
-// Whether weights can be standardized in one call.
+// Whether weights can be standardized in one call. Not one of a single value per output channel,
+// which is refused when it is used.
 bool fit_together(const Tensor& weight, const Tensor& other) {
   return !other.is_inference() && is_of_ours(other) &&
          other.scalar_type() == weight.scalar_type() && other.device() == weight.device() &&
-         other.requires_grad() == weight.requires_grad() && other.numel() > 0 && is_dense(other);
+         other.requires_grad() == weight.requires_grad() && other.dim() > 0 &&
+         other.numel() > other.size(0) && is_dense(other);
 }
 
 bool contains(PyObject* container, PyObject* layer) {
