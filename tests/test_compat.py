@@ -1,6 +1,8 @@
 """Which releases of torch are taken, and the gaps between them."""
 
 import re
+import sys
+import types
 import warnings
 from pathlib import Path
 
@@ -99,3 +101,27 @@ def test_what_autocast_computes_in():
         assert compat.autocast_dtype('meta') is None
         with torch.autocast('cpu', enabled=False):
             assert compat.autocast_dtype('cpu') is None
+
+
+def test_memory_of_cuda_graphs_is_known(monkeypatch):
+    """With a GPU that there is not: who captures, and who runs before torch.compile captures."""
+    here, device = object(), torch.device('cuda', 1)
+    monkeypatch.setattr(torch.cuda, 'current_stream', lambda of: here)
+    managers = {0: here}
+
+    def get_manager(index, create_if_none_exists):
+        assert not create_if_none_exists
+        return managers.get(index) and types.SimpleNamespace(stream=managers[index])
+
+    trees = types.SimpleNamespace(
+        local=types.SimpleNamespace(tree_manager_containers={}), get_manager=get_manager
+    )
+    for modules, of_graph in (({}, None), ({'torch._inductor.cudagraph_trees': trees}, here)):
+        monkeypatch.setattr(sys, 'modules', modules)
+        for stream in (None, here, object()):
+            managers[1] = stream
+            for captures in (False, True):
+                monkeypatch.setattr(torch.cuda, 'is_current_stream_capturing', lambda c=captures: c)
+                expected = captures or (of_graph is not None and stream is here)
+                assert compat.allocates_for_graphs(device) == expected
+                assert not compat.allocates_for_graphs(torch.device('cpu'))

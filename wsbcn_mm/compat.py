@@ -120,6 +120,23 @@ def in_transform() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def allocates_for_graphs(device: torch.device) -> bool:
+    """Whether memory that is asked for now belongs to a CUDA graph, and what is kept of it is lost.
+
+    One is captured, or ``torch.compile(mode='reduce-overhead')`` runs what it is about to capture.
+    """
+    if device.type != 'cuda':
+        return False
+    if torch.cuda.is_current_stream_capturing():
+        return True
+    trees = sys.modules.get('torch._inductor.cudagraph_trees')
+    of_thread = 'tree_manager_containers'
+    if trees is None or not (hasattr(trees.local, of_thread) or torch._C._is_key_in_tls(of_thread)):
+        return False
+    manager = trees.get_manager(device.index, create_if_none_exists=False)
+    return manager is not None and manager.stream == torch.cuda.current_stream(device)
+
+
 HAS_IS_EXPORTING = hasattr(torch.compiler, 'is_exporting')
 
 

@@ -354,6 +354,27 @@ def test_transforms_in_compiled_code(backend, transform, name):
     assert_close(found, function(parameters, X))
 
 
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.skipif(cpu.entries is None, reason='the C++ extension is not compiled')
+def test_graphs_of_a_forward_pass_have_gradients(training):
+    def make():
+        torch.manual_seed(0)
+        return nn.Sequential(WSConv2d(8, 8, 1).double(), make_norm(), WSConv2d(8, 4, 1).double())
+
+    found = []
+    for net in (make().train(training), make().train(training)):
+        parameters = {name: p.detach().requires_grad_() for name, p in net.named_parameters()}
+        buffers = {name: b.clone() for name, b in net.named_buffers()}
+        call = lambda p, b, x: functional_call(net, (p, b), (x,))  # noqa: E731, B023
+        if found:
+            with torch.set_grad_enabled(not training):  # each has operators of its own
+                copies = {name: b.clone() for name, b in buffers.items()}
+                call = make_fx(call, tracing_mode='fake')(parameters, copies, X)
+        call(parameters, buffers, X).pow(3).sum().backward()
+        found.append([*(p.grad for p in parameters.values()), *buffers.values()])
+    assert_close(*found)
+
+
 @pytest.mark.parametrize(
     'backend, scope',
     [('eager', contextlib.nullcontext), ('kernels', once_per_forward)],

@@ -1,11 +1,18 @@
 """Gradients of weights that were standardized together: one call, told to whom it concerns."""
 
+import contextlib
+
 import pytest
 import torch
+from torch.overrides import BaseTorchFunctionMode
 
 import wsbcn_mm
-from tests.layers.standardized import X, net
+from tests.layers.standardized import X, net, reference_of
 from wsbcn_mm.backends import cpu
+
+
+class Watching(BaseTorchFunctionMode):
+    pass
 
 
 def test_a_loss_tells_the_weights_that_it_depends_on_alone(backend):
@@ -30,15 +37,34 @@ def test_a_loss_tells_the_weights_that_it_depends_on_alone(backend):
 
 @pytest.mark.skipif(cpu.entries is None, reason='the C++ extension is not compiled')
 @pytest.mark.parametrize('watched', [True, False])
-def test_the_gradients_of_a_backward_pass_are_one_call(watched):
+@pytest.mark.parametrize(
+    'around, calls', [(lambda: torch.device('cpu'), 1), (contextlib.nullcontext, 1), (Watching, 6)]
+)
+def test_the_gradients_of_a_backward_pass_are_one_call(watched, around, calls):
+    """Of set_default_device, too; where a mode watches, each weight is computed once, by itself."""
     model = net(6)
     model(X)  # from now on the order is known
     if watched:
         model[2].weight.register_hook(lambda grad: None)
-    with torch.profiler.profile() as profile:
+    with around(), torch.profiler.profile() as profile:
         model(X).square().sum().backward()
-    calls = {event.key: event.count for event in profile.key_averages()}
-    assert calls['wsbcn_mm::standardize_all'] == calls['wsbcn_mm::standardize_all_backward'] == 1
+    found = {event.key: event.count for event in profile.key_averages()}
+    assert found['wsbcn_mm::standardize_all'] == calls
+    assert found['wsbcn_mm::standardize_all_backward'] == calls
+
+
+@pytest.mark.skipif(not hasattr(torch.Tensor, 'grad_dtype'), reason='gradients have their dtype')
+@pytest.mark.parametrize('watched', [True, False])
+def test_gradients_in_a_dtype_of_their_own(watched):
+    model = net(3)
+    expected = [p.grad for p in reference_of(model)]
+    for layer in model:
+        layer.weight.grad_dtype = torch.bfloat16
+        if watched:
+            layer.weight.register_post_accumulate_grad_hook(lambda _: None)
+    model(X).square().sum().backward()
+    for parameter, grad in zip(model.parameters(), expected):
+        torch.testing.assert_close(parameter.grad, grad.to(parameter.grad_dtype or grad.dtype))
 
 
 @pytest.mark.skipif(cpu.entries is None, reason='the C++ extension is not compiled')
@@ -60,6 +86,7 @@ def test_who_looks_between_the_nodes_sees_gradients(anomalies):
     with wsbcn_mm.standardized_once(model), torch.autograd.set_detect_anomaly(anomalies):
         w_hat = model[0].standardized_weight()
         if not anomalies:
-            w_hat.grad_fn.register_hook(lambda inputs, outputs: seen.append(inputs[0].clone()))
+            node, _ = w_hat.grad_fn, w_hat.grad_fn.next_functions[0][0]
+            node.register_hook(lambda inputs, outputs: seen.append(inputs[0].clone()))
         sum(layer(X).square().sum() for layer in model).backward()
     assert all(torch.equal(grad, model[0].weight.grad) for grad in seen)

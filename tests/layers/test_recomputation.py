@@ -372,8 +372,9 @@ def test_compiled_code_that_repeats_a_layer_used_twice():
 
 
 SAVED = {
-    'convolutions': ['aten.convolution', 'aten.relu'],
-    'norms and weights': ['wsbcn_mm.batch_channel_norm', 'wsbcn_mm.weight_standardize'],
+    'convolutions': lambda name: name in ('aten.convolution.default', 'aten.relu.default'),
+    'what this package computes': lambda name: name.startswith('wsbcn_mm.'),
+    'all but memory': lambda name: 'empty' not in name,
 }
 
 
@@ -381,10 +382,9 @@ SAVED = {
 @pytest.mark.parametrize('saved', SAVED)
 def test_selective_checkpointing_repeats_what_was_not_saved(saved, mode):
     """In batch mode, whose repetition takes copies, a newer torch says that operations differ."""
-    names = [f'{name}.default' for name in SAVED[saved]]
 
     def policy(_, operator, *args, **kwargs):
-        found = str(operator) in names
+        found = SAVED[saved](str(operator))
         return CheckpointPolicy.MUST_SAVE if found else CheckpointPolicy.PREFER_RECOMPUTE
 
     def selective(net, x):
@@ -393,6 +393,7 @@ def test_selective_checkpointing_repeats_what_was_not_saved(saved, mode):
 
     def run(wrap):
         net, x = make(mode), INPUT.clone().requires_grad_()
+        net[2].inplace = False  # what is kept must not be edited, torch says
         wrap(net, x).pow(3).sum().backward()
         return left_by(net, x)
 

@@ -63,7 +63,8 @@ def update_estimates(
         m, q = row_moments(x)
         m, q = m.to(dtype) - old_mean, q.to(dtype)
         offset, square = m.sum(0), (q + m.square()).sum(0)
-    size = old_mean.new_tensor([x.size(0) if x.numel() else 0])
+    # Not new_tensor: a copy of a list waits for the device.
+    size = old_mean.new_full((1,), x.size(0) if x.numel() else 0)
     offset, square, samples = ranks.sum([offset, square, size])
     # No sample anywhere: 0 / 0, which the estimates do not take in.
     offset, var = offset / samples, square / samples
@@ -150,7 +151,7 @@ class _BatchOverRanks(torch.autograd.Function):
             m, q = kernels.row_moments(x)
             own_mean = m.mean(0)
             own_var = (q + (m - own_mean).square()).mean(0)
-        values = m.new_tensor([x.numel() // x.size(1)])
+        values = m.new_full((1,), x.numel() // x.size(1))  # see `update_estimates`
         total, mean, var = _joined(torch.cat([values, own_mean, own_var]), ranks)
         move_towards(mean, var * (total / (total - 1)), running, rate, len(m))
         # A single value has no variance, not even over all ranks.

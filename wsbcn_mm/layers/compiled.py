@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wsbcn_mm import compat
 from wsbcn_mm.backends import exported as exported  # what compiled code becomes
 from wsbcn_mm.backends import ops, synchronised
 from wsbcn_mm.backends.autograd import row_moments
@@ -70,7 +71,7 @@ def _observe(x: Tensor, *flat: Any) -> tuple[Tensor, Tensor]:
         running = running._replace(num_batches_tracked=None)  # the rate has counted
         use = _first_use(x, m, q, running, rate, from_batch)
         # A replay of a CUDA graph would not come here: its repetitions are refused.
-        if not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+        if not compat.allocates_for_graphs(x.device):
             run.remember(use)
     if use.mean is None or use.var is None:
         return m.new_empty(0), m.new_empty(0)

@@ -182,6 +182,8 @@ class Scope:
             return computed(layer, weight, dtype)
         if not plans.is_plain(weight) or (not self._one_pass and is_captured(weight)):
             return computed(layer, weight, dtype)
+        if state_of(weight, self._one_pass) is None:  # it could not be said how long a result holds
+            return computed(layer, weight, dtype)
         context = (
             dtype,
             torch.is_grad_enabled(),

@@ -121,6 +121,25 @@ def test_a_step_captured_in_a_graph(mode, watched):
         torch.testing.assert_close(after[name], value)
 
 
+@pytest.mark.parametrize('mode', ['estimate', 'batch'])
+def test_training_compiled_for_graphs(mode):
+    """It runs once, is captured in the second step, and replayed from then on."""
+    (x,) = images(6)
+    model = network(mode)
+    expected, compiled = copy.deepcopy(model), torch.compile(model, mode='reduce-overhead')
+    for _ in range(5):
+        torch.compiler.cudagraph_mark_step_begin()
+        for one in (expected, compiled):
+            one(x).square().mean().backward()
+        with torch.no_grad():
+            for own in (expected, model):
+                for parameter in own.parameters():
+                    parameter -= 0.01 * parameter.grad
+                    parameter.grad = None
+    for name, value in expected.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], value)
+
+
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
 def test_mixed_precision_and_checkpointing(dtype, monkeypatch):
     # Else cuDNN may add up a convolution's gradients in another order, rounded to half precision.

@@ -44,6 +44,7 @@ Tensor gradient_of(const OptionalTensor& parameter, Tensor gradient) {
   if (gradient.numel() != parameter->numel()) {
     gradient = gradient.view({parameter->numel(), -1}).sum(1);
   }
+  if (gradient.scalar_type() == parameter->scalar_type()) return gradient;
   return gradient.to(parameter->scalar_type());
 }
 
@@ -161,6 +162,7 @@ struct NormalizeBackward : Node {
       }
       return result;
     }
+    at::AutoDispatchBelowADInplaceOrView below;
     auto [dx, d_batch_weight, d_batch_bias, d_weight, d_bias] =
         normalize_backward(grad, x, num_groups, s, affine, eps, from_batch);
     result[0] = std::move(dx);

@@ -9,6 +9,7 @@
 #include <ATen/record_function.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/Exceptions.h>
+#include <torch/csrc/PyInterpreter.h>
 #include <torch/csrc/autograd/forward_grad.h>
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -22,8 +23,31 @@
 
 namespace wsbcn {
 
+namespace {
+
+// Whether a mode sees what Python calls, other than that of `torch.set_default_device`, which says
+// where factories make tensors and nothing else.
+bool is_watched_by_a_mode() {
+  if (!at::impl::torch_function_mode_enabled()) return false;
+  static PyObject* const of_devices = [] {
+    THPObjectPtr module(PyImport_ImportModule("torch.utils._device"));
+    if (!module) throw python_error();
+    PyObject* const found = PyObject_GetAttrString(module, "DeviceContext");
+    if (found == nullptr) throw python_error();
+    return found;
+  }();
+  for (int64_t i = 0; i < at::impl::PythonTorchFunctionTLS::stack_len(); ++i) {
+    PyObject* const mode =
+        at::impl::PythonTorchFunctionTLS::get_stack_at(i)->ptr(getPyInterpreter());
+    if (reinterpret_cast<PyObject*>(Py_TYPE(mode)) != of_devices) return true;
+  }
+  return false;
+}
+
+}  // namespace
+
 bool nothing_unusual() {
-  return !at::impl::torch_function_mode_enabled() &&
+  return !is_watched_by_a_mode() &&
          !c10::impl::TorchDispatchModeTLS::any_modes_set() &&
          !c10::impl::tls_is_dispatch_key_included(
              c10::DispatchKey::FuncTorchDynamicLayerFrontMode) &&

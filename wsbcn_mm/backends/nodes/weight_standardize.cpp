@@ -1,6 +1,7 @@
 // Weight Standardization with its gradients, as nodes of torch's graph: of one weight, or of many at
 // once. The second derivative goes back to backends/autograd.py (`standardize_twice`).
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/anomaly_mode.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/graph_task.h>
@@ -11,6 +12,7 @@
 #include <memory>
 #include <mutex>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -30,6 +32,13 @@ using torch::autograd::variable_list;
 template <typename Signature>
 c10::TypedOperatorHandle<Signature> find(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+std::tuple<Tensor, Tensor, Tensor> standardize_one(const Tensor& weight, double eps,
+                                                   std::string_view formula,
+                                                   at::ScalarType dtype) {
+  static const auto op = find<decltype(standardize_one)>("wsbcn_mm::standardize");
+  return op.call(weight, eps, formula, dtype);
 }
 
 void standardize_all(TensorList weights, double eps, std::string_view formula, TensorList out,
@@ -57,19 +66,32 @@ struct Standardized {
   Tensor mean, sigma;
 };
 
+// Channels may have been pruned since the layer was made; see checks.py.
+void check_fan_in(const Tensor& weight) {
+  TORCH_CHECK_VALUE(weight.numel() > weight.size(0),
+                    "weight standardization needs at least 2 weights per output channel\n  got a "
+                    "weight of shape ",
+                    weight.sizes(), ": its standardized value would be 0 whatever it is");
+}
+
 Standardized standardize(TensorList weights, double eps, std::string_view formula,
                          at::ScalarType dtype) {
   TORCH_CHECK(!weights.empty(), "there must be a weight");
   Standardized result;
+  // Who writes down or keeps what operators give (make_fx, selective checkpointing) needs one that
+  // gives its results.
+  if (weights.size() == 1 && c10::impl::TorchDispatchModeTLS::any_modes_set()) {
+    check_fan_in(weights[0]);
+    Tensor w_hat;
+    std::tie(w_hat, result.mean, result.sigma) = standardize_one(weights[0], eps, formula, dtype);
+    result.w_hats.push_back(std::move(w_hat));
+    return result;
+  }
   result.w_hats = results_like(weights, dtype);
   int64_t rows = 0;
   for (const Tensor& weight : weights) {
     rows += weight.size(0);
-    // Channels were pruned since the layer was made; see checks.py.
-    TORCH_CHECK_VALUE(weight.numel() > weight.size(0),
-                      "weight standardization needs at least 2 weights per output channel\n  got a "
-                      "weight of shape ",
-                      weight.sizes(), ": its standardized value would be 0 whatever it is");
+    check_fan_in(weight);
   }
   const auto statistics = weights[0].scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   result.mean = at::empty({rows}, weights[0].options().dtype(statistics));
@@ -165,6 +187,9 @@ struct Together {
   void compute() {
     std::vector<Waiting> all = those_of(torch::autograd::get_current_graph_task_id());
     if (all.empty()) return;
+    // Whatever the order in which they came: launchers keep tables of what they were called with.
+    std::sort(all.begin(), all.end(),
+              [](const Waiting& one, const Waiting& other) { return one.place < other.place; });
     variable_list used_grads, used_weights, out;
     std::vector<int64_t> offsets;
     for (auto* list : {&used_grads, &used_weights, &out}) list->reserve(all.size());
@@ -180,6 +205,7 @@ struct Together {
       used_grads.push_back(fits || reads_any ? std::move(one.grad) : one.out.copy_(one.grad));
       out.push_back(std::move(one.out));
     }
+    at::AutoDispatchBelowADInplaceOrView below;
     standardize_all_backward(used_grads, used_weights, offsets, mean, sigma, eps, formula, out);
   }
 
@@ -238,7 +264,9 @@ struct ReceiveBackward : Node {
     if (grads[0].defined()) grads[0] = together->receive(place, std::move(grads[0]));
     // Who looks at what goes from here to the next node: anomaly mode, hooks, `autograd.grad`.
     const auto* asked_for = torch::autograd::get_current_graph_task_exec_info();
+    Node& next = *next_edge(0).function;
     const bool is_seen = torch::autograd::AnomalyMode::is_enabled() || !post_hooks().empty() ||
+                         !next.pre_hooks().empty() || !next.tensor_pre_hooks().empty() ||
                          (asked_for != nullptr && !asked_for->empty());
     if (is_seen) together->compute();
     return std::move(grads);
@@ -294,7 +322,10 @@ variable_list apply(TensorList weights, double eps, std::string_view formula,
   }
   for (size_t k = 0; k < weights.size(); ++k) {
     const NodePointer node = owned(std::make_unique<ComputeBackward>(together));
-    node->add_input_metadata(weights[k]);
+    // Not the weight's: where its `grad_dtype` is another one, torch would convert what comes here,
+    // which has no values yet.
+    const Tensor& w = weights[k];
+    node->add_input_metadata(part_of(w, w.sizes(), w.strides(), 0));
     node->add_next_edge(std::move(edges[k]));
     edges[k] = torch::autograd::Edge(node, 0);
   }

@@ -9,6 +9,9 @@ from wsbcn_mm.backends.triton.device import bits, dense, repeat, stride
 from wsbcn_mm.backends.triton.jit import backward, forward
 from wsbcn_mm.backends.triton.work import Results, Stage1, written
 
+MOST_IN_Y = 65535
+"""Programs in y of a grid, which CUDA allows."""
+
 
 def moments(x: Tensor, m: Tensor, q: Tensor) -> tuple[cuts.Cut, tuple[Tensor, ...] | None]:
     """The first pass: how x was cut, and the chunks that are left to be merged into m and q.
@@ -72,7 +75,9 @@ def normalize(
     cut = cuts.reducing(x)
     constants = cuts.algebra_constants(samples, channels // num_groups, cut.splits)
     # An update needs all samples of a group in one program; otherwise there may be many.
-    shares = 1 if stage_1.needs_all_samples else triton.cdiv(samples, constants['BLOCK_N'])
+    shares = min(triton.cdiv(samples, constants['BLOCK_N']), MOST_IN_Y)
+    if stage_1.needs_all_samples:
+        shares = 1
     device.start(
         forward.forward_algebra,
         (num_groups, shares),

@@ -50,33 +50,31 @@ struct Variant {
 
 std::mutex mutex;
 std::unordered_map<std::string, Variant> variants;
-std::optional<Settings> settings;
+// Never freed: somebody may be reading them.
+std::atomic<const Settings*> settings{nullptr};
 
 c10::OperatorHandle python(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "");
 }
 
 // Asks Python, which also gives the calling thread the context of the current device.
-Settings ask_launcher() {
+const Settings& ask_launcher() {
   static const auto launcher = python("wsbcn_mm::launcher");
   torch::jit::Stack stack;
   launcher.callBoxed(stack);
   const std::vector<int64_t> values = stack.at(0).toIntVector();
   TORCH_CHECK(values.size() * sizeof(int64_t) == sizeof(Settings), "launcher must return ",
               sizeof(Settings) / sizeof(int64_t), " numbers");
-  std::lock_guard<std::mutex> guard(mutex);
-  settings.emplace();
-  std::memcpy(&*settings, values.data(), sizeof(Settings));
-  return *settings;
+  auto* const found = new Settings;
+  std::memcpy(found, values.data(), sizeof(Settings));
+  settings.store(found, std::memory_order_release);
+  return *found;
 }
 
 // Python is asked at the first use: there may be no GPU, and then Triton is not imported.
-Settings current() {
-  {
-    std::lock_guard<std::mutex> guard(mutex);
-    if (settings) return *settings;
-  }
-  return ask_launcher();
+const Settings& current() {
+  const Settings* const known = settings.load(std::memory_order_acquire);
+  return known != nullptr ? *known : ask_launcher();
 }
 
 bool is_wide(int64_t number) {
@@ -152,7 +150,7 @@ Variant variant_of(const char* kernel, c10::Device device, const Arguments& argu
 // Asks Python anew: for tests, which cut in other ways.
 void reset_launcher() {
   std::lock_guard<std::mutex> guard(mutex);
-  settings.reset();
+  settings = nullptr;
   variants.clear();
 }
 
@@ -167,12 +165,12 @@ TORCH_LIBRARY_IMPL(wsbcn_mm, CompositeExplicitAutograd, library) {
 
 }  // namespace
 
-Limits limits() {
+const Limits& limits() {
   return current().limits;
 }
 
 std::optional<int64_t> capture_on(c10::Device device) {
-  const Settings s = current();
+  const Settings& s = current();
   void* stream = nullptr;
   int status = 0;
   uint64_t id = 0;
@@ -209,7 +207,7 @@ void start(const char* kernel, Grid grid, c10::Device device, const Arguments& a
   }
   void* nothing = nullptr;
   for (int64_t i = 0; i < variant.scratch_pointers; ++i) parameters.push_back(&nothing);
-  const Settings s = current();
+  const Settings& s = current();
   void* stream = nullptr;
   if (s.stream != nullptr) {
     TORCH_CHECK(s.stream(device.index(), &stream) == 0, "torch has no stream on ", device);

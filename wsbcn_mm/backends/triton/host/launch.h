@@ -20,7 +20,7 @@ struct Limits {
   int64_t weights_at_once, weights_tile;
 };
 
-Limits limits();
+const Limits& limits();
 
 // An argument of a kernel; without an address: None.
 struct Pointer {

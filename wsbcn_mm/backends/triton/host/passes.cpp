@@ -1,9 +1,14 @@
 // As triton/passes.py.
+#include <algorithm>
+
 #include "../../nodes/checks.h"
 #include "batch_channel_norm.h"
 
 namespace wsbcn::gpu::passes {
 namespace {
+
+// Programs in y of a grid, which CUDA allows.
+constexpr int64_t kMostInY = 65535;
 
 // Of what a reducing pass leaves to be merged, values of each kind; 0: it writes whole rows.
 int64_t chunks_of(const Tensor& x, const Cut& cut) {
@@ -58,7 +63,8 @@ void normalize(const Tensor& x, int64_t num_groups, const Results& results, cons
   const Cut first = reducing(x);
   const AlgebraBlocks blocks = algebra_blocks(samples, channels / num_groups, first.splits);
   // An update needs all samples of a group in one program; otherwise there may be many.
-  const int64_t shares = stage_1.needs_all_samples() ? 1 : divided_up(samples, blocks.block_n);
+  const int64_t shares =
+      stage_1.needs_all_samples() ? 1 : std::min(divided_up(samples, blocks.block_n), kMostInY);
   start("forward_algebra", {num_groups, shares}, x.device(),
         {{chunks.first, chunks.second, results.m, results.q, buffer(stage_1, &Running::mean),
           buffer(stage_1, &Running::var),

@@ -82,6 +82,10 @@ void start_one(const char* kernel, const Tensor& weight, std::initializer_list<P
           {"num_warps", warps(block_size)}}});
 }
 
+// The tables that are kept: captured graphs read them, none is ever freed. Networks that use other
+// layers in each step would fill the memory, and wait for the copy of each.
+constexpr size_t kTables = 4096;
+
 // See `row_of_program` in triton/jit/weights.py. Kept, and not made while a graph is captured, which a
 // copy to the device would end: undefined then.
 Tensor table_of(TensorList weights, at::IntArrayRef offsets, int64_t count) {
@@ -100,12 +104,11 @@ Tensor table_of(TensorList weights, at::IntArrayRef offsets, int64_t count) {
   std::vector<int64_t> key{static_cast<int64_t>(device.type()), device.index()};
   for (const auto& part : {first, lengths, places}) key.insert(key.end(), part.begin(), part.end());
   std::lock_guard<std::mutex> guard(mutex);
-  Tensor& table = tables[key];
-  if (!table.defined() && capture_on(device) == 0) {
-    const at::ArrayRef<int64_t> values(key.data() + 2, key.size() - 2);
-    table = at::tensor(values, at::kLong).view({3, count}).to(device);
-  }
-  return table;
+  const auto found = tables.find(key);
+  if (found != tables.end()) return found->second;
+  if (tables.size() == kTables || capture_on(device) != 0) return {};
+  const at::ArrayRef<int64_t> values(key.data() + 2, key.size() - 2);
+  return tables[key] = at::tensor(values, at::kLong).view({3, count}).to(device);
 }
 
 // False where that cannot be.
