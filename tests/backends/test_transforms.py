@@ -354,6 +354,28 @@ def test_transforms_in_compiled_code(backend, transform, name):
     assert_close(found, function(parameters, X))
 
 
+@pytest.mark.parametrize('way', ['cond', 'nested_compile_region'])
+def test_regions_of_compiled_code_in_evaluation(backend, way):
+    """They may not write; torch's own norms can be in them."""
+    if way == 'nested_compile_region' and not hasattr(torch.compiler, way):
+        pytest.skip('this torch has no such regions')
+    torch._dynamo.reset()
+    net = nn.Sequential(WSConv2d(8, 8, 1).double(), make_norm()).eval()
+
+    if way == 'cond':
+        twice = lambda x: net(x) * 2  # noqa: E731
+        run = lambda x: torch.cond(x.sum() > 1e9, twice, net.forward, (x,))  # noqa: E731
+        expected = net(X)
+    else:
+        region = torch.compiler.nested_compile_region(lambda x: net(x))  # noqa: PLW0108
+        run, expected = lambda x: region(region(x)), net(net(X))
+    y = torch.compile(run, backend='aot_eager', fullgraph=True)(X)
+    assert_close(y, expected)
+    parameters = list(net.parameters())
+    found = torch.autograd.grad(y.pow(3).sum(), parameters)
+    assert_close(found, torch.autograd.grad(expected.pow(3).sum(), parameters))
+
+
 @pytest.mark.parametrize('training', [True, False])
 @pytest.mark.skipif(cpu.entries is None, reason='the C++ extension is not compiled')
 def test_graphs_of_a_forward_pass_have_gradients(training):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from wsbcn_mm import backends, compat, reference
-from wsbcn_mm.backends import eager, ops, triton
+from wsbcn_mm.backends import dispatched, eager, ops, triton
 from wsbcn_mm.backends.carriers import (
     Affine,
     AffineGradients,
@@ -177,6 +177,8 @@ def _normalize(x: Tensor, affine: Affine, call: _Call) -> tuple[Tensor, Statisti
     num_groups, running, rate, eps, from_batch, backend = call
     if x.numel() == 0:
         return torch.empty_like(x), None
+    if rate is None and _is_written_down(backend):
+        return dispatched.normalize_with_given(x, num_groups, *running[:2], affine, eps)
     kernels = backends.kernels(backend)
     normalize = kernels.normalize_with_batch if from_batch else kernels.normalize_with_estimates
     y, statistics = normalize(x, num_groups, running, affine, rate, eps)

@@ -21,6 +21,15 @@ def normalize_with_estimates(
     return y, Statistics(*statistics)
 
 
+def normalize_with_given(
+    x: Tensor, num_groups: int, mean: Tensor, var: Tensor, affine: Affine, eps: float
+) -> tuple[Tensor, Statistics]:
+    y, *statistics = torch.ops.wsbcn_mm.normalize_with_given.default(
+        x, num_groups, mean, var, *affine, eps
+    )
+    return y, Statistics(*statistics)
+
+
 def normalize_with_batch(
     x: Tensor, num_groups: int, running: Running, affine: Affine, rate: Rate, eps: float
 ) -> tuple[Tensor, Statistics]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from wsbcn_mm import reference
-from wsbcn_mm.backends import autograd, dispatched, eager, ops
+from wsbcn_mm.backends import autograd, cpu, dispatched, eager, ops
 from wsbcn_mm.backends.carriers import Affine, Rate, Running, Statistics
 
 _library = torch.library.Library(ops.NAMESPACE, 'FRAGMENT')
@@ -54,9 +54,11 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         operator, x, ctx.num_groups = inputs[:3]
-        affine, ctx.eps = inputs[7:11], inputs[-1]
-        statistics = output[1:]
-        ctx.from_batch = operator == 'normalize_with_batch'
+        # Behind the statistics that are given, or the buffers and counters that are updated.
+        ctx.first = 5 if operator == 'normalize_with_given' else 7
+        ctx.behind = len(inputs) - ctx.first - 4
+        affine, statistics = inputs[ctx.first : ctx.first + 4], output[1:]
+        ctx.eps, ctx.from_batch = inputs[-1], operator == 'normalize_with_batch'
         ctx.mark_non_differentiable(*statistics)
         ctx.save_for_backward(x, *affine, *statistics)
 
@@ -67,13 +69,13 @@ class _Normalize(torch.autograd.Function):
         grad_x, *of_affine = autograd.normalize_backward(
             grad, x, ctx.num_groups, statistics, affine, ctx.eps, ctx.from_batch, dispatched
         )
-        return None, grad_x, *[None] * 5, *of_affine, None, None, None
+        between = [None] * (ctx.first - 2)
+        return None, grad_x, *between, *of_affine, *[None] * ctx.behind
 
 
-def _evaluate(_: str, *arguments: Any) -> Any:
-    return _Normalize.apply(  # type: ignore[no-untyped-call]
-        'normalize_with_estimates', *arguments[:-1], None, None, arguments[-1]
-    )[0]
+def _evaluate(_: str, x: Tensor, num_groups: int, mean: Tensor, var: Tensor, *others: Any) -> Any:
+    given = x, num_groups, mean, var, *others[2:]  # without the counters
+    return _Normalize.apply('normalize_with_given', *given)[0]  # type: ignore[no-untyped-call]
 
 
 def _differentiate(operator: str, differentiable: Callable[..., Any]) -> None:
@@ -88,6 +90,7 @@ def _differentiate(operator: str, differentiable: Callable[..., Any]) -> None:
 
 _differentiate('standardize', _Standardize.apply)
 _differentiate('normalize_with_estimates', _Normalize.apply)
+_differentiate('normalize_with_given', _Normalize.apply)
 _differentiate('normalize_with_batch', _Normalize.apply)
 _differentiate('evaluate', _evaluate)
 
@@ -129,6 +132,12 @@ def _normalize_with_estimates_in_torch(
     return _normalize_in_torch(x, num_groups, running, affine, rate, eps, False)
 
 
+def _normalize_with_given_in_torch(
+    x: Tensor, num_groups: int, mean: Tensor, var: Tensor, affine: Affine, eps: float
+) -> tuple[Tensor, Statistics]:
+    return _normalize_in_torch(x, num_groups, Running(mean, var), affine, None, eps, False)
+
+
 def _normalize_with_batch_in_torch(
     x: Tensor, num_groups: int, running: Running, affine: Affine, rate: Rate, eps: float
 ) -> tuple[Tensor, Statistics]:
@@ -143,5 +152,17 @@ def _evaluate_in_torch(
 
 ops.implement(_standardize_in_torch, ops.TRANSFORMED, 'standardize')
 ops.implement(_normalize_with_estimates_in_torch, ops.TRANSFORMED, 'normalize_with_estimates')
+ops.implement(_normalize_with_given_in_torch, ops.TRANSFORMED, 'normalize_with_given')
 ops.implement(_normalize_with_batch_in_torch, ops.TRANSFORMED, 'normalize_with_batch')
 ops.implement(_evaluate_in_torch, ops.TRANSFORMED, 'evaluate')
+
+
+def _normalize_with_given(
+    x: Tensor, num_groups: int, mean: Tensor, var: Tensor, affine: Affine, eps: float
+) -> tuple[Tensor, Statistics]:
+    running = Running(mean, var)
+    return dispatched.normalize_with_estimates(x, num_groups, running, affine, None, eps)
+
+
+if cpu.unavailable() is not None:  # else in C++, which takes less time
+    ops.implement(_normalize_with_given, 'CompositeExplicitAutograd', 'normalize_with_given')

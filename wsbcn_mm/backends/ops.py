@@ -252,6 +252,7 @@ def _normalize_with_estimates(x: Tensor, num_groups: int, *_: Any) -> tuple[Tens
 
 
 _register_fake('normalize_with_batch', _normalize_with_estimates)
+_register_fake('normalize_with_given', _normalize_with_estimates)
 
 
 @_fake

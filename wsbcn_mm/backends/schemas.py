@@ -29,6 +29,11 @@ SCHEMAS = (
         f'normalize_with_estimates(Tensor x, int num_groups, {_RUNNING}, {_AFFINE}, {_RATE}, '
         f'float eps) -> (Tensor y, {_STATISTICS})'
     ),
+    # The same without an update, for code that a compiler makes: it writes nothing.
+    (
+        f'normalize_with_given(Tensor x, int num_groups, Tensor mean, Tensor var, {_AFFINE}, '
+        f'float eps) -> (Tensor y, {_STATISTICS})'
+    ),
     # Batch mode: the statistics of x itself, with two values per channel at least; the running ones
     # move towards them at the rate, as BatchNorm's do, with the unbiased variance.
     (

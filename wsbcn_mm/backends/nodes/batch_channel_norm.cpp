@@ -247,6 +247,20 @@ Tensor batch_channel_norm(const Tensor& x, int64_t num_groups, Tensor& running_m
 
 namespace {
 
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> normalize_with_given(
+    const Tensor& x, int64_t num_groups, const Tensor& mean, const Tensor& var,
+    const OptionalTensor& batch_weight, const OptionalTensor& batch_bias,
+    const OptionalTensor& weight, const OptionalTensor& bias, double eps) {
+  const Call call{num_groups, {mean, var, {}, {}}, {}, eps, /*from_batch=*/false};
+  const auto [y, s] =
+      normalize_with_statistics(x, {batch_weight, batch_bias, weight, bias}, call);
+  return {y, s.m, s.q, s.mean, s.var, s.group_mean, s.inv_group_std};
+}
+
+TORCH_LIBRARY_IMPL(wsbcn_mm, CompositeExplicitAutograd, library) {
+  library.impl("normalize_with_given", normalize_with_given);
+}
+
 // Above autograd and, for inference tensors, without it.
 #define WSBCN_IMPLEMENT(key)                                \
   TORCH_LIBRARY_IMPL(wsbcn_mm, key, library) {              \
