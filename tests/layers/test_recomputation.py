@@ -381,7 +381,7 @@ SAVED = {
 @pytest.mark.parametrize('mode', MODES)
 @pytest.mark.parametrize('saved', SAVED)
 def test_selective_checkpointing_repeats_what_was_not_saved(saved, mode):
-    """In batch mode, whose repetition takes copies, a newer torch says that operations differ."""
+    """In batch mode, whose repetition takes copies, torch may say that operations differ."""
 
     def policy(_, operator, *args, **kwargs):
         found = SAVED[saved](str(operator))
@@ -400,7 +400,7 @@ def test_selective_checkpointing_repeats_what_was_not_saved(saved, mode):
     try:
         left = run(selective)
     except RuntimeError as error:
-        if mode != 'batch' or 'encountered during backward but not found' not in str(error):
+        if mode != 'batch' or 'encountered during backward' not in str(error):
             raise
     else:
         assert_same(left, run(plain))

@@ -178,7 +178,9 @@ def _normalize(x: Tensor, affine: Affine, call: _Call) -> tuple[Tensor, Statisti
     if x.numel() == 0:
         return torch.empty_like(x), None
     if rate is None and _is_written_down(backend):
-        return dispatched.normalize_with_given(x, num_groups, *running[:2], affine, eps)
+        # Not running[:2], which torch.compile cannot look into on torch 2.6.
+        mean, var = running.mean, running.var
+        return dispatched.normalize_with_given(x, num_groups, mean, var, affine, eps)
     kernels = backends.kernels(backend)
     normalize = kernels.normalize_with_batch if from_batch else kernels.normalize_with_estimates
     y, statistics = normalize(x, num_groups, running, affine, rate, eps)

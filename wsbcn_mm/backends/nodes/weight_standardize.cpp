@@ -41,6 +41,13 @@ std::tuple<Tensor, Tensor, Tensor> standardize_one(const Tensor& weight, double 
   return op.call(weight, eps, formula, dtype);
 }
 
+Tensor standardize_one_backward(const Tensor& grad, const Tensor& weight, const Tensor& mean,
+                                const Tensor& sigma, double eps, std::string_view formula) {
+  static const auto op =
+      find<decltype(standardize_one_backward)>("wsbcn_mm::standardize_backward");
+  return op.call(grad, weight, mean, sigma, eps, formula);
+}
+
 void standardize_all(TensorList weights, double eps, std::string_view formula, TensorList out,
                      const Tensor& mean, const Tensor& sigma) {
   static const auto op = find<decltype(standardize_all)>("wsbcn_mm::standardize_all");
@@ -66,6 +73,12 @@ struct Standardized {
   Tensor mean, sigma;
 };
 
+// Whether somebody may write down or keep what operators give (make_fx, selective checkpointing):
+// then they must give their results, and not fill memory that came from elsewhere.
+bool are_operators_kept() {
+  return c10::impl::TorchDispatchModeTLS::any_modes_set();
+}
+
 // Channels may have been pruned since the layer was made; see checks.py.
 void check_fan_in(const Tensor& weight) {
   TORCH_CHECK_VALUE(weight.numel() > weight.size(0),
@@ -78,9 +91,7 @@ Standardized standardize(TensorList weights, double eps, std::string_view formul
                          at::ScalarType dtype) {
   TORCH_CHECK(!weights.empty(), "there must be a weight");
   Standardized result;
-  // Who writes down or keeps what operators give (make_fx, selective checkpointing) needs one that
-  // gives its results.
-  if (weights.size() == 1 && c10::impl::TorchDispatchModeTLS::any_modes_set()) {
+  if (weights.size() == 1 && are_operators_kept()) {
     check_fan_in(weights[0]);
     Tensor w_hat;
     std::tie(w_hat, result.mean, result.sigma) = standardize_one(weights[0], eps, formula, dtype);
@@ -176,6 +187,11 @@ struct Together {
         "standardized it and the backward pass\n  call backward() before the optimizer's step "
         "and before editing weights");
     if (is_differentiated(grad)) return standardize_twice(grad, weight, eps, formula);
+    if (are_operators_kept()) {
+      const int64_t first = first_rows[place], rows = weight.size(0);
+      return standardize_one_backward(grad, weight, mean.narrow(0, first, rows),
+                                      sigma.narrow(0, first, rows), eps, formula);
+    }
     Tensor out = is_ours(grad, weight) ? grad : result_like(weight, weight.scalar_type());
     const std::lock_guard<std::mutex> guard(mutex);
     if (waiting.empty()) waiting.reserve(weights.size());
