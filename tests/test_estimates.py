@@ -5,8 +5,14 @@ import math
 import pytest
 import torch
 
-from wsbcn_mm import BatchChannelNorm1d, BatchChannelNorm2d, WSConv2d, reference
-from wsbcn_mm.estimates import layers_of, skipped_updates
+from wsbcn_mm import (
+    BatchChannelNorm1d,
+    BatchChannelNorm2d,
+    WSConv2d,
+    distributed,
+    reference,
+)
+from wsbcn_mm.estimates import layers_of, skipped_updates, synchronize_estimates
 
 C, G = 8, 2
 INF, NAN = math.inf, math.nan
@@ -118,6 +124,40 @@ def test_what_was_left_out_is_told_by_name():
     assert 'counts' not in ''.join(model.state_dict())
     model[1].reset_parameters()
     assert skipped_updates(model) == {'2.0': 1}
+
+
+def test_a_model_on_several_devices(monkeypatch):
+    """What is computed over all layers goes to one of them, and back; with fake tensors."""
+    from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+    reduced = []
+    monkeypatch.setattr(distributed, 'world_size', lambda group=None: 2)
+    monkeypatch.setattr(
+        torch.distributed, 'all_reduce', lambda tensor, group: reduced.append(tensor.device)
+    )
+    with FakeTensorMode():
+        parts = [
+            BatchChannelNorm2d(C, G, momentum=momentum, device=device)
+            for device, momentum in (('cpu', 'cumulative'), ('cuda:0', 1.0), ('cuda:1', 0.1))
+        ]
+        model = torch.nn.Sequential(*parts)
+        # Of the two that average one number more per channel.
+        assert synchronize_estimates(model) == 4 * (3 * 3 + 2) * C
+        assert reduced == [torch.device('cuda:0')] * 2
+        with pytest.raises(DataDependentOutputException):  # it comes as far as a value
+            skipped_updates(model)
+        sums = distributed.sum_over_ranks([part.bn.running_mean for part in parts])
+        assert [s.device.type for s in sums] == ['cpu', 'cuda', 'cuda']
+
+
+def test_ranks_share_nothing_of_a_batch_norm_that_a_host_froze(monkeypatch):
+    model = torch.nn.Sequential(norm(), norm())
+    model[1].bn = frozen = torch.nn.Module()  # trains, and has statistics and no rate
+    for name in ('running_mean', 'running_var'):
+        frozen.register_buffer(name, torch.ones(C))
+    monkeypatch.setattr(distributed, 'world_size', lambda group=None: 2)
+    monkeypatch.setattr(torch.distributed, 'all_reduce', lambda tensor, group: None)
+    assert synchronize_estimates(model) == 4 * 3 * C
 
 
 # ----------------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """Several processes: the one collective, and what layers use to talk to each other."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch import distributed as dist
@@ -12,6 +14,21 @@ def world_size(group: dist.ProcessGroup | None = None) -> int:
     return dist.get_world_size(group)
 
 
+def on_one_device(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors as they are; where a model lies on several devices, all on one of them.
+
+    On the first that is not the CPU: the collectives of GPUs take no tensor of another device.
+
+    Args:
+        tensors: Small ones, to be computed with together.
+    """
+    devices = list(dict.fromkeys(tensor.device for tensor in tensors))
+    if len(devices) < 2:
+        return list(tensors)
+    device = next(device for device in devices if device.type != 'cpu')
+    return [tensor.to(device) for tensor in tensors]
+
+
 def sum_over_ranks(tensors: list[Tensor], group: dist.ProcessGroup | None = None) -> list[Tensor]:
     """The sums over all ranks, as new tensors; one all-reduce for all of them together.
 
@@ -19,16 +36,16 @@ def sum_over_ranks(tensors: list[Tensor], group: dist.ProcessGroup | None = None
     same bits everywhere. With one rank, or without a process group: copies, no collective.
 
     Args:
-        tensors: Any shapes, one dtype and device.
+        tensors: Any shapes, one dtype; each sum is where its tensor is.
         group: The ranks; None: all.
     """
     if not tensors:
         return []
-    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    flat = torch.cat([tensor.reshape(-1) for tensor in on_one_device(tensors)])
     if world_size(group) > 1:
         dist.all_reduce(flat, group=group)
     parts = flat.split([tensor.numel() for tensor in tensors])
-    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors)]
+    return [part.view(tensor.shape).to(tensor.device) for part, tensor in zip(parts, tensors)]
 
 
 class Ranks:

@@ -38,45 +38,44 @@ def synchronize_estimates(model: nn.Module, group: dist.ProcessGroup | None = No
         Bytes of the all-reduces; 0 where there is nothing to do, such as with one rank.
     """
     layers = [
-        layer for layer in layers_of(model).values() if layer.sync == 'step' and layer.bn.training
+        layer
+        for layer in layers_of(model).values()
+        # What a host froze a BatchNorm by may train, and has no rate.
+        if layer.sync == 'step' and (bn := layer.bn).training and hasattr(bn, 'momentum')
     ]
     if not layers:
         return 0
-    taken_in = [layer.counts[0] for layer in layers]
+    taken_in = [layer.counts.select(0, 0) for layer in layers]
     if distributed.world_size(group) == 1:
         torch._foreach_zero_(taken_in)
         return 0
-    buffers = [b for layer in layers for b in layer.running_statistics()]
+    means, variances = zip(*(layer.running_statistics() for layer in layers))
+    buffers = [*means, *variances]
     # Sums of half-precision buffers would lose digits.
     dtype = functools.reduce(torch.promote_types, {b.dtype for b in buffers}, torch.float32)
-    old = torch.cat(buffers).to(dtype)
-    channels = [len(samples) for samples in taken_in]
-    weights = torch.cat(taken_in).to(dtype)
-    twice = torch.cat([samples.repeat(2) for samples in taken_in]).to(dtype)
-    sums, totals = distributed.sum_over_ranks([old * twice, weights], group)
-    twice = torch.cat([part.repeat(2) for part in totals.split(channels)])
+    old = torch.cat(distributed.on_one_device(buffers)).to(dtype)
+    weights = torch.cat(distributed.on_one_device(taken_in)).to(dtype)
+    sums, totals = distributed.sum_over_ranks([old * weights.repeat(2), weights], group)
+    size = sums.numel() + totals.numel()
     # A sum may overflow where no summand has: as an update that is not finite, it is left out.
-    mean_over_ranks = sums / twice
-    new = torch.where(mean_over_ranks.isfinite(), mean_over_ranks, old).split(
-        [len(b) for b in buffers]
-    )
-    added = [
-        (mean, layer.running_statistics()[0].to(dtype), samples, total, var)
-        for layer, samples, total, mean, var in zip(
-            layers, taken_in, totals.split(channels), new[::2], new[1::2]
-        )
-        if layer.averages
+    mean_over_ranks = sums / totals.repeat(2)
+    new = torch.where(mean_over_ranks.isfinite(), mean_over_ranks, old)
+    channels = [len(samples) for samples in taken_in]
+    by_layer = [
+        values.split(channels) for values in (*old.chunk(2)[:1], *new.chunk(2), weights, totals)
     ]
-    size = sums.numel() + weights.numel()
-    for layer, samples, total in zip(layers, taken_in, totals.split(channels)):
+    apart, added_to = [], []
+    for layer, own, mean, var, samples, total in zip(layers, *by_layer):
+        if layer.averages:
+            apart.append(samples * (own - mean).square())
+            added_to.append((var, total))
         if layer.bn.momentum is None:  # cumulative
-            layer.note_inputs_of_others((total > 0) & (samples == 0))
-    if added:
-        apart = [samples * (own - mean).square() for mean, own, samples, *_ in added]
-        for (*_, total, var), square in zip(added, distributed.sum_over_ranks(apart, group)):
-            var += square / total.clamp_min(1)
-            size += square.numel()
-    torch._foreach_copy_(buffers, list(new))
+            of_others = (total > 0) & (samples == 0)
+            layer.note_inputs_of_others(of_others.to(layer.counts.device))
+    for (var, total), square in zip(added_to, distributed.sum_over_ranks(apart, group)):
+        var += square / total.clamp_min(1)
+        size += square.numel()
+    torch._foreach_copy_(buffers, list(new.split(channels * 2)))
     torch._foreach_zero_(taken_in)
     return size * sums.element_size()
 
@@ -101,8 +100,13 @@ def skipped_updates(model: nn.Module) -> dict[str, int]:
     layers = layers_of(model)
     if not layers:
         return {}
-    counts = torch.stack([layer.counts[1].max() for layer in layers.values()]).tolist()
-    return {name: count for name, count in zip(layers, counts) if count}
+    counts = [layer.counts for layer in layers.values()]
+    left_out = torch.cat(distributed.on_one_device(counts), 1).select(0, 1).cpu()
+    if not left_out.any():
+        return {}
+    by_layer = left_out.split([values.size(1) for values in counts])
+    most = [int(values.max()) for values in by_layer]
+    return {name: count for name, count in zip(layers, most) if count}
 
 
 def rate_of_step(

@@ -234,7 +234,8 @@ def _combine(accounts: dict[str, '_Moments']) -> None:
     sums = distributed.sum_over_ranks(
         [torch.cat([count * mean, mean.new_tensor([count])]) for count, mean, _ in measured]
     )
-    totals = [int(total) for total in torch.stack([row[-1] for row in sums]).tolist()]
+    counted = distributed.on_one_device([row[-1] for row in sums])
+    totals = [int(total) for total in torch.stack(counted).tolist()]
     if not any(totals):
         raise ValueError('recalibrate: no call reached a BatchChannelNorm layer (no images?)')
     means = [row[:-1] / max(total, 1) for row, total in zip(sums, totals)]
@@ -263,7 +264,7 @@ def _drift(accounts: Iterable['_Moments'], old: list[tuple[Tensor, Tensor]]) -> 
         bn, scale = account.layer.bn, var + account.layer.eps
         changes.append(((bn.running_mean - mean).abs() / scale.sqrt()).max())
         changes.append(((bn.running_var - var).abs() / scale).max())
-    return torch.stack(changes).max().item()
+    return torch.stack(distributed.on_one_device(changes)).max().item()
 
 
 class _Moments:
