@@ -16,11 +16,13 @@ from mmengine.model import BaseModel
 from mmengine.registry import DATASETS, HOOKS, MODELS
 from mmengine.runner import Runner
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import wsbcn_mm.openmmlab  # noqa: F401
 from tests.ranks import in_two_ranks
 from wsbcn_mm import BatchChannelNorm2d
 from wsbcn_mm.estimates import layers_of, rate_of_step
+from wsbcn_mm.layers.channel_stage import ChannelStage
 from wsbcn_mm.recalibration import recalibrate
 
 BCN, WS = dict(type='BCN', num_groups=4), dict(type='WSConv2d')
@@ -56,6 +58,15 @@ class Model(BaseModel):
         if self.branch is not None and x[0, 1, 0, 0] > 0:  # only with some images
             loss = loss + self.branch(features).square().mean()
         return dict(loss=loss) if mode == 'loss' else [score]
+
+
+class FrozenBatchNorm2d(nn.Module):
+    """As of torchvision and Detectron2: statistics that nothing updates, and no rate."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.register_buffer('running_mean', torch.zeros(channels))
+        self.register_buffer('running_var', torch.ones(channels))
 
 
 @DATASETS.register_module(force=True)
@@ -323,6 +334,70 @@ def test_what_the_rate_of_the_config_is_the_weight_of(scale, images, tmp_path, m
         if layer.mode == 'estimate':
             seen = images // 4 or 1 if name == alone else images
             assert layer.momentum == pytest.approx(1 - 0.99**seen)
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations on tensors."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize('compiled', [False, True])
+def test_a_step_of_one_process_costs_next_to_nothing(compiled, tmp_path, monkeypatch):
+    """Nothing is set that is there already; what others have set or put there is."""
+    runner = make_runner(tmp_path, batch_size=2)
+    runner.cfg.compile = compiled
+    hook = HOOKS.build(dict(type='EstimatesHook'))
+    hook.before_train(runner)
+    stages = [layer.bn for layer in layers_of(runner.model).values()]
+    was_set, set_ = [], ChannelStage.__setattr__
+
+    def noted(stage, name, value):
+        was_set.append(name)
+        set_(stage, name, value)
+
+    monkeypatch.setattr(ChannelStage, '__setattr__', noted)
+
+    def step():
+        was_set.clear()
+        with Operations() as operations:
+            hook.before_train_iter(runner, 0)
+            hook.after_train_iter(runner, 0)
+        return was_set.count('momentum'), operations.count
+
+    fill = 1 if compiled else 0  # of one tensor, the rate of all layers
+    assert step() == (len(stages), fill)
+    assert step() == (0, fill)
+
+    backbone, rate = runner.model.backbone, 1 - 0.99**2
+    backbone.bcn1.momentum = 0.5
+    runner.model.neck.bn = nn.BatchNorm2d(64)
+    backbone.layer1[0].bcn1.momentum = 'cumulative'
+    backbone.layer1[0].bcn2.bn = frozen = FrozenBatchNorm2d(8)
+    assert step() == (3, fill)
+    others = [layer for layer in layers_of(runner.model).values() if layer.bn is not frozen]
+    assert [float(layer.momentum) for layer in others] == [pytest.approx(rate)] * len(others)
+    assert not hasattr(frozen, 'momentum')
+    assert step() == (0, fill)
+
+    backbone(torch.randn(2, 3, 64, 64))
+    assert backbone.bcn1.counts[0].all()
+    assert step() == (0, fill)
+    hook.after_train(runner)
+    assert backbone.bcn1.momentum == 0.01
+    assert not backbone.bcn1.counts.any()  # other ranks that come later share what comes later
+
+
+def test_a_batch_norm_that_was_frozen_by_a_host_stays_frozen(tmp_path):
+    """From the beginning, also where the rates are to be set and averaged over."""
+    runner = make_runner(tmp_path, epochs=1)  # with warmup
+    runner.model.neck.bn = FrozenBatchNorm2d(64)
+    runner.train()
+    assert not runner.model.neck.bn.running_mean.any()
 
 
 def test_the_rate_follows_the_learning_rate(tmp_path):

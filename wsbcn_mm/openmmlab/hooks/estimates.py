@@ -10,7 +10,7 @@ evaluated and saved.
 """
 
 import logging
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from mmengine.dist import get_dist_info
@@ -20,6 +20,7 @@ from mmengine.registry import HOOKS
 from torch import nn
 from torch.utils.data import DataLoader
 
+from wsbcn_mm import distributed
 from wsbcn_mm.checks import check_choice
 from wsbcn_mm.estimates import layers_of, rate_of_step, skipped_updates, synchronize_estimates
 from wsbcn_mm.layers import BatchChannelNorm
@@ -104,19 +105,19 @@ class EstimatesHook(Hook):
         batch = self._images_per_rank(runner.train_dataloader) if self.scale == 'images' else 1
         world = get_dist_info()[1]
         self._has_clips = self.scale == 'images' and takes_clips(self._model)
-        # Layer, its rate, images per step (clips, of a network for videos), updates that its
-        # estimates have seen, and the tensor that holds the rate of compiled code.
-        self._layers: list[
-            tuple[BatchChannelNorm, Any, float, int | None, torch.Tensor | None]
-        ] = []
+        # The rate of a step is computed once for all layers that have the same.
+        self._layers: dict[_Setting, list[BatchChannelNorm]] = {}
         for layer in layers:
-            if layer.mode == 'estimate':
+            # What a host froze a BatchNorm by has no rate.
+            if layer.mode == 'estimate' and hasattr(layer.bn, 'momentum'):
                 ranks = 1 if layer.sync is None else world
                 images = {'ranks': ranks, 'images': batch * ranks, None: 1}[self.scale]
                 seen = int(layer.bn.num_batches_tracked) if self.warmup else None
-                # A number that changes would be compiled anew each time.
-                tensor = torch.zeros((), dtype=torch.float64) if compiled else None
-                self._layers.append((layer, layer.momentum, images, seen, tensor))
+                self._layers.setdefault(_Setting(layer.momentum, images, seen), []).append(layer)
+        # What holds the rate of compiled code: a number that changes would be compiled anew.
+        self._tensors = {
+            setting: torch.zeros((), dtype=torch.float64) for setting in self._layers if compiled
+        }
         if not layers:
             print_log(
                 'EstimatesHook: the model has no BatchChannelNorm layer',
@@ -147,24 +148,29 @@ class EstimatesHook(Hook):
             group = runner.optim_wrapper.param_groups[0]
             ratio = group['lr'] / group.get('initial_lr', group['lr'])
         frames = samples_of_a_clip(data_batch) if self._has_clips else 1
-        for layer, rate, images, seen, tensor in self._layers:
+        for place, (setting, layers) in enumerate(self._layers.items()):
+            rate, images, seen = setting
             images *= frames
+            averages = False
             if frozen:
-                goal = now = 0.0
+                now = 0.0
             elif rate == 'cumulative':
                 continue
             else:
-                goal = rate_of_step(rate, images, None, ratio)
-                now = goal if seen is None else rate_of_step(rate, images, seen + done, ratio)
-            if tensor is not None:
-                tensor.fill_(now)
-            layer.bn.momentum = None if now > goal else now if tensor is None else tensor
-            if layer is self._layers[0][0]:
+                now = goal = rate_of_step(rate, images, None, ratio)
+                if seen is not None:
+                    now = rate_of_step(rate, images, seen + done, ratio)
+                    averages = now > goal
+            tensor = self._tensors.get(setting)
+            held = now if tensor is None else tensor.fill_(now)
+            _set_rate(layers, None if averages else held)
+            if place == 0:
                 runner.message_hub.update_scalar('train/bcn_rate', now)
 
     def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
-        """Synchronises; looks at what was left out now and then."""
-        synchronize_estimates(self._model)
+        """Synchronises where there are other ranks; looks at what was left out now and then."""
+        if distributed.world_size() > 1:
+            synchronize_estimates(self._model)
         if self.every_n_train_iters(runner, self.interval):
             self._report(runner)
 
@@ -174,8 +180,11 @@ class EstimatesHook(Hook):
 
     def after_train(self, runner) -> None:
         """Gives the layers their rates back; says what was left out."""
-        for layer, rate, *_ in self._layers:
-            layer.bn.momentum = None if rate == 'cumulative' else rate
+        for (rate, *_), layers in self._layers.items():
+            _set_rate(layers, None if rate == 'cumulative' else rate)
+        if distributed.world_size() == 1:
+            # Counted anew from here, should there be other ranks one day.
+            synchronize_estimates(self._model)
         self._report(runner)
 
     def _report(self, runner) -> None:
@@ -195,6 +204,32 @@ class EstimatesHook(Hook):
             runner.logger,
             logging.WARNING,
         )
+
+
+class _Setting(NamedTuple):
+    """What the rate of a step is made of.
+
+    Attributes:
+        rate: Of the config.
+        images: Per step; of a network for videos, clips.
+        seen: Updates that the estimates have seen before the training; None: of no interest.
+    """
+
+    rate: Any
+    images: float
+    seen: int | None
+
+
+def _set_rate(layers: list[BatchChannelNorm], rate: float | torch.Tensor | None) -> None:
+    """Sets it where it is another: somebody else may have set it, or replaced the child."""
+    for layer in layers:
+        # Attributes of modules, of all layers in every step, would take longer than the rest.
+        bn: Any = layer._modules['bn']
+        old = vars(bn).get('momentum', '')
+        if old is rate or (type(old) is type(rate) is float and old == rate):
+            continue
+        if hasattr(bn, 'momentum'):  # else a host has frozen it
+            bn.momentum = rate
 
 
 def takes_clips(model: nn.Module) -> bool:
