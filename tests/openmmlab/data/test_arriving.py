@@ -119,6 +119,7 @@ def test_an_object_among_the_first_ends_the_look(monkeypatch):
     [
         ([0, 0, float('inf'), 1], 1.0, r'a\.png has the box \[0, 0, inf, 1\] when it reaches'),
         ([float('nan'), 0, 1, 1], 1.0, r'has the box \[nan, 0, 1, 1\]'),
+        ([float('inf'), 0, float('inf'), 1], 1.0, r'has the box \[inf, 0, inf, 1\]'),
         ([1, 0, 1, 1], float('nan'), r'the loss is nan, and a\.png has the box \[1, 0, 1, 1\]'),
         ([1, 0, 1, 1], 1.0, None),  # the host learns on
         ([0, 0, 1, 1], float('nan'), None),  # no matter of boxes

@@ -6,6 +6,7 @@ that there is nothing. A box without a size makes the loss NaN, and an image amo
 
 import copy
 import logging
+import math
 import random
 from collections import Counter
 from collections.abc import Iterator
@@ -113,6 +114,11 @@ def _odd_box(sample: Any) -> tuple[str, bool] | None:
     boxes = getattr(boxes, 'tensor', boxes)
     if not isinstance(boxes, Tensor) or boxes.ndim != 2 or not len(boxes):
         return None
+    # Of every image of every step: few operations where all is well.
+    if boxes.shape[1] == 4 and boxes.is_floating_point():
+        least, most = torch.aminmax(boxes[:, 2:] - boxes[:, :2])
+        if least > 0 and most < math.inf:  # neither if a coordinate is not finite
+            return None
     wrong = ~boxes.isfinite().all(1)
     if boxes.shape[1] == 4:
         wrong |= (boxes[:, 2:] <= boxes[:, :2]).any(1)
