@@ -82,7 +82,7 @@ compiled() { "$python" -c 'from wsbcn_mm.backends import cpu; raise SystemExit(c
 if compiled; then
     printf '\nThe compiled extension was there.\n' >>"$report"
 else
-    WSBCN_BUILD=1 KEEP=3 part build 120 "$python" setup.py -q build_ext --inplace
+    WSBCN_BUILD=1 KEEP=3 part build 300 "$python" setup.py -q build_ext --inplace
     if ! compiled; then  # it failed, or was not finished
         failed=1
         printf '\n**Everything below is launched from Python, which takes several times as long.**\n' >>"$report"
