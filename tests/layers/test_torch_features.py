@@ -18,6 +18,7 @@ from torch.ao.quantization import (
 from torch.nn.utils import parametrize, prune
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils import mkldnn
+from torch.utils.checkpoint import checkpoint
 
 from wsbcn_mm import (
     BatchChannelNorm2d,
@@ -281,6 +282,33 @@ def test_exported_programs_have_the_gradients_of_their_model(backend, mode):
             torch.testing.assert_close(parameter.grad, expected, rtol=1e-10, atol=1e-10)
         for name, buffer in program.named_buffers():
             same(buffer, model.get_buffer(name))
+
+
+@pytest.mark.parametrize('use_reentrant', [True, False])
+@pytest.mark.parametrize('decomposed', [True, False])
+def test_exported_programs_in_checkpoints(use_reentrant, decomposed):
+    model = nn.Sequential(norm(), norm(mode='batch'))
+    exported = torch.export.export(copy.deepcopy(model), (X,), strict=False)
+    program = (exported.run_decompositions() if decomposed else exported).module()
+    x = X.clone().requires_grad_()
+    checkpoint(program, x, use_reentrant=use_reentrant).square().sum().backward()
+    model(X).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        same(program.get_parameter(name).grad, parameter.grad)
+    for name, buffer in model.named_buffers():
+        same(program.get_buffer(name), buffer)
+
+
+@pytest.mark.parametrize('frozen', [True, False])
+def test_tangents_of_exported_programs(backend, frozen):
+    model = nn.Sequential(WSConv2d(8, 8, 3).double(), norm()).eval().requires_grad_(not frozen)
+    program = torch.export.export(model, (X,), strict=False).module()
+    found = []
+    for one in (model, program):
+        with torch.autograd.forward_ad.dual_level():
+            x = torch.autograd.forward_ad.make_dual(X, X.cos())
+            found.append(torch.autograd.forward_ad.unpack_dual(one(x)).tangent)
+    same(*found)
 
 
 def test_a_trace_keeps_the_dtype_of_its_weights():

@@ -72,11 +72,11 @@ def batch_channel_norm(
             x, num_groups, *running, *affine, *flat_rate(rate), eps, from_batch
         )
     elif torch.is_grad_enabled() and _is_written_down(backend) and x.numel() > 0:
-        _check_constant(running)
+        check_constant(running)
         call = _Call(num_groups, running, rate, eps, from_batch, backend)
         y, _ = _normalize(x, affine, call)
     elif torch.is_grad_enabled():
-        _check_constant(running)
+        check_constant(running)
         call = _Call(num_groups, running, rate, eps, from_batch, backend)
         y = _Normalize.apply(x, *affine, call)  # type: ignore[no-untyped-call]
     elif rate is None and x.numel() > 0:
@@ -87,7 +87,12 @@ def batch_channel_norm(
     return y
 
 
-def _check_constant(running: Running) -> None:
+def check_constant(running: Running) -> None:
+    """Raises where a statistic requires a gradient, which it would not get.
+
+    Args:
+        running: Of a call that is differentiated.
+    """
     for name, statistic in (('running_mean', running.mean), ('running_var', running.var)):
         if statistic.requires_grad:
             raise ValueError(

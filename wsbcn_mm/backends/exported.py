@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wsbcn_mm import reference
+from wsbcn_mm import compat, reference
 from wsbcn_mm.backends import autograd, cpu, dispatched, eager, ops
 from wsbcn_mm.backends.carriers import Affine, Rate, Running, Statistics
 
@@ -49,6 +49,7 @@ class _Standardize(torch.autograd.Function):
 class _Normalize(torch.autograd.Function):
     @staticmethod
     def forward(operator: str, *arguments: Any) -> Any:
+        autograd.check_constant(Running(*arguments[2:4]))
         return _run(operator, *arguments)
 
     @staticmethod
@@ -78,25 +79,8 @@ def _evaluate(_: str, x: Tensor, num_groups: int, mean: Tensor, var: Tensor, *ot
     return _Normalize.apply('normalize_with_given', *given)[0]  # type: ignore[no-untyped-call]
 
 
-def _differentiate(operator: str, differentiable: Callable[..., Any]) -> None:
-    def run(*arguments: Any) -> Any:
-        is_wanted = torch.is_grad_enabled() and any(
-            isinstance(argument, Tensor) and argument.requires_grad for argument in arguments
-        )
-        return (differentiable if is_wanted else _run)(operator, *arguments)
-
-    _library.impl(operator, run, 'Autograd')
-
-
-_differentiate('standardize', _Standardize.apply)
-_differentiate('normalize_with_estimates', _Normalize.apply)
-_differentiate('normalize_with_given', _Normalize.apply)
-_differentiate('normalize_with_batch', _Normalize.apply)
-_differentiate('evaluate', _evaluate)
-
-
 # ----------------------------------------------------------------------------------------------
-# Inside a transform of torch.func: made of torch's own operations
+# Inside a transform of torch.func, and where tangents may come along: of torch's own operations
 
 
 def _standardize_in_torch(
@@ -150,11 +134,31 @@ def _evaluate_in_torch(
     return autograd.batch_channel_norm_in_torch(x, num_groups, running, affine, None, eps, False)
 
 
-ops.implement(_standardize_in_torch, ops.TRANSFORMED, 'standardize')
-ops.implement(_normalize_with_estimates_in_torch, ops.TRANSFORMED, 'normalize_with_estimates')
-ops.implement(_normalize_with_given_in_torch, ops.TRANSFORMED, 'normalize_with_given')
-ops.implement(_normalize_with_batch_in_torch, ops.TRANSFORMED, 'normalize_with_batch')
-ops.implement(_evaluate_in_torch, ops.TRANSFORMED, 'evaluate')
+# ----------------------------------------------------------------------------------------------
+
+
+def _differentiate(
+    operator: str, with_node: Callable[..., Any], in_torch: Callable[..., Any]
+) -> None:
+    transformed = ops.flattened(in_torch)
+
+    def run(*arguments: Any) -> Any:
+        if compat.is_transformed():
+            return transformed(*arguments)
+        is_wanted = torch.is_grad_enabled() and any(
+            isinstance(argument, Tensor) and argument.requires_grad for argument in arguments
+        )
+        return (with_node if is_wanted else _run)(operator, *arguments)
+
+    _library.impl(operator, run, 'Autograd')
+    _library.impl(operator, transformed, ops.TRANSFORMED)
+
+
+_differentiate('standardize', _Standardize.apply, _standardize_in_torch)
+_differentiate('normalize_with_estimates', _Normalize.apply, _normalize_with_estimates_in_torch)
+_differentiate('normalize_with_given', _Normalize.apply, _normalize_with_given_in_torch)
+_differentiate('normalize_with_batch', _Normalize.apply, _normalize_with_batch_in_torch)
+_differentiate('evaluate', _evaluate, _evaluate_in_torch)
 
 
 def _normalize_with_given(

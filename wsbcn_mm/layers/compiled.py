@@ -130,7 +130,15 @@ def _first_use(
     return Use(running.mean.to(m.dtype, copy=True), running.var.to(m.dtype, copy=True), m.mean(0))
 
 
+def _without_gradient(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """In programs of torch.export x may be no longer detached."""
+    with torch._C._AutoDispatchBelowAutograd():
+        mean, var = torch.ops.wsbcn_mm.observe.default(*arguments)
+    return mean, var
+
+
 _library.impl('observe', _observe, 'CompositeExplicitAutograd')
+_library.impl('observe', _without_gradient, 'Autograd')
 
 
 @torch.library.register_fake(f'{ops.NAMESPACE}::observe', lib=_library)
