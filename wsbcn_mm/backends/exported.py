@@ -150,8 +150,12 @@ def _differentiate(
         )
         return (with_node if is_wanted else _run)(operator, *arguments)
 
-    _library.impl(operator, run, 'Autograd')
     _library.impl(operator, transformed, ops.TRANSFORMED)
+    if cpu.unavailable() is None:
+        # nodes/differentiated.cpp comes here where there is something to be differentiated.
+        _library.impl(f'{operator}_differentiated', run, 'CompositeImplicitAutograd')
+    else:
+        _library.impl(operator, run, 'Autograd')
 
 
 _differentiate('standardize', _Standardize.apply, _standardize_in_torch)

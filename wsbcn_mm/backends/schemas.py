@@ -15,7 +15,7 @@ _AFFINE = 'Tensor? batch_weight, Tensor? batch_bias, Tensor? weight, Tensor? bia
 _RATE = 'float? rate, Tensor? rate_tensor'
 _STATISTICS = 'Tensor m, Tensor q, Tensor mean, Tensor var, Tensor group_mean, Tensor inv_group_std'
 
-SCHEMAS = (
+_OPERATORS = (
     'row_moments(Tensor x) -> (Tensor m, Tensor q)',
     # Estimate mode and evaluation, in one call. With a rate r the running statistics are updated
     # first, in place:
@@ -129,6 +129,22 @@ SCHEMAS = (
     'standardize_twice(Tensor grad, Tensor weight, float eps, str formula) -> Tensor',
 )
 
+
+DIFFERENTIATED = (
+    'standardize',
+    'normalize_with_estimates',
+    'normalize_with_given',
+    'normalize_with_batch',
+    'evaluate',
+)
+"""What a compiler writes down of a layer; see `exported`."""
+
+SCHEMAS = _OPERATORS + tuple(
+    # What is called in its place where its results are to be differentiated.
+    schema.replace('(', '_differentiated(', 1)
+    for schema in _OPERATORS
+    if schema.partition('(')[0] in DIFFERENTIATED
+)
 
 ENTRIES = (
     'batch_channel_norm(x, num_groups, running_mean, running_var, counts, num_batches_tracked, '

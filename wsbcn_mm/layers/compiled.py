@@ -62,6 +62,7 @@ def observe(
 def _observe(x: Tensor, *flat: Any) -> tuple[Tensor, Tensor]:
     running, steps, number, tensor = Running(*flat[:4]), *flat[4:7]
     from_batch, identity = flat[7:]
+    x = x.detach()  # a program of torch.export does not
     m, q = row_moments(x)
     run = recomputation.Run(identity)
     use = run.recall(m.mean(0))
@@ -130,15 +131,9 @@ def _first_use(
     return Use(running.mean.to(m.dtype, copy=True), running.var.to(m.dtype, copy=True), m.mean(0))
 
 
-def _without_gradient(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """In programs of torch.export x may be no longer detached."""
-    with torch._C._AutoDispatchBelowAutograd():
-        mean, var = torch.ops.wsbcn_mm.observe.default(*arguments)
-    return mean, var
-
-
 _library.impl('observe', _observe, 'CompositeExplicitAutograd')
-_library.impl('observe', _without_gradient, 'Autograd')
+# Without gradient, whoever calls.
+_library.impl('observe', torch.library.fallthrough_kernel, 'Autograd')
 
 
 @torch.library.register_fake(f'{ops.NAMESPACE}::observe', lib=_library)
