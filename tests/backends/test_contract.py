@@ -6,7 +6,16 @@ import pytest
 import torch
 
 from wsbcn_mm import functional
-from wsbcn_mm.backends import autograd, dispatched, eager, ops, running, synchronised
+from wsbcn_mm.backends import (
+    autograd,
+    cpu,
+    dispatched,
+    eager,
+    ops,
+    running,
+    schemas,
+    synchronised,
+)
 
 ORDER = ('x', 'num_groups', 'running', 'affine', 'rate', 'eps')
 FUNCTIONS = [
@@ -52,6 +61,18 @@ def test_backends_and_schema_say_the_same(name):
 )
 def test_other_operators_have_the_names_of_their_functions(function, operator):
     assert ops.flat_names(function) == schema_names(operator)
+
+
+@pytest.mark.parametrize('name', schemas.DIFFERENTIATED)
+def test_what_a_compiler_writes_down_has_derivatives(name):
+    """C++ and Python name the same operators."""
+    there = torch._C._dispatch_has_kernel_for_dispatch_key
+    for key in ('Autograd', ops.TRANSFORMED):
+        assert there(f'wsbcn_mm::{name}', key)
+    if cpu.unavailable() is None:
+        twin = f'wsbcn_mm::{name}_differentiated'
+        assert there(twin, 'CompositeImplicitAutograd')
+        assert schema_names(f'{name}_differentiated') == schema_names(name)
 
 
 def test_the_whole_operation_too():

@@ -78,15 +78,18 @@ def test_a_hook_that_would_be_called_for_nothing_is_refused():
     (first.sum() + second.sum()).backward()  # with a gradient there is nothing to tell
 
 
-@pytest.mark.parametrize('anomalies', [True, False])
-def test_who_looks_between_the_nodes_sees_gradients(anomalies):
+@pytest.mark.parametrize('way', ['anomalies', 'behind the node', 'before the next'])
+def test_who_looks_between_the_nodes_sees_gradients(way):
     model = net(3, attached=False)
     model[2].weight.register_hook(lambda grad: None)
     seen = []
-    with wsbcn_mm.standardized_once(model), torch.autograd.set_detect_anomaly(anomalies):
-        w_hat = model[0].standardized_weight()
-        if not anomalies:
-            node, _ = w_hat.grad_fn, w_hat.grad_fn.next_functions[0][0]
+    with wsbcn_mm.standardized_once(model), torch.autograd.set_detect_anomaly(way == 'anomalies'):
+        node = model[0].standardized_weight().grad_fn
+        if way == 'behind the node':
             node.register_hook(lambda inputs, outputs: seen.append(inputs[0].clone()))
+        elif way == 'before the next':
+            (following, _), *_ = node.next_functions
+            following.register_prehook(lambda inputs: seen.append(inputs[0].clone()))
         sum(layer(X).square().sum() for layer in model).backward()
+    assert len(seen) == (way != 'anomalies')
     assert all(torch.equal(grad, model[0].weight.grad) for grad in seen)

@@ -21,7 +21,8 @@ bool is_differentiated(c10::ArrayRef<c10::IValue> arguments) {
          });
 }
 
-// Compiled code comes here in every step, with nothing to be differentiated: not in Python.
+// Compiled code comes here in every step, with nothing to be differentiated: not in Python. The names
+// are `DIFFERENTIATED` of backends/schemas.py.
 void run(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
   const auto& schema = op.schema();
   if (is_differentiated(torch::jit::last(*stack, schema.arguments().size()))) {
