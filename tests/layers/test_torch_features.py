@@ -235,6 +235,18 @@ def test_traced_and_exported(training):
         same(traced(X), y)
 
 
+@pytest.mark.parametrize('strict', [True, False])
+def test_what_is_exported_under_autocast_runs_with_and_without_it(backend, strict):
+    model = nn.Sequential(WSConv2d(8, 8, 3, bias=False), norm().float(), WSConv2d(8, 8, 1)).eval()
+    x = X.float()
+    with torch.autocast('cpu', torch.bfloat16):
+        program = torch.export.export(model, (x,), strict=strict).module()
+        y, expected = program(x), model(x)
+    assert y.dtype == torch.bfloat16 and torch.equal(y, expected)
+    if backend != 'eager':  # plain torch calls note the dtypes that they convert from
+        torch.testing.assert_close(program(x), model(x))
+
+
 @pytest.mark.parametrize('mode', ['estimate', 'batch', 'evaluation'])
 def test_exported_programs_have_the_gradients_of_their_model(backend, mode):
     model = nn.Sequential(

@@ -75,7 +75,8 @@ class WeightStandardized(_Base):
             w_hat: Tensor = compat.call_in_graph(weight.tracer, self, 'standardized_weight')
             return w_hat
         dtype, autocast = weight.dtype, compat.autocast_dtype(weight.device.type)
-        if autocast is not None and dtype != torch.float64:
+        # An exported program may run without autocast, and notes none: with it, torch casts then.
+        if autocast is not None and dtype != torch.float64 and not compat.is_exporting():
             dtype = autocast
         return standardization.standardized(self, weight, dtype)
 
