@@ -74,6 +74,21 @@ void check_statistics(const Tensor& weight, int64_t rows, const Tensor& values, 
               name, " must hold ", rows, " values of ", statistics_of(weight), " on the CPU");
 }
 
+// Writes a row of n values, which the cache holds, in pieces: write(first, count). Meanwhile memory,
+// which would have nothing to bring, brings the row behind it of what is read.
+template <typename T, size_t count, typename Write>
+void write_row(int64_t n, bool is_last, const T* const (&reads)[count], const Write& write) {
+  constexpr int64_t kPiece = 1024 / sizeof(T), kLine = 64 / sizeof(T);
+  for (int64_t first = 0; first < n;) {
+    const int64_t end = n - first < 2 * kPiece ? n : first + kPiece;
+    for (int64_t j = n + first; j < n + end && !is_last; j += kLine) {
+      for (const T* read : reads) __builtin_prefetch(read + j);
+    }
+    write(first, end - first);
+    first = end;
+  }
+}
+
 // Calls row(k, i, n) for each row i of each weight k, n its length. Threads share the values
 // evenly; a row belongs to the thread in whose share it begins.
 template <typename Row>
@@ -121,7 +136,10 @@ void standardize_rows(TensorList weights, TensorList out, const Tensor& mean, co
     // (x - m) is exact to A; what m lost by rounding goes into the shift.
     const A scale = static_cast<A>(1 / denominator);
     const A shift = static_cast<A>((means[at] - centre) / denominator);
-    rows_affine(w, to[k] + i * n, 1, n, &means[at], &scale, &shift);
+    U* const y = to[k] + i * n;
+    write_row(n, i + 1 == weights[k].size(0), {w}, [&](int64_t first, int64_t count) {
+      rows_affine(w + first, y + first, 1, count, &means[at], &scale, &shift);
+    });
   });
 }
 
@@ -196,7 +214,11 @@ void standardize_all_backward(TensorList grads, TensorList weights, at::IntArray
           const A of_g = static_cast<A>(1 / d);
           const A of_w = static_cast<A>(-scale * (sum_gw - rest * sum_g));
           const A offset = static_cast<A>(-sum_g / (n * d) - of_w * rest);
-          rows_gradient(g, w, to[k] + i * n, 1, n, &means[at], &of_g, &of_w, &offset);
+          scalar_t* const dw = to[k] + i * n;
+          write_row(n, i + 1 == weights[k].size(0), {g, w}, [&](int64_t first, int64_t count) {
+            rows_gradient(g + first, w + first, dw + first, 1, count, &means[at], &of_g, &of_w,
+                          &offset);
+          });
         });
       });
 }
