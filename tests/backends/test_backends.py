@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import os
+import platform
 import runpy
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -409,6 +410,17 @@ def test_kernels_that_were_compiled_before_an_entry_came_are_told_by_the_list_of
     listed = {entry.partition('(')[0] for entry in schemas.ENTRIES}
     there = {name for name in dir(cpu.entries) if not name.startswith('_')}
     assert there == {name for name in listed if '.' not in name}
+
+
+@needs_cpu_kernels
+@pytest.mark.skipif(platform.machine() != 'x86_64', reason='needs an x86-64')
+@pytest.mark.skipif(not Path('/proc/cpuinfo').exists(), reason='needs Linux')
+def test_the_kernels_use_the_widest_registers_of_the_machine():
+    lines = Path('/proc/cpuinfo').read_text().splitlines()
+    flags = set(next(line for line in lines if line.startswith('flags')).split())
+    v3 = {'avx2', 'bmi1', 'bmi2', 'f16c', 'fma', 'abm', 'movbe'} <= flags
+    v4 = v3 and {'avx512f', 'avx512bw', 'avx512cd', 'avx512dq', 'avx512vl'} <= flags
+    assert backends.register_bytes() == (64 if v4 else 32 if v3 else 16)
 
 
 @needs_cpu_kernels

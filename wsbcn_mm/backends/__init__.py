@@ -173,11 +173,19 @@ def release_memory() -> None:
         torch.ops.wsbcn_mm.release_memory.default()
 
 
+def register_bytes() -> int:
+    """The width of the registers that the CPU kernels compute in: 16, 32 or 64 on an x86-64."""
+    width: int = torch.ops.wsbcn_mm.register_bytes.default()
+    return width
+
+
 def report() -> str:
     """One line per backend: whether it can be used here, and why not."""
     lines = [f'torch {torch.__version__}, {torch.get_num_threads()} CPU threads']
     for name, module in BACKENDS.items():
         lines.append(f'{name:<7} {module.unavailable() or "available"}')
+    if UNAVAILABLE['cpu'] is None:
+        lines.append(f'on the CPU in registers of {register_bytes()} bytes')
     if UNAVAILABLE['triton'] is None:
         lines.append(f'launched by {"C++" if triton.HAS_NODES else "Python"}')
     if _forced is not None:

@@ -105,6 +105,8 @@ _OPERATORS = (
     'backward_calls_address() -> int',
     # Frees the memory that a backend keeps for its next results.
     'release_memory() -> ()',
+    # The width of the registers of this machine that the kernels of a CPU compute in.
+    'register_bytes() -> int',
     # How kernels of a GPU are launched without Python. Makes the launcher's operators those of CUDA
     # tensors; of CPU tensors, to measure it.
     'register_launcher(bool cpu) -> ()',

@@ -725,5 +725,9 @@ TORCH_LIBRARY_IMPL(wsbcn_mm, CPU, library) {
   library.impl("normalize_backward", normalize_backward);
 }
 
+TORCH_LIBRARY_IMPL(wsbcn_mm, CompositeExplicitAutograd, library) {
+  library.impl("register_bytes", register_bytes);
+}
+
 }  // namespace
 }  // namespace wsbcn

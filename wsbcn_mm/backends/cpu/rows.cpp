@@ -233,27 +233,70 @@ auto gradient_of(const T* g, const T* x, const A* m, const A* p, const A* q, con
 }  // namespace
 
 // Of each function one version per width of registers; the loader picks the widest that the machine
-// has. They are not templates: a version needs a function of its own.
-#define WSBCN_ROWS_OF(VERSION, bytes, T, A)                                                       \
-  VERSION                                                                                         \
-  void rows_moments(const T* x, int64_t rows, int64_t length, double* mean, double* variance) {   \
-    moments_of_rows<T, A, bytes>(x, rows, length, mean, variance);                                \
-  }                                                                                               \
-  VERSION                                                                                         \
-  void rows_dots(const T* g, const T* x, int64_t rows, int64_t length, const A* m, double* sum_g, \
-                 double* sum_gx) {                                                                \
-    dots_of_rows<T, A, bytes>(g, x, rows, length, m, sum_g, sum_gx);                              \
-  }                                                                                               \
-  VERSION                                                                                         \
-  void rows_gradient(const T* g, const T* x, T* dx, int64_t rows, int64_t length, const A* m,     \
-                     const A* p, const A* q, const A* r) {                                        \
-    write_rows<A, bytes>(dx, rows, length, gradient_of(g, x, m, p, q, r));                        \
+// has. They are not templates: a version needs a function of its own. Only a caller that sees all
+// versions has the choice, another file would get the first one: what rows.h declares calls them.
+namespace versions {
+#define WSBCN_BYTES(VERSION, bytes, ...) \
+  VERSION                                \
+  int64_t register_bytes() {             \
+    return bytes;                        \
+  }
+WSBCN_VERSIONS(WSBCN_BYTES)
+
+#define WSBCN_ROWS_OF(VERSION, bytes, T, A)                                                     \
+  VERSION                                                                                       \
+  void moments(const T* x, int64_t rows, int64_t length, double* mean, double* variance) {      \
+    moments_of_rows<T, A, bytes>(x, rows, length, mean, variance);                              \
+  }                                                                                             \
+  VERSION                                                                                       \
+  void dots(const T* g, const T* x, int64_t rows, int64_t length, const A* m, double* sum_g,    \
+            double* sum_gx) {                                                                   \
+    dots_of_rows<T, A, bytes>(g, x, rows, length, m, sum_g, sum_gx);                            \
+  }                                                                                             \
+  VERSION                                                                                       \
+  void gradient(const T* g, const T* x, T* dx, int64_t rows, int64_t length, const A* m,        \
+                const A* p, const A* q, const A* r) {                                           \
+    write_rows<A, bytes>(dx, rows, length, gradient_of(g, x, m, p, q, r));                      \
   }
 #define WSBCN_ROWS_AFFINE(VERSION, bytes, T, U, A)                                             \
   VERSION                                                                                      \
+  void affine(const T* x, U* y, int64_t rows, int64_t length, const A* m, const A* scale,      \
+              const A* shift) {                                                                \
+    write_rows<A, bytes>(y, rows, length, affine_of(x, m, scale, shift));                      \
+  }
+#define WSBCN_DEFINE(T, A)            \
+  WSBCN_VERSIONS(WSBCN_ROWS_OF, T, A) \
+  WSBCN_VERSIONS(WSBCN_ROWS_AFFINE, T, T, A)
+
+WSBCN_DEFINE(double, double)
+WSBCN_DEFINE(float, float)
+WSBCN_DEFINE(c10::BFloat16, float)
+WSBCN_DEFINE(c10::Half, float)
+WSBCN_VERSIONS(WSBCN_ROWS_AFFINE, float, c10::BFloat16, float)
+WSBCN_VERSIONS(WSBCN_ROWS_AFFINE, float, c10::Half, float)
+#undef WSBCN_DEFINE
+}  // namespace versions
+
+int64_t register_bytes() {
+  return versions::register_bytes();
+}
+
+#define WSBCN_CALL_AFFINE(T, U, A)                                                             \
   void rows_affine(const T* x, U* y, int64_t rows, int64_t length, const A* m, const A* scale, \
                    const A* shift) {                                                           \
-    write_rows<A, bytes>(y, rows, length, affine_of(x, m, scale, shift));                      \
+    versions::affine(x, y, rows, length, m, scale, shift);                                     \
+  }
+#define WSBCN_CALL_ROWS(T, A)                                                                     \
+  void rows_moments(const T* x, int64_t rows, int64_t length, double* mean, double* variance) {   \
+    versions::moments(x, rows, length, mean, variance);                                           \
+  }                                                                                               \
+  void rows_dots(const T* g, const T* x, int64_t rows, int64_t length, const A* m, double* sum_g, \
+                 double* sum_gx) {                                                                \
+    versions::dots(g, x, rows, length, m, sum_g, sum_gx);                                         \
+  }                                                                                               \
+  void rows_gradient(const T* g, const T* x, T* dx, int64_t rows, int64_t length, const A* m,     \
+                     const A* p, const A* q, const A* r) {                                        \
+    versions::gradient(g, x, dx, rows, length, m, p, q, r);                                       \
   }
 #define WSBCN_COLUMNS_OF(T, A)                                                                     \
   WSBCN_CLONES                                                                                     \
@@ -275,16 +318,16 @@ auto gradient_of(const T* g, const T* x, const A* m, const A* p, const A* q, con
                        const A* m, const A* p, const A* q, const A* r) {                           \
     write_columns<A>(dx, length, channels, gradient_of(g, x, m, p, q, r));                         \
   }
-#define WSBCN_DEFINE(T, A)                   \
-  WSBCN_VERSIONS(WSBCN_ROWS_OF, T, A)        \
-  WSBCN_VERSIONS(WSBCN_ROWS_AFFINE, T, T, A) \
+#define WSBCN_DEFINE(T, A)   \
+  WSBCN_CALL_ROWS(T, A)      \
+  WSBCN_CALL_AFFINE(T, T, A) \
   WSBCN_COLUMNS_OF(T, A)
 
 WSBCN_DEFINE(double, double)
 WSBCN_DEFINE(float, float)
 WSBCN_DEFINE(c10::BFloat16, float)
 WSBCN_DEFINE(c10::Half, float)
-WSBCN_VERSIONS(WSBCN_ROWS_AFFINE, float, c10::BFloat16, float)
-WSBCN_VERSIONS(WSBCN_ROWS_AFFINE, float, c10::Half, float)
+WSBCN_CALL_AFFINE(float, c10::BFloat16, float)
+WSBCN_CALL_AFFINE(float, c10::Half, float)
 
 }  // namespace wsbcn

@@ -19,6 +19,9 @@ namespace wsbcn {
 template <typename T>
 using Accumulate = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
+// Of the machine, as far as the functions below use them.
+int64_t register_bytes();
+
 // Every function below exists for these dtypes. WSBCN_ROWS(T, A) declares them for one.
 #define WSBCN_ROWS(T, A)                                                                           \
   /* Mean and mean squared deviation from it, in one pass over memory. */                          \

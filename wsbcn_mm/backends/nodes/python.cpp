@@ -131,7 +131,7 @@ bool are_there(const std::optional<Hooks>& hooks) {
   return hooks.has_value();
 }
 
-bool are_there(const std::pair<PyObject*, PyObject*>& hooks) {
+[[maybe_unused]] bool are_there(const std::pair<PyObject*, PyObject*>& hooks) {
   return hooks.first != nullptr;
 }
 
