@@ -25,7 +25,8 @@ tar -C "$root" --exclude='*.so' --exclude=__pycache__ --exclude=.mim -cf - \
     setup.py setup.cfg README.md LICENSE requirements tests wsbcn_mm | tar -C "$folder" -xf -
 cd "$folder"
 echo "sanitize: compiles the kernels with -fsanitize=address,undefined" >&2
-flags='-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer'
+# -march=native: in the registers of this machine, as the loader would choose.
+flags='-march=native -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer'
 CFLAGS="$flags" LDFLAGS="$flags" WSBCN_BUILD=1 "$python" setup.py -q build_ext --inplace >build.log 2>&1 ||
     { tail -30 build.log >&2; exit 1; }
 

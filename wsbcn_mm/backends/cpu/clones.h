@@ -14,7 +14,14 @@
   DEFINE(WSBCN_TARGET("arch=x86-64-v4"), 64, __VA_ARGS__)
 #else
 #define WSBCN_CLONES
+// One version, for the machine that the compiler was told of.
+#if defined(__AVX512F__)
+#define WSBCN_VERSIONS(DEFINE, ...) DEFINE(, 64, __VA_ARGS__)
+#elif defined(__AVX2__)
+#define WSBCN_VERSIONS(DEFINE, ...) DEFINE(, 32, __VA_ARGS__)
+#else
 #define WSBCN_VERSIONS(DEFINE, ...) DEFINE(, 16, __VA_ARGS__)
+#endif
 #endif
 // Into the versions, or it would be compiled for the oldest machine only.
 #define WSBCN_INLINED __attribute__((always_inline))

@@ -148,4 +148,72 @@ void sums_over(int64_t first, int64_t end, const Add& add, double* total) {
   }
 }
 
+// Sums of so many registers side by side cost hardly more than that of one.
+constexpr int kBlock = 8;
+
+// a0 + a1, a2 + a3, ..., b0 + b1, ...
+template <typename A, int bytes>
+WSBCN_INLINE
+Lanes<A, bytes> pair_sums(const Lanes<A, bytes>& a, const Lanes<A, bytes>& b) {
+  constexpr int lanes = bytes / sizeof(A);
+#if defined(__GNUC__) && !defined(__clang__)
+  Lanes<std::conditional_t<sizeof(A) == 4, int32_t, int64_t>, bytes> even;
+  for (int j = 0; j < lanes; ++j) even[j] = 2 * j;
+  return __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, even + 1);
+#else
+  Lanes<A, bytes> sums;
+  for (int j = 0; j < lanes / 2; ++j) {
+    sums[j] = a[2 * j] + a[2 * j + 1];
+    sums[lanes / 2 + j] = b[2 * j] + b[2 * j + 1];
+  }
+  return sums;
+#endif
+}
+
+// sums[k]: of the values of registers[k], k < kBlock.
+template <typename A, int bytes>
+WSBCN_INLINE
+void sums_of_block(const Lanes<A, bytes>* registers, A* sums) {
+  constexpr int lanes = bytes / sizeof(A);
+  if constexpr (lanes > kBlock) {
+    Lanes<A, bytes / 2> folded[kBlock];
+    for (int k = 0; k < kBlock; ++k) {
+      Lanes<A, bytes / 2> halves[2];
+      __builtin_memcpy(halves, registers + k, bytes);
+      folded[k] = halves[0] + halves[1];
+    }
+    sums_of_block<A, bytes / 2>(folded, sums);
+  } else {
+    Lanes<A, bytes> left[kBlock];
+    __builtin_memcpy(left, registers, sizeof(left));
+    for (int count = kBlock / 2; count * lanes >= kBlock; count /= 2) {
+      for (int k = 0; k < count; ++k) left[k] = pair_sums<A, bytes>(left[2 * k], left[2 * k + 1]);
+    }
+    __builtin_memcpy(sums, left, kBlock * sizeof(A));
+  }
+}
+
+// As sums_over of kBlock ranges of `length` values each, at least a register of them:
+// add(k, width, i, keep, sums) adds what belongs to the values from i on of range k;
+// total[j * kBlock + k]: sum j of range k.
+template <typename A, int bytes, int count, typename Add>
+WSBCN_INLINE
+void sums_over_block(int64_t length, const Add& add, A* total) {
+  constexpr int64_t lanes = bytes / sizeof(A);
+  constexpr Width<Lanes<A, bytes>> width;
+  Lanes<A, bytes> lane;
+  for (int64_t j = 0; j < lanes; ++j) lane[j] = static_cast<A>(j);
+  const auto all = lane >= 0;
+  const int64_t whole = length / lanes * lanes, last = length - lanes;
+  const auto unseen = lane >= static_cast<A>(whole - last);
+  Lanes<A, bytes> sums[count][kBlock];
+  for (int k = 0; k < kBlock; ++k) {
+    Lanes<A, bytes> of_range[count] = {};
+    for (int64_t i = 0; i < whole; i += lanes) add(k, width, i, all, of_range);
+    if (whole < length) add(k, width, last, unseen, of_range);
+    for (int j = 0; j < count; ++j) sums[j][k] = of_range[j];
+  }
+  for (int j = 0; j < count; ++j) sums_of_block<A, bytes>(sums[j], total + j * kBlock);
+}
+
 }  // namespace wsbcn

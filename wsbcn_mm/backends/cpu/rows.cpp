@@ -11,6 +11,7 @@ namespace {
 
 // A chunk of a long row stays in the first-level cache between two passes over it.
 constexpr int64_t kChunk = 2048;
+constexpr int64_t kShort = 256;
 
 // ------------------------------------------------------------------------------------------------
 // What is computed, the same for rows and columns. V: a number, or a register of them.
@@ -91,6 +92,13 @@ void write_columns(U* y, int64_t length, int64_t channels, const Of& of) {
   });
 }
 
+// Whether rows are so short that their sums are worth to be taken side by side.
+template <typename A, int bytes>
+WSBCN_INLINE
+bool is_short(int64_t length) {
+  return length >= static_cast<int64_t>(bytes / sizeof(A)) && length <= kShort;
+}
+
 // ------------------------------------------------------------------------------------------------
 // Moments
 
@@ -146,10 +154,50 @@ void moments_of_row(const T* x, int64_t length, double inverse, double* mean, do
   *variance = std::max(total_squares * inverse, 0.0);
 }
 
+// The same for up to kBlock short rows side by side: around their means.
+template <typename T, typename A, int bytes>
+WSBCN_INLINE
+void moments_of_block(const T* x, int64_t rows, int64_t length, double inverse, double* mean,
+                      double* variance) {
+  A total[kBlock], centre[kBlock], sums[2 * kBlock];
+  // A block that is not full sees its last row again.
+  const auto start = [=](int64_t k) WSBCN_INLINED { return x + std::min(k, rows - 1) * length; };
+  sums_over_block<A, bytes, 1>(
+      length,
+      [&](int64_t k, auto width, int64_t i, auto keep, auto* to)
+          WSBCN_INLINED { add_value(load(width, start(k) + i), keep, to); },
+      total);
+#pragma omp simd
+  for (int k = 0; k < kBlock; ++k) centre[k] = total[k] * static_cast<A>(inverse);
+  sums_over_block<A, bytes, 2>(
+      length,
+      [&](int64_t k, auto width, int64_t i, auto keep, auto* to) WSBCN_INLINED {
+        to[0] += add_square(load(width, start(k) + i), centre[k], keep, to + 1);
+      },
+      sums);
+  double means[kBlock], variances[kBlock];
+#pragma omp simd
+  for (int k = 0; k < kBlock; ++k) {
+    const double left = sums[k] * inverse;
+    means[k] = static_cast<double>(centre[k]) + left;
+    const double squares = (sums[kBlock + k] - sums[k] * left) * inverse;
+    variances[k] = squares < 0 ? 0 : squares;
+  }
+  std::copy_n(means, rows, mean);
+  std::copy_n(variances, rows, variance);
+}
+
 template <typename T, typename A, int bytes>
 WSBCN_INLINE
 void moments_of_rows(const T* x, int64_t rows, int64_t length, double* mean, double* variance) {
   const double inverse = 1.0 / length;
+  if (is_short<A, bytes>(length)) {
+    for (int64_t k = 0; k < rows; k += kBlock) {
+      const int64_t count = std::min<int64_t>(kBlock, rows - k);
+      moments_of_block<T, A, bytes>(x + k * length, count, length, inverse, mean + k, variance + k);
+    }
+    return;
+  }
   for (int64_t k = 0; k < rows; ++k) {
     moments_of_row<T, A, bytes>(x + k * length, length, inverse, mean + k, variance + k);
   }
@@ -178,7 +226,22 @@ template <typename T, typename A, int bytes>
 WSBCN_INLINE
 void dots_of_rows(const T* g, const T* x, int64_t rows, int64_t length, const A* m, double* sum_g,
                   double* sum_gx) {
-  for (int64_t k = 0; k < rows; ++k, x += length, g += length) {
+  int64_t k = 0;
+  for (; is_short<A, bytes>(length) && k < rows; k += kBlock) {
+    A sums[2 * kBlock];
+    const int64_t count = std::min<int64_t>(kBlock, rows - k);
+    const auto row = [=](int64_t j) WSBCN_INLINED { return k + std::min(j, count - 1); };
+    sums_over_block<A, bytes, 2>(
+        length,
+        [&](int64_t j, auto width, int64_t i, auto keep, auto* to) WSBCN_INLINED {
+          const int64_t at = row(j) * length + i;
+          add_dots(load(width, g + at), load(width, x + at), m[row(j)], keep, to, to + 1);
+        },
+        sums);
+    std::copy_n(sums, count, sum_g + k);
+    std::copy_n(sums + kBlock, count, sum_gx + k);
+  }
+  for (x += k * length, g += k * length; k < rows; ++k, x += length, g += length) {
     const A centre = m[k];
     double total[2] = {0, 0};
     for (int64_t start = 0; start < length; start += kChunk) {
