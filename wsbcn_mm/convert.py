@@ -23,11 +23,11 @@ from wsbcn_mm.structure import (
     NORMS,
     Follower,
     dims_of_other_norms,
+    fan_in,
     followers,
     is_conv,
     is_norm,
     num_channels,
-    standardizable,
     torch_class,
 )
 from wsbcn_mm.trials import called, input_axes, run_on
@@ -483,4 +483,4 @@ def _why_not_conv(
         own = vars(conv).keys() & {'eps', 'formula'}
         if own:
             return f'has an attribute {min(own)!r} of its own, which WS would take for its setting'
-    return None if standardizable(conv) else 'a fan-in of 1 has no variance'
+    return None if fan_in(conv) > 1 else 'a fan-in of 1 has no variance'

@@ -332,10 +332,11 @@ def _without_standardization(model: nn.Module) -> list[str]:
     found: dict[tuple[Place, str], list[str]] = {}
     for follower in followers(model):
         ours = any(isinstance(modules[n], BatchChannelNorm) for n in follower.norms)
-        if ours and fan_in(follower.conv) > 1 and not standardizable(follower.conv):
-            name, kind = follower.names[0], type(follower.conv).__name__
-            if not isinstance(follower.conv, WeightStandardized) and kind != 'ConvWS2d':
-                found.setdefault((owner[name], kind), []).append(name)
+        name, kind = follower.names[0], type(follower.conv).__name__
+        stays = isinstance(follower.conv, WeightStandardized) or kind == 'ConvWS2d'
+        # `standardizable` last: of classes of their own it tries a copy
+        if ours and not stays and fan_in(follower.conv) > 1 and not standardizable(follower.conv):
+            found.setdefault((owner[name], kind), []).append(name)
     return [
         f'{dotted(place)}: {len(names)} {kind} (first {names[0]}) have no WS form: their output is '
         'not that of their weight, or they take other inputs than a convolution of torch'
