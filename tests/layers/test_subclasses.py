@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import prune
 
-from wsbcn_mm import WSConv2d, WSConvTranspose2d, fold, reference
+from wsbcn_mm import WSConv2d, WSConvTranspose2d, compat, fold, reference
 from wsbcn_mm.convert import convert_model
 from wsbcn_mm.layers import WeightStandardized
 from wsbcn_mm.layers.subclasses import standardized_copy
@@ -314,6 +314,5 @@ def test_a_compiled_layer():
     layer = standardized_copy(Conv2dSame(3, 4, 3))
     x = torch.randn(1, 3, 8, 8)
     # The compiler of old releases makes no objects, and runs these layers as they are.
-    release = tuple(int(part) for part in torch.__version__.split('.')[:2])
-    compiled = torch.compile(layer, backend='eager', fullgraph=release >= (2, 13))
+    compiled = torch.compile(layer, backend='eager', fullgraph=compat.installed() >= (2, 13))
     torch.testing.assert_close(compiled(x), layer(x))
