@@ -24,11 +24,6 @@ from wsbcn_mm.checks import auto_groups
 from wsbcn_mm.convert import convert_model
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 def left(report):
     return {item.name: item.reason for item in report.left}
 

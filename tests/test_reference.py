@@ -11,11 +11,6 @@ from wsbcn_mm import reference
 FORMULAS = ('paper', 'std_eps', 'var_eps')
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 def rand(*shape):
     return torch.randn(*shape, dtype=torch.float64)
 

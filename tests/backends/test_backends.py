@@ -31,11 +31,6 @@ needs_cpu_kernels = pytest.mark.skipif(cpu.unavailable() is not None, reason=f'{
 LAYOUTS = {'rows': torch.contiguous_format, 'channels_last': torch.channels_last}
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 # ----------------------------------------------------------------------------------------------
 # Choosing
 

@@ -12,11 +12,6 @@ from tests.layers.standardized import FLOAT, X, close, conv
 from wsbcn_mm import WSConv2d
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 @pytest.mark.parametrize('of_layer', [True, False])
 def test_hooks_may_write_a_weight_before_its_use(of_layer):
     model = nn.Sequential(conv(), nn.Sequential(conv()), conv())

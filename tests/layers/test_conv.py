@@ -11,25 +11,10 @@ from torch import nn
 from torch.nn.utils import parametrize, prune
 
 import wsbcn_mm
+from tests.layers.doubles import F64, assert_close, rand
 from wsbcn_mm import WSConv1d, WSConv2d, WSConv3d, WSConvTranspose2d, backends, reference
 
 FORMULAS = ('paper', 'std_eps', 'var_eps')
-F64 = dict(dtype=torch.float64)
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
-def rand(*shape):
-    return torch.randn(*shape, **F64)
-
-
-def assert_close(actual, expected, atol=1e-10):
-    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=atol)
-
-
 CONVS = {
     WSConv1d: nn.Conv1d,
     WSConv2d: nn.Conv2d,

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.layers.doubles import F64, assert_close, rand
 from wsbcn_mm import (
     BatchChannelNorm1d,
     BatchChannelNorm2d,
@@ -18,22 +19,6 @@ from wsbcn_mm import (
 )
 
 MODES = ('estimate', 'batch')
-F64 = dict(dtype=torch.float64)
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
-def rand(*shape):
-    return torch.randn(*shape, **F64)
-
-
-def assert_close(actual, expected, atol=1e-10):
-    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=atol)
-
-
 NORMS = {
     BatchChannelNorm1d: (3, 8, 7),
     BatchChannelNorm2d: (2, 8, 5, 4),

@@ -29,12 +29,6 @@ from wsbcn_mm.backends import cpu
 from wsbcn_mm.layers import standardization
 from wsbcn_mm.layers.scopes import Scope
 
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 # ----------------------------------------------------------------------------------------------
 # Within a pass
 

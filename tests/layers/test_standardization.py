@@ -24,12 +24,6 @@ from tests.layers.standardized import (
 from wsbcn_mm import WSConv1d, WSConv2d, WSConv3d, WSConvTranspose2d, reference
 from wsbcn_mm.layers import comparators, scopes
 
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 # ----------------------------------------------------------------------------------------------
 # Once
 
