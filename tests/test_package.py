@@ -125,8 +125,6 @@ ROOMS = {
     'hooks': {'data', 'measure'},
     'measure': {'command_line', 'data', 'explain'},
 }
-# Files that are only the former name of one in a room, for configs that were written before.
-FORMER = ('diagnostics_hook', 'shapes_coco', 'shapes_voc')
 
 
 def python_files(*folders: str) -> list[str]:
@@ -179,7 +177,7 @@ def violations(path: str, source: str) -> Iterator[str]:
         if other == unit == 'openmmlab' and parts[2] != '__init__':
             room, other = parts[2], rest.partition('.')[0]
             allowed = {room, *ROOMS.get(room, ())}
-            if other in ROOMS and other not in allowed and room not in FORMER:
+            if other in ROOMS and other not in allowed:
                 yield f'{path} imports {name}: not below {room}'
         elif other != unit and (other not in LEVELS or LEVELS[other] >= LEVELS[unit]):
             yield f'{path} imports {name}: not below {unit}'

@@ -337,25 +337,6 @@ def test_require_tells_mmcv_without_ops_from_mmcv(monkeypatch):
     assert 'MMCV_WITH_OPS=1 pip install --no-build-isolation mmcv==' in str(error.value)
 
 
-@pytest.mark.parametrize(
-    'former, now',
-    [
-        ('diagnostics_hook', 'hooks.diagnostics'),
-        ('shapes_coco', 'datasets.shapes_coco'),
-        ('shapes_voc', 'datasets.shapes_voc'),
-    ],
-)
-def test_what_older_configs_import_is_still_there(former, now):
-    """A checkpoint's config names modules as they were called when it was trained."""
-    if 'shapes' in former:
-        package = 'mmdet' if 'coco' in former else 'mmseg'
-        pytest.importorskip(package, reason='the dataset is registered there')
-    old = vars(importlib.import_module(f'wsbcn_mm.openmmlab.{former}'))
-    new = vars(importlib.import_module(f'wsbcn_mm.openmmlab.{now}'))
-    (name,) = (key for key in old if key.endswith(('Hook', 'Dataset')))
-    assert old[name] is new[name]
-
-
 def test_the_convolutions_of_tridentnet_are_initialised():
     """MMDetection leaves them as the memory happened to be, if no checkpoint fills them."""
     trident = pytest.importorskip('mmdet.models.backbones.trident_resnet', reason='its backbone')
