@@ -14,9 +14,8 @@ from mmengine.config import Config
 from mmengine.structures import InstanceData, PixelData
 from torch import Tensor
 
-from wsbcn_mm.openmmlab.config import find_scope, type_name
+from wsbcn_mm.openmmlab.config import dicts_in, find_scope, type_name
 from wsbcn_mm.openmmlab.deploy import clips
-from wsbcn_mm.openmmlab.deploy.settings import dicts
 
 JOINTS = {'nturgb+d': 25, 'coco': 17, 'openpose': 18}  # of MMAction2's skeletons
 
@@ -136,7 +135,7 @@ def _has_masks(cfg: Config) -> bool:
 
 
 def _pipeline(cfg: Config) -> list[dict[str, Any]]:
-    return list(dicts((cfg.get('train_dataloader') or {}).get('dataset') or {}))
+    return list(dicts_in((cfg.get('train_dataloader') or {}).get('dataset') or {}))
 
 
 def _boxes(size: int) -> Tensor:

@@ -19,9 +19,9 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, DefaultScope
 
 from wsbcn_mm.layers import WeightStandardized
-from wsbcn_mm.openmmlab.config import find_scope, model_of
+from wsbcn_mm.openmmlab.config import dicts_in, find_scope, model_of
 from wsbcn_mm.openmmlab.conversion import probe
-from wsbcn_mm.openmmlab.deploy.settings import dicts, drop_pretrained
+from wsbcn_mm.openmmlab.deploy.settings import drop_pretrained
 from wsbcn_mm.openmmlab.errors import first_line
 from wsbcn_mm.structure import trace
 
@@ -106,7 +106,7 @@ def reason_of(error: BaseException) -> str:
 
 def _in_small(cfg: Config) -> None:
     """Few proposals, images at their own size, no synchronisation between processes."""
-    for part in dicts(cfg.model):
+    for part in dicts_in(cfg.model):
         if part.get('type') in probe.SAME_LAYER:
             part['type'] = probe.SAME_LAYER[part['type']]
         for key in ('rpn', 'rpn_proposal'):

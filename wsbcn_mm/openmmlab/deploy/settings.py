@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from wsbcn_mm.folding import Plan
 from wsbcn_mm.layers import BatchChannelNorm, WeightStandardized
-from wsbcn_mm.openmmlab.config import PRETRAINED, type_name
+from wsbcn_mm.openmmlab.config import PRETRAINED, dicts_in, type_name
 from wsbcn_mm.openmmlab.registry import CONV_NAMED, KEPT, MICRO_BN_NAMED, NORM_NAMED
 from wsbcn_mm.structure import is_conv
 
@@ -68,7 +68,7 @@ def without_this_package(cfg: Config, replace_layers: Callable[[dict], None]) ->
         CannotBePlain: something of this package is left; the message says where.
     """
     stock = copy.deepcopy(cfg)
-    for part in dicts(stock.model):
+    for part in dicts_in(stock.model):
         if type_name(part) == KEPT:  # which is of use in training alone
             part.pop('frozen', None)
             part['type'] = part.pop('kind')
@@ -83,7 +83,7 @@ def without_this_package(cfg: Config, replace_layers: Callable[[dict], None]) ->
     hooks = [hook for hook in cfg.get('custom_hooks') or () if not _is_our_type(hook, HOOKS)]
     if hooks:
         stock.custom_hooks = hooks
-    for dataset in dicts(stock._cfg_dict):
+    for dataset in dicts_in(stock._cfg_dict):
         _replace_dataset(dataset)
     ours = {name for name, kind in MODELS.module_dict.items() if _ours(kind.__module__)}
     read = {*inspect.signature(Runner).parameters, 'tta_model'}
@@ -114,16 +114,6 @@ def _is_our_type(value: dict, registry: Registry) -> bool:
         return True
     kind = registry.get(value['type']) if isinstance(value['type'], str) else value['type']
     return kind is not None and _ours(kind.__module__)
-
-
-def dicts(value: Any) -> Iterator[dict]:
-    """Every dict in a config, from the outside in."""
-    if isinstance(value, dict):
-        yield value
-        value = list(value.values())
-    if isinstance(value, (list, tuple)):
-        for item in value:
-            yield from dicts(item)
 
 
 def _places_of_ours(value: Any, ours: set[str], path: str = '') -> Iterator[str]:
@@ -196,7 +186,7 @@ def plain_conv_cfg(conv_cfg: dict) -> dict | None:
 def drop_pretrained(model: dict) -> None:
     """Removes from a model's config where weights would be loaded from; changes it in place."""
     model.pop('pretrained', None)
-    for part in dicts(model):
+    for part in dicts_in(model):
         init = part.get('init_cfg')
         from_init = isinstance(init, dict) and type_name(init) in PRETRAINED
         if from_init:

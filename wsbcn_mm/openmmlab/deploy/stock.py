@@ -20,7 +20,7 @@ from torch import nn
 
 from wsbcn_mm.folding import Plan
 from wsbcn_mm.layers import BatchChannelNorm, WeightStandardized
-from wsbcn_mm.openmmlab.config import type_name
+from wsbcn_mm.openmmlab.config import dicts_in, type_name
 from wsbcn_mm.openmmlab.deploy import folded_layers, inference, settings
 from wsbcn_mm.openmmlab.deploy.settings import CannotBePlain
 from wsbcn_mm.openmmlab.layers import MicroBatchNorm2d
@@ -103,7 +103,7 @@ def model_with_layers(cfg: Config, model: nn.Module, plan: Plan) -> tuple[Config
 
 def _replace_layers(part: Any) -> None:
     """Plain convolutions and GroupNorms wherever a model's config names layers of this package."""
-    for value in settings.dicts(part):
+    for value in dicts_in(part):
         kind = type_name(value)
         if kind in CONV_NAMED:
             new = settings.plain_conv_cfg(value) or dict(type='Conv2d')
