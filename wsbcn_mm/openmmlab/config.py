@@ -332,6 +332,12 @@ def package_configs(package: str) -> Path:
     return Path(compat.package_folder(package)) / '.mim' / 'configs'
 
 
+def imports_of(cfg: Config) -> list[str]:
+    """What a config imports."""
+    imports = (cfg.get('custom_imports') or {}).get('imports') or []
+    return [imports] if isinstance(imports, str) else list(imports)
+
+
 def add_hook(cfg: Config, hook: dict) -> None:
     """Appends a hook of ours to the config's custom hooks.
 

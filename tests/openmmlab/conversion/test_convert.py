@@ -277,11 +277,11 @@ def test_a_checkpoint_brings_its_formula_and_affine(tmp_path):
 @pytest.mark.parametrize(
     'arguments, text',
     [
-        (dict(norm='IN'), 'norm must be one of BCN, GN'),
-        (dict(conv='DCN'), 'conv must be one of WSConv2d, none'),
+        (dict(norm='IN'), "norm must be one of 'BCN', 'GN'"),
+        (dict(conv='DCN'), "conv must be one of 'WSConv2d', 'none'"),
         (dict(images_per_gpu=0), 'images_per_gpu must be at least 1'),
         (dict(gpus=0), 'gpus must be at least 1'),
-        (dict(schedule='epochs'), 'schedule must be one of images, keep'),
+        (dict(schedule='epochs'), "schedule must be one of 'images', 'keep'"),
     ],
 )
 def test_wrong_arguments(arguments, text):

@@ -13,8 +13,9 @@ from pathlib import Path
 
 from mmengine.config import Config, ConfigDict
 
-from wsbcn_mm.openmmlab.checkpoints import read_checkpoint
-from wsbcn_mm.openmmlab.config import find_config, read_config, with_names
+from wsbcn_mm.checks import check_choice
+from wsbcn_mm.openmmlab.checkpoints import meta_of, read_checkpoint
+from wsbcn_mm.openmmlab.config import find_config, imports_of, read_config, with_names
 from wsbcn_mm.openmmlab.conversion import backbone as backbones
 from wsbcn_mm.openmmlab.conversion import length, probe, recipe, rescaling, schedulers
 from wsbcn_mm.openmmlab.conversion.changes import Conversion
@@ -83,10 +84,10 @@ def convert_config(
         NothingToConvert: a ValueError; nothing in the config has a norm that BCN could replace.
         ValueError: an argument out of range.
     """
-    _check_choice('norm', norm, TARGET_NORMS)
-    _check_choice('conv', conv, TARGET_CONVS)
-    _check_choice('schedule', schedule, SCHEDULES)
-    _check_choice('backbone', backbone, BACKBONES)
+    check_choice(norm, TARGET_NORMS, 'norm')
+    check_choice(conv, TARGET_CONVS, 'conv')
+    check_choice(schedule, SCHEDULES, 'schedule')
+    check_choice(backbone, BACKBONES, 'backbone')
     _check_count('images_per_gpu', images_per_gpu)
     for name, value in (('gpus', gpus), ('accumulate', accumulate)):
         if value is not None:
@@ -117,11 +118,6 @@ def convert_config(
     return conversion
 
 
-def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ValueError(f'{name} must be one of {", ".join(known)}\n  got {value!r}')
-
-
 def _check_count(name: str, value: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f'{name} must be an int\n  got {value!r}')
@@ -138,8 +134,7 @@ def _shorten_warm_up(conversion: Conversion, gpus: int) -> None:
 
 
 def _import_this_package(conversion: Conversion) -> None:
-    imports = (conversion.cfg.get('custom_imports') or {}).get('imports') or []
-    imports = [imports] if isinstance(imports, str) else list(imports)
+    imports = imports_of(conversion.cfg)
     if 'wsbcn_mm' not in imports:
         value = dict(imports=[*imports, 'wsbcn_mm'], allow_failed_imports=False)
         conversion.set(('custom_imports',), value)
@@ -213,13 +208,13 @@ def _fit_checkpoint(conversion: Conversion, place: Place, checkpoint: str) -> No
             'and were not set; tools/analysis_tools/audit.py tells where they differ'
         )
         return
-    meta = read_checkpoint(checkpoint).get('meta')
+    meta = meta_of(read_checkpoint(checkpoint))
     part = value_at(conversion.cfg, place)
     for key, holder, default in (
         ('formula', 'conv_cfg', 'paper'),
         ('affine', 'norm_cfg', 'group'),
     ):
-        value = (meta if isinstance(meta, dict) else {}).get(key) or default
+        value = meta.get(key) or default
         if isinstance(part.get(holder), dict):
             if part[holder].get(key, default) != value:
                 conversion.set((*place, holder, key), value, f'that of {checkpoint}')

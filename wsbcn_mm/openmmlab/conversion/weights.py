@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from wsbcn_mm.audit import Finding
-from wsbcn_mm.openmmlab.checkpoints import is_dense, meta_of, read_checkpoint, state_dict_of
+from wsbcn_mm.openmmlab.checkpoints import (
+    is_address,
+    is_dense,
+    meta_of,
+    read_checkpoint,
+    state_dict_of,
+)
 
 CONVERTER = 'tools/model_converters/convert_checkpoint.py'
 
@@ -31,7 +37,7 @@ def kind_of(source: str) -> tuple[str | None, str | None]:
     Returns:
         ``'BN'``, ``'GN + WS'``, ``'BCN + WS'`` or None; the formula or None.
     """
-    if '://' in source or not Path(source).is_file():
+    if is_address(source) or not Path(source).is_file():
         if re.search(r'gn[_-]ws', source):
             return 'GN + WS', 'std_eps'
         if re.match(r'(torchvision|open-mmlab)://', source):

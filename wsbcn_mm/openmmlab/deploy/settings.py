@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from wsbcn_mm.folding import Plan
 from wsbcn_mm.layers import BatchChannelNorm, WeightStandardized
-from wsbcn_mm.openmmlab.config import PRETRAINED, dicts_in, type_name
+from wsbcn_mm.openmmlab.config import PRETRAINED, dicts_in, imports_of, type_name
 from wsbcn_mm.openmmlab.registry import CONV_NAMED, KEPT, MICRO_BN_NAMED, NORM_NAMED
 from wsbcn_mm.structure import is_conv
 
@@ -97,12 +97,6 @@ def without_this_package(cfg: Config, replace_layers: Callable[[dict], None]) ->
             + '\n  '.join(without_equal)
         )
     return stock
-
-
-def imports_of(cfg: Config) -> list[str]:
-    """What a config imports."""
-    imports = (cfg.get('custom_imports') or {}).get('imports') or []
-    return [imports] if isinstance(imports, str) else list(imports)
 
 
 def _ours(name: str) -> bool:

@@ -20,7 +20,7 @@ from torch import nn
 
 from wsbcn_mm.folding import Plan
 from wsbcn_mm.layers import BatchChannelNorm, WeightStandardized
-from wsbcn_mm.openmmlab.config import dicts_in, type_name
+from wsbcn_mm.openmmlab.config import dicts_in, imports_of, type_name
 from wsbcn_mm.openmmlab.deploy import folded_layers, inference, settings
 from wsbcn_mm.openmmlab.deploy.settings import CannotBePlain
 from wsbcn_mm.openmmlab.layers import MicroBatchNorm2d
@@ -86,7 +86,7 @@ def model_with_layers(cfg: Config, model: nn.Module, plan: Plan) -> tuple[Config
     stock = inference.build_model(new_cfg)
     names = dict(_same_places(folded, stock))
     layers = _other_layers(folded, stock, names)
-    imports = settings.imports_of(new_cfg)
+    imports = imports_of(new_cfg)
     new_cfg.custom_imports = dict(imports=[*imports, MODULE.stem], allow_failed_imports=False)
     kind = new_cfg.model.pop('type')
     new_cfg.model = ConfigDict(type='FoldedLayers', kind=kind, **new_cfg.model, layers=layers)

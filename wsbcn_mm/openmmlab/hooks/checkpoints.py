@@ -89,7 +89,7 @@ class AtomicCheckpointHook(CheckpointHook):
     def before_train(self, runner: Runner) -> None:
         """Prepares the folder."""
         super().before_train(runner)
-        local = '://' not in str(self.out_dir)
+        local = not checkpoints.is_address(self.out_dir)
         if local and self.backend_args is None and self.file_client_args is None:
             self.backend_args = dict(backend=BACKEND)
             self._clean()
