@@ -166,7 +166,7 @@ def test_what_is_lost_and_cannot_be_meant_is_refused(changes, words, tmp_path):
 )
 def test_what_is_lost_and_may_be_meant_is_warned_of(changes, words, tmp_path, monkeypatch):
     said = []
-    monkeypatch.setattr(annotations, 'print_log', lambda text, *_: said.append(text))
+    monkeypatch.setattr(annotations, 'warn', said.append)
     read(tmp_path, **changes)
     assert len(said) == len(words) and all(w in text for w, text in zip(words, said))
 

@@ -206,7 +206,7 @@ def test_the_hook_looks_below_the_wrappers_and_at_every_loop():
 def test_classes_that_the_data_do_not_have(heads, classes, loaded, words, monkeypatch):
     """Said once, and no error; not where weights are loaded that may know them."""
     said = []
-    monkeypatch.setattr(check, 'print_log', lambda text, *_: said.append(text))
+    monkeypatch.setattr(check, 'warn', said.append)
     hook, runner = DataCheckHook(), SimpleNamespace(val_loop=None, train_loop=loop(Data(classes)))
     runner.model = model_of(heads, mask_head=Head(heads))
     if loaded:
@@ -245,7 +245,7 @@ WARNED = {
 @pytest.mark.parametrize('case', WARNED)
 def test_what_may_be_meant_is_warned_of(case, monkeypatch):
     said = []
-    monkeypatch.setattr(samples, 'print_log', lambda text, *_: said.append(text))
+    monkeypatch.setattr(samples, 'warn', said.append)
     dataset, words = WARNED[case]
     check_dataset(dataset, model_of(len(dataset.metainfo['classes'])))
     assert len(said) == 1 and re.search(words, said[0]), said
@@ -270,7 +270,7 @@ def test_classes_that_xml_files_write_otherwise(name, is_right, tmp_path):
 @pytest.mark.parametrize('has_mask', [True, False])
 def test_images_that_an_editor_has_left_behind(has_mask, tmp_path, monkeypatch):
     said = []
-    monkeypatch.setattr(samples, 'print_log', lambda text, *_: said.append(text))
+    monkeypatch.setattr(samples, 'warn', said.append)
     data = Data(masks=[mask(0, 1)], ann_file='', data_prefix=dict(img_path=str(tmp_path)))
     path = tmp_path / '.ipynb_checkpoints' / 'a-checkpoint.png'
     item = dict(img_path=str(path), seg_map_path=__file__ if has_mask else 'a', mask=mask(0, 1))
@@ -286,7 +286,7 @@ def test_images_that_an_editor_has_left_behind(has_mask, tmp_path, monkeypatch):
 @pytest.mark.parametrize('box', [[9, 0, 4, 9], [4, 0, 4, 9], [0, float('nan'), 4, 9]])
 def test_boxes_that_end_before_they_begin(box, monkeypatch):
     said = []
-    monkeypatch.setattr(samples, 'print_log', lambda text, *_: said.append(text))
+    monkeypatch.setattr(samples, 'warn', said.append)
     right, wrong = (dict(bbox=b, ignore_flag=0) for b in ([0, 0, 9, 9], box))
     data = Data(item=dict(xml_path='a.xml', instances=[right, dict(wrong, ignore_flag=1)]))
     check_dataset(data, model_of(), learned=True)

@@ -78,7 +78,7 @@ def test_a_checkpoint_and_the_test_data_mean_the_same_by_a_label(
 ):
     """Of COCO's layout; the config names the classes in the order square, disc."""
     said = []
-    monkeypatch.setattr(check, 'print_log', lambda text, *_: said.append(text))
+    monkeypatch.setattr(check, 'warn', said.append)
     read = files(monkeypatch, a=trained or [])
     data = CocoDataset(cat_ids=[3, 7])
     runner = SimpleNamespace(model=model_of(), train_loop=loop(data), val_loop=None)
@@ -152,7 +152,7 @@ def test_masks_are_looked_at_where_they_are_used(kind, steps, metrics, words, mo
 )
 def test_masks_that_are_left_out(poly2mask, words, monkeypatch):
     said = []
-    monkeypatch.setattr(samples, 'print_log', lambda text, *_: said.append(text))
+    monkeypatch.setattr(samples, 'warn', said.append)
     found = files(monkeypatch, a=['square', 'disc'])['a.json'].segments
     found.encoded.update({3: 2, 9: 5})
     found.short[7 if poly2mask else 9].add(4, 'is bad')
@@ -211,7 +211,7 @@ def test_samplers_that_never_end(kind, sampler, ends):
 
 def test_masks_that_are_written_over_others(monkeypatch):
     said = []
-    monkeypatch.setattr(check, 'print_log', lambda text, *_: said.append(text))
+    monkeypatch.setattr(check, 'warn', said.append)
     one, other = (Data(size=1, item=dict(img_path=f'{f}/1.png')) for f in 'ab')
     for folder, datasets in ((None, [one, other]), ('out', [one]), ('out', [one, other])):
         assert not said
@@ -221,7 +221,7 @@ def test_masks_that_are_written_over_others(monkeypatch):
 
 def test_nothing_to_evaluate_on(monkeypatch):
     said = []
-    monkeypatch.setattr(check, 'print_log', lambda text, *_: said.append(text))
+    monkeypatch.setattr(check, 'warn', said.append)
     data = CocoDataset(cat_ids=[3, 7])
     for anns, format_only in (({}, True), ({5: dict(id=5)}, False), ({}, False)):
         assert not said
@@ -265,7 +265,7 @@ def test_a_metric_that_needs_the_names_of_the_classes():
 
 def test_an_evaluator_with_other_boxes_for_the_same_names(monkeypatch):
     said = []
-    monkeypatch.setattr(check, 'print_log', lambda text, *_: said.append(text))
+    monkeypatch.setattr(check, 'warn', said.append)
     data = boxes(20, 10, (9, 9))
     data.item['img_id'] = 4
     for found, says in (([0, 0, 9, 9], 0), (None, 0), ([0, 0, 9, 8], 1)):

@@ -5,7 +5,6 @@ and categories that there are not: the result is quietly another one.
 """
 
 import json
-import logging
 import math
 import traceback
 from collections import Counter
@@ -18,10 +17,9 @@ from types import ModuleType
 from typing import Any
 
 from mmengine.config import Config
-from mmengine.logging import print_log
 
 from wsbcn_mm.openmmlab.config import type_name
-from wsbcn_mm.openmmlab.data.reading import DataError
+from wsbcn_mm.openmmlab.data.reading import DataError, warn
 from wsbcn_mm.openmmlab.data.segments import Segments, look_at
 from wsbcn_mm.openmmlab.loaders import datasets_of
 
@@ -330,7 +328,7 @@ def looked_at() -> Iterator[None]:
         entries = self.dataset.get('annotations') or []
         files_read[file] = Read(names, look_at(entries, self.imgs))
         for note in check_index(self, file):
-            print_log(f'data: {note}', 'current', logging.WARNING)
+            warn(note)
 
     COCO.__init__ = read
     try:

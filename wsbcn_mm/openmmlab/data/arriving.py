@@ -5,7 +5,6 @@ that there is nothing. A box without a size makes the loss NaN, and an image amo
 """
 
 import copy
-import logging
 import math
 import random
 from collections import Counter
@@ -15,11 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from mmengine.logging import print_log
 from mmengine.structures import BaseDataElement
 from torch import Tensor
 
-from wsbcn_mm.openmmlab.data.reading import DataError
+from wsbcn_mm.openmmlab.data.reading import DataError, warn
 from wsbcn_mm.openmmlab.data.samples import IGNORED
 
 IMAGES = 32  # that come with nothing on them, the first of a training, before anything is said
@@ -63,7 +61,7 @@ class Arriving:
         if not self._has_content and len(self._empty) >= IMAGES:
             self._text = _lost(self._datasets, self._empty[:IMAGES])
             if self._text:
-                print_log(f'data: {self._text}', 'current', logging.WARNING)
+                warn(self._text)
 
     def after(self, outputs: Any) -> None:
         """The batch was learned.

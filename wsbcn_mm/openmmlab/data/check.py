@@ -4,18 +4,16 @@ None of these raises in the hosts: labels shift, the metrics look fine or are al
 """
 
 import json
-import logging
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 from mmengine import fileio
-from mmengine.logging import print_log
 from torch import nn
 from torch.utils.data import ConcatDataset, Dataset
 
 from wsbcn_mm.openmmlab.data import annotations, segments
-from wsbcn_mm.openmmlab.data.reading import DataError, no_image_in
+from wsbcn_mm.openmmlab.data.reading import DataError, no_image_in, warn
 from wsbcn_mm.openmmlab.data.samples import (
     IGNORED,
     alike,
@@ -107,7 +105,7 @@ def _check_key_of_classes(dataset: Any) -> None:
         if own and names != own:
             raise DataError(text)
         if not own:  # which trains, and cannot be evaluated
-            print_log(f'data: {text}', 'current', logging.WARNING)
+            warn(text)
 
 
 def _check_classes(dataset: Any, classes: Any, model: nn.Module) -> None:
@@ -120,12 +118,10 @@ def _check_classes(dataset: Any, classes: Any, model: nn.Module) -> None:
     _check_names(dataset, list(classes))
     numbered = classes_of(dataset)
     if numbered and numbered != tuple(classes) and set(numbered) == set(classes):
-        print_log(
-            f'data: {kind}: labels are numbered as {dataset.ann_file} lists its categories '
+        warn(
+            f'{kind}: labels are numbered as {dataset.ann_file} lists its categories '
             f'({_shown(numbered)}), not as metainfo.classes does ({_shown(classes)}): pictures of '
-            'the hosts show other names\n  write metainfo.classes in the order of the file',
-            'current',
-            logging.WARNING,
+            'the hosts show other names\n  write metainfo.classes in the order of the file'
         )
     for name, module in _heads(model):
         wanted = _classes_for(name, dataset)
@@ -161,12 +157,11 @@ def check_surplus(datasets: list[Any], model: nn.Module) -> None:
         wanted = max(_classes_for(name, dataset) for dataset in datasets)
         if module.num_classes > max(wanted, 2):  # one class and its background may be two
             classes = datasets[0].metainfo['classes']
-            text = (
+            warn(
                 f'{name} has num_classes={module.num_classes}, and {type(datasets[0]).__name__} '
                 f'{wanted} ({_shown(classes)}): the others have nothing to learn\n  set '
                 f'num_classes={wanted}, unless weights that know them are loaded later'
             )
-            print_log(f'data: {text}', 'current', logging.WARNING)
             return
 
 
@@ -294,12 +289,11 @@ def check_order(one: tuple[str, ...], of_one: str, other: tuple[str, ...], of_ot
 
 def note_order(named: tuple[str, ...], numbered: tuple[str, ...], what: str) -> None:
     """The names in a checkpoint are those of a config, and the labels are numbered by a file."""
-    text = (
-        f'data: {what} lists its categories as {_shown(numbered)}, and the checkpoint names its '
+    warn(
+        f'{what} lists its categories as {_shown(numbered)}, and the checkpoint names its '
         f'classes as {_shown(named)}: labels go by the files, and the one that was trained on must '
         'have listed them as this one does'
     )
-    print_log(text, 'current', logging.WARNING)
 
 
 def check_ends(loop: Any, name: str) -> None:
@@ -329,17 +323,14 @@ def check_evaluator(metric: Any, dataset: Any) -> None:
     if not known or not hasattr(dataset, 'cat_ids'):
         return
     if 0 in (getattr(read_by_it, 'anns', None) or ()):
-        text = (
-            f'data: {dataset.ann_file} has an annotation of id 0: pycocotools takes 0 for "not '
+        warn(
+            f'{dataset.ann_file} has an annotation of id 0: pycocotools takes 0 for "not '
             'found", and counts that object as missed\n  number the annotations from 1'
         )
-        print_log(text, 'current', logging.WARNING)
     if getattr(read_by_it, 'anns', None) == {} and not getattr(metric, 'format_only', False):
-        lacks = (
-            f'data: {dataset.ann_file} has no annotations: what {type(metric).__name__} says is '
-        )
+        lacks = f'{dataset.ann_file} has no annotations: what {type(metric).__name__} says is '
         mend = 'test_evaluator.format_only=True with outfile_prefix=... writes the predictions'
-        print_log(f'{lacks}-1\n  {mend}', 'current', logging.WARNING)
+        warn(f'{lacks}-1\n  {mend}')
     same: list[bool | None] = []
     for index in range(0, len(dataset), max(1, len(dataset) // 8)):
         info = dataset.get_data_info(index)
@@ -356,11 +347,9 @@ def check_evaluator(metric: Any, dataset: Any) -> None:
             )
         same.append(_same_boxes(info, getattr(read_by_it, 'imgToAnns', {}).get(number)))
     if False in same and True not in same:
-        text = (
-            f'data: {type(metric).__name__} has other boxes than {dataset.ann_file} for images of '
-        )
+        text = f'{type(metric).__name__} has other boxes than {dataset.ann_file} for images of '
         mend = 'the same names: name the same file as ann_file of the evaluator and of the data set'
-        print_log(f'{text}{mend}', 'current', logging.WARNING)
+        warn(f'{text}{mend}')
     read = annotations.files_read.get(str(dataset.ann_file))
     if read is None or 'segm' not in getattr(metric, 'metrics', ()):
         return
@@ -410,12 +399,11 @@ def check_names_of_masks(metric: Any, datasets: list[Any]) -> None:
     names = Counter(_stem(str(info.get('img_path'))) for info in infos)
     twice = [name for name, count in names.items() if count > 1]
     if twice:
-        text = (
-            f'data: {sum(names.values()) - len(names)} of {sum(names.values())} masks are written '
+        warn(
+            f'{sum(names.values()) - len(names)} of {sum(names.values())} masks are written '
             f'over others, of images of the same name in other folders ({twice[0]}, ...)\n  test '
             'one folder at a time, or rename the images; what is measured is of all'
         )
-        print_log(text, 'current', logging.WARNING)
 
 
 def _same_boxes(info: dict[str, Any], entries: list[dict] | None) -> bool | None:

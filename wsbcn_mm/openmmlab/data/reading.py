@@ -4,12 +4,15 @@ The hosts raise the error of whatever read it, without a name; `apply` adds it.
 """
 
 import difflib
+import logging
 import os
 import re
 import traceback
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from mmengine.logging import print_log
 
 from wsbcn_mm.openmmlab.data.segments import EXPECTED, wrong_mask
 
@@ -21,6 +24,11 @@ FEW = 2000  # names among which a similar one is looked for
 
 class DataError(RuntimeError):
     """An image or its annotation could not be read."""
+
+
+def warn(text: str) -> None:
+    """Says in the log what is odd about the data."""
+    print_log(f'data: {text}', 'current', logging.WARNING)
 
 
 def apply() -> None:

@@ -5,7 +5,6 @@ Few files are read; what is in memory already may be looked at whole.
 
 import difflib
 import itertools
-import logging
 import os
 from collections.abc import Callable
 from typing import Any
@@ -13,10 +12,9 @@ from xml.etree import ElementTree
 
 import numpy as np
 from mmengine.dataset import Compose
-from mmengine.logging import print_log
 
 from wsbcn_mm.openmmlab.data import annotations, segments
-from wsbcn_mm.openmmlab.data.reading import DataError, is_left_behind, is_there, missing
+from wsbcn_mm.openmmlab.data.reading import DataError, is_left_behind, is_there, missing, warn
 
 IGNORED = 255  # what a mask says where it says nothing, in mmsegmentation
 FEW, MANY = 8, 200  # images that are looked at
@@ -73,7 +71,7 @@ def check_left_behind(dataset: Any) -> None:
     text = f'{text} {os.path.dirname(odd[0]["img_path"])}, which {REMOVE}'
     if _mask_reader(dataset) is not None and not all(map(is_there, masks)):
         raise DataError(text)
-    print_log(f'data: {text}', 'current', logging.WARNING)
+    warn(text)
 
 
 REMOVE = 'an editor or a system has made: remove the folder'
@@ -110,7 +108,7 @@ def check_objects(dataset: Any, learned: bool) -> None:
     )
     if learned:
         raise DataError(text)
-    print_log(f'data: {text}', 'current', logging.WARNING)
+    warn(text)
 
 
 def _fits_the_file(dataset: Any, wrong: dict[Any, segments.Found]) -> bool:
@@ -143,10 +141,10 @@ def check_segments(dataset: Any) -> None:
             raise DataError(f'{where}: {text}\n  write {segments.EXPECTED}')
     elif encoded:
         text = f'{where}: {encoded} objects are RLEs, which LoadAnnotations leaves out with '
-        print_log(f'data: {text}poly2mask=False', 'current', logging.WARNING)
+        warn(f'{text}poly2mask=False')
     if text := segments.said(found.short, dataset.cat_ids):
         text = f'{where}: {text}: it is left out, and the object, where it has no other'
-        print_log(f'data: {text}\n  write {segments.EXPECTED}', 'current', logging.WARNING)
+        warn(f'{text}\n  write {segments.EXPECTED}')
 
 
 def check_names_of_xml(dataset: Any, classes: list[str]) -> None:
@@ -193,22 +191,18 @@ def check_boxes(dataset: Any) -> None:
         corners = np.array([box for box in boxes if len(box) == 4], float).reshape(-1, 4)
         wrong = ~(corners[:, 2:] > corners[:, :2]).all(1)  # NaN is no order
         if wrong.any():
-            print_log(
-                f'data: {type(dataset).__name__}: {info.get("xml_path") or info.get("img_path")} '
+            warn(
+                f'{type(dataset).__name__}: {info.get("xml_path") or info.get("img_path")} '
                 f'has the box {corners[wrong][0].tolist()}, which ends before it begins or where '
                 'it does (x1, y1, x2, y2): the loss may be NaN\n  correct it, or set '
-                'filter_cfg=dict(bbox_min_size=1) where the data set takes that',
-                'current',
-                logging.WARNING,
+                'filter_cfg=dict(bbox_min_size=1) where the data set takes that'
             )
             return
     if there and not counted:
-        print_log(
-            f'data: {type(dataset).__name__}: all {there} objects of the images looked at are to '
+        warn(
+            f'{type(dataset).__name__}: all {there} objects of the images looked at are to '
             'be ignored (marked as difficult, or smaller than bbox_min_size): nothing is learned '
-            'of them',
-            'current',
-            logging.WARNING,
+            'of them'
         )
 
 
@@ -249,11 +243,11 @@ def check_images(dataset: Any) -> None:
                     'turned (EXIF)? Scale them, or take the others'
                 )
             )
-        print_log(f'data: {text}' + f'\n{hint}' * bool(hint), 'current', logging.WARNING)
+        warn(text + f'\n{hint}' * bool(hint))
     elif boxes and beyond > boxes / 2:
         text = f'{kind}: {beyond} of {boxes} boxes lie beyond their image'
         mend = 'bbox is [x, y, width, height], not [x1, y1, x2, y2]'
-        print_log(f'data: {text}: {mend}', 'current', logging.WARNING)
+        warn(f'{text}: {mend}')
 
 
 # ---- classification ------------------------------------------------------------------------------
@@ -281,7 +275,7 @@ def check_labels(dataset: Any, num_classes: int, learned: bool) -> None:
                 text = f'{type(dataset).__name__} ({getattr(dataset, "ann_file", "")}): {text}'
                 if learned:
                     raise DataError(text)
-                print_log(f'data: {text}', 'current', logging.WARNING)
+                warn(text)
                 return
     names, folders = dataset.metainfo.get('classes'), getattr(dataset, 'folder_to_idx', None)
     for folder, number in (folders or {}).items():
@@ -337,12 +331,10 @@ def check_masks(dataset: Any, classes: Any, ignored: set[int], learned: bool) ->
             'learn\n  write them as class numbers: 0 for the first class, 1 for the second'
         )
     if reduced and classes[0] in BACKGROUND and num_classes - 1 not in seen:
-        print_log(
-            f'data: reduce_zero_label=True leaves out the label 0 of the masks, {classes[0]!r} of '
+        warn(
+            f'reduce_zero_label=True leaves out the label 0 of the masks, {classes[0]!r} of '
             f'{type(dataset).__name__} is their label 1 then, and {classes[-1]!r} was in none of '
-            'those looked at: is label 0 the background? Then set reduce_zero_label=False',
-            'current',
-            logging.WARNING,
+            'those looked at: is label 0 the background? Then set reduce_zero_label=False'
         )
     if reduced and len(order) < ENOUGH:  # 0 and 255 are 1 and 0 in the file: one class of several
         return
@@ -369,7 +361,7 @@ def _check_sizes(dataset: Any, read: Callable[[int], tuple[str, np.ndarray]]) ->
         size = size_of(dataset.get_data_info(i))
         path, mask = read(i)
         if size is not None and mask.shape != size:
-            print_log(f'data: {another_size(path, mask.shape, size)}', 'current', logging.WARNING)
+            warn(another_size(path, mask.shape, size))
             return
 
 
