@@ -15,7 +15,9 @@ from tests.wrappers import (
     STEPS,
     WRAPPERS,
     Net,
+    TwoHeads,
     case_recalibrated,
+    case_two_losses,
     case_wrappers,
     cotangent,
     images,
@@ -23,9 +25,7 @@ from tests.wrappers import (
 from wsbcn_mm import (
     BatchChannelNorm1d,
     BatchChannelNorm2d,
-    WSConv2d,
     reference,
-    standardize_once_per_forward,
 )
 from wsbcn_mm.estimates import skipped_updates, synchronize_estimates
 from wsbcn_mm.recalibration import recalibrate
@@ -228,35 +228,24 @@ def case_compiled(rank):
     return {mode: outputs(mode) for mode in ('estimate', 'batch')}
 
 
-class TwoHeads(nn.Module):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.heads = nn.ModuleList(WSConv2d(3, 4, 3, bias=False).double() for _ in 'ab')
-
-    def forward(self, x):
-        return [head(x).square().mean() for head in self.heads]
-
-
-def case_two_losses(rank):
-    """One pass in a scope, two losses: gradients with one wrapper around all and one per part."""
+def case_groups(rank):
+    """Each rank alone in a group, both in another, and no group said."""
+    alone = [torch.distributed.new_group([other]) for other in (0, 1)][rank]
+    groups = dict(alone=alone, both=torch.distributed.new_group([0, 1]), default=None)
     results = {}
-    x = torch.randn(2, 3, 5, 5, generator=torch.Generator().manual_seed(1)).double()
-    for parts in (False, True):
-        net = TwoHeads()
-        weights = [head.weight for head in net.heads]
-        if parts:
-            net.heads = nn.ModuleList(map(nn.parallel.DistributedDataParallel, net.heads))
-        standardize_once_per_forward(net)
-        model = net if parts else nn.parallel.DistributedDataParallel(net)
-        for loss in model(x[rank][None]):
-            loss.backward()
-        results[parts] = [weight.grad for weight in weights]
+    for name, group in groups.items():
+        norm = norm_alone()
+        norm(share(rank, 'uneven'))
+        own = norm.bn.running_mean.clone(), norm.bn.running_var.clone()
+        size = synchronize_estimates(norm, group)
+        state = norm.bn.running_mean, norm.bn.running_var
+        results[name] = dict(own=own, state=state, bytes=size)
     return results
 
 
 CASES = (
     case_two_losses,
+    case_groups,
     case_compiled,
     case_wrappers,
     case_recalibrated,
@@ -318,6 +307,16 @@ def test_step_makes_the_estimates_the_same_bits(ranks, dtype):
     assert_same(first, second, 0)
     first, second = (rank['case_nets']['none']['state'] for rank in ranks)
     assert not torch.equal(first['norm1.bn.running_mean'], second['norm1.bn.running_mean'])
+
+
+def test_estimates_are_the_same_in_a_group_of_ranks(ranks):
+    first, second = (rank['case_groups'] for rank in ranks)
+    for found in (first, second):
+        assert_same(found['alone']['state'], found['alone']['own'], 0)
+        assert found['alone']['bytes'] == 0 < found['both']['bytes']
+        assert_same(found['both'], found['default'], 0)
+    assert_same(first['both']['state'], second['both']['state'], 0)
+    assert not torch.equal(first['alone']['state'][0], second['alone']['state'][0])
 
 
 def test_the_mean_of_the_ranks_updates_is_the_update_with_the_global_batch(ranks):

@@ -155,3 +155,30 @@ def case_recalibrated(rank):
     except RuntimeError as error:
         refused = str(error)
     return done.samples, whole(net), refused
+
+
+class TwoHeads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.heads = nn.ModuleList(WSConv2d(3, 4, 3, bias=False).double() for _ in 'ab')
+
+    def forward(self, x):
+        return [head(x).square().mean() for head in self.heads]
+
+
+def case_two_losses(rank):
+    """One pass in a scope, two losses: gradients with one wrapper around all and one per part."""
+    results = {}
+    x = torch.randn(2, 3, 5, 5, generator=torch.Generator().manual_seed(1)).double()
+    for parts in (False, True):
+        net = TwoHeads()
+        weights = [head.weight for head in net.heads]
+        if parts:
+            net.heads = nn.ModuleList(map(nn.parallel.DistributedDataParallel, net.heads))
+        standardize_once_per_forward(net)
+        model = net if parts else nn.parallel.DistributedDataParallel(net)
+        for loss in model(x[rank][None]):
+            loss.backward()
+        results[parts] = [weight.grad for weight in weights]
+    return results

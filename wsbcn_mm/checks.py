@@ -70,7 +70,7 @@ def check_groups(num_channels: int, num_groups: Any) -> None:
         )
 
 
-def auto_groups(num_channels: int, most: int = 32) -> int:
+def auto_groups(num_channels: int) -> int:
     """The number of groups for a width: the largest divisor, at most 32, that leaves two channels.
 
     A group of a single channel would be an instance normalisation. 64 and more channels of the
@@ -78,9 +78,8 @@ def auto_groups(num_channels: int, most: int = 32) -> int:
 
     Args:
         num_channels: C.
-        most: The paper's number of groups.
     """
-    fitting = (g for g in range(min(most, num_channels // 2), 1, -1) if num_channels % g == 0)
+    fitting = (g for g in range(min(32, num_channels // 2), 1, -1) if num_channels % g == 0)
     return next(fitting, 1)
 
 

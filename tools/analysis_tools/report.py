@@ -77,13 +77,13 @@ def plot_curves(scalars: list[dict], target: Path, steps_per_epoch: float) -> No
     figure.savefig(target, dpi=120)
 
 
-def picture_sheet(folder: Path, target: Path, count: int = 8, columns: int = 2) -> None:
-    """The first pictures of a folder and of those in it, by their names, in one PNG."""
+def picture_sheet(folder: Path, target: Path) -> None:
+    """The first eight pictures of a folder and of those in it, by their names, in one PNG."""
     found = [file for file in folder.rglob('*') if file.suffix in ('.png', '.jpg')]
-    files = sorted(found, key=lambda file: (file.name, file))[:count]
+    files = sorted(found, key=lambda file: (file.name, file))[:8]
     pictures = [Image.open(file).convert('RGB') for file in files]
     width, height = pictures[0].size
-    columns = 1 if width > 4 * height else columns  # the frames of a clip
+    columns = 1 if width > 4 * height else 2  # the frames of a clip
     rows = -(-len(pictures) // columns)
     sheet = Image.new('RGB', (columns * (width + 6) - 6, rows * (height + 6) - 6), 'white')
     for i, picture in enumerate(pictures):

@@ -33,7 +33,7 @@ def apply() -> None:
     choice = os.environ.get(VARIABLE) or 'mmcv'
     if choice not in CHOICES:
         raise ValueError(f'{VARIABLE} must be one of {", ".join(CHOICES)}\n  got {choice!r}')
-    if choice == 'mmcv' or isinstance(sys.modules.get('mmcv._ext'), Operators):
+    if choice == 'mmcv' or in_use():
         return
     if 'mmcv.ops' in sys.modules:
         raise ImportError(

@@ -43,9 +43,6 @@ MOTIONS = (
 )
 """Class names; a label is an index into them."""
 
-MIRRORED = {0: 1, 1: 0, 4: 5, 5: 4}
-"""The label of a clip that is flipped from left to right, where it is another one."""
-
 FRAMES = 16
 VERSION = 2
 NUM_TRAIN, NUM_VAL = 480, 160

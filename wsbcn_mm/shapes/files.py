@@ -187,23 +187,13 @@ def _edges(mask: np.ndarray) -> np.ndarray:
     return mask & ~inner
 
 
-def contact_sheet(
-    count: int = 24,
-    columns: int = 6,
-    size: Sequence[int] = (192, 160),
-    seed: int = 0,
-    split: str = 'train',
-    scale: int = 2,
-) -> Image.Image:
-    """Draws the first images of a split side by side, with outlines and class names.
+def contact_sheet(count: int = 24, size: Sequence[int] = (192, 160), seed: int = 0) -> Image.Image:
+    """Draws the first training images side by side, with outlines and class names.
 
     Args:
         count: Number of images.
-        columns: Images in a row.
         size: Width and height of one image in pixels, as for `draw_image`.
         seed: Seed of the data set.
-        split: 'train' or 'val'.
-        scale: Enlargement, so that the outlines hide little of the images.
 
     Returns:
         The sheet, RGB.
@@ -212,14 +202,13 @@ def contact_sheet(
         ValueError: An argument is out of its range.
     """
     count = checked_int('count', count, 1)
-    columns = checked_int('columns', columns, 1)
-    scale = checked_int('scale', scale, 1)
+    columns, scale = 6, 2  # enlarged, so that the outlines hide little of the images
     width, height = (scale * side for side in checked_size(size))
     gap = 4
     rows = -(-count // columns)
     sheet = Image.new('RGB', (columns * (width + gap), rows * (height + gap)), (255, 255, 255))
     for index in range(count):
-        image, instances = draw_image(split, index, size, seed)
+        image, instances = draw_image('train', index, size, seed)
         large = image.repeat(scale, axis=0).repeat(scale, axis=1)
         for class_id, mask in instances:
             large[_edges(mask.repeat(scale, axis=0).repeat(scale, axis=1))] = _OUTLINE_COLOURS[

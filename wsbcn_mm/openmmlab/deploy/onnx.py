@@ -172,12 +172,12 @@ def check_graph(path: str | Path) -> dict[str, int]:
     return counts
 
 
-def onnxruntime_session(path: str | Path, threads: int | None = None):
+def onnxruntime_session(path: str | Path):
     """A session on the CPU."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or torch.get_num_threads()
+    options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
     # Else its threads wait for the next call in busy loops, and take a core from what runs then.
     options.add_session_config_entry('session.intra_op.allow_spinning', '0')

@@ -1,7 +1,6 @@
 """`wsbcn_mm.recalibration` for models of OpenMMLab: which images, and how they reach the model."""
 
 import copy
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -56,14 +55,13 @@ def _from_own_storage(pipeline: list, own: list) -> list:
     return pipeline
 
 
-def loader(dataset: dict, num_images: int, batch_size: int = 1, num_workers: int = 0) -> DataLoader:
+def loader(dataset: dict, num_images: int, batch_size: int = 1) -> DataLoader:
     """This rank's share of images drawn from a dataset, the same ones each time.
 
     Args:
         dataset: Its config.
         num_images: How many, over all ranks; all where there are fewer.
         batch_size: Images per forward call.
-        num_workers: Processes that load them.
 
     Returns:
         A loader that repeats the same batches in the same order.
@@ -74,7 +72,6 @@ def loader(dataset: dict, num_images: int, batch_size: int = 1, num_workers: int
     return DataLoader(
         Subset(built, order[rank::world].tolist()),
         batch_size,
-        num_workers=num_workers,
         collate_fn=pseudo_collate,
     )
 
@@ -84,7 +81,6 @@ def recalibrate_model(
     batches: DataLoader,
     passes: int = 4,
     progress: bool = False,
-    layers: Iterable[BatchChannelNorm] | None = None,
     keep_function: bool = False,
     backbone: bool = False,
 ) -> Recalibration:
@@ -95,7 +91,6 @@ def recalibrate_model(
         batches: See `loader`.
         passes: The most passes over the images.
         progress: Show a bar.
-        layers: See there.
         keep_function: See there.
         backbone: Run and treat the backbone alone, whatever the heads are.
     """
@@ -116,7 +111,6 @@ def recalibrate_model(
             batches,
             forward,
             passes,
-            layers=layers,
             keep_function=keep_function,
         )
     finally:
