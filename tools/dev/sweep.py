@@ -25,7 +25,7 @@ from trial import reason_of, try_network
 from wsbcn_mm.audit import has_problems
 from wsbcn_mm.layers import BatchChannelNorm, WeightStandardized
 from wsbcn_mm.openmmlab.audit import audit_built
-from wsbcn_mm.openmmlab.config import find_config, package_configs
+from wsbcn_mm.openmmlab.config import NoModel, find_config, package_configs
 from wsbcn_mm.openmmlab.conversion import probe
 from wsbcn_mm.openmmlab.conversion.changes import Conversion
 from wsbcn_mm.openmmlab.conversion.convert import convert_config
@@ -97,7 +97,7 @@ def _examine(source: str, run: bool, written: Path | None) -> dict[str, Any]:
         conversion = convert_config(source)
     except probe.CannotBuild as error:
         raise Upstream(error.__cause__ or error) from error
-    except probe.NoModel as error:
+    except NoModel as error:
         raise NothingToConvert('has no model of its own') from error
     record = dict(outcome='converted', **_facts(conversion))
     if written is not None:

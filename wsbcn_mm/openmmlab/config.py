@@ -22,12 +22,25 @@ from wsbcn_mm.openmmlab.options import merge, unread, without_effect
 
 # Detection, segmentation, classification of images, of videos: a config's scope is a package.
 HOSTS = ('mmdet', 'mmseg', 'mmpretrain', 'mmaction')
+KNOWN = (*HOSTS, 'wsbcn_mm')  # in front of `::`
 PRETRAINED = ('Pretrained', 'PretrainedInit')  # the initialisation from a file
 WEIGHTS = ('.pth', '.pt', '.tar', '.ckpt', '.safetensors', '.onnx')
 TRACKER = 'BaseMOTModel'  # the base of MMDetection's trackers and video instance segmentation
 # Fields of a config for MMCV 1, and what MMEngine has in their place.
 FORMER = ('data', 'optimizer', 'optimizer_config', 'lr_config', 'runner', 'checkpoint_config')
 TODAY = ('default_scope', 'train_dataloader', 'test_dataloader', 'optim_wrapper')
+
+
+class NoModel(ValueError):
+    """The config has no model: a file of parts, or of a dataset."""
+
+
+def no_model(name: str) -> NoModel:
+    """The error about a config of this name."""
+    return NoModel(
+        f'{name} has no model: no top-level `model = dict(type=...)`\n'
+        '  is it a file of _base_ parts, or of a dataset?'
+    )
 
 
 def load_config(path: str, options: dict | None = None) -> Config:
@@ -55,10 +68,7 @@ def load_config(path: str, options: dict | None = None) -> Config:
         compat.require(cfg.default_scope)
     _check_age(cfg, path)
     if not isinstance(cfg.get('model'), dict):
-        raise ValueError(
-            f'{path} has no model: no top-level `model = dict(type=...)`\n'
-            '  is it a file of _base_ parts, or of a dataset?'
-        )
+        raise no_model(path)
     return cfg
 
 
@@ -87,8 +97,8 @@ def _bases_of(text: str, file: Path) -> list[Path]:
     found = []
     for name in [names] if isinstance(names, str) else names:
         package = name.partition('::')[0]
-        known = package in (*HOSTS, 'wsbcn_mm')
-        found.append(find_config(name)[0] if '::' in name and known else file.parent / name)
+        named = '::' in name and package in KNOWN
+        found.append(find_config(name)[0] if named else file.parent / name)
     return found
 
 
@@ -311,11 +321,10 @@ def find_config(source: str) -> tuple[Path, str | None]:
                 f'{source} is a file of weights: the config comes first, then the checkpoint'
             )
         return Path(source), None
-    known = (*HOSTS, 'wsbcn_mm')
-    if package not in known:
+    if package not in KNOWN:
         raise ValueError(
             f'{source!r} names no known package\n  expected '
-            + ', '.join(f'{name}::...' for name in known)
+            + ', '.join(f'{name}::...' for name in KNOWN)
         )
     if package in compat.PACKAGES:
         compat.require(package)

@@ -7,6 +7,8 @@ from mmengine.registry import DATASETS
 
 from wsbcn_mm.openmmlab.config import type_name
 
+LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
+
 
 def inner_datasets(dataset: object) -> list[dict]:
     """The datasets below the wrappers (repeated, mixed, concatenated) that read files.

@@ -7,6 +7,7 @@ from mmengine.config import Config
 
 # Such as ('model', 'bbox_head', 0, 'norm_cfg').
 Place = tuple[str | int, ...]
+LR = 'optim_wrapper.optimizer.lr'
 
 
 def dotted(place: Place) -> str:

@@ -14,10 +14,8 @@ from wsbcn_mm.openmmlab.audit.line import line
 from wsbcn_mm.openmmlab.config import type_name
 from wsbcn_mm.openmmlab.conversion import length, rates, recipe, schedulers
 from wsbcn_mm.openmmlab.conversion.probe import Node
-from wsbcn_mm.openmmlab.places import dotted
+from wsbcn_mm.openmmlab.places import LR, dotted
 from wsbcn_mm.openmmlab.registry import ESTIMATES_HOOK, KEPT
-
-LR = 'optim_wrapper.optimizer.lr'
 
 
 def frozen(

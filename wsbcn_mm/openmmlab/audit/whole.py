@@ -11,7 +11,7 @@ from torch import nn
 from wsbcn_mm.audit import LEVELS, Finding, audit_model
 from wsbcn_mm.openmmlab.audit import checkpoints, layers, recipe
 from wsbcn_mm.openmmlab.audit.line import owners
-from wsbcn_mm.openmmlab.config import find_config, read_config, with_names
+from wsbcn_mm.openmmlab.config import WEIGHTS, find_config, read_config, with_names
 from wsbcn_mm.openmmlab.conversion import probe, weights
 from wsbcn_mm.openmmlab.conversion.probe import CannotBuild
 from wsbcn_mm.openmmlab.conversion.recipe import gpus_to_train_with
@@ -20,7 +20,6 @@ from wsbcn_mm.openmmlab.foreign_config import foreign_config
 from wsbcn_mm.openmmlab.guarded_loaders import code_refused
 
 CONFIGS = ('.py', '.json', '.yaml', '.yml')
-CHECKPOINTS = ('.pth', '.pt', '.tar')
 
 
 def audit(
@@ -49,7 +48,7 @@ def audit(
 
 def _is_checkpoint(path: Path) -> bool:
     """Any file that is no config is taken for one: what it is instead is said there."""
-    return path.suffix in CHECKPOINTS or (path.suffix not in CONFIGS and path.is_file())
+    return path.suffix in WEIGHTS or (path.suffix not in CONFIGS and path.is_file())
 
 
 def audit_checkpoint(path: str | Path) -> list[Finding]:

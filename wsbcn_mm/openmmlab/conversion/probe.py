@@ -22,7 +22,7 @@ from mmengine.registry import MODELS, DefaultScope, Registry
 from torch import Tensor, nn
 
 from wsbcn_mm.openmmlab import explain
-from wsbcn_mm.openmmlab.config import HOSTS, type_name
+from wsbcn_mm.openmmlab.config import HOSTS, no_model, type_name
 from wsbcn_mm.openmmlab.errors import first_line
 from wsbcn_mm.openmmlab.places import Place, dotted
 from wsbcn_mm.openmmlab.registry import CONVERTED, KEPT
@@ -67,10 +67,6 @@ class Node:
         return None if value is inspect.Parameter.empty else value
 
 
-class NoModel(ValueError):
-    """The config has no model: a file of parts, or of a dataset."""
-
-
 def register_hosts(cfg: Config) -> None:
     """Imports the models of the config's packages, so that their names are known."""
     scope = cfg.get('default_scope')
@@ -86,10 +82,7 @@ def nodes(cfg: Config) -> list[Node]:
     """
     model = cfg.get('model')
     if not isinstance(model, dict) or 'type' not in model:
-        raise NoModel(
-            f'{cfg.filename or "the config"} has no model: no top-level `model = dict(type=...)`\n'
-            '  is it a file of _base_ parts, or of a dataset?'
-        )
+        raise no_model(cfg.filename or 'the config')
     register_hosts(cfg)
     with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
         return list(_nodes(model, ('model',), None))

@@ -38,10 +38,10 @@ from wsbcn_mm.openmmlab.explain.traces import (
 from wsbcn_mm.openmmlab.explain.values import mend, misfit, says_number
 from wsbcn_mm.openmmlab.explain.versions import lacks_name
 from wsbcn_mm.openmmlab.explain.wording import comma, said, short
+from wsbcn_mm.openmmlab.loaders import LOADERS
 from wsbcn_mm.openmmlab.places import dotted, walk
 from wsbcn_mm.openmmlab.signatures import parameters_of
 
-LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
 # What says how long and how a run goes.
 RUN = (*LOADERS, 'train_cfg', 'optim_wrapper', 'param_scheduler', 'default_hooks', 'custom_hooks')
 NAMES = ('constructor', 'ema_type', 'runner_type')  # of what has no dict of its own

@@ -26,11 +26,10 @@ from wsbcn_mm.openmmlab.data.samples import (
 )
 from wsbcn_mm.openmmlab.errors import first_line
 from wsbcn_mm.openmmlab.explain.traces import Frame, frames_of
-from wsbcn_mm.openmmlab.loaders import datasets_of
+from wsbcn_mm.openmmlab.loaders import LOADERS, datasets_of
 
 # How loops over the lines of a list call one, and what one that cannot be read raises.
 NAMES, KINDS = ('line', 'sample', 'img_id'), (ValueError, IndexError, FileNotFoundError)
-LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
 # What a pipeline ends in, and some of what its last step says of an image.
 PACKED = ('inputs', 'data_samples')
 META = {'img_path', 'img_shape', 'ori_shape', 'pad_shape', 'batch_input_shape'}

@@ -39,6 +39,7 @@ from torch.utils.data import DataLoader
 
 from wsbcn_mm.openmmlab.compat import unwrapped
 from wsbcn_mm.openmmlab.config import HOSTS, type_name
+from wsbcn_mm.openmmlab.loaders import LOADERS
 from wsbcn_mm.openmmlab.places import Place, dotted, place_of, same, value_at, walk
 
 # What mmengine does with a field that has no type, by the name of the function that does it.
@@ -78,7 +79,7 @@ RUNNING: tuple[tuple[type, tuple[str, ...]], ...] = (
     (Hook, ('custom_hooks', 'default_hooks')),
     (BaseMetric, ('val_evaluator', 'test_evaluator')),
     (Evaluator, ('val_evaluator', 'test_evaluator')),
-    (BaseTransform, ('train_dataloader', 'val_dataloader', 'test_dataloader')),
+    (BaseTransform, LOADERS),
     (BaseVisBackend, ('visualizer',)),
     (object, ('model',)),
 )

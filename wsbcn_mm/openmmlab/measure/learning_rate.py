@@ -20,9 +20,9 @@ from mmengine.runner import Runner
 from wsbcn_mm.openmmlab import explain
 from wsbcn_mm.openmmlab.command_line import build_runner, harden
 from wsbcn_mm.openmmlab.config import type_name
+from wsbcn_mm.openmmlab.places import LR
 from wsbcn_mm.openmmlab.registry import DATA_CHECK_HOOK, ESTIMATES_HOOK
 
-LR = 'optim_wrapper.optimizer.lr'
 DIVERGED = 4.0  # times the lowest mean loss: the test ends
 WINDOW = 0.1  # share of the steps over which the loss is averaged
 MARGIN = 3.0  # the suggestion lies this factor below the rate of the lowest loss

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wsbcn_mm.openmmlab.data.samples import IGNORED
+
 SCORE, OVERLAP = 0.3, 0.5  # a detection counts from this score on, a box as found from this IoU on
-IGNORED = 255
 
 
 @dataclass(frozen=True)
