@@ -13,6 +13,7 @@ from torch import nn
 
 from wsbcn_mm.layers import BatchChannelNorm, WeightStandardized
 from wsbcn_mm.structure import followers, norms_of_vectors, standardizable
+from wsbcn_mm.trials import modes_kept
 
 LEVELS = ('error', 'warning', 'note')
 OF_VECTORS = 'a LayerNorm there, or more images: BCN is for maps, and conversions leave it alone'
@@ -82,13 +83,9 @@ def audit_model(
         if value < 1:
             raise ValueError(f'{name} must be at least 1\n  got {value}')
     part_of = part_of or (lambda name: name.partition('.')[0] or 'model')
-    modes = {module: module.training for module in model.modules()}
-    model.train()
-    try:
+    with modes_kept(model):
+        model.train()
         hits = list(_norms(model, images_per_gpu, num_processes)) + list(_convs(model, run))
-    finally:
-        for module, training in modes.items():
-            module.training = training
     return _by_part(hits, part_of)
 
 

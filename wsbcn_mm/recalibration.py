@@ -22,6 +22,7 @@ from wsbcn_mm import distributed
 from wsbcn_mm.backends.autograd import row_moments
 from wsbcn_mm.layers import BatchChannelNorm
 from wsbcn_mm.layers.standardization import weights_do_not_change
+from wsbcn_mm.trials import modes_kept
 
 
 @dataclass
@@ -103,18 +104,18 @@ def recalibrate(
     if keep_function:
         _check_scales(accounts)
     before = [(account.layer, _stage_1(account.layer)) for account in accounts.values()]
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
     drift, done = None, 0
     try:
-        # Code that was compiled before knows nothing of the hooks.
-        with weights_do_not_change(model), torch.compiler.set_stance('force_eager'):
-            while done < passes and (drift is None or drift > tolerance):
-                old = [_statistics(account.layer) for account in accounts.values()]
-                _run(accounts.values(), batches, model if forward is None else forward)
-                _combine(accounts)
-                drift = _drift(accounts.values(), old) if done else None
-                done += 1
+        with modes_kept(model):
+            model.eval()
+            # Code that was compiled before knows nothing of the hooks.
+            with weights_do_not_change(model), torch.compiler.set_stance('force_eager'):
+                while done < passes and (drift is None or drift > tolerance):
+                    old = [_statistics(account.layer) for account in accounts.values()]
+                    _run(accounts.values(), batches, model if forward is None else forward)
+                    _combine(accounts)
+                    drift = _drift(accounts.values(), old) if done else None
+                    done += 1
         if keep_function:
             for account in accounts.values():
                 tracked = getattr(account.layer.bn, 'num_batches_tracked', None)
@@ -125,9 +126,6 @@ def recalibrate(
             for tensor, value in zip(_tensors(layer), values):
                 tensor.copy_(value)
         raise
-    finally:
-        for module, mode in modes.items():
-            module.training = mode  # not train(): it has side effects in some hosts
     return Recalibration(
         passes=done,
         samples={name: account.total for name, account in accounts.items() if account.total},

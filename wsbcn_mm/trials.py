@@ -8,22 +8,32 @@ import torch
 from torch import nn
 
 
+@contextmanager
+def modes_kept(*modules: nn.Module) -> Iterator[None]:
+    """Afterwards each part trains or evaluates as before.
+
+    Not by ``train()``, which has side effects in some hosts.
+    """
+    modes = {part: part.training for module in modules for part in module.modules()}
+    try:
+        yield
+    finally:
+        for part, training in modes.items():
+            part.training = training
+
+
 def run_on(model: nn.Module, example_input: object, also: Iterable[nn.Module] = ()) -> object:
     """Calls a model in evaluation mode without gradients; a tuple holds several arguments.
 
     ``also``: modules beside it that it may run, in evaluation mode as well.
     """
-    modes = {part: part.training for module in (model, *also) for part in module.modules()}
-    model.eval()
-    for part in modes:
-        part.training = False
-    try:
-        with torch.no_grad():
-            arguments = example_input if isinstance(example_input, tuple) else (example_input,)
-            return model(*arguments)
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    modules = (model, *also)
+    with modes_kept(*modules), torch.no_grad():
+        model.eval()
+        for part in (part for module in modules for part in module.modules()):
+            part.training = False
+        arguments = example_input if isinstance(example_input, tuple) else (example_input,)
+        return model(*arguments)
 
 
 @contextmanager
