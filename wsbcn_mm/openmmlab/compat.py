@@ -36,7 +36,7 @@ from typing import Any
 from wsbcn_mm.layers import BatchChannelNorm, WeightStandardized
 from wsbcn_mm.openmmlab import checkpoints, guarded_loaders, stand_ins, torchvision_ops
 
-# import name -> (oldest version that works, how to get the one we test with)
+# import name -> (oldest version that is let pass, not tested; how to get the one that is tested)
 PACKAGES = {
     'mmengine': ('0.10.0', 'pip install mmengine==0.10.7'),
     'mmcv': ('2.0.0', 'MMCV_WITH_OPS=1 pip install --no-build-isolation mmcv==2.1.0'),
