@@ -59,16 +59,16 @@ def main() -> None:
     with command_line.errors_in_one_line():
         conversion = convert_config(
             args.source,
-            args.norm,
-            args.conv,
-            args.images_per_gpu,
-            args.keep_lr,
-            args.checkpoint,
-            args.keep_dcn,
-            args.gpus,
-            args.accumulate,
-            args.schedule,
-            args.backbone,
+            norm=args.norm,
+            conv=args.conv,
+            images_per_gpu=args.images_per_gpu,
+            keep_lr=args.keep_lr,
+            checkpoint=args.checkpoint,
+            keep_dcn=args.keep_dcn,
+            gpus=args.gpus,
+            accumulate=args.accumulate,
+            schedule=args.schedule,
+            backbone=args.backbone,
         )
         if args.out is not None:
             write_config(conversion, args.out)

@@ -1,4 +1,4 @@
-"""The data of a run are looked at before the first step instead of never; see `data_check`."""
+"""The data of a run are looked at before the first step instead of never; see `data.check`."""
 
 from typing import Any
 
