@@ -99,7 +99,6 @@ def inline_code(page: Path) -> str:
     return '\n'.join(re.findall(r'`([^`\n]+)`', text))
 
 
-NOW = [page for page in PAGES if page.name != 'CHANGELOG.md']  # which names what there was
 # What is named and is of others: ruff's, MMAction2's.
 OF_OTHERS = {'--check', 'requirements/optional.txt'}
 
@@ -111,7 +110,7 @@ def sources() -> str:
     return '\n'.join(file.read_text() for file in files)
 
 
-@pytest.mark.parametrize('page', NOW, ids=lambda page: page.relative_to(ROOT).as_posix())
+@pytest.mark.parametrize('page', PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_what_a_page_names_in_passing_is_there(page, sources):
     """Options, variables of the environment, names of the package, files, tests."""
     code = inline_code(page)
