@@ -26,6 +26,23 @@ def test_hooks_may_write_a_weight_before_its_use(of_layer):
     trains_equally(model, plain)
 
 
+@pytest.mark.parametrize('a_view', [True, False])
+def test_a_weight_that_is_another_layers_too_may_be_written_before_that_ones_use(a_view):
+    model = nn.Sequential(conv(), conv(), conv())
+    model[2].weight = nn.Parameter(model[1].weight.data) if a_view else model[1].weight
+    plain = copy.deepcopy(model)
+    if a_view:  # which a copy is not
+        plain[2].weight = nn.Parameter(plain[1].weight.data)
+    for each in (model, plain):
+
+        def write(module, args):
+            module.weight.data.mul_(torch.arange(1.0, 4.0, **FLOAT))
+
+        each[1].register_forward_pre_hook(write)
+    wsbcn_mm.standardize_once_per_forward(model)
+    trains_equally(model, plain)
+
+
 def test_a_model_that_calls_itself_runs_its_hooks_again():
     class Twice(nn.Sequential):
         def forward(self, x, deep=True):

@@ -247,6 +247,31 @@ def test_what_is_exported_under_autocast_runs_with_and_without_it(backend, stric
         torch.testing.assert_close(program(x), model(x))
 
 
+@pytest.mark.parametrize('training', [True, False])
+def test_programs_take_inputs_in_other_layouts(backend, training):
+    layer = norm().train(training)
+    wide = torch.cat([X, X + 2], 3)
+    layouts = wide[:, :, :, ::2], wide.transpose(2, 3), wide.to(memory_format=torch.channels_last)
+    for x in layouts:
+        one = torch.empty(x.shape, dtype=x.dtype).copy_(x)[:1]
+        program = torch.export.export(copy.deepcopy(layer), (X,), strict=False).module()
+        if x.shape == X.shape:
+            same(program(x), copy.deepcopy(layer)(x))
+        if not training:
+            with torch.no_grad():
+                traced = torch.jit.trace(copy.deepcopy(layer), one, check_trace=False)
+            same(traced(x), copy.deepcopy(layer)(x))
+
+
+def test_layers_of_a_program_stay_apart_when_it_is_saved(tmp_path):
+    model = nn.Sequential(norm(), nn.Conv2d(8, 8, 1).double(), norm())
+    torch.export.save(torch.export.export(model, (X,)), tmp_path / 'program.pt2')
+    constants = torch.export.load(tmp_path / 'program.pt2').constants
+    identities = [value for name, value in constants.items() if name.endswith('_identity')]
+    assert len(identities) == 2
+    assert len({identity.untyped_storage()._cdata for identity in identities}) == 2
+
+
 @pytest.mark.parametrize('mode', ['estimate', 'batch', 'evaluation'])
 def test_exported_programs_have_the_gradients_of_their_model(backend, mode):
     model = nn.Sequential(

@@ -12,14 +12,14 @@
 # taken from this repository, and its extension is compiled in it. Exit status 1 where something was
 # wrong or nothing ran.
 #
-# PYTHON: the interpreter (default: python). IN_ALL: after how many seconds it ends (default: 480).
+# PYTHON: the interpreter (default: python, or python3). IN_ALL: after how many seconds it ends (default: 480).
 # DEVICE=cpu: the same on a CPU with tiny shapes, to see that it runs.
 set -uo pipefail
 [ $# -eq 1 ] || { echo "usage: bash tools/benchmark/gpu.sh OUT" >&2; exit 2; }
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 mkdir -p "$1" || exit 1
 out=$(cd "$1" && pwd)
-python=${PYTHON:-python}
+python=${PYTHON:-$(command -v python || echo python3)}
 device=${DEVICE:-cuda}
 in_all=${IN_ALL:-480}
 cd "$root"
@@ -57,7 +57,7 @@ part() {
         return
     fi
     echo "gpu: $name" >&2
-    timeout "$seconds" "$@" >"$out/$name.log" 2>&1
+    timeout -k 10 "$seconds" "$@" >"$out/$name.log" 2>&1
     status=$?
     {
         echo "\`$(printf '%q ' "$@")\`, $((SECONDS - start)) s"
@@ -67,6 +67,9 @@ part() {
         ran=$((ran + 1))
     elif [ $status -eq 124 ]; then
         echo "**Not finished in $seconds s; what is below had been measured.**" >>"$report"
+        if grep -qw PASSED "$out/$name.log"; then
+            echo "Tests that had passed until then: $(grep -cw PASSED "$out/$name.log")." >>"$report"
+        fi
         ran=$((ran + 1))
     else
         failed=1
@@ -111,7 +114,7 @@ fi
 # benchmark NAME SECONDS ARGUMENTS...: begins nothing more in the last of them.
 benchmark() {
     KEEP=2000 part "$1" "$2" "$python" tools/benchmark/benchmark_layers.py "${@:3}" -o "$out/$1" \
-        --seconds $(($(most "$2") - 20))
+        --seconds $(($(most "$2") - 30))
 }
 # What most people run first; then what there is time for.
 if [ "$device" = cpu ]; then

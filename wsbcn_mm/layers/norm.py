@@ -167,9 +167,10 @@ class BatchChannelNorm(ForwardPasses):
             return counts
         self._counts, self._steps = counts, steps
         # By which this layer is known to those who remember its runs; see `recomputation`. One that
-        # torch.export made would be another one in each run of its program.
+        # torch.export made would be another one in each run of its program; of those without a
+        # value, torch.export.save makes one.
         if not (compat.is_exporting() and hasattr(self, '_identity')):
-            self._identity = torch.empty(0, device=counts.device)
+            self._identity = torch.empty(1, device=counts.device)
         compat.keep_address(self._counts, self._steps, self._identity)
         return counts
 

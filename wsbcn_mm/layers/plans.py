@@ -70,7 +70,8 @@ class Plan:
         """The layers before whose use somebody else's code runs.
 
         It may write a weight through ``.data`` (masked convolutions do): a forward pre-hook of the
-        layer, or of a module that it lies in, or of all modules; a method of the layer's own.
+        layer, or of a module that it lies in, or of all modules; a method of the layer's own. Those
+        too whose weight is the same memory.
 
         Args:
             model: The model.
@@ -99,7 +100,8 @@ class Plan:
             hooks = None if module is None else module._forward_pre_hooks
             if hooks and module is not opener and any(map(_may_write, hooks.values())):
                 found.update(_alive(below))
-        return found
+        written = {memory for layer in found if (memory := _memory(layer)) is not None}
+        return {layer for layer in layers if layer in found or _memory(layer) in written}
 
     def order(self, training: bool) -> list[Any]:
         """Those that the last pass used, in the order of use; before that, all."""
@@ -187,6 +189,13 @@ def _own_weight(layer: Any) -> Tensor | None:
     # Not `layer.weight`: reading a parametrized weight computes it.
     own: Tensor | None = layer._parameters.get('weight')
     return own
+
+
+def _memory(layer: Any) -> int | None:
+    own = _own_weight(layer)
+    if own is None or type(own) not in _PLAIN:
+        return None
+    return own.untyped_storage()._cdata
 
 
 def is_plain(weight: Tensor) -> bool:

@@ -339,8 +339,8 @@ Tensor like_statistics(const Tensor& x, at::IntArrayRef shape) {
   return at::empty(shape, x.options().dtype(accumulation_dtype(x)));
 }
 
-std::tuple<Tensor, Tensor> row_moments(const Tensor& x) {
-  check_input(x, 1);
+std::tuple<Tensor, Tensor> row_moments(const Tensor& input) {
+  const Tensor x = checked_input(input, 1);
   Tensor m = like_statistics(x, {x.size(0), x.size(1)}), q = at::empty_like(m);
   WSBCN_DISPATCH(x.scalar_type(), [&] {
     using A = Accumulate<scalar_t>;
@@ -383,9 +383,9 @@ struct Results {
 using Flat = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // Both operators that see x, statistics and buffers in one call.
-Flat normalize_with(Source source, const Tensor& x, int64_t num_groups, const Running& running,
+Flat normalize_with(Source source, const Tensor& input, int64_t num_groups, const Running& running,
                     const Affine& affine, const Rate& rate, double eps) {
-  check_input(x, num_groups);
+  const Tensor x = checked_input(input, num_groups);
   check_running(running, x);
   check_affine(affine, x, num_groups);
   Results results(x, num_groups);
@@ -454,14 +454,14 @@ Flat normalize_with_batch(const Tensor& x, int64_t num_groups, Tensor& running_m
                         {batch_weight, batch_bias, weight, bias}, {rate, rate_tensor}, eps);
 }
 
-std::tuple<Tensor, Tensor, Tensor> normalize(const Tensor& x, int64_t num_groups, const Tensor& m,
+std::tuple<Tensor, Tensor, Tensor> normalize(const Tensor& input, int64_t num_groups, const Tensor& m,
                                              const Tensor& q, const Tensor& mean, const Tensor& var,
                                              const OptionalTensor& batch_weight,
                                              const OptionalTensor& batch_bias,
                                              const OptionalTensor& weight,
                                              const OptionalTensor& bias, double eps) {
   const Affine affine{batch_weight, batch_bias, weight, bias};
-  check_input(x, num_groups);
+  const Tensor x = checked_input(input, num_groups);
   check_affine(affine, x, num_groups);
   Results results(x, num_groups);
   Statistics& statistics = results.statistics;
@@ -490,13 +490,13 @@ std::tuple<Tensor, Tensor, Tensor> normalize(const Tensor& x, int64_t num_groups
 }
 
 // The result alone: nothing is copied and no statistics are kept.
-Tensor evaluate(const Tensor& x, int64_t num_groups, const Tensor& running_mean,
+Tensor evaluate(const Tensor& input, int64_t num_groups, const Tensor& running_mean,
                 const Tensor& running_var, const OptionalTensor& counts,
                 const OptionalTensor& num_batches_tracked, const OptionalTensor& batch_weight,
                 const OptionalTensor& batch_bias, const OptionalTensor& weight,
                 const OptionalTensor& bias, double eps) {
   const Affine affine{batch_weight, batch_bias, weight, bias};
-  check_input(x, num_groups);
+  const Tensor x = checked_input(input, num_groups);
   check_running({running_mean, running_var, {}, {}}, x);  // the counters are not touched
   check_affine(affine, x, num_groups);
   Tensor y = at::empty_like(x);
@@ -672,14 +672,14 @@ struct Backward {
 };
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> normalize_backward(
-    const Tensor& grad, const Tensor& x, int64_t num_groups, const Tensor& m, const Tensor& q,
+    const Tensor& grad, const Tensor& input, int64_t num_groups, const Tensor& m, const Tensor& q,
     const Tensor& mean, const Tensor& var, const Tensor& group_mean, const Tensor& inv_group_std,
     const OptionalTensor& batch_weight, const OptionalTensor& batch_bias,
     const OptionalTensor& weight, const OptionalTensor& bias, double eps, bool through_statistics) {
   const Affine affine{batch_weight, batch_bias, weight, bias};
   const Statistics s{m.contiguous(),   q.contiguous(),          mean.contiguous(),
                      var.contiguous(), group_mean.contiguous(), inv_group_std.contiguous()};
-  check_input(x, num_groups);
+  const Tensor x = checked_input(input, num_groups);
   check_affine(affine, x, num_groups);
   check_statistics(s, x, num_groups);
   check_gradient(grad, x);

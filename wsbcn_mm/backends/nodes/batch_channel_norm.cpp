@@ -74,14 +74,18 @@ std::tuple<Tensor, Statistics> normalize_with_statistics(const Tensor& x, const 
                 affine.weight, affine.bias, call.rate.number, call.rate.tensor, call.eps);
   // A kernel writes through pointers: torch must know that the buffers have changed.
   if (call.rate.is_given()) {
-    for (const Tensor& buffer :
-         {running_mean, running_var, or_undefined(call.running.num_batches_tracked)}) {
+    const auto has_changed = [](const Tensor& buffer) {
       if (buffer.defined() && !buffer.is_inference()) {
         buffer.unsafeGetTensorImpl()->bump_version();
       }
-    }
+    };
+    has_changed(running_mean);
+    has_changed(running_var);
+    if (call.running.num_batches_tracked) has_changed(*call.running.num_batches_tracked);
   }
-  return {y, {m, q, mean, var, group_mean, inv_group_std}};
+  return {std::move(y),
+          {std::move(m), std::move(q), std::move(mean), std::move(var), std::move(group_mean),
+           std::move(inv_group_std)}};
 }
 
 Tensor evaluate(const Tensor& x, const Affine& affine, const Call& call) {

@@ -34,14 +34,16 @@ at::ScalarType accumulation_dtype(const Tensor& x) {
   return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
-void check_input(const Tensor& x, int64_t num_groups) {
+Tensor checked_input(const Tensor& x, int64_t num_groups) {
   TORCH_CHECK_VALUE(x.dim() >= 2 && x.numel() > 0,
                     "x must be (N, C, *) and not empty\n  got shape ", x.sizes());
-  TORCH_CHECK_VALUE(is_dense(x), "x must be contiguous or channels_last\n  got shape ", x.sizes(),
-                    " with strides ", x.strides());
   TORCH_CHECK_VALUE(num_groups > 0 && x.size(1) % num_groups == 0,
                     "num_groups must divide the number of channels\n  got ", num_groups, " for ",
                     x.size(1), " channels");
+  if (is_dense(x)) return x;
+  if (x.stride(1) != 1 || x.dim() < 4 || x.dim() > 5) return x.contiguous();
+  return x.contiguous(x.dim() == 4 ? at::MemoryFormat::ChannelsLast
+                                   : at::MemoryFormat::ChannelsLast3d);
 }
 
 void check_running(const Running& running, const Tensor& x) {

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from wsbcn_mm.backends.carriers import Affine, Rate, Running, Statistics
+from wsbcn_mm.backends.layouts import dense
 from wsbcn_mm.backends.ops import accumulation_dtype
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -40,8 +41,11 @@ def check_tensor(name: str, tensor: Tensor, sizes: tuple[Size, ...], device: tor
         )
 
 
-def check_input(x: Tensor, num_groups: int) -> None:
-    """X (N, C, *), not empty, with channels that the groups divide."""
+def checked_input(x: Tensor, num_groups: int) -> Tensor:
+    """X as the kernels read it: itself, or a dense copy.
+
+    (N, C, *), not empty, with channels that the groups divide.
+    """
     if x.dim() < 2 or x.numel() == 0:
         raise ValueError(
             f'x must have shape (N, C, *) and not be empty\n  got shape {tuple(x.shape)}'
@@ -51,6 +55,7 @@ def check_input(x: Tensor, num_groups: int) -> None:
         raise ValueError(
             f'num_groups must divide the channels of x, {x.size(1)}\n  got {num_groups}'
         )
+    return dense(x)
 
 
 def check_running(running: Running, x: Tensor) -> None:

@@ -22,10 +22,10 @@ from wsbcn_mm.backends.carriers import (
 from wsbcn_mm.backends.triton import at_once, cuts, device, passes
 from wsbcn_mm.backends.triton.arguments import (
     check_affine,
-    check_input,
     check_running,
     check_statistics,
     check_tensor,
+    checked_input,
     number_or_pointer,
 )
 from wsbcn_mm.backends.triton.weights import (
@@ -52,7 +52,7 @@ __all__ = [
 
 def row_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """See `wsbcn_mm.backends.ops`."""
-    check_input(x, 1)
+    x = checked_input(x, 1)
     m, q = device.small_results(x, x.shape[:2], x.shape[:2])
     cut, chunks = passes.moments(x, m, q)
     if chunks is not None:
@@ -79,7 +79,7 @@ def normalize_with_batch(
 
 def evaluate(x: Tensor, num_groups: int, running: Running, affine: Affine, eps: float) -> Tensor:
     """See `wsbcn_mm.backends.ops`."""
-    _check_forward(x, num_groups, running, affine)
+    x = _checked_forward(x, num_groups, running, affine)
     cut = cuts.held(x, num_groups, cuts.HELD)
     if cut is None:
         return normalize_with_estimates(x, num_groups, running, affine, None, eps)[0]
@@ -101,7 +101,7 @@ def normalize(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `wsbcn_mm.backends.ops`."""
-    check_input(x, num_groups)
+    x = checked_input(x, num_groups)
     check_affine(affine, num_groups, x)
     of_groups = (x.size(0), num_groups)
     group_mean, inv_group_std = device.small_results(x, of_groups, of_groups)
@@ -127,7 +127,7 @@ def normalize_backward(
     through_statistics: bool,
 ) -> tuple[Tensor, AffineGradients]:
     """See `wsbcn_mm.backends.ops`."""
-    check_input(x, num_groups)
+    x = checked_input(x, num_groups)
     check_tensor('grad', grad, (x.shape,), x.device)
     check_statistics(statistics, num_groups, x)
     check_affine(affine, num_groups, x)
@@ -145,17 +145,18 @@ def normalize_backward(
     return dx, gradients
 
 
-def _check_forward(x: Tensor, num_groups: int, running: Running, affine: Affine) -> None:
-    check_input(x, num_groups)
+def _checked_forward(x: Tensor, num_groups: int, running: Running, affine: Affine) -> Tensor:
+    x = checked_input(x, num_groups)
     check_running(running, x)
     check_affine(affine, num_groups, x)
+    return x
 
 
 def _normalize_from_x(
     x: Tensor, num_groups: int, stage_1: Stage1, affine: Affine, eps: float
 ) -> tuple[Tensor, Statistics]:
     assert stage_1.running is not None
-    _check_forward(x, num_groups, stage_1.running, affine)
+    x = _checked_forward(x, num_groups, stage_1.running, affine)
     rows, channels, groups = x.shape[:2], x.shape[1:2], (x.size(0), num_groups)
     shapes = rows, rows, channels, channels, groups, groups
     statistics = Statistics(*device.small_results(x, *shapes))

@@ -120,10 +120,14 @@ def load(kernel: Any, arguments: list[Any], constants: dict[str, Any]) -> list[i
     """Compiles and loads a kernel; see `compile_kernel`."""
     compiled = kernel.warmup(*arguments, grid=(1,), **constants)
     scratch = check_parameters(compiled, arguments)
-    compiled._init_handles()
+    from triton.runtime import driver
+
+    # Not `compiled._init_handles()`, which compiles a launcher of Triton's, too: half the time.
+    name, shared = compiled.metadata.name, compiled.metadata.shared
+    device = torch.cuda.current_device()
+    _, function, *_ = driver.active.utils.load_binary(name, compiled.kernel, shared, device)
     # num_warps after compiling: Triton may add some of its own.
-    threads = compiled.metadata.num_warps * 32
-    return [compiled.function, threads, compiled.metadata.shared, scratch]
+    return [function, compiled.metadata.num_warps * 32, shared, scratch]
 
 
 def check_parameters(compiled: Any, arguments: list[Any]) -> int:

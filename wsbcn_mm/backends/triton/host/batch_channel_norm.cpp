@@ -2,7 +2,7 @@
 // launch. Nothing waits for the device.
 #include "batch_channel_norm.h"
 
-#include <ATen/ops/empty_like.h>
+#include <ATen/ops/empty_strided.h>
 #include <c10/core/DeviceGuard.h>
 
 #include "../../nodes/checks.h"
@@ -11,25 +11,15 @@
 namespace wsbcn::gpu {
 namespace {
 
+// Of a dense x; empty_like would find its strides anew.
 Tensor like(const Tensor& x) {
-  return at::empty_like(x);
+  return at::empty_strided(x.sizes(), x.strides(), x.options());
 }
 
-void check_forward(const Tensor& x, int64_t num_groups, const Running& running,
-                   const Affine& affine) {
-  check_input(x, num_groups);
+void check_forward(const Tensor& x, const Running& running, const Affine& affine,
+                   int64_t num_groups) {
   check_running(running, x);
   check_affine(affine, x, num_groups);
-}
-
-Results results_in(const Tensor& y, const Statistics& s) {
-  return {y,
-          written(s.m),
-          written(s.q),
-          written(s.mean),
-          written(s.var),
-          written(s.group_mean),
-          written(s.inv_group_std)};
 }
 
 // A number, or a tensor on the device of x that the kernels read.
@@ -51,26 +41,33 @@ void set_rate(Stage1& stage_1, const Rate& rate, const Tensor& x) {
   stage_1.rate = tensor.item<double>();  // on the host, where reading it waits for nothing
 }
 
-Flat normalize_from_x(const Tensor& x, int64_t num_groups, const Stage1& stage_1,
+Flat normalize_from_x(const Tensor& input, int64_t num_groups, const Stage1& stage_1,
                       const Affine& affine, double eps) {
-  const c10::DeviceGuard guard(x.device());
-  check_forward(x, num_groups, *stage_1.running, affine);
+  const c10::DeviceGuard guard(input.device());
+  const Tensor x = checked_input(input, num_groups);
+  check_forward(x, *stage_1.running, affine, num_groups);
   const int64_t samples = x.size(0), channels = x.size(1);
   const std::array<int64_t, 2> rows{samples, channels}, groups{samples, num_groups};
   const auto cut = held(x, num_groups, limits().held);
-  const auto [small, scratch] =
+  auto [small, scratch] =
       small_results(x, {rows, rows, channels, channels, groups, groups},
                     cut ? Sizes() : passes::forward_scratch(x));
-  const Statistics s{small[0], small[1], small[2], small[3], small[4], small[5]};
-  const Tensor y = like(x);
-  const Results results = results_in(y, s);
+  Tensor y = like(x);
+  const Results results{y,
+                        written(small[0]),
+                        written(small[1]),
+                        written(small[2]),
+                        written(small[3]),
+                        written(small[4]),
+                        written(small[5])};
   if (cut) {
     at_once::normalize(x, results, stage_1, *cut, affine, eps);
   } else {
     const passes::Chunks chunks = passes::moments(x, results.m, results.q, scratch);
     passes::normalize(x, num_groups, results, stage_1, affine, eps, scratch, chunks);
   }
-  return {y, s.m, s.q, s.mean, s.var, s.group_mean, s.inv_group_std};
+  return {std::move(y),        std::move(small[0]), std::move(small[1]), std::move(small[2]),
+          std::move(small[3]), std::move(small[4]), std::move(small[5])};
 }
 
 }  // namespace
@@ -102,9 +99,9 @@ Pointer counter(const Stage1& stage_1, OptionalTensor Running::* counter) {
   return written(*(stage_1.running->*counter));
 }
 
-std::tuple<Tensor, Tensor> row_moments(const Tensor& x) {
-  const c10::DeviceGuard guard(x.device());
-  check_input(x, 1);
+std::tuple<Tensor, Tensor> row_moments(const Tensor& input) {
+  const c10::DeviceGuard guard(input.device());
+  const Tensor x = checked_input(input, 1);
   const std::array<int64_t, 2> rows{x.size(0), x.size(1)};
   auto small = small_results(x, {rows, rows});
   const Pointer m = written(small[0]), q = written(small[1]);
@@ -140,19 +137,19 @@ Flat normalize_with_batch(const Tensor& x, int64_t num_groups, Tensor& running_m
   return normalize_from_x(x, num_groups, stage_1, {batch_weight, batch_bias, weight, bias}, eps);
 }
 
-Tensor evaluate(const Tensor& x, int64_t num_groups, const Tensor& running_mean,
+Tensor evaluate(const Tensor& input, int64_t num_groups, const Tensor& running_mean,
                 const Tensor& running_var, const OptionalTensor& counts,
                 const OptionalTensor& num_batches_tracked, const OptionalTensor& batch_weight,
                 const OptionalTensor& batch_bias, const OptionalTensor& weight,
                 const OptionalTensor& bias, double eps) {
-  const c10::DeviceGuard guard(x.device());
+  const c10::DeviceGuard guard(input.device());
   const Running running{running_mean, running_var, counts, num_batches_tracked};
   const Affine affine{batch_weight, batch_bias, weight, bias};
   const Stage1 stage_1{Source::running, &running};
-  check_input(x, num_groups);
+  const Tensor x = checked_input(input, num_groups);
   const auto cut = held(x, num_groups, limits().held);
   if (!cut) return std::get<0>(normalize_from_x(x, num_groups, stage_1, affine, eps));
-  check_forward(x, num_groups, running, affine);
+  check_forward(x, running, affine, num_groups);
   const Tensor y = like(x);
   const Scratch statistics(x, Sizes{x.size(1), x.size(1)});
   at_once::normalize(x, {y, {}, {}, statistics[0], statistics[1], {}, {}}, stage_1, *cut, affine,
@@ -160,15 +157,15 @@ Tensor evaluate(const Tensor& x, int64_t num_groups, const Tensor& running_mean,
   return y;
 }
 
-std::tuple<Tensor, Tensor, Tensor> normalize(const Tensor& x, int64_t num_groups, const Tensor& m,
+std::tuple<Tensor, Tensor, Tensor> normalize(const Tensor& input, int64_t num_groups, const Tensor& m,
                                              const Tensor& q, const Tensor& mean, const Tensor& var,
                                              const OptionalTensor& batch_weight,
                                              const OptionalTensor& batch_bias,
                                              const OptionalTensor& weight,
                                              const OptionalTensor& bias, double eps) {
-  const c10::DeviceGuard guard(x.device());
+  const c10::DeviceGuard guard(input.device());
   const Affine affine{batch_weight, batch_bias, weight, bias};
-  check_input(x, num_groups);
+  const Tensor x = checked_input(input, num_groups);
   check_affine(affine, x, num_groups);
   const std::array<int64_t, 2> groups{x.size(0), num_groups};
   auto small = small_results(x, {groups, groups});
@@ -194,15 +191,15 @@ std::tuple<Tensor, Tensor, Tensor> normalize(const Tensor& x, int64_t num_groups
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> normalize_backward(
-    const Tensor& grad, const Tensor& x, int64_t num_groups, const Tensor& m, const Tensor& q,
+    const Tensor& grad, const Tensor& input, int64_t num_groups, const Tensor& m, const Tensor& q,
     const Tensor& mean, const Tensor& var, const Tensor& group_mean, const Tensor& inv_group_std,
     const OptionalTensor& batch_weight, const OptionalTensor& batch_bias,
     const OptionalTensor& weight, const OptionalTensor& bias, double eps, bool through_statistics) {
-  const c10::DeviceGuard guard(x.device());
+  const c10::DeviceGuard guard(input.device());
   const Affine affine{batch_weight, batch_bias, weight, bias};
   const Statistics s{m.contiguous(),   q.contiguous(),          mean.contiguous(),
                      var.contiguous(), group_mean.contiguous(), inv_group_std.contiguous()};
-  check_input(x, num_groups);
+  const Tensor x = checked_input(input, num_groups);
   check_gradient(grad, x);
   check_statistics(s, x, num_groups);
   check_affine(affine, x, num_groups);

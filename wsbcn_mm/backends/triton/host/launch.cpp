@@ -86,6 +86,8 @@ bool is_aligned(const Pointer& pointer) {
 }
 
 // Whatever Triton may compile a kernel for, in one string.
+// Not inlined: the compiler would ask for the address of a thread's string at every write to it.
+[[gnu::noinline]]
 void write_key(std::string& key, const char* kernel, c10::Device device, const Arguments& a) {
   key.clear();
   key.append(reinterpret_cast<const char*>(&kernel), sizeof kernel);
@@ -133,8 +135,14 @@ Variant compile(const char* kernel, c10::Device device, const Arguments& a) {
           static_cast<unsigned>(found[2]), found[3]};
 }
 
-Variant variant_of(const char* kernel, c10::Device device, const Arguments& arguments) {
+[[gnu::noinline]]
+std::string& key_of_thread() {
   thread_local std::string key;
+  return key;
+}
+
+Variant variant_of(const char* kernel, c10::Device device, const Arguments& arguments) {
+  std::string& key = key_of_thread();
   write_key(key, kernel, device, arguments);
   {
     std::lock_guard<std::mutex> guard(mutex);
@@ -219,9 +227,9 @@ void start(const char* kernel, Grid grid, c10::Device device, const Arguments& a
                     stream, parameters.data(), nullptr);
   };
   int error = launch();
-  if (error == INVALID_CONTEXT) {
-    ask_launcher();
-    error = launch();
+  if (error != 0) {
+    ask_launcher();  // where a kernel before this one has failed, torch says so here
+    if (error == INVALID_CONTEXT) error = launch();
   }
   TORCH_CHECK(error == 0, "the driver could not launch the kernel ", kernel, " on ", device,
               ": CUDA error ", error);
