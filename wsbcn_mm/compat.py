@@ -230,9 +230,6 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
     return torch.get_autocast_dtype(device_type)
 
 
-check_torch()
-
-
 @contextlib.contextmanager
 def not_traced() -> Iterator[None]:
     """A block of which `torch.jit.trace` sees nothing."""
@@ -242,3 +239,6 @@ def not_traced() -> Iterator[None]:
         yield
     finally:
         torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
+
+
+check_torch()

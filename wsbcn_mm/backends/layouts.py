@@ -17,6 +17,12 @@ def memory_format(x: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
+def is_dense(x: Tensor) -> bool:
+    """Whether x lies in one of the layouts that a kernel reads."""
+    last = CHANNELS_LAST.get(x.dim())
+    return x.is_contiguous() or (last is not None and x.is_contiguous(memory_format=last))
+
+
 def dense(x: Tensor) -> Tensor:
     """X itself where a kernel can read it, else a copy."""
     if x.is_contiguous():

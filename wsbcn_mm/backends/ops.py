@@ -191,6 +191,10 @@ def _leaves(results: tuple[Any, ...]) -> Iterator[Any]:
             yield result
 
 
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+"""What compiled kernels can load and store."""
+
+
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64, float32 for everything else."""
     return torch.promote_types(dtype, torch.float32)

@@ -26,7 +26,7 @@ def state_of(weight: Tensor, one_pass: bool) -> object:
     if cpu.entries is not None:
         state = cpu.entries.state(weight, one_pass)
         return None if state is None else (state, _backward_calls if one_pass else None)
-    if is_transformed():
+    if is_watched():
         return None
     device = weight.device
     return (
@@ -59,7 +59,7 @@ def is_captured(weight: Tensor) -> bool:
     return weight.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def is_transformed() -> bool:
+def is_watched() -> bool:
     """Whether operators are traced, watched or transformed, and results are not what they seem."""
     return (
         torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]

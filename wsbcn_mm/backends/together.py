@@ -14,7 +14,6 @@ from torch import Tensor
 
 from wsbcn_mm import backends
 from wsbcn_mm.backends import autograd, cpu
-from wsbcn_mm.backends.layouts import CHANNELS_LAST
 from wsbcn_mm.backends.ops import accumulation_dtype
 from wsbcn_mm.backends.states import count_backward_call, state_of
 from wsbcn_mm.checks import check_fan_in
@@ -124,12 +123,6 @@ def _standardize(
         kernels = backends.BACKENDS[backends.select(first)].kernels()
         kernels.standardize_all(weights, eps, formula, out, mean, sigma)
         return out, list(zip(mean.split(sizes), sigma.split(sizes)))
-
-
-def is_dense(x: Tensor) -> bool:
-    """Whether x lies in one of the layouts that a kernel reads."""
-    last = CHANNELS_LAST.get(x.dim())
-    return x.is_contiguous() or (last is not None and x.is_contiguous(memory_format=last))
 
 
 class _Member(torch.autograd.Function):

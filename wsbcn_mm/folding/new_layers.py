@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
+from wsbcn_mm.backends.layouts import CHANNELS_LAST
 from wsbcn_mm.layers import BatchChannelNorm, WeightStandardized
 from wsbcn_mm.own_classes import computes_with_its_weight
 
@@ -63,7 +64,7 @@ def conv_with_raw_weight(conv: _ConvNd) -> _ConvNd:
 
 def _like(new: _ConvNd, conv: _ConvNd) -> _ConvNd:
     weight = conv.weight
-    layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(weight.dim())
+    layout = CHANNELS_LAST.get(weight.dim())
     if layout is None or weight.is_contiguous():
         return new
     if not weight.is_contiguous(memory_format=layout):

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from wsbcn_mm.backends import cpu, triton
+from wsbcn_mm.backends.layouts import is_dense
 from wsbcn_mm.backends.states import is_captured
-from wsbcn_mm.backends.together import is_dense
 from wsbcn_mm.own_classes import is_ours
 
 HOOKS_THAT_WRITE_NO_WEIGHT: list[Callable[..., Any]] = []

@@ -12,14 +12,14 @@ import threading
 import weakref
 from collections.abc import Callable
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from wsbcn_mm import backends, distributed
+from wsbcn_mm import backends, compat, distributed
 from wsbcn_mm.backends import cpu
-from wsbcn_mm.backends.states import is_captured, is_transformed, state_of
+from wsbcn_mm.backends.states import is_captured, is_watched, state_of
 from wsbcn_mm.backends.together import FirstUses, Results, standardize_all
 from wsbcn_mm.layers import optimizer_steps as optimizer_steps  # heard of from here on
 from wsbcn_mm.layers import plans
@@ -31,21 +31,6 @@ OVER_RANKS = 16 * 2**20
 of them is, and the buckets of DistributedDataParallel, 25 MB, shall not wait for each other."""
 ALONE = 256 * 2**20
 """Where there is one process: on a GPU a call costs more than its work."""
-
-
-class Layer(Protocol):
-    """What a scope has to know of a layer."""
-
-    weight: Tensor
-    eps: float
-    formula: str
-    standardized_hooks: dict[int, Callable[[Tensor], None]]
-
-    def standardize(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        """Computes the standardized weight."""
-
-    def standardizes_rows(self) -> bool:
-        """Whether `standardize` is WS of ``weight.flatten(1)``, which can be done for many."""
 
 
 def computed(layer: Any, weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -78,7 +63,7 @@ def open_here() -> list[Scope]:
 def scope_of(layer: Any) -> Scope | None:
     """The innermost scope that serves a layer."""
     scopes = _thread.scopes
-    if not scopes or is_transformed():
+    if not scopes or is_watched():
         return None
     for scope in reversed(scopes):
         if layer in scope.layers and scope.is_current():
@@ -112,7 +97,7 @@ class Scope:
         self.frame = frame
         self.entered = 1
         self._one_pass = one_pass
-        self._task = torch._C._current_graph_task_id()  # the backward pass that this is part of
+        self._task = compat.backward_pass()  # the backward pass that this is part of
         self._plan = plans.plan_of(model)
         # A pass that the model's own hooks opened: they have run.
         self._opener = model if self.is_of_a_pass() else None
@@ -163,7 +148,7 @@ class Scope:
 
     def is_current(self) -> bool:
         """Whether it serves what runs now: not the backward pass of what it computed."""
-        return torch._C._current_graph_task_id() == self._task and self.is_running()
+        return compat.backward_pass() == self._task and self.is_running()
 
     def look_again(self, layer: Any) -> bool:
         """Whether a layer has become part of the model."""

@@ -51,7 +51,7 @@ def standardized(layer: Any, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """The standardized weight of a layer: from the scope that it is in, or computed.
 
     Args:
-        layer: A `Layer`.
+        layer: A WS convolution.
         weight: Its weight.
         dtype: Of the result.
     """

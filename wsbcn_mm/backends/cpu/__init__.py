@@ -10,17 +10,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import cast
 
-import torch
 from torch import Tensor
 
 from wsbcn_mm.backends import dispatched
-from wsbcn_mm.backends.ops import Kernels
+from wsbcn_mm.backends.ops import DTYPES, Kernels
 from wsbcn_mm.backends.schemas import mark
 
 entries: ModuleType | None = None
 """The compiled module: what layers call directly; see nodes/python.cpp."""
-
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def load() -> str | None:

@@ -21,10 +21,9 @@ import torch
 from torch import Tensor
 
 from wsbcn_mm.backends import cpu, dispatched
-from wsbcn_mm.backends.ops import NAMESPACE, OPERATORS, Kernels, flattened
+from wsbcn_mm.backends.ops import DTYPES, NAMESPACE, OPERATORS, Kernels, flattened
 from wsbcn_mm.backends.triton import variants
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
 
 _library: torch.library.Library | None = None

@@ -9,10 +9,7 @@ from torch import Tensor
 
 from wsbcn_mm.backends.carriers import Affine, Rate, Running, Statistics
 from wsbcn_mm.backends.layouts import dense
-from wsbcn_mm.backends.ops import accumulation_dtype
-
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-"""What the kernels can load and store."""
+from wsbcn_mm.backends.ops import DTYPES, accumulation_dtype
 
 Size = tuple[int, ...] | torch.Size
 

@@ -8,6 +8,8 @@ import torch
 import triton
 from torch import Tensor
 
+from wsbcn_mm.backends.layouts import CHANNELS_LAST
+
 TILE = 2048
 """Values that a program treats at a time: 16 per thread of four warps."""
 
@@ -53,7 +55,7 @@ def memory_format(x: Tensor, name: str = 'x') -> torch.memory_format:
     """
     if x.is_contiguous():
         return torch.contiguous_format
-    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    last = CHANNELS_LAST.get(x.dim())
     if last is not None and x.is_contiguous(memory_format=last):
         return last
     raise ValueError(
