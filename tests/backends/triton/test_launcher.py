@@ -182,13 +182,23 @@ def test_bad_arguments_are_refused(both):
         (x, 3, running, shorter, 0.1, 1e-5),
         (x, 3, running._replace(mean=rand(7)), affine, 0.1, 1e-5),
         (x, 3, running._replace(counts=torch.zeros(6, device=DEVICE)), affine, 0.1, 1e-5),
-        (x[:, :, ::2], 3, running, affine, 0.1, 1e-5),
         (x, 3, running, affine, rand(2), 1e-5),
     ]:
         with pytest.raises(ValueError, match='must'):
             drivers.call('normalize_with_estimates', *bad)
     with pytest.raises(ValueError, match='formula must be'):
         drivers.call('standardize', rand(4, 3), 1e-5, 'paper_', torch.float32)
+
+
+def test_any_layout_is_taken(both):
+    affine, wide = make_affine(6, 3), make_input((2, 6, 4, 10))
+    for x in (wide[..., ::2], wide.transpose(2, 3), wide[:, :, :, 3:]):
+        both('row_moments', x)
+        both('normalize_with_estimates', x, 3, make_running(6), affine, 0.1, 1e-5)
+        others = 3, make_running(6), affine, 0.1, 1e-5
+        expected, *_ = drivers.call('normalize_with_estimates', x.contiguous(), *copied(others))
+        found, *_ = drivers.call('normalize_with_estimates', x, *others)
+        assert torch.equal(found, expected)
 
 
 @pytest.mark.skipif(DEVICE != 'cpu', reason='of a driver that does not launch')
