@@ -183,9 +183,12 @@ def test_forward_mode_inside_scopes(backend, scope, duals):
         assert_close(actual, expected)
 
 
+@pytest.mark.parametrize('hooked', [True, False])
 @pytest.mark.parametrize('scope', SCOPES[1:], ids=['once', 'long', 'forward'])
-def test_transforms_inside_scopes(backend, scope):
+def test_transforms_inside_scopes(backend, scope, hooked):
     net = nn.Sequential(WSConv2d(3, 8, 2), make_norm().eval()).double()
+    if hooked:
+        net[0].register_forward_pre_hook(lambda *_: None)
     parameters = {n: p.detach() for n, p in net.named_parameters()}
     along = {n: torch.randn_like(p) for n, p in parameters.items()}
     x = torch.randn(2, 3, 5, 4, dtype=torch.float64)

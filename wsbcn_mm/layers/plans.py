@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
+from wsbcn_mm import compat
 from wsbcn_mm.backends import cpu, triton
 from wsbcn_mm.backends.layouts import is_dense
 from wsbcn_mm.backends.states import is_captured
@@ -191,11 +192,12 @@ def _own_weight(layer: Any) -> Tensor | None:
     return own
 
 
-def _memory(layer: Any) -> int | None:
+def _memory(layer: Any) -> tuple[int, int] | None:
     own = _own_weight(layer)
-    if own is None or type(own) not in _PLAIN:
+    # What transforms hand on has none of its own, and nothing is shared inside them.
+    if own is None or type(own) not in _PLAIN or compat.in_transform():
         return None
-    return own.untyped_storage()._cdata
+    return own.untyped_storage()._cdata, int(own.storage_offset())
 
 
 def is_plain(weight: Tensor) -> bool:

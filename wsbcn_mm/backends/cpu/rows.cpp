@@ -92,11 +92,24 @@ void write_columns(U* y, int64_t length, int64_t channels, const Of& of) {
   });
 }
 
-// Whether rows are so short that their sums are worth to be taken side by side.
+// Whether the sums of rows are worth to be taken side by side: of several short ones.
 template <typename A, int bytes>
 WSBCN_INLINE
-bool is_short(int64_t length) {
-  return length >= static_cast<int64_t>(bytes / sizeof(A)) && length <= kShort;
+bool are_short(int64_t rows, int64_t length) {
+  return rows > 2 && length >= static_cast<int64_t>(bytes / sizeof(A)) && length <= kShort;
+}
+
+// Calls act(width) with the widest registers, in bytes, that a row fills; 16 where it fills none.
+template <typename A, int bytes, typename Act>
+WSBCN_INLINE
+void with_width(int64_t length, const Act& act) {
+  if constexpr (bytes > 16) {
+    if (length < static_cast<int64_t>(bytes / sizeof(A))) {
+      with_width<A, bytes / 2>(length, act);
+      return;
+    }
+  }
+  act(std::integral_constant<int, bytes>());
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -191,7 +204,7 @@ template <typename T, typename A, int bytes>
 WSBCN_INLINE
 void moments_of_rows(const T* x, int64_t rows, int64_t length, double* mean, double* variance) {
   const double inverse = 1.0 / length;
-  if (is_short<A, bytes>(length)) {
+  if (are_short<A, bytes>(rows, length)) {
     for (int64_t k = 0; k < rows; k += kBlock) {
       const int64_t count = std::min<int64_t>(kBlock, rows - k);
       moments_of_block<T, A, bytes>(x + k * length, count, length, inverse, mean + k, variance + k);
@@ -227,7 +240,7 @@ WSBCN_INLINE
 void dots_of_rows(const T* g, const T* x, int64_t rows, int64_t length, const A* m, double* sum_g,
                   double* sum_gx) {
   int64_t k = 0;
-  for (; is_short<A, bytes>(length) && k < rows; k += kBlock) {
+  for (; are_short<A, bytes>(rows, length) && k < rows; k += kBlock) {
     A sums[2 * kBlock];
     const int64_t count = std::min<int64_t>(kBlock, rows - k);
     const auto row = [=](int64_t j) WSBCN_INLINED { return k + std::min(j, count - 1); };
@@ -309,23 +322,31 @@ WSBCN_VERSIONS(WSBCN_BYTES)
 #define WSBCN_ROWS_OF(VERSION, bytes, T, A)                                                     \
   VERSION                                                                                       \
   void moments(const T* x, int64_t rows, int64_t length, double* mean, double* variance) {      \
-    moments_of_rows<T, A, bytes>(x, rows, length, mean, variance);                              \
+    with_width<A, bytes>(length, [&](auto width) WSBCN_INLINED {                                \
+      moments_of_rows<T, A, width()>(x, rows, length, mean, variance);                          \
+    });                                                                                         \
   }                                                                                             \
   VERSION                                                                                       \
   void dots(const T* g, const T* x, int64_t rows, int64_t length, const A* m, double* sum_g,    \
             double* sum_gx) {                                                                   \
-    dots_of_rows<T, A, bytes>(g, x, rows, length, m, sum_g, sum_gx);                            \
+    with_width<A, bytes>(length, [&](auto width) WSBCN_INLINED {                                \
+      dots_of_rows<T, A, width()>(g, x, rows, length, m, sum_g, sum_gx);                        \
+    });                                                                                         \
   }                                                                                             \
   VERSION                                                                                       \
   void gradient(const T* g, const T* x, T* dx, int64_t rows, int64_t length, const A* m,        \
                 const A* p, const A* q, const A* r) {                                           \
-    write_rows<A, bytes>(dx, rows, length, gradient_of(g, x, m, p, q, r));                      \
+    with_width<A, bytes>(length, [&](auto width) WSBCN_INLINED {                                \
+      write_rows<A, width()>(dx, rows, length, gradient_of(g, x, m, p, q, r));                  \
+    });                                                                                         \
   }
 #define WSBCN_ROWS_AFFINE(VERSION, bytes, T, U, A)                                             \
   VERSION                                                                                      \
   void affine(const T* x, U* y, int64_t rows, int64_t length, const A* m, const A* scale,      \
               const A* shift) {                                                                \
-    write_rows<A, bytes>(y, rows, length, affine_of(x, m, scale, shift));                      \
+    with_width<A, bytes>(length, [&](auto width) WSBCN_INLINED {                               \
+      write_rows<A, width()>(y, rows, length, affine_of(x, m, scale, shift));                  \
+    });                                                                                        \
   }
 #define WSBCN_DEFINE(T, A)            \
   WSBCN_VERSIONS(WSBCN_ROWS_OF, T, A) \
