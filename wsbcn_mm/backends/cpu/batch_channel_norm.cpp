@@ -454,9 +454,9 @@ Flat normalize_with_batch(const Tensor& x, int64_t num_groups, Tensor& running_m
                         {batch_weight, batch_bias, weight, bias}, {rate, rate_tensor}, eps);
 }
 
-std::tuple<Tensor, Tensor, Tensor> normalize(const Tensor& input, int64_t num_groups, const Tensor& m,
-                                             const Tensor& q, const Tensor& mean, const Tensor& var,
-                                             const OptionalTensor& batch_weight,
+std::tuple<Tensor, Tensor, Tensor> normalize(const Tensor& input, int64_t num_groups,
+                                             const Tensor& m, const Tensor& q, const Tensor& mean,
+                                             const Tensor& var, const OptionalTensor& batch_weight,
                                              const OptionalTensor& batch_bias,
                                              const OptionalTensor& weight,
                                              const OptionalTensor& bias, double eps) {

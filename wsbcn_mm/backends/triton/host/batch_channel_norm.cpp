@@ -157,9 +157,9 @@ Tensor evaluate(const Tensor& input, int64_t num_groups, const Tensor& running_m
   return y;
 }
 
-std::tuple<Tensor, Tensor, Tensor> normalize(const Tensor& input, int64_t num_groups, const Tensor& m,
-                                             const Tensor& q, const Tensor& mean, const Tensor& var,
-                                             const OptionalTensor& batch_weight,
+std::tuple<Tensor, Tensor, Tensor> normalize(const Tensor& input, int64_t num_groups,
+                                             const Tensor& m, const Tensor& q, const Tensor& mean,
+                                             const Tensor& var, const OptionalTensor& batch_weight,
                                              const OptionalTensor& batch_bias,
                                              const OptionalTensor& weight,
                                              const OptionalTensor& bias, double eps) {
