@@ -7,8 +7,8 @@
 namespace wsbcn {
 
 // x as the kernels read it, dense: a copy where it comes in another layout, as in compiled and
-// exported code, which brings others than it was traced with. (N, C, *), not empty, and C is divided
-// by num_groups.
+// exported code, which brings others than it was traced with. (N, C, *), not empty, and C is
+// divided by num_groups.
 Tensor checked_input(const Tensor& x, int64_t num_groups);
 void check_running(const Running& running, const Tensor& x);
 void check_affine(const Affine& affine, const Tensor& x, int64_t num_groups);
