@@ -12,7 +12,8 @@
 # taken from this repository, and its extension is compiled in it. Exit status 1 where something was
 # wrong or nothing ran.
 #
-# PYTHON: the interpreter (default: python, or python3). IN_ALL: after how many seconds it ends (default: 480).
+# PYTHON: the interpreter (default: python, or python3). IN_ALL: after how many seconds it ends
+# (default: 480).
 # DEVICE=cpu: the same on a CPU with tiny shapes, to see that it runs.
 set -uo pipefail
 [ $# -eq 1 ] || { echo "usage: bash tools/benchmark/gpu.sh OUT" >&2; exit 2; }

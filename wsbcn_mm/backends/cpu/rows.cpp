@@ -11,6 +11,7 @@ namespace {
 
 // A chunk of a long row stays in the first-level cache between two passes over it.
 constexpr int64_t kChunk = 2048;
+// In longer rows the sum of a register is a small part of the work.
 constexpr int64_t kShort = 256;
 
 // ------------------------------------------------------------------------------------------------
