@@ -270,7 +270,6 @@ OURS = ['setup.py', *python_files('wsbcn_mm', 'tools', 'tests', 'configs')]
 MANY_PARAMETERS = {
     'wsbcn_mm/functional.py': {'batch_channel_norm'},
     'wsbcn_mm/layers/norm.py': {'BatchChannelNorm.__init__'},
-    'wsbcn_mm/openmmlab/conversion/convert.py': {'convert_config'},
     'wsbcn_mm/reference.py': {'batch_channel_norm', 'normalize'},
 }
 

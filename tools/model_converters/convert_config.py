@@ -51,29 +51,19 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     """Converts, prints the difference, writes."""
-    args = parse_args()
+    options = vars(parse_args())
+    source, out = options.pop('source'), options.pop('out')
     from wsbcn_mm.openmmlab import command_line
     from wsbcn_mm.openmmlab.conversion.convert import convert_config
+    from wsbcn_mm.openmmlab.conversion.options import ConversionOptions
     from wsbcn_mm.openmmlab.conversion.write import write_config
 
     with command_line.errors_in_one_line():
-        conversion = convert_config(
-            args.source,
-            norm=args.norm,
-            conv=args.conv,
-            images_per_gpu=args.images_per_gpu,
-            keep_lr=args.keep_lr,
-            checkpoint=args.checkpoint,
-            keep_dcn=args.keep_dcn,
-            gpus=args.gpus,
-            accumulate=args.accumulate,
-            schedule=args.schedule,
-            backbone=args.backbone,
-        )
-        if args.out is not None:
-            write_config(conversion, args.out)
+        conversion = convert_config(source, ConversionOptions(**options))
+        if out is not None:
+            write_config(conversion, out)
     print(conversion)
-    print(f'written: {args.out}' if args.out else 'nothing written: give -o FILE')
+    print(f'written: {out}' if out else 'nothing written: give -o FILE')
 
 
 if __name__ == '__main__':

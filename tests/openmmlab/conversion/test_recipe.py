@@ -9,7 +9,7 @@ import torch
 from mmengine.config import Config
 
 from wsbcn_mm.openmmlab.conversion import length, rates, recipe, rescaling, schedulers
-from wsbcn_mm.openmmlab.conversion.rescaling import Batch
+from wsbcn_mm.openmmlab.conversion.options import ConversionOptions
 
 LR = 'optim_wrapper.optimizer.lr'
 
@@ -21,9 +21,13 @@ def config(name='some_config.py', images=2, lr=0.02, **rest):
     return Config(keys, cfg_text='# no file', filename=name)
 
 
+def rescaled(cfg, images, start=None, **options):
+    return rescaling.rescaled(cfg, ConversionOptions(images_per_gpu=images, **options), start)
+
+
 def changes(cfg, **batch):
     """What is set, by its place, and the warnings."""
-    settings, warnings = rescaling.rescaled(cfg, Batch(**batch))
+    settings, warnings = rescaled(cfg, **batch)
     return {'.'.join(map(str, s.place)): s.value for s in settings}, warnings
 
 
@@ -84,7 +88,7 @@ def test_why_the_rate_changes_is_said_in_numbers_that_agree():
         (2, '2 -> 1 images per GPU, 8 -> 1 GPUs: total 16 -> 1'),
         (32, '32 -> 1 images per GPU, 1 GPUs: 1 images per step, and auto_scale_lr says 16'),
     ):
-        settings, _ = rescaling.rescaled(config(images=images, **BASE_16), Batch(images=1, gpus=1))
+        settings, _ = rescaled(config(images=images, **BASE_16), images=1, gpus=1)
         (reason,) = [s.why for s in settings if s.place[-1] == 'lr']
         assert reason == f'linear rule: {words}'
 
@@ -131,7 +135,7 @@ def test_the_rate_of_adam_goes_with_the_root_of_the_batch(kind, start):
     """Mask2Former: the linear rule makes 6.25e-6 of it for one image."""
     cfg = config(lr=6e-5, **BASE_16)
     cfg.optim_wrapper.optimizer.type, cfg.default_scope = kind, 'mmseg'
-    settings, _ = rescaling.rescaled(cfg, Batch(images=1, gpus=1, start=start))
+    settings, _ = rescaled(cfg, images=1, gpus=1, start=start)
     ((rate, why),) = [(s.value, s.why) for s in settings if s.place[-1] == 'lr']
     assert rate == pytest.approx(6e-5 / 4) and why.startswith('root rule: 2 -> 1 images per GPU')
     assert changes(cfg, images=1, gpus=4, accumulate=16, start=start)[0][LR] == 1.2e-4  # upwards
@@ -169,7 +173,7 @@ def test_schedulers_rise_with_the_rate():
     poly = dict(type='PolyLR', eta_min=1e-4, power=0.9, begin=0, end=100, by_epoch=False)
     cfg = config(lr=0.01, param_scheduler=[poly], **BASE_16)
     cfg.default_scope = 'mmseg'
-    found, _ = changes(cfg, images=1, gpus=1, start='scratch', stretch=False)
+    found, _ = changes(cfg, images=1, gpus=1, start='scratch', schedule='keep')
     assert found['param_scheduler'] == [dict(poly, eta_min=3e-4)]
 
 
@@ -225,7 +229,7 @@ def test_iterations_follow_the_images():
         dict(schedule[0], end=400),
         dict(schedule[1], eta_max=0.0125, total_steps=8000),
     ]
-    kept, warnings = changes(cfg, images=1, gpus=2, stretch=False)
+    kept, warnings = changes(cfg, images=1, gpus=2, schedule='keep')
     assert not any(place.startswith(('train_cfg', 'default_hooks')) for place in kept)
     assert kept['param_scheduler'] == [schedule[0], dict(schedule[1], eta_max=0.0125)]
     assert '1000 of them now see 0.125 times the images' in warnings[0]

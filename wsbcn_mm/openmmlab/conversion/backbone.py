@@ -16,6 +16,7 @@ from wsbcn_mm.openmmlab.checkpoints import at_hand
 from wsbcn_mm.openmmlab.config import type_name
 from wsbcn_mm.openmmlab.conversion import probe, recipe, weights
 from wsbcn_mm.openmmlab.conversion.changes import Conversion
+from wsbcn_mm.openmmlab.conversion.options import ConversionOptions
 from wsbcn_mm.openmmlab.conversion.probe import Node
 from wsbcn_mm.openmmlab.places import Place, value_at
 from wsbcn_mm.openmmlab.registry import KEPT
@@ -23,13 +24,12 @@ from wsbcn_mm.openmmlab.registry import KEPT
 BACKBONE: Place = ('model', 'backbone')
 
 
-def settle(conversion: Conversion, choice: str, checkpoint: str | None) -> bool:
+def settle(conversion: Conversion, options: ConversionOptions) -> bool:
     """Decides whether the backbone is kept, and sets what keeping needs.
 
     Args:
         conversion: Its config is changed: ``type='Kept'``, or back where it is to be converted.
-        choice: ``'auto'``, ``'keep'`` or ``'convert'``, see `convert_config`.
-        checkpoint: The weights that were given for a converted one.
+        options: Its ``backbone``, and the ``checkpoint`` that was given for a converted one.
 
     Returns:
         Whether it is kept.
@@ -40,8 +40,8 @@ def settle(conversion: Conversion, choice: str, checkpoint: str | None) -> bool:
     """
     node = next((n for n in probe.nodes(conversion.cfg) if n.path == BACKBONE), None)
     source = None if node is None else weights_of(conversion, node)
-    if choice == 'keep':
-        if checkpoint is not None:
+    if options.backbone == 'keep':
+        if options.checkpoint is not None:
             raise ValueError(
                 'backbone="keep" keeps the BN backbone with its own weights, and checkpoint has '
                 'those of a converted one: give one of the two'
@@ -58,7 +58,7 @@ def settle(conversion: Conversion, choice: str, checkpoint: str | None) -> bool:
             )
         _keep(conversion, node)
         return True
-    if choice == 'convert' or checkpoint is not None:
+    if options.backbone == 'convert' or options.checkpoint is not None:
         _give_up(conversion, node)
         return False
     if node is None or not _batch_norms(conversion):

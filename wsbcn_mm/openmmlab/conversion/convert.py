@@ -13,34 +13,22 @@ from pathlib import Path
 
 from mmengine.config import Config, ConfigDict
 
-from wsbcn_mm.checks import check_choice
 from wsbcn_mm.openmmlab.checkpoints import meta_of, read_checkpoint
 from wsbcn_mm.openmmlab.config import find_config, imports_of, read_config, with_names
 from wsbcn_mm.openmmlab.conversion import backbone as backbones
 from wsbcn_mm.openmmlab.conversion import length, probe, recipe, rescaling, schedulers
 from wsbcn_mm.openmmlab.conversion.changes import Conversion
 from wsbcn_mm.openmmlab.conversion.layers import convert_layers
+from wsbcn_mm.openmmlab.conversion.options import ConversionOptions
 from wsbcn_mm.openmmlab.conversion.probe import Node
 from wsbcn_mm.openmmlab.places import Place, dotted, value_at
 from wsbcn_mm.openmmlab.registry import ESTIMATES_HOOK
 
-TARGET_NORMS, TARGET_CONVS = ('BCN', 'GN'), ('WSConv2d', 'none')
-SCHEDULES = ('images', 'keep')
-BACKBONES = ('auto', 'keep', 'convert')
+_BY_DEFAULT = ConversionOptions()
 
 
 def convert_config(
-    source: str | Path | Config,
-    norm: str = 'BCN',
-    conv: str = 'WSConv2d',
-    images_per_gpu: int = 1,
-    keep_lr: bool = False,
-    checkpoint: str | None = None,
-    keep_dcn: bool = False,
-    gpus: int | None = None,
-    accumulate: int | None = None,
-    schedule: str = 'images',
-    backbone: str = 'auto',
+    source: str | Path | Config, options: ConversionOptions = _BY_DEFAULT
 ) -> Conversion:
     """The WS + BCN version of a config.
 
@@ -60,69 +48,38 @@ def convert_config(
     Args:
         source: A file, a name such as ``'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'``, or
             a loaded config (not changed).
-        norm: ``'BCN'`` or ``'GN'``.
-        conv: ``'WSConv2d'``, or ``'none'`` for norms alone.
-        images_per_gpu: The batch size of one process.
-        keep_lr: Leave the learning rate as it is.
-        checkpoint: File of backbone weights that were trained with these layers; the WS formula and
-            the affine that our converter recorded in it are set.
-        keep_dcn: Deformable convolutions stay as they are, with BCN behind them.
-        gpus: Number of processes to train with; None: as many as the learning rate is for, by
-            ``auto_scale_lr``, else by the file name (``8xb2``).
-        accumulate: Iterations per step of the optimizer; None: as the config says.
-        schedule: ``'images'``: a schedule by iterations is stretched so that as many images are
-            seen; ``'keep'``: as many iterations as before.
-        backbone: ``'convert'``: as the rest. ``'keep'``: it stays as it is with its weights,
-            frozen, its BatchNorms in evaluation mode (``type='Kept'``). ``'auto'``: kept where its
-            weights were trained with BatchNorm and are on this machine, and no ``checkpoint`` is
-            given; see `wsbcn_mm.openmmlab.conversion.backbone`.
+        options: Which layers, weights and batch it is to have, see `ConversionOptions`.
 
     Raises:
         FileNotFoundError: no such config; names similar ones.
         CannotBuild: a ValueError; the config needs something that is missing here.
         NoModel: a ValueError; a config without a model.
         NothingToConvert: a ValueError; nothing in the config has a norm that BCN could replace.
-        ValueError: an argument out of range.
+        ValueError: a checkpoint and a backbone that do not go together; see `backbone.settle`.
     """
-    check_choice(norm, TARGET_NORMS, 'norm')
-    check_choice(conv, TARGET_CONVS, 'conv')
-    check_choice(schedule, SCHEDULES, 'schedule')
-    check_choice(backbone, BACKBONES, 'backbone')
-    _check_count('images_per_gpu', images_per_gpu)
-    for name, value in (('gpus', gpus), ('accumulate', accumulate)):
-        if value is not None:
-            _check_count(name, value)
     if isinstance(source, Config):
         original, file, base = with_names(copy.deepcopy(source)), source.filename, None
     else:
         file, base = find_config(str(source))
         original = read_config(file)
     conversion = Conversion(copy.deepcopy(original), file and str(file), base, original)
-    kept = backbones.BACKBONE if backbones.settle(conversion, backbone, checkpoint) else None
-    converted = convert_layers(conversion, norm, conv, keep_dcn, kept)
-    _unfreeze(conversion, converted, checkpoint)
-    _replace_checkpoints(conversion, converted, checkpoint, kept)
-    start = 'scratch' if checkpoint is None and kept is None else 'pretrained'
-    batch = rescaling.Batch(images_per_gpu, gpus, accumulate, keep_lr, schedule == 'images', start)
-    settings, warnings = rescaling.rescaled(conversion.cfg, batch)
+    kept = backbones.BACKBONE if backbones.settle(conversion, options) else None
+    converted = convert_layers(conversion, options, kept)
+    _unfreeze(conversion, converted, options.checkpoint)
+    _replace_checkpoints(conversion, converted, options.checkpoint, kept)
+    start = 'scratch' if options.checkpoint is None and kept is None else 'pretrained'
+    settings, warnings = rescaling.rescaled(conversion.cfg, options, start)
     conversion.warnings += warnings
     settings += rescaling.clipping(conversion.cfg, start)
     for setting in (*settings, *recipe.no_decay_of_norms(conversion.cfg)):
         conversion.set(setting.place, setting.value, setting.why)
-    _shorten_warm_up(conversion, gpus or recipe.gpus_of_rate(conversion.cfg) or 1)
-    if norm == 'BCN' and not recipe.has_estimates_hook(conversion.cfg):
+    _shorten_warm_up(conversion, options.gpus or recipe.gpus_of_rate(conversion.cfg) or 1)
+    if options.norm == 'BCN' and not recipe.has_estimates_hook(conversion.cfg):
         why = 'the same estimates on all ranks; their rate by images per step'
         hooks = conversion.cfg.get('custom_hooks') or []
         conversion.set(('custom_hooks',), [*hooks, ConfigDict(type=ESTIMATES_HOOK)], why)
     _import_this_package(conversion)
     return conversion
-
-
-def _check_count(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f'{name} must be an int\n  got {value!r}')
-    if value < 1:
-        raise ValueError(f'{name} must be at least 1\n  got {value}')
 
 
 def _shorten_warm_up(conversion: Conversion, gpus: int) -> None:

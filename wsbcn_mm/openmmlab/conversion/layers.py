@@ -19,6 +19,7 @@ from wsbcn_mm.layers import BatchChannelNorm, BatchChannelNorm1d, WeightStandard
 from wsbcn_mm.openmmlab.config import type_name
 from wsbcn_mm.openmmlab.conversion import probe
 from wsbcn_mm.openmmlab.conversion.changes import Conversion
+from wsbcn_mm.openmmlab.conversion.options import ConversionOptions
 from wsbcn_mm.openmmlab.conversion.probe import CannotBuild, Node
 from wsbcn_mm.openmmlab.places import Place, dotted, value_at
 from wsbcn_mm.openmmlab.registry import CONV_FOR, CONV_NAMED, CONVERTED, NORM_FOR, NORM_NAMED
@@ -68,15 +69,13 @@ class Part:
 
 
 def convert_layers(
-    conversion: Conversion, norm: str, conv: str, keep_dcn: bool, kept: Place | None = None
+    conversion: Conversion, options: ConversionOptions, kept: Place | None = None
 ) -> list[Node]:
-    """Sets norm_cfg and conv_cfg; arguments as in `convert_config`.
+    """Sets norm_cfg and conv_cfg.
 
     Args:
         conversion: Its config is changed.
-        norm: The norm.
-        conv: The convolution.
-        keep_dcn: Whether parts with deformable convolutions are converted.
+        options: Which layers.
         kept: A place of the config, ``('model', 'backbone')``: it stays with all below it.
 
     Returns:
@@ -91,9 +90,9 @@ def convert_layers(
         for node in probe.nodes(conversion.cfg)
         if kept is None or node.path[: len(kept)] != kept
     ]
-    parts = _parts(conversion, nodes, conv)
+    parts = _parts(conversion, nodes, options)
     for part in parts:
-        conversion.set(part.norm_place, _new_norm(part, norm))
+        conversion.set(part.norm_place, _new_norm(part, options.norm))
         if part.standardize:
             kind = 'Conv2d' if part.old_conv is None else type_name(part.old_conv)
             conversion.set((*part.node.path, 'conv_cfg'), dict(type=CONV_FOR[kind]))
@@ -110,21 +109,21 @@ def convert_layers(
     if without_norm:
         model = _build_converted(conversion)
     changed = {part.node.path for part in parts}
-    reasons = _reasons_to_convert_after_building(model, parts, conv, keep_dcn)
+    reasons = _reasons_to_convert_after_building(model, parts, options)
     for part in parts:
         if part.own_kind and part.node.path not in reasons:
             where = part.node.where
             conversion.left.append(
                 f'{where}: its convolutions are {part.own_kind}, which stay: no WS'
             )
-    convert = dict(standardize=False) if conv == 'none' else {}
-    if keep_dcn:
+    convert = dict(standardize=False) if options.conv == 'none' else {}
+    if options.keep_dcn:
         convert['deformable'] = False
-    if conv != 'none':
+    if options.conv != 'none':
         conversion.left += _without_standardization(model)
     for node in nodes:
         if node.path in reasons and _convert_after_building(
-            conversion, node, reasons[node.path], norm, convert
+            conversion, node, reasons[node.path], options.norm, convert
         ):
             changed.add(node.path)
     if not changed:
@@ -144,7 +143,7 @@ def _build_converted(conversion: Conversion) -> nn.Module:
 # ---- what the config says ----------------------------------------------------------------------
 
 
-def _parts(conversion: Conversion, nodes: list[Node], conv: str) -> list[Part]:
+def _parts(conversion: Conversion, nodes: list[Node], options: ConversionOptions) -> list[Part]:
     model = probe.build(conversion.cfg)
     owner = probe.owners(model)
     behind_convs: set[str] = set()
@@ -182,7 +181,7 @@ def _parts(conversion: Conversion, nodes: list[Node], conv: str) -> list[Part]:
                 conversion.left.append(f'{dotted(place)}: {kind} without a convolution in front')
                 continue
             part = Part(node, place, old, widths[node.path], axes.get(node.path, set()))
-            if conv != 'none' and place == (*node.path, 'norm_cfg'):
+            if options.conv != 'none' and place == (*node.path, 'norm_cfg'):
                 _plan_conv(part, scalars.get(node.path))
             parts.append(part)
     return parts
@@ -278,17 +277,17 @@ def _standardized_without_norm(model: nn.Module) -> dict[Place, str]:
 
 
 def _reasons_to_convert_after_building(
-    model: nn.Module, parts: list[Part], conv: str, keep_dcn: bool
+    model: nn.Module, parts: list[Part], options: ConversionOptions
 ) -> dict[Place, str]:
     """For each node with layers that norm_cfg and conv_cfg did not reach: why they did not."""
     reasons = {
         place: f'its {name} is a BatchNorm whatever the config says'
         for place, name in _fixed_norms(model).items()
     }
-    if conv == 'none':
+    if options.conv == 'none':
         return reasons
     why_no_conv_cfg = {part.node.path: part.why_no_conv_cfg for part in parts}
-    for place, name in _plain_convs(model, keep_dcn).items():
+    for place, name in _plain_convs(model, options.keep_dcn).items():
         if place in why_no_conv_cfg:
             why = why_no_conv_cfg[place] or f'no conv_cfg reaches its {name}'
             reasons.setdefault(place, why)

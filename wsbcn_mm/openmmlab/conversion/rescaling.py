@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from mmengine.config import Config
@@ -11,6 +10,7 @@ from mmengine.config import Config
 from wsbcn_mm.openmmlab.config import find_scope, type_name
 from wsbcn_mm.openmmlab.conversion import schedulers
 from wsbcn_mm.openmmlab.conversion.changes import Setting
+from wsbcn_mm.openmmlab.conversion.options import ConversionOptions
 from wsbcn_mm.openmmlab.conversion.rates import rate_at
 from wsbcn_mm.openmmlab.conversion.recipe import (
     accumulation,
@@ -22,29 +22,9 @@ from wsbcn_mm.openmmlab.conversion.recipe import (
 )
 
 
-@dataclass(frozen=True)
-class Batch:
-    """How a config is to be trained.
-
-    Attributes:
-        images: Per GPU and iteration.
-        gpus: Processes; None: as many as the learning rate is for.
-        accumulate: Iterations per step of the optimizer; None: as the config says.
-        keep_lr: Whether the learning rate stays.
-        stretch: Whether a schedule by iterations follows, so that as many images are seen.
-        start: What training starts from, ``'scratch'`` or ``'pretrained'``: the rate does not go
-            below what was measured for it, see `least_rate`. None: the linear rule alone.
-    """
-
-    images: int = 1
-    gpus: int | None = None
-    accumulate: int | None = None
-    keep_lr: bool = False
-    stretch: bool = True
-    start: str | None = None
-
-
-def rescaled(cfg: Config, batch: Batch) -> tuple[list[Setting], list[str]]:
+def rescaled(
+    cfg: Config, options: ConversionOptions, start: str | None
+) -> tuple[list[Setting], list[str]]:
     """What another batch changes: images, learning rate, iterations.
 
     Rates follow the images per step of the optimizer, see `rate_at`. Where a schedule counts
@@ -52,7 +32,9 @@ def rescaled(cfg: Config, batch: Batch) -> tuple[list[Setting], list[str]]:
 
     Args:
         cfg: The config.
-        batch: What is wanted.
+        options: The batch that is wanted, and what of the recipe stays.
+        start: What training starts from, ``'scratch'`` or ``'pretrained'``: the rate does not go
+            below what was measured for it, see `least_rate`. None: the linear rule alone.
 
     Returns:
         What is to be set, and warnings.
@@ -67,46 +49,47 @@ def rescaled(cfg: Config, batch: Batch) -> tuple[list[Setting], list[str]]:
     if images_per_item(cfg) > 1:
         why = f'one item of its data is {images_per_item(cfg)} images (triplet_sampler)'
         return [], [f'train_dataloader.batch_size stays {old}: {why}']
-    settings, warnings = [Setting(('train_dataloader', 'batch_size'), batch.images)], []
+    images = options.images_per_gpu
+    settings, warnings = [Setting(('train_dataloader', 'batch_size'), images)], []
     old_gpus, old_total = gpus_of_rate(cfg), images_of_rate(cfg)
-    gpus = batch.gpus or old_gpus
-    if gpus is not None and batch.gpus and old_total is None:
+    gpus = options.gpus or old_gpus
+    if gpus is not None and options.gpus and old_total is None:
         warnings.append(
             f'neither auto_scale_lr nor the file name tells for how many GPUs the learning rate '
-            f'is: it is taken to be for {batch.gpus}'
+            f'is: it is taken to be for {options.gpus}'
         )
         old_gpus, old_total = gpus, gpus * old
     if gpus is None or old_total is None:  # the same number, whatever it is
-        ratio, rule = batch.images / old, f'{old} -> {batch.images} images per GPU'
+        ratio, rule = images / old, f'{old} -> {images} images per GPU'
     else:
-        total = gpus * batch.images
+        total = gpus * images
         ratio = total / old_total
-        rule = f'{old} -> {batch.images} images per GPU, '
+        rule = f'{old} -> {images} images per GPU, '
         if (old_gpus or gpus) * old == old_total:
             number = f'{gpus}' if old_gpus in (gpus, None) else f'{old_gpus} -> {gpus}'
             rule += f'{number} GPUs: total {old_total} -> {total}'
         else:
             rule += f'{gpus} GPUs: {total} images per step, and auto_scale_lr says {old_total}'
     old_accumulate = accumulation(cfg)
-    accumulate = batch.accumulate or old_accumulate
+    accumulate = options.accumulate or old_accumulate
     if accumulate != old_accumulate:
         settings.append(Setting(('optim_wrapper', 'accumulative_counts'), accumulate))
         rule += f', accumulated over {old_accumulate} -> {accumulate} iterations'
-    if not batch.keep_lr and gpus is not None:
+    if not options.keep_lr and gpus is not None:
         scale = dict(cfg.get('auto_scale_lr') or dict(enable=False))
-        scale['base_batch_size'] = gpus * batch.images
+        scale['base_batch_size'] = gpus * images
         settings.append(Setting(('auto_scale_lr',), scale, 'what the learning rate is for'))
-    per_step = (gpus or 1) * batch.images * accumulate
+    per_step = (gpus or 1) * images * accumulate
     lr, factor, times = optimizer_setting(cfg, 'lr'), 1.0, ratio * accumulate / old_accumulate
-    if not batch.keep_lr and isinstance(lr, (int, float)):
-        rate, why = rate_at(cfg, times, batch.start, per_step)
+    if not options.keep_lr and isinstance(lr, (int, float)):
+        rate, why = rate_at(cfg, times, start, per_step)
         factor = rate / lr if lr else 1.0
         if factor != 1:
             place = ('optim_wrapper', 'optimizer', 'lr')
             settings.append(Setting(place, float(f'{rate:.6g}'), f'{why}: {rule}'))
-    elif not batch.keep_lr and times != 1:
+    elif not options.keep_lr and times != 1:
         warnings.append('the config has no optim_wrapper.optimizer.lr to scale')
-    more, warned = _schedule(cfg, factor, 1 / ratio, batch.stretch)
+    more, warned = _schedule(cfg, factor, 1 / ratio, options.schedule == 'images')
     return settings + more, warnings + warned
 
 
