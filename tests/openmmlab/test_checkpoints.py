@@ -18,7 +18,7 @@ from tests.openmmlab.tiny import TinyModel, make_runner, tiny_model
 from wsbcn_mm.openmmlab import checkpoints, filling
 from wsbcn_mm.openmmlab.checkpoints import CheckpointMismatch
 from wsbcn_mm.openmmlab.filling import compare
-from wsbcn_mm.openmmlab.hooks.checkpoints import CheckpointReportHook
+from wsbcn_mm.openmmlab.hooks.loading import CheckpointReportHook
 
 NORM = {
     f'bcn.{name}'

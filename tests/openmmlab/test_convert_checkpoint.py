@@ -21,7 +21,7 @@ from tests.openmmlab import matrix
 from wsbcn_mm import BatchChannelNorm2d, WSConv2d, reference
 from wsbcn_mm.checkpoint_layouts import convert_state
 from wsbcn_mm.openmmlab.filling import compare
-from wsbcn_mm.openmmlab.hooks import checkpoints as loading
+from wsbcn_mm.openmmlab.hooks import loading
 from wsbcn_mm.openmmlab.measure.recalibration import write_statistics
 from wsbcn_mm.recalibration import recalibrate
 

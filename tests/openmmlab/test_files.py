@@ -190,7 +190,7 @@ def test_killed_while_a_checkpoint_is_written(tmp_path, monkeypatch, moment):
 
     runner = make_runner(tmp_path, epochs=2, default_hooks=hooks, resume=True)
     if moment == 'write':
-        monkeypatch.setattr('wsbcn_mm.openmmlab.hooks.checkpoints.write_atomically', killed)
+        monkeypatch.setattr('wsbcn_mm.openmmlab.hooks.saving.write_atomically', killed)
     else:
         monkeypatch.setattr(os, moment, killed)
     with pytest.raises(Killed):
@@ -251,7 +251,7 @@ def test_the_best_checkpoint_stays_until_the_better_one_is_there(tmp_path, monke
     assert [n for n in names(tmp_path) if 'best' in n] == ['best_acc_epoch_1.pth']
     runner.train_loop._epoch = 5
     with monkeypatch.context() as patch:
-        patch.setattr('wsbcn_mm.openmmlab.hooks.checkpoints.write_atomically', lambda *_: 1 / 0)
+        patch.setattr('wsbcn_mm.openmmlab.hooks.saving.write_atomically', lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             hook._save_best_checkpoint(runner, dict(acc=0.3))
     assert 'best_acc_epoch_1.pth' in names(tmp_path)

@@ -14,7 +14,7 @@ from mmengine.registry import DATA_SAMPLERS, DATASETS, METRICS, MODELS
 
 from tests.openmmlab.tiny import TinyModel
 from wsbcn_mm.openmmlab import command_line, config
-from wsbcn_mm.openmmlab.hooks import checkpoints as checkpoint_hooks
+from wsbcn_mm.openmmlab.hooks import loading
 from wsbcn_mm.openmmlab.hooks.estimates import EstimatesHook
 
 
@@ -217,7 +217,7 @@ def test_what_cannot_be_resumed(settings, words, tmp_path):
 
 def test_what_goes_on_otherwise_than_said(tmp_path, monkeypatch):
     said = []
-    monkeypatch.setattr(checkpoint_hooks, 'print_log', lambda text, *_: said.append(text))
+    monkeypatch.setattr(loading, 'print_log', lambda text, *_: said.append(text))
     optimizer = dict(type='SGD', lr=0.5)
     schedulers = [dict(type='LinearLR', end=5)] * 2
     cfg = resumed(tmp_path, optim_wrapper=dict(optimizer=optimizer), param_scheduler=schedulers)

@@ -1,7 +1,7 @@
 """What a checkpoint fills of a model: one rule, over all parameters and buffers.
 
 Where results are computed a model must be filled completely (`load`); where training starts, it is
-said what was not (`wsbcn_mm.openmmlab.hooks.checkpoints`).
+said what was not (`wsbcn_mm.openmmlab.hooks.loading`).
 """
 
 from __future__ import annotations
