@@ -63,7 +63,7 @@ def infer(args: argparse.Namespace) -> list[str]:
     from wsbcn_mm.layers.standardization import weights_do_not_change
     from wsbcn_mm.openmmlab import config, explain, files
     from wsbcn_mm.openmmlab.data.reading import DataError
-    from wsbcn_mm.openmmlab.deploy import inference, labels, predict
+    from wsbcn_mm.openmmlab.deploy import inference, inputs, labels, predict, writers
 
     if args.top_k < 1:
         raise ValueError(f'--top-k must be at least 1\n  got {args.top_k}')
@@ -73,7 +73,7 @@ def infer(args: argparse.Namespace) -> list[str]:
     scope = config.scope_of(cfg)
     if args.annotations is not None and scope != 'mmdet':
         raise ValueError(f'--annotations numbers the objects of detectors, and this is of {scope}')
-    images = predict.find_images(args.source, args.output, predict.suffixes_of(cfg))
+    images = inputs.find_images(args.source, args.output, inputs.suffixes_of(cfg))
     if args.no_fold:
         model = inference.load_model(cfg, args.checkpoint)
     else:
@@ -86,10 +86,10 @@ def infer(args: argparse.Namespace) -> list[str]:
     with explain.named(cfg):
         predictor = predict.Predictor(cfg, model.to(device))
     args.output.mkdir(parents=True, exist_ok=True)
-    writer: predict.CocoWriter | labels.LabelWriter | None = None
+    writer: writers.CocoWriter | labels.LabelWriter | None = None
     if scope == 'mmdet':
         file = args.output / 'predictions.json'
-        writer = predict.CocoWriter(file, predictor.meta['classes'], args.annotations)
+        writer = writers.CocoWriter(file, predictor.meta['classes'], args.annotations)
     elif predictor.gives_labels:
         writer = labels.LabelWriter(args.output, predictor.meta['classes'], args.top_k)
     failed, complete = [], False
@@ -108,7 +108,7 @@ def infer(args: argparse.Namespace) -> list[str]:
                     writer.add(name.as_posix(), sample, image.shape[:2])
                 else:
                     mask = args.output / 'masks' / name.with_suffix('.png')
-                    predict.write_mask(mask, sample, predictor.meta.get('palette'))
+                    writers.write_mask(mask, sample, predictor.meta.get('palette'))
                 if not args.no_pictures:
                     picture = args.output / 'pictures' / name.with_suffix('.jpg')
                     predictor.draw(image, sample, picture, args.score_threshold)

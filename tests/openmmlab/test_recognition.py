@@ -27,9 +27,11 @@ from wsbcn_mm.estimates import layers_of, rate_of_step
 from wsbcn_mm.openmmlab import config, loaders, stand_ins
 from wsbcn_mm.openmmlab.audit import audit_config
 from wsbcn_mm.openmmlab.conversion.convert import convert_config
-from wsbcn_mm.openmmlab.deploy import fold, inference, labels, predict
+from wsbcn_mm.openmmlab.data.reading import DataError
+from wsbcn_mm.openmmlab.deploy import fold, inference, inputs, labels, predict
 from wsbcn_mm.openmmlab.deploy import onnx as export
 from wsbcn_mm.openmmlab.deploy import parts as tensor_parts
+from wsbcn_mm.openmmlab.deploy.clips import SUFFIXES as VIDEOS
 from wsbcn_mm.openmmlab.hooks.estimates import samples_of_a_clip
 from wsbcn_mm.shapes import clips
 
@@ -157,7 +159,7 @@ def test_a_recognizer_is_folded_and_exported(cfg, trained, tmp_path):
 def test_what_a_recognizer_finds_is_what_testing_evaluates(cfg, trained, clips_root, tmp_path):
     runner, checkpoint = trained
     predictor = predict.Predictor(cfg, inference.load_model(cfg, checkpoint))
-    files = predict.find_images(clips_root / 'videos' / 'val', tmp_path, predict.clips.SUFFIXES)
+    files = inputs.find_images(clips_root / 'videos' / 'val', tmp_path, VIDEOS)
     writer = labels.LabelWriter(tmp_path, predictor.meta['classes'], 3)
     for path, name in files:
         frames, sample = predictor(path)
@@ -176,7 +178,7 @@ def test_what_a_recognizer_finds_is_what_testing_evaluates(cfg, trained, clips_r
 def test_a_file_that_is_no_video_is_named(cfg, trained, tmp_path):
     predictor = predict.Predictor(cfg, inference.load_model(cfg, trained[1]))
     (tmp_path / 'a.mp4').write_text('no video')
-    with pytest.raises(predict.DataError, match='a.mp4'):
+    with pytest.raises(DataError, match='a.mp4'):
         predictor(tmp_path / 'a.mp4')
 
 

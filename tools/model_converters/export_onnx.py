@@ -69,14 +69,14 @@ def export_whole(
 ) -> Path:
     """Writes and checks model.onnx of a folded detector."""
     from wsbcn_mm.openmmlab.config import scope_of
-    from wsbcn_mm.openmmlab.deploy import inference, onnx, predict
+    from wsbcn_mm.openmmlab.deploy import inference, inputs, onnx
 
     if scope_of(cfg) != 'mmdet':
         raise ValueError('--whole is for detectors: image.onnx of a segmenter is the whole of it')
     from wsbcn_mm.openmmlab.deploy import detector
 
     if args.images:
-        read = predict.Reader(cfg)
+        read = inputs.Reader(cfg)
         batches = {name: read(name)[1] for name in args.images}
     else:
         height, width = args.shape

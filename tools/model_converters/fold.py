@@ -60,7 +60,7 @@ def read_images(args: argparse.Namespace, cfg: Config) -> dict[str, Any]:
     """
     from wsbcn_mm.openmmlab.config import scope_of
     from wsbcn_mm.openmmlab.deploy.inference import random_image
-    from wsbcn_mm.openmmlab.deploy.predict import Reader
+    from wsbcn_mm.openmmlab.deploy.inputs import Reader
 
     if not args.images:
         return {

@@ -1,4 +1,4 @@
-"""deploy.predict and tools/infer.py: predictions in files."""
+"""tools/infer.py: predictions in files."""
 
 import pytest
 
@@ -17,7 +17,7 @@ from tests.openmmlab.deploy.models import EACH, QUICK
 from tests.tool import tool
 from wsbcn_mm import shapes
 from wsbcn_mm.openmmlab import config, loaders
-from wsbcn_mm.openmmlab.deploy import inference, predict
+from wsbcn_mm.openmmlab.deploy import classes, inference, inputs, predict, writers
 
 pytestmark = pytest.mark.filterwarnings('ignore')  # of the hosts about their own futures
 
@@ -98,13 +98,13 @@ def test_classes_of_a_hosts_dataset_where_the_checkpoint_names_none(scope, kind,
     loader = dict(dataset=dict(type='RepeatDataset', dataset=dict(type=kind)))
     cfg = Config(dict(default_scope=scope, test_dataloader=loader))
     model = nn.Identity()
-    assert predict.classes_of(cfg, model)['classes'][0] == first
+    assert classes.classes_of(cfg, model)['classes'][0] == first
     model.dataset_meta = dict(classes=('a', 'b'))
-    assert predict.classes_of(cfg, model)['classes'] == ['a', 'b']
+    assert classes.classes_of(cfg, model)['classes'] == ['a', 'b']
     cfg.test_dataloader.dataset.dataset.type = 'BaseSegDataset' if scope == 'mmseg' else 'Unknown'
     del model.dataset_meta
     with pytest.raises(ValueError, match='knows the names of the classes'):
-        predict.classes_of(cfg, model)
+        classes.classes_of(cfg, model)
 
 
 def test_colours_are_those_of_the_classes():
@@ -113,11 +113,11 @@ def test_colours_are_those_of_the_classes():
     cfg = Config(dict(default_scope='mmseg', test_dataloader=dict(dataset=dataset)))
     official = loaders.dataset_class(cfg, dataset).METAINFO
     colours = dict(zip(official['classes'], official['palette']))
-    found = predict.classes_of(cfg, nn.Identity())
+    found = classes.classes_of(cfg, nn.Identity())
     assert found['palette'] == [colours['car'], colours['road']]
     dataset['metainfo']['classes'] = ('car', 'of my own')
     cfg = Config(dict(default_scope='mmseg', test_dataloader=dict(dataset=dataset)))
-    assert predict.classes_of(cfg, nn.Identity())['palette'] is None
+    assert classes.classes_of(cfg, nn.Identity())['palette'] is None
 
 
 def test_classes_in_a_file(tmp_path):
@@ -126,34 +126,34 @@ def test_classes_in_a_file(tmp_path):
     meta = dict(classes=str(file))
     dataset = dict(type='BaseSegDataset', metainfo=meta)
     cfg = Config(dict(default_scope='mmseg', test_dataloader=dict(dataset=dataset)))
-    assert predict.classes_of(cfg, nn.Identity())['classes'] == ['road', 'car']
+    assert classes.classes_of(cfg, nn.Identity())['classes'] == ['road', 'car']
     file.unlink()
     with pytest.raises(ValueError, match=r'metainfo.classes is one text, and no file'):
-        predict.classes_of(cfg, nn.Identity())
+        classes.classes_of(cfg, nn.Identity())
 
 
 def test_files_with_one_result_are_named(tmp_path):
     for name in ('a.png', 'a.jpg'):
         (tmp_path / name).write_bytes(b'x')
     with pytest.raises(ValueError, match='would write the same results'):
-        predict.find_images(tmp_path, tmp_path / 'out')
+        inputs.find_images(tmp_path, tmp_path / 'out')
     (tmp_path / 'a.jpg').unlink()
     (tmp_path / 'out').mkdir()
     (tmp_path / 'out/b.png').write_bytes(b'x')  # a result of ours
     (tmp_path / '.ipynb_checkpoints').mkdir()
     for name in ('.ipynb_checkpoints/a-checkpoint.png', '._a.png'):  # what others leave behind
         (tmp_path / name).write_bytes(b'x')
-    assert predict.find_images(tmp_path, tmp_path / 'out') == [(tmp_path / 'a.png', Path('a.png'))]
+    assert inputs.find_images(tmp_path, tmp_path / 'out') == [(tmp_path / 'a.png', Path('a.png'))]
     with pytest.raises(FileNotFoundError, match='no image in'):
-        predict.find_images(tmp_path / 'out', tmp_path / 'out')
+        inputs.find_images(tmp_path / 'out', tmp_path / 'out')
     (tmp_path / 'b.NPY').write_bytes(b'x')  # what a loader of one's own reads
     dataset = dict(type='BaseSegDataset', img_suffix='.npy', pipeline=[])
-    suffixes = predict.suffixes_of(Config(dict(test_dataloader=dict(dataset=dataset))))
-    assert len(predict.find_images(tmp_path, tmp_path / 'out', suffixes)) == 2
+    suffixes = inputs.suffixes_of(Config(dict(test_dataloader=dict(dataset=dataset))))
+    assert len(inputs.find_images(tmp_path, tmp_path / 'out', suffixes)) == 2
 
 
 def test_an_interrupted_run_leaves_no_half_file(tmp_path):
-    writer = predict.CocoWriter(tmp_path / 'predictions.json', ['a'])
+    writer = writers.CocoWriter(tmp_path / 'predictions.json', ['a'])
     assert not (tmp_path / 'predictions.json').exists()
     writer.close(complete=False)
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""wsbcn_mm.openmmlab.deploy.predict: infer.py reads and writes what test.py does, bit for bit."""
+"""wsbcn_mm.openmmlab.deploy: infer.py reads and writes what test.py does, bit for bit."""
 
 import pytest
 
@@ -24,7 +24,7 @@ from PIL import Image
 from torch import nn
 
 from wsbcn_mm.openmmlab.data.reading import DataError
-from wsbcn_mm.openmmlab.deploy import inference, predict
+from wsbcn_mm.openmmlab.deploy import classes, inference, inputs, predict, writers
 
 SHAPE = (24, 40)
 
@@ -150,7 +150,7 @@ def test_an_image_is_read_as_its_data_set_reads_it(kind, scope, tmp_path):
             default_scope=scope, model={}, test_dataloader=dict(dataset=dataset), val_dataloader={}
         )
     )
-    image, found = predict.Reader(cfg)(tmp_path / f'a.{suffix}')
+    image, found = inputs.Reader(cfg)(tmp_path / f'a.{suffix}')
     assert found['inputs'][0].dtype == wanted['inputs'][0].dtype
     assert torch.equal(found['inputs'][0], wanted['inputs'][0])
     meta = found['data_samples'][0].metainfo
@@ -167,7 +167,7 @@ def test_what_is_no_image_is_told_from_a_pipeline_that_does_not_take_it(tmp_path
     dataset = detection(tmp_path, 'a.png', {})
     dataset['pipeline'].insert(1, dict(type='Normalize', mean=[0] * 5, std=[1] * 5))
     cfg = Config(dict(default_scope='mmdet', test_dataloader=dict(dataset=dataset)))
-    read = predict.Reader(cfg)
+    read = inputs.Reader(cfg)
     (tmp_path / 'b.png').write_text('no image')
     with pytest.raises(DataError, match=r'b\.png'):
         read(tmp_path / 'b.png')
@@ -182,15 +182,15 @@ def test_parts_of_the_test_data_that_are_read_differently_are_refused(tmp_path):
     other = detection(tmp_path, 'a.png', dict(color_type='grayscale'))
     both = dict(type='ConcatDataset', datasets=[one, one])
     cfg = Config(dict(default_scope='mmdet', test_dataloader=dict(dataset=both)))
-    predict.Reader(cfg)
+    inputs.Reader(cfg)
     arrays = detection(tmp_path, 'a.png', {})
     arrays['pipeline'][0]['type'] = 'LoadImageFromNDArray'
     in_memory = Config(dict(default_scope='mmdet', test_dataloader=dict(dataset=arrays)))
     with pytest.raises(ValueError, match='begin with LoadImageFromFile\n  got LoadImageFromND'):
-        predict.Reader(in_memory)
+        inputs.Reader(in_memory)
     cfg.test_dataloader.dataset.datasets[1] = other
     with pytest.raises(ValueError, match='read in different ways'):
-        predict.Reader(cfg)
+        inputs.Reader(cfg)
 
 
 class Kept(LocalBackend):
@@ -212,23 +212,23 @@ def test_labels_are_named_in_the_order_of_the_annotation_file(tmp_path):
     cfg = Config(dict(default_scope='mmdet', test_dataloader=dict(dataset=dataset)))
     model = nn.Identity()
     model.dataset_meta = dict(classes=('disc', 'square'))
-    names = predict.classes_of(cfg, model)['classes']
+    names = classes.classes_of(cfg, model)['classes']
     assert names == ['square', 'disc']
     for place, found in (('', names), ('none/', ['disc', 'square'])):
         stored = Config(cfg.to_dict())
         stored.test_dataloader.dataset.data_root = f'kept://{tmp_path}/{place}'
-        assert predict.classes_of(stored, model)['classes'] == found
+        assert classes.classes_of(stored, model)['classes'] == found
     stored.test_dataloader.dataset.update(data_root=str(tmp_path), ann_file='')
-    assert predict.classes_of(stored, model)['classes'] == ['disc', 'square']
+    assert classes.classes_of(stored, model)['classes'] == ['disc', 'square']
     meta = dict(dataset_meta=dict(classes=('disc', 'square'), palette=['red', 'green']))
     model.dataset_meta = inference.by_label(meta)  # a checkpoint of others
-    assert predict.classes_of(cfg, model)['classes'] == names
+    assert classes.classes_of(cfg, model)['classes'] == names
     for by_label, palette in ((['disc', 'square'], 'red'), (['square', 'disc'], 'green')):
         model.dataset_meta = inference.by_label(dict(meta, classes_by_label=by_label))
-        found = predict.classes_of(cfg, model)
+        found = classes.classes_of(cfg, model)
         assert (found['classes'], found['palette'][0]) == (by_label, palette)
 
-    writer = predict.CocoWriter(tmp_path / 'p.json', names, tmp_path / 'a.json')
+    writer = writers.CocoWriter(tmp_path / 'p.json', names, tmp_path / 'a.json')
     found = DetDataSample()
     found.pred_instances = InstanceData(
         bboxes=torch.tensor([[0.0, 0, 4, 4], [1, 1, 5, 5]]),
@@ -249,7 +249,7 @@ def test_an_annotation_file_that_is_none_is_named(text, tmp_path):
     if text is not None:
         (tmp_path / 'a.json').write_text(text)
     with pytest.raises((ValueError, FileNotFoundError), match=r'--annotations: .*a\.json'):
-        predict.CocoWriter(tmp_path / 'p.json', ['b'], tmp_path / 'a.json')
+        writers.CocoWriter(tmp_path / 'p.json', ['b'], tmp_path / 'a.json')
 
 
 @pytest.mark.parametrize(
@@ -267,7 +267,7 @@ def test_images_get_the_ids_that_their_file_gives_them(named, found, tmp_path):
     images = [dict(image, id=7 + i) for i, image in enumerate(named)]
     content = dict(images=images, categories=[dict(id=3, name='b')], annotations=[])
     (tmp_path / 'a.json').write_text(json.dumps(content))
-    writer = predict.CocoWriter(tmp_path / 'p.json', ['b'], tmp_path / 'a.json')
+    writer = writers.CocoWriter(tmp_path / 'p.json', ['b'], tmp_path / 'a.json')
     sample = DetDataSample(pred_instances=InstanceData(bboxes=torch.zeros(0, 4)))
     if found is not True:
         with pytest.raises(ValueError, match=f'a.png is {found}'):
@@ -309,7 +309,7 @@ def test_masks_hold_what_test_py_writes(reduced, tmp_path):
     metric.dataset_meta = dict(classes=('a', 'b', 'c'))
     metric.process({}, [sample.to_dict() | dict(img_path='a.jpg', reduce_zero_label=reduced)])
     colours = [(10, 0, 0), (0, 20, 0), (0, 0, 30)]
-    predict.write_mask(tmp_path / 'infer/a.png', sample, colours)
+    writers.write_mask(tmp_path / 'infer/a.png', sample, colours)
     written = Image.open(tmp_path / 'infer/a.png')
     assert np.array_equal(written, Image.open(tmp_path / 'test/a.png'))
     first = np.argwhere(sample.pred_sem_seg.data[0].numpy() == 0)[0]
