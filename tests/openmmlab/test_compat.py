@@ -287,7 +287,8 @@ def test_apply_twice_changes_nothing():
     compat.apply()
     assert module._fuse_conv_bn is fuse
     assert packages == MODULE2PACKAGE
-    assert fuse.__closure__[0].cell_contents.__module__ == 'mmcv.cnn.utils.fuse_conv_bn'
+    assert fuse.__wrapped__.__module__ == 'mmcv.cnn.utils.fuse_conv_bn'
+    assert not hasattr(fuse.__wrapped__, '__wrapped__')
 
 
 def test_require_accepts_what_is_installed():

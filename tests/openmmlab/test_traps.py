@@ -343,7 +343,7 @@ def test_the_patched_fuse_is_the_one_that_the_host_calls():
     """`fuse_conv_bn` looks its helper up in its own module, where ours stands."""
     module = importlib.import_module('mmcv.cnn.utils.fuse_conv_bn')
     assert module.fuse_conv_bn is fuse_conv_bn
-    assert module._fuse_conv_bn.handles_standardized_weights
+    assert module._fuse_conv_bn.surrounded_by == 'wsbcn_mm.openmmlab.compat._fuse_standardized'
 
 
 def center_net():

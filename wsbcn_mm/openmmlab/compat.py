@@ -23,11 +23,10 @@ wrappers of a model.
 
 import contextlib
 import difflib
-import functools
 import importlib
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -35,6 +34,7 @@ from typing import Any
 
 from wsbcn_mm.layers import BatchChannelNorm, WeightStandardized
 from wsbcn_mm.openmmlab import checkpoints, guarded_loaders, stand_ins, torchvision_ops
+from wsbcn_mm.openmmlab.patches import surround
 
 # import name -> (oldest version that is let pass, not tested; how to get the one that is tested)
 PACKAGES = {
@@ -68,35 +68,44 @@ def find_packages_by_import_name() -> None:
     from mmengine.config import config
     from mmengine.config.utils import MODULE2PACKAGE
 
-    if 'wsbcn_mm' in MODULE2PACKAGE:
-        return
     MODULE2PACKAGE['wsbcn_mm'] = 'wsbcn_mm'
-    config.is_installed = lambda package: find_spec(_import_name(package)) is not None
-    config.get_installed_path = package_folder
-    original = config.Config._get_cfg_path
+    surround(config, 'is_installed', _is_installed)
+    surround(config, 'get_installed_path', _installed_path)
+    surround(config.Config, '_get_cfg_path', _path_of_base)
 
-    def _get_cfg_path(cfg_path: str, filename: str):
-        if not isinstance(cfg_path, str):
-            raise TypeError(
-                f'_base_ must be a path or a list of paths: got {cfg_path!r} (a comma at the end '
-                'of a line makes a tuple)'
-            )
-        scope, _, name = cfg_path.rpartition('::')
-        if scope not in MODULE2PACKAGE or '/' not in name or find_spec(scope) is None:
-            return original(cfg_path, filename)
-        # mmengine reads every metafile of the package first, a fifth of a second for each base, and
-        # then takes this file all the same.
-        configs = Path(package_folder(MODULE2PACKAGE[scope])) / '.mim' / 'configs'
-        if not (configs / name).is_file():
-            raise FileNotFoundError(
-                f'{filename} inherits from {cfg_path!r}: {scope} has no such config'
-                + near_names(name, configs)
-            )
-        # mmengine marks every dict of another package's config with that package's registry scope.
-        # We have none: our layers are in the root registry, our configs name mmdet's or mmseg's.
-        return str(configs / name), None if scope == 'wsbcn_mm' else scope
 
-    config.Config._get_cfg_path = staticmethod(_get_cfg_path)
+def _is_installed(_original: Callable[..., bool], package: str) -> bool:
+    return find_spec(_import_name(package)) is not None
+
+
+def _installed_path(_original: Callable[..., str], package: str) -> str:
+    return package_folder(package)
+
+
+def _path_of_base(
+    original: Callable[..., tuple[str, str | None]], cfg_path: str, filename: str
+) -> tuple[str, str | None]:
+    from mmengine.config.utils import MODULE2PACKAGE
+
+    if not isinstance(cfg_path, str):
+        raise TypeError(
+            f'_base_ must be a path or a list of paths: got {cfg_path!r} (a comma at the end of a '
+            'line makes a tuple)'
+        )
+    scope, _, name = cfg_path.rpartition('::')
+    if scope not in MODULE2PACKAGE or '/' not in name or find_spec(scope) is None:
+        return original(cfg_path, filename)
+    # mmengine reads every metafile of the package first, a fifth of a second for each base, and
+    # then takes this file all the same.
+    configs = Path(package_folder(MODULE2PACKAGE[scope])) / '.mim' / 'configs'
+    if not (configs / name).is_file():
+        raise FileNotFoundError(
+            f'{filename} inherits from {cfg_path!r}: {scope} has no such config'
+            + near_names(name, configs)
+        )
+    # mmengine marks every dict of another package's config with that package's registry scope.
+    # We have none: our layers are in the root registry, our configs name mmdet's or mmseg's.
+    return str(configs / name), None if scope == 'wsbcn_mm' else scope
 
 
 def near_names(path: str | Path, *folders: Path) -> str:
@@ -138,33 +147,24 @@ def fuse_standardized_weights() -> None:
     """Lets mmcv's fuse_conv_bn fold a BatchNorm into the *standardized* weight of a WS conv."""
     # Not an attribute walk: `mmcv.cnn.utils.fuse_conv_bn` is the function of that name.
     module = importlib.import_module('mmcv.cnn.utils.fuse_conv_bn')
-    original = module._fuse_conv_bn
-    if getattr(original, 'handles_standardized_weights', False):
-        return
+    surround(module, '_fuse_conv_bn', _fuse_standardized)
 
-    def _fuse_conv_bn(conv, bn):
-        return original(conv.to_plain() if isinstance(conv, WeightStandardized) else conv, bn)
 
-    _fuse_conv_bn.handles_standardized_weights = True  # type: ignore[attr-defined]
-    module._fuse_conv_bn = _fuse_conv_bn  # type: ignore[attr-defined]
+def _fuse_standardized(original: Callable[..., Any], conv: Any, bn: Any) -> Any:
+    return original(conv.to_plain() if isinstance(conv, WeightStandardized) else conv, bn)
 
 
 def complete_initialisation() -> None:
     """Lets BCN be found as the ``bn`` of its ConvModule meanwhile; initialises TridentConv."""
     from mmengine.model import BaseModule
 
-    original = BaseModule.init_weights
-    if getattr(original, 'names_norms', False):
-        return
+    surround(BaseModule, 'init_weights', _init_weights)
 
-    @functools.wraps(original)
-    def init_weights(self):
-        _initialise_trident_convs(self)  # before a checkpoint is loaded
-        with _named_bn(self):
-            return original(self)
 
-    init_weights.names_norms = True  # type: ignore[attr-defined]
-    BaseModule.init_weights = init_weights
+def _init_weights(original: Callable[..., None], model: Any) -> None:
+    _initialise_trident_convs(model)  # before a checkpoint is loaded
+    with _named_bn(model):
+        original(model)
 
 
 def _initialise_trident_convs(backbone: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -22,6 +22,7 @@ from wsbcn_mm.openmmlab.checkpoints import (
     meta_of,
     refusal,
 )
+from wsbcn_mm.openmmlab.patches import surround
 
 
 def guard_loaders() -> None:
@@ -32,32 +33,33 @@ def guard_loaders() -> None:
     addresses download by themselves; while one runs, ``torch.load`` has its check on, which
     ``torch.hub`` turns off.
     """
-    original = CheckpointLoader.load_checkpoint
-    if getattr(original, 'refuses_code', False):
-        return
+    CheckpointLoader.register_scheme(prefixes='', loader=_load_from_local, force=True)
+    surround(CheckpointLoader, 'load_checkpoint', _load_checkpoint)
 
-    def load_from_local(filename: str, map_location: Any = None) -> object:
-        return load_file(find_checkpoint(filename), map_location, checksums=True)
 
-    def load_checkpoint(
-        filename: str | os.PathLike, map_location: Any = None, logger: str = 'current'
-    ) -> object:
-        with code_refused(filename):
-            try:
-                content = original(str(filename), map_location, logger)
-            except CheckpointRefused:
+def _load_from_local(filename: str, map_location: Any = None) -> object:
+    return load_file(find_checkpoint(filename), map_location, checksums=True)
+
+
+def _load_checkpoint(
+    original: Callable[..., object],
+    loader: type[CheckpointLoader],
+    filename: str | os.PathLike,
+    map_location: Any = None,
+    logger: str = 'current',
+) -> object:
+    with code_refused(filename):
+        try:
+            content = original(loader, str(filename), map_location, logger)
+        except CheckpointRefused:
+            raise
+        except Exception as error:  # of torch.hub, of storages, of lists of names
+            if not is_address(filename):
                 raise
-            except Exception as error:  # of torch.hub, of storages, of lists of names
-                if not is_address(filename):
-                    raise
-                raise CheckpointNotHad(filename, error) from error
-        if isinstance(content, dict):
-            meta_of(content).pop('config', None)  # a text that mmengine runs when it resumes
-        return content
-
-    load_checkpoint.refuses_code = True  # type: ignore[attr-defined]
-    CheckpointLoader.register_scheme(prefixes='', loader=load_from_local, force=True)
-    CheckpointLoader.load_checkpoint = staticmethod(load_checkpoint)
+            raise CheckpointNotHad(filename, error) from error
+    if isinstance(content, dict):
+        meta_of(content).pop('config', None)  # a text that mmengine runs when it resumes
+    return content
 
 
 @contextmanager

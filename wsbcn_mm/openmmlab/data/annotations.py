@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 from mmengine.config import Config
 
@@ -330,8 +331,5 @@ def looked_at() -> Iterator[None]:
         for note in check_index(self, file):
             warn(note)
 
-    COCO.__init__ = read
-    try:
+    with mock.patch.object(COCO, '__init__', read):
         yield
-    finally:
-        COCO.__init__ = original

@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import traceback
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 from mmengine.logging import print_log
 
 from wsbcn_mm.openmmlab.data.segments import EXPECTED, wrong_mask
+from wsbcn_mm.openmmlab.patches import surround
 
 # What decodes images, and the package that it needs; None: mmcv has it.
 DECODERS = dict(cv2=None, pillow=None, tifffile='tifffile', turbojpeg='turbojpeg')
@@ -41,44 +43,36 @@ def name_the_file_of_a_failed_transform() -> None:
     """Adds to an error in a data pipeline which file and annotation it was about."""
     from mmengine.dataset.base_dataset import Compose
 
-    original = Compose.__call__
-    if getattr(original, 'names_the_file', False):
-        return
+    surround(Compose, '__call__', _compose)
 
-    def call(self, data: dict) -> dict | None:
-        try:
-            return original(self, data)
-        except DataError:
+
+def _compose(original: Callable[..., dict | None], pipeline: Any, data: dict) -> dict | None:
+    try:
+        return original(pipeline, data)
+    except DataError:
+        raise
+    except Exception as error:
+        names = ('img_path', 'seg_map_path', 'filename', 'frame_dir')
+        files = [str(data[n]) for n in names if isinstance(data, dict) and data.get(n)]
+        if not files:
             raise
-        except Exception as error:
-            names = ('img_path', 'seg_map_path', 'filename', 'frame_dir')
-            files = [str(data[n]) for n in names if isinstance(data, dict) and data.get(n)]
-            if not files:
-                raise
-            raise DataError(
-                f'reading {" or ".join(files)} failed: {type(error).__name__}: {error}\n'
-                f'  {mend_of(self.transforms, error, data)}'
-            ) from error
-
-    call.names_the_file = True  # type: ignore[attr-defined]
-    Compose.__call__ = call
+        raise DataError(
+            f'reading {" or ".join(files)} failed: {type(error).__name__}: {error}\n'
+            f'  {mend_of(pipeline.transforms, error, data)}'
+        ) from error
 
 
 def say_where_no_image_is() -> None:
     """Names the place and the settings of a data set that has no image."""
     from mmengine.dataset import BaseDataset
 
-    original = BaseDataset._serialize_data
-    if getattr(original, 'says_where', False):
-        return
+    surround(BaseDataset, '_serialize_data', _serialize_data)
 
-    def _serialize_data(self):
-        if not self.data_list:
-            raise DataError(no_image_in(self))
-        return original(self)
 
-    _serialize_data.says_where = True  # type: ignore[attr-defined]
-    BaseDataset._serialize_data = _serialize_data
+def _serialize_data(original: Callable[..., Any], dataset: Any) -> Any:
+    if not dataset.data_list:
+        raise DataError(no_image_in(dataset))
+    return original(dataset)
 
 
 def no_image_in(dataset: Any) -> str:
