@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from wsbcn_mm import handover, layers, references
+from wsbcn_mm import handover, layers, module_replacement
 from wsbcn_mm.checks import FORMULAS, MODES, auto_groups, check_choice
 from wsbcn_mm.layers.fusing import refuse_to_fuse, turn_off_shortcuts
 from wsbcn_mm.layers.subclasses import standardized_copy
@@ -238,13 +238,13 @@ def _put(
         for key in replacement:
             handover.belong_to(originals[key])
         back = {id(new): originals[key] for key, new in replacement.items()}
-        references.replace(model, back)
+        module_replacement.replace(model, back)
         for module in shortcuts:
             module.turn_on_efficient_conv_bn_eval(True)  # type: ignore[operator]
 
     shortcuts: list[nn.Module] = []
     try:
-        references.replace(model, replacement)
+        module_replacement.replace(model, replacement)
         shortcuts = turn_off_shortcuts(model)
     except BaseException:
         put_back(shortcuts)

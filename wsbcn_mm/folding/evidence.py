@@ -12,7 +12,7 @@ from torch.nn.functional import interpolate
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves, tree_map
 
-from wsbcn_mm import references
+from wsbcn_mm import module_replacement
 from wsbcn_mm.layers import BatchChannelNorm, WeightStandardized
 from wsbcn_mm.structure import KEPT, Call, Watch, is_conv
 
@@ -72,7 +72,9 @@ class Evidence:
 
         for layer in layers:
             layer.register_forward_pre_hook(ran)
-        references.replace_children(root, {id(layer): twin for layer, twin in twins.items()})
+        module_replacement.replace_children(
+            root, {id(layer): twin for layer, twin in twins.items()}
+        )
         return twins
 
     def add_other_sizes(self, module: nn.Module, arguments: tuple[Any, ...]) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from wsbcn_mm import references
+from wsbcn_mm import module_replacement
 from wsbcn_mm.copies import copied
 from wsbcn_mm.folding import new_layers, results
 from wsbcn_mm.folding.evidence import Evidence, Run, watched
@@ -86,7 +86,7 @@ class Plan:
                     new[layer] = new_layers.both_stages(layer)
                 else:
                     new[layer] = new_layers.conv_with_raw_weight(_conv_at(folded, name))
-        references.replace_children(folded, {id(old): layer for old, layer in new.items()})
+        module_replacement.replace_children(folded, {id(old): layer for old, layer in new.items()})
         folded = new.get(folded, folded)
         for name, plain_conv in at_one_place.items():
             holder, _, attribute = name.rpartition('.')
@@ -184,7 +184,7 @@ def _planned(model: nn.Module, inputs: object, run: Run | None) -> tuple[Plan, l
     if not any(isinstance(m, (WeightStandardized, BatchChannelNorm)) for m in model.modules()):
         return Plan((), {}), None  # nothing to look for, however large the model
     work = _evaluating_copy(model)
-    referred = references.found(work)
+    referred = module_replacement.modules_in_attributes(work)
     evidence = Evidence()
     twins = evidence.put_twins(work)
     work = twins.get(work, work)

@@ -1,4 +1,4 @@
-"""wsbcn_mm.references: layers that a forward pass reaches beside the module tree."""
+"""wsbcn_mm.module_replacement: layers that a forward pass reaches beside the module tree."""
 
 import collections
 import copy
@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from wsbcn_mm import BatchChannelNorm2d, WSConv2d, references
+from wsbcn_mm import BatchChannelNorm2d, WSConv2d, module_replacement
 from wsbcn_mm.convert import convert_model
 from wsbcn_mm.folding import fold, plan
 
@@ -200,7 +200,7 @@ def test_every_closure_keeps_its_own_layers():
         return lambda: pair, lambda: pair
 
     model.steps = [step((layer, i)) for i, layer in enumerate(model)]
-    references.replace(model, {id(layer): nn.Conv2d(1, 1, 3) for layer in model})
+    module_replacement.replace(model, {id(layer): nn.Conv2d(1, 1, 3) for layer in model})
     assert all(f()[0] is layer for layer, both in zip(model, model.steps) for f in both)
 
 
@@ -209,7 +209,7 @@ def test_a_chain_of_objects():
     model.steps = [types.SimpleNamespace(layer=layer) for layer in model]
     for step, following in itertools.pairwise(model.steps):
         step.following = following
-    references.replace(model, {id(layer): nn.Conv2d(1, 1, 3) for layer in model})
+    module_replacement.replace(model, {id(layer): nn.Conv2d(1, 1, 3) for layer in model})
     assert all(step.layer is layer for step, layer in zip(model.steps, model))
 
 
@@ -217,7 +217,7 @@ def test_what_wraps_a_module_refers_to_no_layer_by_its_attributes():
     """As torch.compile does: a function gets the dictionary that holds the children."""
     model = nn.Sequential(WSConv2d(3, 8, 3), BatchChannelNorm2d(8, 2))
     model.call = functools.wraps(model)(function_with_attributes(1, 2))
-    assert references.found(model).keys() == {model}  # as __wrapped__
+    assert module_replacement.modules_in_attributes(model).keys() == {model}  # as __wrapped__
     compiled = torch.compile(model, backend='eager')
     assert plan(compiled, torch.randn(2, 3, 6, 6)).left == {}
 
@@ -255,7 +255,7 @@ def test_however_deep_the_stack_is():
 def test_a_wrapper_of_the_model_beside_it_refers_to_none_of_its_layers():
     model = nn.Sequential(WSConv2d(3, 8, 3), BatchChannelNorm2d(8, 2))
     model.trainer = types.SimpleNamespace(model=nn.Sequential(model))
-    assert references.found(model).keys() == {model}
+    assert module_replacement.modules_in_attributes(model).keys() == {model}
 
 
 def test_what_refers_to_itself_or_to_the_model_ends():
@@ -263,9 +263,9 @@ def test_what_refers_to_itself_or_to_the_model_ends():
     model.parts = parts = [model, (1, 'a', torch.ones(2))]
     parts.append(parts)
     model.step = model.forward
-    assert references.found(model).keys() == {model}
+    assert module_replacement.modules_in_attributes(model).keys() == {model}
     new = nn.ReLU()
-    references.replace(model, {id(model[1]): new})
+    module_replacement.replace(model, {id(model[1]): new})
     assert model[1] is new and model.parts is parts and parts[0] is model
 
 

@@ -1,4 +1,4 @@
-"""Modules that attributes and hooks refer to beside the tree, where a new layer has to stand.
+"""Puts modules in place of others wherever a model refers to them, beside its tree as well.
 
 A forward pass may go by ``self.steps = [self.conv, self.norm]``, a dictionary, an object or a
 `functools.partial`: with another layer in the tree alone, the old one would go on running there.
@@ -26,7 +26,7 @@ _LEAVES = (Tensor, type, types.ModuleType, torch.jit.ScriptModule)
 _OPAQUE = ('torch', 'numpy', 'builtins', __package__)  # objects of theirs hold no layers of a model
 
 
-def found(model: nn.Module) -> dict[nn.Module, str]:
+def modules_in_attributes(model: nn.Module) -> dict[nn.Module, str]:
     """The modules that attributes in a model refer to, each with one attribute that does."""
     places: dict[nn.Module, str] = {}
     where = ''
