@@ -376,6 +376,47 @@ def test_large_off_centre_rows_stay_exact():
     torch.testing.assert_close(q.double(), wide.var(2, unbiased=False), rtol=1e-6, atol=0)
 
 
+def every_value_of(dtype):
+    """Those that are finite, shuffled; of 16 bits."""
+    bits = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
+    finite = bits[bits.isfinite()]
+    return finite[torch.randperm(len(finite), generator=torch.Generator().manual_seed(0))]
+
+
+@needs_cpu_kernels
+@pytest.mark.parametrize('length', [3, 15, 62, 512])
+@pytest.mark.parametrize('layout', LAYOUTS)
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_short_floats_are_read_exactly_and_rounded_once(dtype, layout, length):
+    """Whatever the value, subnormal and too large ones too: as float32 that is rounded."""
+    values = every_value_of(dtype)
+    values = values[: len(values) // (8 * length) * 8 * length]
+    x = values.reshape(-1, 8, length, 1).contiguous(memory_format=LAYOUTS[layout])
+    grad = values.flip(0).reshape(x.shape).contiguous(memory_format=LAYOUTS[layout])
+    scale = torch.tensor([1.0, 1e-4, 1e-6, 1e-39, 3e4, 7e4, 1e38, -1.0])  # to both ends
+
+    def run(x, grad):
+        x = x.clone().requires_grad_()
+        running = torch.zeros(8), torch.full((8,), 1e3)
+        y = batch_channel_norm(x, 8, *running, weight=scale.clone())
+        y.backward(grad)
+        return y.detach(), x.grad
+
+    for short, full in zip(run(x, grad), run(x.float(), grad.float()), strict=True):
+        torch.testing.assert_close(short, full.to(dtype), rtol=0, atol=0, equal_nan=True)
+    x[0, 0, 0], x[0, 1, 1], x[0, 2, 2] = float('inf'), float('-inf'), float('nan')
+    for short, full in zip(run(x, grad), run(x.float(), grad.float()), strict=True):
+        torch.testing.assert_close(short, full.to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
+@needs_cpu_kernels
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_weights_are_rounded_once(dtype):
+    weight = torch.randn(64, 37) * torch.logspace(-9, 9, 64)[:, None]
+    full = weight_standardize(weight, 1e-2)
+    assert torch.equal(weight_standardize(weight, 1e-2, dtype=dtype), full.to(dtype))
+
+
 @pytest.mark.parametrize('backend', ['eager', 'cpu'])
 def test_torch_knows_that_the_buffers_have_changed(backend):
     if backends.BACKENDS[backend].unavailable() is not None:

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
 
 #include <cstddef>
 #include <cstdint>
@@ -44,10 +45,14 @@ template <int lanes>
 struct BitsOf {
   typedef uint16_t Short __attribute__((vector_size(2 * lanes)));
   typedef uint32_t Long __attribute__((vector_size(4 * lanes)));
+  typedef int32_t Int __attribute__((vector_size(4 * lanes)));
 };
 
-// bfloat16 is the upper half of a float, rounded to even; the compiler makes of c10's conversion of
-// one value after another no conversion of a register.
+// The compiler makes of c10's conversion of one value after another no conversion of a register.
+template <typename T>
+constexpr bool kIsShort = std::is_same_v<T, c10::BFloat16> || std::is_same_v<T, c10::Half>;
+
+// bfloat16 is the upper half of a float, rounded to even.
 template <typename V>
 WSBCN_INLINE
 V widened(const c10::BFloat16* x) {
@@ -69,13 +74,50 @@ void narrow(const V& values, c10::BFloat16* y) {
   __builtin_memcpy(y, &result, sizeof(result));
 }
 
+// float16 has 5 bits of exponent where a float has 8, and 10 of a mantissa where it has 23. Below its
+// smallest normal number it counts steps of 2^-24: as a float does from 0.5 on.
+constexpr int32_t kMantissa = 13;
+constexpr int32_t kExponent = (127 - 15) << 23;
+constexpr int32_t kInfinity = 0x7c00, kNan = 0x7e00;
+constexpr int32_t kHalf = 126 << 23;  // 0.5 as a float
+
+template <typename V>
+WSBCN_INLINE
+V widened(const c10::Half* x) {
+  using Bits = BitsOf<sizeof(V) / sizeof(float)>;
+  using Int = typename Bits::Int;
+  typename Bits::Short shorts;
+  __builtin_memcpy(&shorts, x, sizeof(shorts));
+  const Int bits = __builtin_convertvector(shorts, Int), size = bits & 0x7fff;
+  const Int normal = (size << kMantissa) + kExponent + ((size >= kInfinity) & kExponent);
+  const Int small = (Int)((V)(size | kHalf) - 0.5f);
+  return (V)((size < (1 << 10) ? small : normal) | ((bits & 0x8000) << 16));
+}
+
+template <typename V>
+WSBCN_INLINE
+void narrow(const V& values, c10::Half* y) {
+  using Bits = BitsOf<sizeof(V) / sizeof(float)>;
+  using Int = typename Bits::Int;
+  const Int bits = (Int)values, size = bits & 0x7fffffff;
+  const Int even = (size >> kMantissa) & 1;
+  const Int rounded = (size - kExponent + (1 << (kMantissa - 1)) - 1 + even) >> kMantissa;
+  const Int normal = rounded < kInfinity ? rounded : Int{} + kInfinity;
+  const Int small = (Int)((V)size + 0.5f) - kHalf;
+  const Int number = size < kExponent + (1 << 23) ? small : normal;
+  const Int result = size > (255 << 23) ? Int{} + kNan : number;
+  const auto shorts =
+      __builtin_convertvector(result | ((bits >> 16) & 0x8000), typename Bits::Short);
+  __builtin_memcpy(y, &shorts, sizeof(shorts));
+}
+
 template <typename V, typename T>
 WSBCN_INLINE
 V load(Width<V>, const T* x) {
   using A = typename NumberOf<V>::Type;
   if constexpr (std::is_arithmetic_v<V>) {
     return static_cast<V>(*x);
-  } else if constexpr (std::is_same_v<T, c10::BFloat16>) {
+  } else if constexpr (kIsShort<T>) {
     return widened<V>(x);
   } else {
     V values;
@@ -94,7 +136,7 @@ void store(Width<V>, const V& values, T* y) {
   using A = typename NumberOf<V>::Type;
   if constexpr (std::is_arithmetic_v<V>) {
     *y = static_cast<T>(values);
-  } else if constexpr (std::is_same_v<T, c10::BFloat16>) {
+  } else if constexpr (kIsShort<T>) {
     narrow(values, y);
   } else if constexpr (std::is_same_v<A, T>) {
     __builtin_memcpy(y, &values, sizeof(values));
