@@ -4,7 +4,8 @@ import torch
 from torch import nn
 
 from wsbcn_mm import BatchChannelNorm2d, WSConv2d
-from wsbcn_mm.structure import followers, trace
+from wsbcn_mm.structure import followers
+from wsbcn_mm.watching import trace
 
 
 def pairs(model, run=None):
@@ -94,7 +95,6 @@ def test_blocks_that_normalise_first():
     block.pos_embed, block.norm1 = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
     block.attn, block.norm2 = nn.Conv2d(4, 4, 5), nn.BatchNorm2d(4)
     assert [normalised for _, normalised in pairs(block).values()] == [False, False]
-    block = nn.Module()
     block = nn.Module()
     block.norm1, block.conv1 = nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)
     block.conv2, block.attn = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 5)

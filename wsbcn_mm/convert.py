@@ -16,20 +16,11 @@ from torch.nn.modules.conv import _ConvNd
 
 from wsbcn_mm import handover, layers, module_replacement
 from wsbcn_mm.checks import FORMULAS, MODES, auto_groups, check_choice
+from wsbcn_mm.layer_kinds import NORMS, fan_in, is_conv, is_norm, num_channels, torch_class
 from wsbcn_mm.layers.fusing import refuse_to_fuse, turn_off_shortcuts
 from wsbcn_mm.layers.subclasses import standardized_copy
 from wsbcn_mm.own_classes import ACTIVATION, computes_with_its_weight, normalises_as_its_kind
-from wsbcn_mm.structure import (
-    NORMS,
-    Follower,
-    dims_of_other_norms,
-    fan_in,
-    followers,
-    is_conv,
-    is_norm,
-    num_channels,
-    torch_class,
-)
+from wsbcn_mm.structure import Follower, dims_of_norms, followers
 from wsbcn_mm.trials import called, input_axes, run_on
 
 STANDARDIZED = {
@@ -165,7 +156,7 @@ def convert_model(
     with input_axes(m for m in model.modules() if is_norm(m)) as axes:
         found = followers(model, run)
     modules = dict(model.named_modules(remove_duplicate=False))
-    settings = _NormSettings(num_groups, mode, momentum)
+    norms = _NormSettings(num_groups, mode, momentum)
     convs = _ConvSettings(
         standardize, deformable, formula, _tied_to_bare(found), ran=run is not None
     )
@@ -173,7 +164,7 @@ def convert_model(
     while True:
         # Everything is made before anything is replaced: an error leaves the model as it was.
         try:
-            report, replacement = _decided(model, modules, found, axes, settings, convs, unseen)
+            report, replacement = _decided(model, modules, found, axes, norms, convs, unseen)
         except BaseException:
             for module in modules.values():
                 handover.belong_to(module)
@@ -207,13 +198,13 @@ def _decided(
     """
     report = ConversionReport()
     replacement: dict[int, nn.Module] = {}
-    dims: dict[int, int] = {}  # of the normalisations behind convolutions
-    like: dict[int, Tensor | None] = {}  # a parameter of the convolutions before them
-    for follower in found:
-        for name in follower.norms:
-            dims[id(modules[name])] = len(follower.conv.kernel_size)
-            like[id(modules[name])] = next(follower.conv.parameters(), None)
-    dims_of_other_norms(model, found, axes, dims)
+    dims = dims_of_norms(model, found, axes)
+    # A parameter of the convolution in front of a normalisation.
+    like: dict[int, Tensor | None] = {
+        id(modules[name]): next(follower.conv.parameters(), None)
+        for follower in found
+        for name in follower.norms
+    }
     lines = _convert_norms(model, modules, dims, like, replacement, norms, unseen)
     lines += [_convert_conv(follower, modules, replacement, convs, unseen) for follower in found]
     order = {name: i for i, name in enumerate(modules)}

@@ -21,9 +21,10 @@ from mmengine.runner import load_checkpoint
 
 from tests.openmmlab.tiny import make_runner, tiny_model
 from wsbcn_mm import BatchChannelNorm2d, WSConv2d
+from wsbcn_mm.layer_kinds import is_conv
 from wsbcn_mm.openmmlab import checkpoints, compat
 from wsbcn_mm.openmmlab.conversion.convert import convert_config
-from wsbcn_mm.structure import is_conv, standardizable
+from wsbcn_mm.structure import standardizable
 
 # ---- configs of packages -----------------------------------------------------------------------
 

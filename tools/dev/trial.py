@@ -23,7 +23,7 @@ from wsbcn_mm.openmmlab.config import dicts_in, find_scope, model_of
 from wsbcn_mm.openmmlab.conversion import probe
 from wsbcn_mm.openmmlab.deploy.settings import drop_pretrained
 from wsbcn_mm.openmmlab.errors import first_line
-from wsbcn_mm.structure import trace
+from wsbcn_mm.watching import trace
 
 STAGES = ('built', 'initialised', 'trained', 'evaluated')
 OK, NOT_REACHED = 'ok', 'not reached'

@@ -13,8 +13,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves, tree_map
 
 from wsbcn_mm import module_replacement
+from wsbcn_mm.layer_kinds import is_conv
 from wsbcn_mm.layers import BatchChannelNorm, WeightStandardized
-from wsbcn_mm.structure import KEPT, Call, Watch, is_conv
+from wsbcn_mm.watching import Call, Watch
 
 Run = Callable[[nn.Module], object]
 
@@ -48,8 +49,7 @@ class Evidence:
         watch = Watch(module)
         with torch.no_grad(), watch:
             result = run(module)
-        for call in watch.kept():  # the outputs in the result are, however they lie there
-            call.readers.append(KEPT)
+        watch.note_kept()  # the outputs in the result are, however they lie there
         for call in watch.calls:
             self.calls[call.conv].append(call)
         for norm, seen in watch.inputs:

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from wsbcn_mm.checks import auto_groups
+from wsbcn_mm.layer_kinds import fan_in, is_conv, num_channels
 from wsbcn_mm.layers import BatchChannelNorm, BatchChannelNorm1d, WeightStandardized
 from wsbcn_mm.openmmlab.config import type_name
 from wsbcn_mm.openmmlab.conversion import probe
@@ -24,17 +25,10 @@ from wsbcn_mm.openmmlab.conversion.probe import CannotBuild, Node
 from wsbcn_mm.openmmlab.places import Place, dotted, value_at
 from wsbcn_mm.openmmlab.registry import CONV_FOR, CONV_NAMED, CONVERTED, NORM_FOR, NORM_NAMED
 from wsbcn_mm.own_classes import normalises_as_its_kind
-from wsbcn_mm.structure import (
-    fan_in,
-    followers,
-    is_conv,
-    norms_of_vectors,
-    num_channels,
-    standardizable,
-)
+from wsbcn_mm.structure import followers, norms_of_vectors, standardizable
 
 NORM_LAYERS = (nn.modules.batchnorm._NormBase, nn.GroupNorm)
-ANY_AXES = ('SyncBN', 'MMSyncBN', 'SyncBatchNorm', 'GN', 'GroupNorm')  # one class for 1d to 3d
+ANY_DIM = ('SyncBN', 'MMSyncBN', 'SyncBatchNorm', 'GN', 'GroupNorm')  # one class for 1d to 3d
 
 
 class NothingToConvert(ValueError):
@@ -50,7 +44,7 @@ class Part:
         norm_place: Where its norm_cfg stands.
         old_norm: What it is.
         widths: Of all norms of the node.
-        axes: Numbers of axes of the convolutions in front of them.
+        dims: Over how many axes of a map the convolutions in front of them go.
         old_conv: Its conv_cfg.
         standardize: Whether its conv_cfg becomes WS.
         own_kind: What they are called, where conv_cfg has no name for their WS form.
@@ -61,7 +55,7 @@ class Part:
     norm_place: Place
     old_norm: dict
     widths: set[int]
-    axes: set[int]
+    dims: set[int]
     old_conv: dict | None = None
     standardize: bool = False
     own_kind: str = ''
@@ -147,11 +141,11 @@ def _parts(conversion: Conversion, nodes: list[Node], options: ConversionOptions
     model = probe.build(conversion.cfg)
     owner = probe.owners(model)
     behind_convs: set[str] = set()
-    axes: dict[Place, set[int]] = {}
+    dims: dict[Place, set[int]] = {}
     for follower in followers(model):
         behind_convs |= set(follower.norms)
         for norm in follower.norms:
-            axes.setdefault(owner[norm], set()).add(follower.conv.weight.dim() - 2)
+            dims.setdefault(owner[norm], set()).add(follower.dim)
     widths: dict[Place, set[int]] = {}
     has_conv: set[Place] = set()  # nodes with a norm behind a convolution
     vectors = norms_of_vectors(model)
@@ -180,7 +174,7 @@ def _parts(conversion: Conversion, nodes: list[Node], options: ConversionOptions
             if of_vectors and node.path not in has_conv:
                 conversion.left.append(f'{dotted(place)}: {kind} without a convolution in front')
                 continue
-            part = Part(node, place, old, widths[node.path], axes.get(node.path, set()))
+            part = Part(node, place, old, widths[node.path], dims.get(node.path, set()))
             if options.conv != 'none' and place == (*node.path, 'norm_cfg'):
                 _plan_conv(part, scalars.get(node.path))
             parts.append(part)
@@ -241,8 +235,8 @@ def _new_norm(part: Part, norm: str) -> dict[str, Any]:
     groups = {auto_groups(width) for width in part.widths}
     kind = type_name(part.old_norm)
     new = NORM_FOR[kind]
-    if kind in ANY_AXES and len(part.axes) == 1:  # which norm it is the convolutions tell
-        new = f'BCN{max(part.axes)}d'
+    if kind in ANY_DIM and len(part.dims) == 1:  # which norm it is the convolutions tell
+        new = f'BCN{max(part.dims)}d'
     return dict(
         type=new,
         num_groups=groups.pop() if len(groups) == 1 else 'auto',
@@ -255,14 +249,14 @@ def _new_norm(part: Part, norm: str) -> dict[str, Any]:
 def _shorten_names(conversion: Conversion, parts: list[Part], model: nn.Module) -> None:
     """``'BCN2d'`` is ``'BCN'``, except where a part makes ``'BCN1d'`` of it (mmseg's EncHead)."""
     owner = probe.owners(model)
-    one_axis = {
+    one_dim = {
         owner[name]
         for name, module in model.named_modules()
         if isinstance(module, BatchChannelNorm1d)
     }
     for part in parts:
         cfg = value_at(conversion.cfg, part.norm_place)
-        if cfg['type'] == 'BCN2d' and part.node.path not in one_axis:
+        if cfg['type'] == 'BCN2d' and part.node.path not in one_dim:
             cfg['type'] = 'BCN'
 
 
