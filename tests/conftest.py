@@ -131,7 +131,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(autograd, 'weight_standardize', counted_one)
     monkeypatch.setattr(scopes, 'standardize_all', counted_many)
     if cpu.entries is not None:
-        usual = cpu.entries.weight_standardize
+        usual, in_a_scope = cpu.entries.weight_standardize, cpu.entries.get_usual
 
         def counted_usual(*arguments: Any) -> torch.Tensor | None:
             result: torch.Tensor | None = usual(*arguments)
@@ -139,7 +139,15 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
                 seen.append(1)
             return result
 
+        def counted_in_a_scope(held: dict[Any, Any], *arguments: Any) -> torch.Tensor | None:
+            before = len(held)
+            result: torch.Tensor | None = in_a_scope(held, *arguments)
+            if len(held) > before:
+                seen.append(len(held) - before)
+            return result
+
         monkeypatch.setattr(cpu.entries, 'weight_standardize', counted_usual)
+        monkeypatch.setattr(cpu.entries, 'get_usual', counted_in_a_scope)
     return seen
 
 

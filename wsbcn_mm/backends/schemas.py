@@ -155,7 +155,7 @@ ENTRIES = (
     'weight_standardize_all(weights, eps, formula, dtype, one_pass) -> StandardizedWeights',
     'StandardizedWeights.take(index, weight)',
     'StandardizedWeights.use(index)',
-    'find(held, used, frame, layer)',
+    'get_usual(held, used, frame, order, left_out, open_table, one_pass, layer)',
     'note_change()',
     'state(weight, one_pass)',
     'survey(layers, below, opener)',

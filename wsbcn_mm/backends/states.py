@@ -40,6 +40,12 @@ def state_of(weight: Tensor, one_pass: bool) -> object:
     )
 
 
+def result_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype in which a weight is standardized: its own, or that of autocast."""
+    autocast = compat.autocast_dtype(weight.device.type)
+    return weight.dtype if autocast is None or weight.dtype == torch.float64 else autocast
+
+
 _changes = 0
 
 

@@ -74,10 +74,8 @@ class WeightStandardized(_Base):
         if not isinstance(weight, Tensor) and compat.is_traced_by_fx(weight):
             w_hat: Tensor = compat.call_in_graph(weight.tracer, self, 'standardized_weight')
             return w_hat
-        dtype, autocast = weight.dtype, compat.autocast_dtype(weight.device.type)
         # An exported program may run without autocast, and notes none: with it, torch casts then.
-        if autocast is not None and dtype != torch.float64 and not compat.is_exporting():
-            dtype = autocast
+        dtype = weight.dtype if compat.is_exporting() else states.result_dtype(weight)
         return standardization.standardized(self, weight, dtype)
 
     def standardize(self, weight: Tensor, dtype: torch.dtype) -> Tensor:

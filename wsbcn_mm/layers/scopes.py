@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from wsbcn_mm import backends, compat, distributed
-from wsbcn_mm.backends import cpu
-from wsbcn_mm.backends.states import is_captured, is_watched, state_of
+from wsbcn_mm.backends import cpu, triton
+from wsbcn_mm.backends.states import is_captured, is_watched, result_dtype, state_of
 from wsbcn_mm.backends.together import FirstUses, Results, standardize_all
 from wsbcn_mm.layers import optimizer_steps as optimizer_steps  # heard of from here on
 from wsbcn_mm.layers import plans
@@ -103,18 +103,51 @@ class Scope:
         self._opener = model if self.is_of_a_pass() else None
         self._hooked = self._plan.hooked(model, self._opener)
         self._order = self._plan.order(model.training)
-        self._places = {layer: place for place, layer in enumerate(self._order)}
         self._training = model.training
         self._used: dict[Any, None] = {}
         self._tables: dict[tuple[Any, ...], dict[Any, _Held]] = {}
         self._looked_again = False
         self._layers: set[Any] | None = None
         self._held: dict[Any, _Held] = {}  # of each layer the one that was found last
-        self.find: Callable[[Any], Tensor | None] = _find_nothing
-        """What `get` would give a layer, where it is there already; None elsewhere."""
+        self.get_usual: Callable[[Any], Tensor | None] = _nothing
+        """What `get` would give for a layer's own weight, where nothing is unusual; else None."""
+        self._bind()
+
+    def _bind(self) -> None:
         if cpu.entries is not None:
             # Called once per use of a layer, where every line would be paid.
-            self.find = functools.partial(cpu.entries.find, self._held, self._used, frame)
+            self.get_usual = functools.partial(
+                cpu.entries.get_usual,
+                self._held,
+                self._used,
+                self.frame,
+                self._order,
+                self._hooked,
+                self._open_table,
+                self._one_pass,
+            )
+
+    def _open_table(self, weight: Tensor) -> tuple[dict[Any, _Held], int] | None:
+        """Where `get_usual` may note what it standardizes now with a weight, and of how many bytes.
+
+        None: that is for `get` to do.
+        """
+        if backends.forced() is not None or compat.backward_pass() != self._task:
+            return None
+        if is_captured(weight) and not (self._one_pass and triton.HAS_NODES):
+            return None
+        return self._table(weight, result_dtype(weight)), most_bytes(weight)
+
+    def _table(self, weight: Tensor, dtype: torch.dtype) -> dict[Any, _Held]:
+        """The results for what is the same for all layers now."""
+        context = (
+            dtype,
+            torch.is_grad_enabled(),
+            torch.is_inference_mode_enabled(),
+            backends.forced(),
+            torch.cuda.current_stream(weight.device).cuda_stream if weight.is_cuda else None,
+        )
+        return self._tables.setdefault(context, {})
 
     def is_of_a_pass(self) -> bool:
         """Whether a forward pass opened it, which will close it."""
@@ -136,6 +169,7 @@ class Scope:
             if self._hooked:
                 self._tables.clear()
                 self._held.clear()
+                self._bind()
 
     def is_running(self) -> bool:
         """Whether the call that opened it has not ended; asked in the thread that opened it."""
@@ -159,6 +193,7 @@ class Scope:
         self._plan.look(model)
         self._layers = None
         self._hooked = self._plan.hooked(model, self._opener)
+        self._bind()
         return layer in self.layers
 
     def get(self, layer: Any, weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -169,16 +204,7 @@ class Scope:
             return computed(layer, weight, dtype)
         if state_of(weight, self._one_pass) is None:  # it could not be said how long a result holds
             return computed(layer, weight, dtype)
-        context = (
-            dtype,
-            torch.is_grad_enabled(),
-            torch.is_inference_mode_enabled(),
-            backends.forced(),
-            torch.cuda.current_stream(weight.device).cuda_stream if weight.is_cuda else None,
-        )
-        table = self._tables.get(context)
-        if table is None:
-            table = self._tables[context] = {}
+        table = self._table(weight, dtype)
         held = table.get(layer)
         value = None if held is None else self._take(layer, weight, held)
         if held is None or value is None:
@@ -215,9 +241,9 @@ class Scope:
         self, layer: Any, weight: Tensor, table: dict[Any, _Held]
     ) -> tuple[list[Any], list[Tensor]]:
         """What is standardized together with a layer: those used after it the last time."""
-        place = self._places.get(layer)
-        if place is None:
+        if layer not in self._order:
             return [layer], [weight]
+        place = self._order.index(layer)
         left_out = table, self._hooked
         found: tuple[list[Any], list[Tensor]]
         found = (plans.gather if cpu.entries is None else cpu.entries.gather)(
@@ -229,15 +255,15 @@ class Scope:
         """Forgets all results."""
         self._tables = {}
         self._held.clear()
-        self.find = _find_nothing
+        self.get_usual = _nothing
         self.frame = None
         if self._one_pass and self._used and list(self._used) != self._order:
             self._plan.remember(self._training, list(self._used))
         self._used.clear()
 
 
-def _find_nothing(layer: Any) -> None:
-    """`Scope.find` without the compiled extension, and of a scope that has ended."""
+def _nothing(layer: Any) -> None:
+    """`Scope.get_usual` without the compiled extension, and of a scope that has ended."""
 
 
 def most_bytes(weight: Tensor) -> int:

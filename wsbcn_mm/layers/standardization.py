@@ -69,7 +69,7 @@ def usual(layer: Any) -> Tensor | None:
     """
     scopes = open_here()
     if scopes:
-        return scopes[-1].find(layer)
+        return scopes[-1].get_usual(layer)
     if cpu.entries is None or layer.standardized_hooks or not layer.standardizes_rows():
         return None
     if backends.forced() is not None or compat.compiles_backward_passes():

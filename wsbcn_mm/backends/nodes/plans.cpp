@@ -1,22 +1,61 @@
 // What layers/plans.py asks of a model's layers in each forward pass.
+#include "plans.h"
+
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/object_ptr.h>
 
-#include "python.h"
+#include <utility>
 
 namespace wsbcn {
 namespace {
 
-// Whether it is WS of rows, by the same eps and formula, that a layer computes.
-bool computes_alike(PyObject* layer, PyObject* eps, PyObject* formula) {
-  static PyObject* const kRows = PyUnicode_InternFromString("standardizes_rows");
-  if (!is_still(layer, name_of_eps(), eps)) return false;
-  if (!is_still(layer, name_of_formula(), formula)) return false;
-  THPObjectPtr rows(PyObject_CallMethodNoArgs(layer, kRows));
-  if (!rows) throw python_error();
-  return rows.get() == Py_True;
+THPObjectPtr attribute(PyObject* object, PyObject* name) {
+  THPObjectPtr found(PyObject_GetAttr(object, name));
+  if (!found) throw python_error();
+  return found;
 }
+
+// Whether one of several names is in an object's own dict.
+template <size_t size>
+bool has_of_its_own(PyObject* object, PyObject* const (&names)[size]) {
+  static PyObject* const kDict = PyUnicode_InternFromString("__dict__");
+  THPObjectPtr own = attribute(object, kDict);
+  TORCH_CHECK_TYPE(PyDict_Check(own.get()), "expected a dict of attributes");
+  for (PyObject* const name : names) {
+    const int found = PyDict_Contains(own, name);
+    if (found < 0) throw python_error();
+    if (found == 1) return true;
+  }
+  return false;
+}
+
+// Whether it is WS of rows that layers compute, as they say themselves: those of a class that have
+// nothing of their own all say the same.
+class Kinds {
+ public:
+  bool standardize_rows(PyObject* layer) {
+    static PyObject* const kMethods[] = {PyUnicode_InternFromString("standardize"),
+                                         PyUnicode_InternFromString("standardizes_rows")};
+    if (has_of_its_own(layer, kMethods)) return ask(layer);
+    PyTypeObject* const type = Py_TYPE(layer);
+    for (const auto& [known, answer] : answers_) {
+      if (known == type) return answer;
+    }
+    answers_.emplace_back(type, ask(layer));
+    return answers_.back().second;
+  }
+
+ private:
+  static bool ask(PyObject* layer) {
+    static PyObject* const kRows = PyUnicode_InternFromString("standardizes_rows");
+    THPObjectPtr rows(PyObject_CallMethodNoArgs(layer, kRows));
+    if (!rows) throw python_error();
+    return rows.get() == Py_True;
+  }
+
+  std::vector<std::pair<PyTypeObject*, bool>> answers_;
+};
 
 // Whether weights can be standardized in one call. Not one of a single value per output channel,
 // which is refused when it is used.
@@ -27,12 +66,6 @@ bool fit_together(const Tensor& weight, const Tensor& other) {
          other.numel() > other.size(0) && is_dense(other);
 }
 
-bool contains(PyObject* container, PyObject* layer) {
-  const int found = PySequence_Contains(container, layer);
-  if (found < 0) throw python_error();
-  return found == 1;
-}
-
 // What a weak reference points to; nothing where that is gone.
 THPObjectPtr target(PyObject* ref) {
   THPObjectPtr found(PyObject_CallNoArgs(ref));
@@ -41,22 +74,11 @@ THPObjectPtr target(PyObject* ref) {
   return found;
 }
 
-THPObjectPtr attribute(PyObject* object, PyObject* name) {
-  THPObjectPtr found(PyObject_GetAttr(object, name));
-  if (!found) throw python_error();
-  return found;
-}
-
 // Whether an object has its own value for one of the methods that a layer is called by.
 bool has_methods_of_its_own(PyObject* object) {
-  static PyObject* const kDict = PyUnicode_InternFromString("__dict__");
   static PyObject* const kMethods[] = {PyUnicode_InternFromString("forward"),
                                        PyUnicode_InternFromString("standardized_weight")};
-  THPObjectPtr own = attribute(object, kDict);
-  for (PyObject* const name : kMethods) {
-    if (contains(own, name)) return true;
-  }
-  return false;
+  return has_of_its_own(object, kMethods);
 }
 
 bool has_pre_hooks(PyObject* module) {
@@ -68,6 +90,43 @@ bool has_pre_hooks(PyObject* module) {
 }
 
 }  // namespace
+
+bool contains(PyObject* container, PyObject* layer) {
+  const int found = PySequence_Contains(container, layer);
+  if (found < 0) throw python_error();
+  return found == 1;
+}
+
+Chunk chunk_of(PyObject* order, Py_ssize_t place, PyObject* left_out, PyObject* layer,
+               const Tensor& weight, size_t most_bytes) {
+  Chunk chunk;
+  THPObjectPtr eps = attribute(layer, name_of_eps()), formula = attribute(layer, name_of_formula());
+  Kinds kinds;
+  if (!fit_together(weight, weight) || !kinds.standardize_rows(layer)) return chunk;
+  chunk.layers.emplace_back(Py_NewRef(layer));
+  chunk.weights.push_back(weight);
+  size_t size = weight.nbytes();
+  for (Py_ssize_t k = place + 1; k < PyList_GET_SIZE(order); ++k) {
+    THPObjectPtr member(Py_NewRef(PyList_GET_ITEM(order, k)));
+    bool stays = false;
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(left_out); ++i) {
+      stays |= contains(PyTuple_GET_ITEM(left_out, i), member);
+    }
+    if (stays) continue;
+    OptionalTensor own = own_weight(member);
+    if (!own || !fit_together(weight, *own) || !is_still(member, name_of_eps(), eps) ||
+        !is_still(member, name_of_formula(), formula) || !kinds.standardize_rows(member)) {
+      continue;
+    }
+    size += own->nbytes();
+    if (size > most_bytes) break;
+    chunk.layers.push_back(std::move(member));
+    chunk.weights.push_back(std::move(*own));
+  }
+  chunk.eps = std::move(eps);
+  chunk.formula = std::move(formula);
+  return chunk;
+}
 
 PyObject* survey(PyObject*, PyObject* const* arguments, Py_ssize_t number) {
   HANDLE_TH_ERRORS
@@ -98,40 +157,24 @@ PyObject* gather(PyObject*, PyObject* const* arguments, Py_ssize_t number) {
   TORCH_CHECK_TYPE(
       number == 6 && PyList_CheckExact(arguments[0]) && PyTuple_CheckExact(arguments[2]),
       "expected a list, a place, a tuple, a layer, its weight and a number of bytes");
-  PyObject *const order = arguments[0], *const left_out = arguments[2], *const layer = arguments[3];
   const Py_ssize_t place = PyLong_AsSsize_t(arguments[1]);
-  const size_t most = PyLong_AsSize_t(arguments[5]);
+  const size_t most_bytes = PyLong_AsSize_t(arguments[5]);
   if (PyErr_Occurred()) return nullptr;
+  OptionalTensor weight;
+  Chunk chunk;
+  if (read(arguments[4], weight) && weight) {
+    chunk = chunk_of(arguments[0], place, arguments[2], arguments[3], *weight, most_bytes);
+  }
   THPObjectPtr layers(PyList_New(0)), weights(PyList_New(0));
   const auto append = [&](PyObject* member, PyObject* own) {
     if (PyList_Append(layers, member) != 0 || PyList_Append(weights, own) != 0) {
       throw python_error();
     }
   };
-  append(layer, arguments[4]);
-  THPObjectPtr eps(PyObject_GetAttr(layer, name_of_eps()));
-  if (!eps) return nullptr;
-  THPObjectPtr formula(PyObject_GetAttr(layer, name_of_formula()));
-  if (!formula) return nullptr;
-  OptionalTensor weight;
-  size_t size = 0;
-  if (read(arguments[4], weight) && weight && fit_together(*weight, *weight) &&
-      computes_alike(layer, eps, formula)) {
-    size = weight->nbytes();
-  }
-  for (Py_ssize_t k = place + 1; size > 0 && k < PyList_GET_SIZE(order); ++k) {
-    THPObjectPtr member(Py_NewRef(PyList_GET_ITEM(order, k)));
-    bool stays = false;
-    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(left_out); ++i) {
-      stays |= contains(PyTuple_GET_ITEM(left_out, i), member);
-    }
-    if (stays) continue;
-    const OptionalTensor own = own_weight(member);
-    if (!own || !fit_together(*weight, *own) || !computes_alike(member, eps, formula)) continue;
-    size += own->nbytes();
-    if (size > most) break;
-    THPObjectPtr wrapped(THPVariable_Wrap(*own));
-    append(member, wrapped);
+  append(arguments[3], arguments[4]);
+  for (size_t k = 1; k < chunk.layers.size(); ++k) {
+    THPObjectPtr wrapped(THPVariable_Wrap(chunk.weights[k]));
+    append(chunk.layers[k], wrapped);
   }
   return PyTuple_Pack(2, layers.get(), weights.get());
   END_HANDLE_TH_ERRORS

@@ -32,12 +32,18 @@ at::ScalarType dtype_for(const Tensor& weight);
 // state(weight, one_pass): the bytes of its state, or None.
 PyObject* state_or_none(PyObject*, PyObject* const* arguments, Py_ssize_t number);
 
-// find(held, used, frame, layer): what a scope holds for a layer's own weight; None where it has
-// nothing that holds, and where what it has is not of C++ or watched by hooks.
-//   held: layer -> (results, index, eps, formula)
+// get_usual(held, used, frame, order, left_out, open_table, one_pass, layer): the standardized weight
+// of a layer in a scope; None where that is not for C++ to say: hooks watch it, what is held holds
+// no longer, something is unusual. Where nothing is held, those behind the layer come along.
+//   held: layer -> (results, index, eps, formula), of each the last one
 //   used: the layers whose result was used
 //   frame: the function call that the scope ends with, or None
-PyObject* find_or_none(PyObject*, PyObject* const* arguments, Py_ssize_t number);
+//   order: layers
+//   left_out: those that are not for here
+//   open_table(weight): where to note results too, as in `held`, and how many bytes may be
+//     standardized together; None: nothing may
+//   one_pass: whether a backward pass ends what is held
+PyObject* get_usual(PyObject*, PyObject* const* arguments, Py_ssize_t number);
 
 // survey(layers, below, opener): the classes of layers; None where somebody's own code may run before
 // one of them is used, or one has no plain weight: a method set on it, a forward pre-hook.

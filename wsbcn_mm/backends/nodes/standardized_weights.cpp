@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "../triton/host/register.h"
+#include "plans.h"
 #include "python.h"
 #include "weight_standardize.h"
 
@@ -193,25 +194,111 @@ bool is_running(PyObject* frame) {
   return current != nullptr;
 }
 
+// StandardizedWeights; None where something is unusual.
+PyObject* standardize_together(std::vector<Tensor> weights, double eps, std::string_view formula,
+                               std::optional<at::ScalarType> dtype, bool one_pass) {
+  Held held;
+  held.one_pass = one_pass;
+  held.weights = std::move(weights);
+  if (held.weights.empty() || !nothing_unusual()) Py_RETURN_NONE;
+  const c10::Device device = held.weights[0].device();
+  for (const Tensor& weight : held.weights) {
+    if (!is_of_ours(weight) || !has_state(weight) || weight.device() != device) Py_RETURN_NONE;
+  }
+  const std::optional<Context> context = context_of(device, one_pass);
+  const at::ScalarType of_results = dtype_for(held.weights[0]);
+  if (!context || dtype.value_or(of_results) != of_results) Py_RETURN_NONE;
+  held.states.reserve(held.weights.size());
+  for (const Tensor& weight : held.weights) held.states.push_back(state_of(weight, *context));
+  {
+    pybind11::gil_scoped_release no_gil;
+    RECORD_FUNCTION("wsbcn_mm::weight_standardize_all", c10::ArrayRef<const c10::IValue>{});
+    held.w_hats = weight_standardize_all(held.weights, eps, formula, of_results);
+  }
+  held.used.resize(held.weights.size(), false);
+  return wrap(std::move(held));
+}
+
+std::string_view text_of(PyObject* object) {
+  Py_ssize_t length = 0;
+  const char* const text = PyUnicode_AsUTF8AndSize(object, &length);
+  if (text == nullptr) throw python_error();
+  return {text, static_cast<size_t>(length)};
+}
+
+Py_ssize_t place_in(PyObject* order, PyObject* layer) {
+  for (Py_ssize_t k = 0; k < PyList_GET_SIZE(order); ++k) {
+    if (PyList_GET_ITEM(order, k) == layer) return k;
+  }
+  return -1;
+}
+
+// Of a scope; see python.h, `get_usual`.
+struct ScopeArguments {
+  PyObject *held, *used, *frame, *order, *left_out, *open_table;
+  bool one_pass;
+};
+
+// Adds to what is held the weight of a layer, and those that are used after it.
+void standardize_now(const ScopeArguments& scope, PyObject* layer) {
+  const Py_ssize_t place = place_in(scope.order, layer);
+  const OptionalTensor weight = own_weight(layer);
+  if (place < 0 || !weight || !nothing_unusual() || contains(scope.left_out, layer)) return;
+  THPObjectPtr wrapped(THPVariable_Wrap(*weight));
+  THPObjectPtr opened(PyObject_CallOneArg(scope.open_table, wrapped));
+  if (!opened) throw python_error();
+  if (opened.get() == Py_None) return;
+  PyObject* table;
+  Py_ssize_t most_bytes;
+  if (!PyArg_ParseTuple(opened, "O!n", &PyDict_Type, &table, &most_bytes)) throw python_error();
+  if (contains(table, layer)) return;  // it holds no longer
+  THPObjectPtr left_out(PyTuple_Pack(2, table, scope.left_out));
+  if (!left_out) throw python_error();
+  Chunk chunk = chunk_of(scope.order, place, left_out, layer, *weight, most_bytes);
+  if (chunk.layers.empty()) return;
+  const double eps = PyFloat_AsDouble(chunk.eps);
+  if (PyErr_Occurred()) throw python_error();
+  THPObjectPtr results(standardize_together(std::move(chunk.weights), eps, text_of(chunk.formula),
+                                            std::nullopt, scope.one_pass));
+  if (!results) throw python_error();
+  if (results.get() == Py_None) return;
+  for (size_t k = 0; k < chunk.layers.size(); ++k) {
+    THPObjectPtr entry(Py_BuildValue("(OnOO)", results.get(), static_cast<Py_ssize_t>(k),
+                                     chunk.eps.get(), chunk.formula.get()));
+    if (!entry || PyDict_SetItem(table, chunk.layers[k], entry) != 0 ||
+        PyDict_SetItem(scope.held, chunk.layers[k], entry) != 0) {
+      throw python_error();
+    }
+  }
+}
+
+// Borrowed; null where there is none.
+PyObject* entry_of(PyObject* held, PyObject* layer) {
+  PyObject* const found = PyDict_GetItemWithError(held, layer);
+  if (found == nullptr && PyErr_Occurred()) throw python_error();
+  return found;
+}
+
 }  // namespace
 
-PyObject* find_or_none(PyObject*, PyObject* const* arguments, Py_ssize_t number) {
+PyObject* get_usual(PyObject*, PyObject* const* arguments, Py_ssize_t number) {
   HANDLE_TH_ERRORS
-  TORCH_CHECK_TYPE(
-      number == 4 && PyDict_CheckExact(arguments[0]) && PyDict_CheckExact(arguments[1]),
-      "expected two dicts, a frame or None and a layer");
+  TORCH_CHECK_TYPE(number == 8 && PyDict_CheckExact(arguments[0]) &&
+                       PyDict_CheckExact(arguments[1]) && PyList_CheckExact(arguments[3]),
+                   "expected two dicts, a frame or None, a list and 4 other arguments");
   static PyObject* const kHooks = PyUnicode_InternFromString("standardized_hooks");
-  PyObject *const used = arguments[1], *const frame = arguments[2], *const layer = arguments[3];
-  THPObjectPtr found(Py_XNewRef(PyDict_GetItemWithError(arguments[0], layer)));
-  if (!found) {
-    if (PyErr_Occurred()) return nullptr;
-    Py_RETURN_NONE;
-  }
+  const ScopeArguments scope{arguments[0], arguments[1], arguments[2],           arguments[3],
+                             arguments[4], arguments[5], arguments[6] == Py_True};
+  PyObject* const layer = arguments[7];
+  if (scope.frame != Py_None && !is_running(scope.frame)) Py_RETURN_NONE;
+  if (entry_of(scope.held, layer) == nullptr) standardize_now(scope, layer);
+  THPObjectPtr found(Py_XNewRef(entry_of(scope.held, layer)));
+  if (!found) Py_RETURN_NONE;
   PyObject *results, *eps, *formula;
   Py_ssize_t place;
   if (!PyArg_ParseTuple(found, "OnOO", &results, &place, &eps, &formula)) return nullptr;
   // Other results have their methods in Python.
-  if (!Py_IS_TYPE(results, type()) || (frame != Py_None && !is_running(frame))) Py_RETURN_NONE;
+  if (!Py_IS_TYPE(results, type())) Py_RETURN_NONE;
   const bool computes_the_same =
       is_still(layer, name_of_eps(), eps) && is_still(layer, name_of_formula(), formula);
   Held& held = *reinterpret_cast<StandardizedWeights*>(results)->held;
@@ -228,7 +315,7 @@ PyObject* find_or_none(PyObject*, PyObject* const* arguments, Py_ssize_t number)
   if (!w_hat) Py_RETURN_NONE;
   if (!held.used[place]) {
     held.used[place] = true;
-    if (PyDict_SetItem(used, layer, Py_None) != 0) return nullptr;
+    if (PyDict_SetItem(scope.used, layer, Py_None) != 0) return nullptr;
   }
   return THPVariable_Wrap(*w_hat);
   END_HANDLE_TH_ERRORS
@@ -255,42 +342,17 @@ PyObject* weight_standardize_all_or_none(PyObject*, PyObject* const* arguments, 
   TORCH_CHECK_TYPE(number == 5 && PyList_CheckExact(arguments[0]),
                    "expected a list and 4 other arguments");
   const double eps = PyFloat_AsDouble(arguments[1]);
-  Py_ssize_t length = 0;
-  const char* const formula = PyUnicode_AsUTF8AndSize(arguments[2], &length);
   if (PyErr_Occurred()) return nullptr;
   const at::ScalarType dtype = reinterpret_cast<THPDtype*>(arguments[3])->scalar_type;
-  Held held;
-  held.one_pass = arguments[4] == Py_True;
-  const Py_ssize_t count = PyList_GET_SIZE(arguments[0]);
-  held.weights.reserve(count);
-  held.states.reserve(count);
-  std::optional<c10::Device> device;
-  std::optional<Context> context;
-  for (Py_ssize_t k = 0; k < count; ++k) {
+  std::vector<Tensor> weights;
+  weights.reserve(PyList_GET_SIZE(arguments[0]));
+  for (Py_ssize_t k = 0; k < PyList_GET_SIZE(arguments[0]); ++k) {
     OptionalTensor weight;
-    if (!read(PyList_GET_ITEM(arguments[0], k), weight) || !weight || !is_of_ours(*weight) ||
-        !has_state(*weight)) {
-      Py_RETURN_NONE;
-    }
-    if (!device) {
-      device = weight->device();
-      context = context_of(*device, held.one_pass);
-    }
-    if (!context || weight->device() != *device) Py_RETURN_NONE;
-    held.states.push_back(state_of(*weight, *context));
-    held.weights.push_back(std::move(*weight));
+    if (!read(PyList_GET_ITEM(arguments[0], k), weight) || !weight) Py_RETURN_NONE;
+    weights.push_back(std::move(*weight));
   }
-  if (held.weights.empty() || !nothing_unusual() || dtype_for(held.weights[0]) != dtype) {
-    Py_RETURN_NONE;
-  }
-  {
-    pybind11::gil_scoped_release no_gil;
-    RECORD_FUNCTION("wsbcn_mm::weight_standardize_all", c10::ArrayRef<const c10::IValue>{});
-    held.w_hats =
-        weight_standardize_all(held.weights, eps, {formula, static_cast<size_t>(length)}, dtype);
-  }
-  held.used.resize(count, false);
-  return wrap(std::move(held));
+  return standardize_together(std::move(weights), eps, text_of(arguments[2]), dtype,
+                              arguments[4] == Py_True);
   END_HANDLE_TH_ERRORS
 }
 
