@@ -67,13 +67,10 @@ FOR_STUDIES = (
 # Parts that are built from their `kind`: with other layers, and frozen.
 CONVERTED, KEPT = 'Converted', 'Kept'
 
-# Our hooks (their classes register themselves under these names).
+# Hooks that are put into configs or looked for there (their classes register themselves).
 ESTIMATES_HOOK = 'EstimatesHook'
-PRECISE_STATS_HOOK = 'PreciseStatsHook'
 ATOMIC_CHECKPOINT_HOOK = 'AtomicCheckpointHook'
-CHECKPOINT_REPORT_HOOK = 'CheckpointReportHook'
 DATA_CHECK_HOOK = 'DataCheckHook'
-DIAGNOSTICS_HOOK = 'DiagnosticsHook'
 
 
 def _by_name(*rows: Layer) -> dict[str, Layer]:
