@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from tests.tool import leave_configs_unformatted
+from tests.tool import go_on_at_the_end_of_data, leave_configs_unformatted
 from wsbcn_mm import backends
 from wsbcn_mm.backends import autograd, cpu
 from wsbcn_mm.backends.together import Results
@@ -44,6 +44,7 @@ def root() -> Path:
 def pytest_collection_finish() -> None:
     """Takes all that was imported so far out of the garbage collector's rounds: they are many."""
     leave_configs_unformatted()
+    go_on_at_the_end_of_data()
     gc.collect()
     gc.freeze()
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.multiprocessing
 
-from tests.tool import leave_configs_unformatted
+from tests.tool import go_on_at_the_end_of_data, leave_configs_unformatted
 
 # One that cannot be imported is left out.
 IMPORTED = ['torch._dynamo', 'torch.distributed.fsdp', 'wsbcn_mm', 'wsbcn_mm.openmmlab']
@@ -39,6 +39,7 @@ def _rank(
     os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
     torch.set_num_threads(1)
     leave_configs_unformatted()
+    go_on_at_the_end_of_data()
     torch.save(function(rank, *arguments), f'{folder}/{rank}.pt')
     if torch.distributed.is_initialized():
         torch.distributed.barrier()  # torch 2.6 may wait for ever for a rank that has gone
