@@ -5,6 +5,7 @@ import pytest
 pytest.importorskip('mmengine', reason="the hook is mmengine's")
 
 import logging
+import pickle
 import re
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ import torch
 from mmengine.logging.history_buffer import HistoryBuffer
 from mmengine.model import MMDistributedDataParallel
 from mmengine.registry import HOOKS
+from mmengine.runner import load_checkpoint
 from torch import nn
 
 from tests.openmmlab.tiny import TinyModel, make_runner, tiny_model
@@ -318,3 +320,64 @@ def test_a_first_look_lists_what_is_there(tmp_path):
     (tmp_path / 'epoch_5.pth').touch()
     with pytest.raises(ValueError, match=r'epoch_5\.pth is empty'):
         checkpoints.check_checkpoint(str(tmp_path / 'epoch_5.pth'))
+
+
+# ---- what the Runner wrote ----------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def torch_decides(monkeypatch):
+    """No switch that turns torch's check off, whatever the shell says."""
+    for name in ('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD', 'TORCH_FORCE_WEIGHTS_ONLY_LOAD'):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    """A work dir after one epoch of two iterations, as the Runner leaves it."""
+    folder = tmp_path_factory.mktemp('trained')
+    runner = make_runner(folder)
+    runner.train()
+    return folder, runner
+
+
+def test_a_checkpoint_of_the_runner_loads_with_torchs_check_on(trained):
+    """It holds the log's HistoryBuffer with numpy arrays, which torch >= 2.6 refuses.
+
+    Without our entries on torch's allow-list loading raises; with them it works, nothing forced.
+    """
+    folder, runner = trained
+    file = str(folder / 'epoch_1.pth')
+    content = torch.load(file, weights_only=False)
+    scalars = content['message_hub']['log_scalars'].values()
+    assert any(isinstance(value, HistoryBuffer) for value in scalars)
+
+    allowed = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    try:
+        with pytest.raises(pickle.UnpicklingError, match='Weights only load failed'):
+            torch.load(file, weights_only=True)
+        checkpoints.allow_checkpoint_globals()
+        torch.load(file, weights_only=True)
+    finally:
+        torch.serialization.add_safe_globals(allowed)
+
+    model = tiny_model(fill=0.0)
+    load_checkpoint(model, file)
+    for name, value in runner.model.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], value, rtol=0, atol=0)
+
+
+def test_the_runner_resumes(trained, tmp_path):
+    """Epoch, iteration, weights, statistics and the log go on where they ended."""
+    folder, first = trained
+    second = make_runner(tmp_path, epochs=2, load_from=str(folder / 'epoch_1.pth'), resume=True)
+    second.load_or_resume()
+    assert (second.epoch, second.iter) == (1, 2)
+    for name, value in first.model.state_dict().items():
+        torch.testing.assert_close(second.model.state_dict()[name], value, rtol=0, atol=0)
+    second.train()
+    assert (second.epoch, second.iter) == (2, 4)
+    losses = second.message_hub.get_scalar('train/loss').data[0]
+    assert len(losses) == 4
+    assert second.model.bcn.bn.num_batches_tracked == 4

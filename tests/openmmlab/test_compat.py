@@ -7,22 +7,17 @@ pytest.importorskip('mmcv', reason='layers are built by mmcv')
 
 import importlib
 import os
-import pickle
 import subprocess
 import sys
 
-import torch
 from mmcv.cnn import build_conv_layer, build_norm_layer
 from mmengine.config import Config
 from mmengine.config import config as config_module
 from mmengine.config.utils import MODULE2PACKAGE
-from mmengine.logging.history_buffer import HistoryBuffer
-from mmengine.runner import load_checkpoint
 
-from tests.openmmlab.tiny import make_runner, tiny_model
 from wsbcn_mm import BatchChannelNorm2d, WSConv2d
 from wsbcn_mm.layer_kinds import is_conv
-from wsbcn_mm.openmmlab import checkpoints, compat
+from wsbcn_mm.openmmlab import compat
 from wsbcn_mm.openmmlab.conversion.convert import convert_config
 from wsbcn_mm.structure import standardizable
 
@@ -163,118 +158,6 @@ def test_bases_are_found_without_reading_every_metafile(tmp_path, monkeypatch):
     monkeypatch.setattr('mmengine.config.utils._get_cfg_metainfo', read)
     (tmp_path / 'config.py').write_text(INHERITING)
     assert Config.fromfile(tmp_path / 'config.py').norm_cfg.type == 'BCN'
-
-
-# ---- checkpoints -------------------------------------------------------------------------------
-
-
-@pytest.fixture(autouse=True)
-def torch_decides(monkeypatch):
-    """No switch that turns torch's check off, whatever the shell says."""
-    for name in ('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD', 'TORCH_FORCE_WEIGHTS_ONLY_LOAD'):
-        monkeypatch.delenv(name, raising=False)
-
-
-needs_allow_list = pytest.mark.skipif(
-    not hasattr(torch.serialization, 'add_safe_globals'), reason='torch < 2.4 has no allow-list'
-)
-
-
-@pytest.fixture(scope='module')
-def trained(tmp_path_factory):
-    """A work dir after one epoch of two iterations, as the Runner leaves it."""
-    folder = tmp_path_factory.mktemp('trained')
-    runner = make_runner(folder)
-    runner.train()
-    return folder, runner
-
-
-@needs_allow_list
-def test_a_checkpoint_of_the_runner_loads_with_torchs_check_on(trained):
-    """It holds the log's HistoryBuffer with numpy arrays, which torch >= 2.6 refuses.
-
-    Without our entries on torch's allow-list loading raises; with them it works, nothing forced.
-    """
-    folder, runner = trained
-    file = str(folder / 'epoch_1.pth')
-    content = torch.load(file, weights_only=False)
-    scalars = content['message_hub']['log_scalars'].values()
-    assert any(isinstance(value, HistoryBuffer) for value in scalars)
-
-    allowed = torch.serialization.get_safe_globals()
-    torch.serialization.clear_safe_globals()
-    try:
-        with pytest.raises(pickle.UnpicklingError, match='Weights only load failed'):
-            torch.load(file, weights_only=True)
-        checkpoints.allow_checkpoint_globals()
-        torch.load(file, weights_only=True)
-    finally:
-        torch.serialization.add_safe_globals(allowed)
-
-    model = tiny_model(fill=0.0)
-    load_checkpoint(model, file)
-    for name, value in runner.model.state_dict().items():
-        torch.testing.assert_close(model.state_dict()[name], value, rtol=0, atol=0)
-
-
-def test_the_runner_resumes(trained, tmp_path):
-    """Epoch, iteration, weights, statistics and the log go on where they ended."""
-    folder, first = trained
-    second = make_runner(tmp_path, epochs=2, load_from=str(folder / 'epoch_1.pth'), resume=True)
-    second.load_or_resume()
-    assert (second.epoch, second.iter) == (1, 2)
-    for name, value in first.model.state_dict().items():
-        torch.testing.assert_close(second.model.state_dict()[name], value, rtol=0, atol=0)
-    second.train()
-    assert (second.epoch, second.iter) == (2, 4)
-    losses = second.message_hub.get_scalar('train/loss').data[0]
-    assert len(losses) == 4
-    assert second.model.bcn.bn.num_batches_tracked == 4
-
-
-class Harmless:
-    """A pickle that runs code when it is loaded; all it does is to create an empty file."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (self.path, 'w')
-
-
-@needs_allow_list
-def test_a_checkpoint_that_runs_code_is_refused(tmp_path):
-    """The allow-list must not be a way around torch's check."""
-    touched, file = tmp_path / 'touched', str(tmp_path / 'evil.pth')
-    torch.save(dict(state_dict={}, payload=Harmless(str(touched))), file)
-    with pytest.raises(pickle.UnpicklingError):
-        load_checkpoint(tiny_model(), file)
-    assert not touched.exists()
-    torch.load(file, weights_only=False)['payload'].close()
-    assert touched.exists()  # the payload works: it was the check that stopped it
-
-
-class Asks:
-    """A pickle that asks for an attribute, as that of a HistoryBuffer does for its methods."""
-
-    def __init__(self, *arguments):
-        self.arguments = arguments
-
-    def __reduce__(self):
-        return getattr, self.arguments
-
-
-@needs_allow_list
-@pytest.mark.parametrize(
-    'owner, name',
-    [(HistoryBuffer, '__init__'), (HistoryBuffer, '__subclasses__'), (torch.Tensor, 'tofile')],
-)
-def test_getattr_in_a_checkpoint_reaches_nothing_but_the_logs_statistics(owner, name, tmp_path):
-    """The real getattr on the allow-list would hand out the whole interpreter."""
-    file = str(tmp_path / 'asks.pth')
-    torch.save(dict(state_dict={}, payload=Asks(owner, name)), file)
-    with pytest.raises(pickle.UnpicklingError):
-        load_checkpoint(tiny_model(), file)
 
 
 # ---- apply, require ----------------------------------------------------------------------------

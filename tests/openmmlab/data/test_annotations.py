@@ -13,6 +13,7 @@ import re
 from mmengine.config import Config
 from pycocotools.coco import COCO
 
+from wsbcn_mm.openmmlab import command_line
 from wsbcn_mm.openmmlab.data import annotations, segments
 from wsbcn_mm.openmmlab.data.reading import DataError
 
@@ -206,3 +207,49 @@ def test_segmentations_that_are_none_are_found(mask, kinds, words, tmp_path):
     if not kinds:
         rle = COCO(str(tmp_path / 'a.json')).annToRLE(dict(OBJECT, segmentation=mask))
         assert rle['size'] == [2, 3]
+
+
+def test_damaged_annotations_are_found(tmp_path):
+    good, bad, odd = (tmp_path / f'{name}.json' for name in ('good', 'bad', 'odd'))
+    good.write_text(json.dumps(dict(images=[], categories=[])))
+    bad.write_text(json.dumps(dict(images=list(range(1000))))[:500])
+    odd.write_text('[]')
+    cfg = Config(
+        dict(
+            train_dataloader=dict(
+                dataset=dict(
+                    type='Repeat',
+                    dataset=dict(data_root=str(tmp_path), ann_file='bad.json', type='CocoDataset'),
+                )
+            ),
+            val_dataloader=dict(dataset=dict(type='CocoDataset', ann_file=str(good))),
+            test_dataloader=dict(dataset=dict(type='CocoDataset', ann_file=str(odd))),
+        )
+    )
+    loaders = ('train_dataloader', 'val_dataloader', 'test_dataloader')
+    first, second = annotations.damaged_annotations(cfg, *loaders)
+    assert first.startswith(f'train_dataloader: {bad} is damaged: ')
+    assert second == f'test_dataloader: {odd} is damaged: a list instead of an object'
+    assert annotations.damaged_annotations(cfg, 'val_dataloader') == []
+
+
+def test_an_error_besides_damaged_annotations_is_not_swallowed(tmp_path):
+    path = tmp_path / 'a.json'
+    path.write_text('{"images": [')
+    cfg = Config(dict(train_dataloader=dict(dataset=dict(type='CocoDataset', ann_file=str(path)))))
+
+    def run(action):
+        with command_line.errors_of_a_run(cfg, 'train_dataloader'):
+            action()
+
+    words = rf'error: train_dataloader: {path} is damaged.*\n  it ended in JSONDecodeError: '
+    with pytest.raises(SystemExit, match=words):
+        run(lambda: json.loads(path.read_text()))
+    with pytest.raises(DataError, match=r'(?s)ZeroDivisionError.*\nand besides.*damaged') as e:
+        run(lambda: 1 / 0)
+    assert isinstance(e.value.__cause__, ZeroDivisionError)
+    path.write_text('{"images": [], "categories": []}')
+    with pytest.raises(ZeroDivisionError):
+        run(lambda: 1 / 0)
+    with pytest.raises(json.JSONDecodeError):
+        run(lambda: json.loads('{'))

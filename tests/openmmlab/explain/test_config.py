@@ -11,6 +11,7 @@ pytest.importorskip('mmcv', reason='builds norms')
 import itertools
 import re
 
+import numpy as np
 import torch
 from mmcv.cnn import build_norm_layer
 from mmcv.ops import batched_nms
@@ -24,6 +25,7 @@ from mmengine.visualization import LocalVisBackend
 from torch import nn
 
 from wsbcn_mm.openmmlab import command_line, config, explain
+from wsbcn_mm.openmmlab.deploy import inference
 from wsbcn_mm.openmmlab.places import place_of
 
 _numbers = itertools.count()
@@ -421,3 +423,29 @@ def test_lr_of_yaml(cfg, tmp_path):
     (tmp_path / 'c.yml').write_text('lr: 1e-3\n')
     cfg.optim_wrapper.optimizer.lr = Config.fromfile(str(tmp_path / 'c.yml')).lr
     assert 'write 0.001 (YAML takes it for a text)' in said_of(cfg)
+
+
+@pytest.mark.parametrize(
+    'shapes, words',
+    [
+        ([(3, 32, 32), (3, 40, 32)], 'images of other sizes make no batch'),
+        ([(1, 32, 32)], 'turns BGR to RGB .* gets images of 1 channels\n  .* in_channels=1'),
+    ],
+)
+def test_images_that_the_preprocessor_does_not_take(shapes, words):
+    pytest.importorskip('mmseg', reason='its segmenter and its preprocessor')
+    cfg = config.load_config('configs/quick/quick_deeplabv3_r18_ws-bcn_1xb1_shapes.py')
+    cfg.model.data_preprocessor = dict(type='SegDataPreProcessor', size=(40, 32), bgr_to_rgb=True)
+    if len(shapes) == 1:
+        cfg.model.data_preprocessor = dict(type='ImgDataPreprocessor', bgr_to_rgb=True)
+    model = inference.build_model(cfg)
+    inputs = [torch.zeros(shape, dtype=torch.uint8) for shape in shapes]
+    with pytest.raises(explain.ConfigError, match=words), explain.named(cfg):
+        model.test_step(dict(inputs=inputs, data_samples=[]))
+
+
+def test_a_config_that_cannot_be_written(formatted_configs):
+    cfg = Config(dict(model=dict(type='A'), kind=nn.ReLU, values=np.ones(2)))
+    words = 'kind is .*ReLU.*\n.*`del kind, values`'
+    with pytest.raises(explain.ConfigError, match=words), explain.named(cfg):
+        str(cfg.pretty_text)

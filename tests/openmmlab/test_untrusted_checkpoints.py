@@ -1,4 +1,4 @@
-"""Every door for a file with weights: what would run code is refused, wherever it comes from.
+"""Checkpoints of others: what would run code is refused, wherever it comes from.
 
 The pickle here is harmless: all that it would do is to leave a mark.
 """
@@ -17,6 +17,7 @@ import threading
 from types import SimpleNamespace
 
 import torch
+from mmengine.logging.history_buffer import HistoryBuffer
 from mmengine.model import PretrainedInit
 from mmengine.registry import WEIGHT_INITIALIZERS
 from mmengine.runner import checkpoint as loaders
@@ -121,12 +122,41 @@ def test_no_door_lets_code_in(source, evil, address, monkeypatch):
 
 @pytest.mark.usefixtures('hubs')
 @pytest.mark.parametrize('resume', [False, True])
-def test_the_runner_lets_none_in_from_an_address(resume, evil, address, tmp_path):
+@pytest.mark.parametrize('source', ['FILE', 'HTTP'])
+def test_the_runner_lets_none_in(source, resume, evil, address, tmp_path):
+    source = dict(FILE=str(evil.file), HTTP=address)[source]
     hooks = [dict(type='EMAHook')]
-    runner = make_runner(tmp_path, load_from=address, resume=resume, custom_hooks=hooks)
-    with pytest.raises(CheckpointRefused):
+    runner = make_runner(tmp_path, load_from=source, resume=resume, custom_hooks=hooks)
+    with pytest.raises(CheckpointRefused) as error:
         runner.load_or_resume()
+    text = str(error.value)
+    assert f'{source} was refused: it holds more than tensors and numbers (' in text
+    assert 'open' in text  # what it asks for
+    assert 'save its state_dict alone' in text
+    assert '\n\n' not in text  # not torch's page of advice
     assert not evil.mark.exists()
+
+
+class Asks:
+    """A pickle that asks for an attribute, as that of a HistoryBuffer does for its methods."""
+
+    def __init__(self, *arguments):
+        self.arguments = arguments
+
+    def __reduce__(self):
+        return getattr, self.arguments
+
+
+@pytest.mark.parametrize(
+    'owner, name',
+    [(HistoryBuffer, '__init__'), (HistoryBuffer, '__subclasses__'), (torch.Tensor, 'tofile')],
+)
+def test_getattr_in_a_checkpoint_reaches_nothing_but_the_logs_statistics(owner, name, tmp_path):
+    """The real getattr on the allow-list would hand out the whole interpreter."""
+    file = str(tmp_path / 'asks.pth')
+    torch.save(dict(state_dict={}, payload=Asks(owner, name)), file)
+    with pytest.raises(CheckpointRefused):
+        loaders.load_checkpoint(tiny_model(), file)
 
 
 @pytest.mark.usefixtures('hubs')
