@@ -410,11 +410,36 @@ def test_short_floats_are_read_exactly_and_rounded_once(dtype, layout, length):
 
 
 @needs_cpu_kernels
-@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
 def test_weights_are_rounded_once(dtype):
-    weight = torch.randn(64, 37) * torch.logspace(-9, 9, 64)[:, None]
-    full = weight_standardize(weight, 1e-2)
-    assert torch.equal(weight_standardize(weight, 1e-2, dtype=dtype), full.to(dtype))
+    weight = (torch.randn(64, 37) * torch.logspace(-4, 4, 64)[:, None]).to(dtype)
+    full = weight_standardize(weight.float(), 1e-2)
+    for of_result in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        w_hat = weight_standardize(weight, 1e-2, dtype=of_result)
+        assert torch.equal(w_hat, full.to(of_result))
+
+
+@needs_cpu_kernels
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_constant_channels_far_from_zero_become_zero(layout):
+    """A channel that died is as large as its mean says, not as its rounding."""
+    for value, channels in ((0.37, 8), (3.3, 64), (3.3, 256)):
+        x = torch.full((2, channels, 32, 32), value).contiguous(memory_format=LAYOUTS[layout])
+        running = torch.full((channels,), value), torch.full((channels,), 1e-8)
+        y = batch_channel_norm(x, channels // 4, *running)
+        assert y.abs().max() < 1e-6
+
+
+@needs_cpu_kernels
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_statistics_far_from_zero_keep_their_digits(layout):
+    for channels, offset in ((8, 30), (8, 100), (64, 100)):
+        x = torch.randn(2, channels, 32, 32) + offset * torch.rand(channels, 1, 1)
+        x = x.contiguous(memory_format=LAYOUTS[layout])
+        m, q = cpu.kernels().row_moments(x)
+        wide = x.double().flatten(2)
+        torch.testing.assert_close(m.double(), wide.mean(2), rtol=1e-7, atol=2e-6)
+        torch.testing.assert_close(q.double(), wide.var(2, unbiased=False), rtol=2e-6, atol=0)
 
 
 @pytest.mark.parametrize('backend', ['eager', 'cpu'])

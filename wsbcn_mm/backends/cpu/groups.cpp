@@ -93,14 +93,32 @@ void with_weight(const GroupAffine<A>& affine, int64_t count, const Body& body) 
   }
 }
 
+// Calls act(count); of a usual number of channels with a number that the compiler knows, for the loops
+// of small groups take longer to begin and to end than to run.
+template <typename Act>
+WSBCN_INLINE
+void with_count(int64_t count, const Act& act) {
+  switch (count) {
+    case 2:
+      return act(2);
+    case 4:
+      return act(4);
+    case 8:
+      return act(8);
+    case 16:
+      return act(16);
+    default:
+      return act(count);
+  }
+}
+
 template <typename A>
 WSBCN_INLINE
-void coefficients_of_group(const Group<A>& group, double eps, const Coefficients<A>& result,
-                           double* t) {
+void coefficients_of_group(const Group<A>& group, int64_t count, double eps,
+                           const Coefficients<A>& result, double* t) {
   const A *m = group.m, *q = group.q, *mean = group.mean;
   const double* gain = group.gain;
   const GroupAffine<A> affine = group.affine;
-  const int64_t count = group.count;
   double sum = 0, square = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t c = 0; c < count; ++c) {
@@ -133,12 +151,11 @@ void coefficients_of_group(const Group<A>& group, double eps, const Coefficients
 // dx1 = inverse (h - mean(h) - z mean(h z)) with h = weight grad, the means over a group.
 template <typename A>
 WSBCN_INLINE
-void gradient_of_group(const Group<A>& group, const GroupSums<A>& sums,
+void gradient_of_group(const Group<A>& group, int64_t count, const GroupSums<A>& sums,
                        const GradientCoefficients<A>& result) {
   const A *m = group.m, *mean = group.mean;
   const double *gain = group.gain, *sum_g = sums.g, *sum_gx = sums.gx;
   const GroupAffine<A> affine = group.affine;
-  const int64_t count = group.count;
   const double group_mean = sums.group_mean, inverse = sums.inv_group_std;
   double h = 0, hz = 0;
   const A* batch_bias = affine.batch_bias;
@@ -172,7 +189,7 @@ void gradient_of_group(const Group<A>& group, const GroupSums<A>& sums,
 // The row sums of dx1 give the gradients of stage 1.
 template <typename A>
 WSBCN_INLINE
-void parameters_of_group(const Group<A>& group, const GroupSums<A>& sums,
+void parameters_of_group(const Group<A>& group, int64_t count, const GroupSums<A>& sums,
                          const ParameterSums& result) {
   const A *m = group.m, *q = group.q, *mean = group.mean;
   const double *gain = group.gain, *inv_std = group.inv_std, *sum_g = sums.g, *sum_gx = sums.gx;
@@ -180,7 +197,7 @@ void parameters_of_group(const Group<A>& group, const GroupSums<A>& sums,
   const double mean_h = *sums.mean_h, towards_z = inverse * *sums.mean_hz;
   const double values = static_cast<double>(sums.length);
   const A* batch_bias = group.affine.batch_bias;
-  with_weight(group.affine, group.count, [&](int64_t c, double weight) WSBCN_INLINED {
+  with_weight(group.affine, count, [&](int64_t c, double weight) WSBCN_INLINED {
     const double t = centred(c, m, mean, gain, batch_bias, group_mean);
     const double dx1 = inverse * (weight * sum_g[c] - values * (mean_h + towards_z * t));
     const double dx1_x = inverse * (weight * sum_gx[c] - towards_z * gain[c] * values * q[c]);
@@ -209,17 +226,23 @@ void parameters_of_group(const Group<A>& group, const GroupSums<A>& sums,
   WSBCN_CLONES                                                                              \
   void group_coefficients(const Group<A>& group, double eps, const Coefficients<A>& result, \
                           double* t) {                                                      \
-    coefficients_of_group(group, eps, result, t);                                           \
+    with_count(group.count, [&](int64_t count) WSBCN_INLINED {                              \
+      coefficients_of_group(group, count, eps, result, t);                                  \
+    });                                                                                     \
   }                                                                                         \
   WSBCN_CLONES                                                                              \
   void gradient_coefficients(const Group<A>& group, const GroupSums<A>& sums,               \
                              const GradientCoefficients<A>& result) {                       \
-    gradient_of_group(group, sums, result);                                                 \
+    with_count(group.count, [&](int64_t count) WSBCN_INLINED {                              \
+      gradient_of_group(group, count, sums, result);                                        \
+    });                                                                                     \
   }                                                                                         \
   WSBCN_CLONES                                                                              \
   void add_parameter_gradients(const Group<A>& group, const GroupSums<A>& sums,             \
                                const ParameterSums& result) {                               \
-    parameters_of_group(group, sums, result);                                               \
+    with_count(group.count, [&](int64_t count) WSBCN_INLINED {                              \
+      parameters_of_group(group, count, sums, result);                                      \
+    });                                                                                     \
   }
 
 WSBCN_DEFINE(float)

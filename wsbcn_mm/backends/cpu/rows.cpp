@@ -222,12 +222,13 @@ WSBCN_INLINE
 void moments_of_columns(const T* x, int64_t length, int64_t channels, A* mean, A* squares) {
   std::fill_n(mean, channels, A(0));
   std::fill_n(squares, channels, A(0));
+  // Around the first values: sums of the values themselves lose digits where they lie far from 0.
   over_columns<A>(length, channels, [&](auto width, int64_t i, int64_t c) WSBCN_INLINED {
-    add_value(load(width, x + i), true, mean + c);
+    add_value(load(width, x + i) - load(width, x + c), true, mean + c);
   });
   const A inverse = A(1) / static_cast<A>(length);
 #pragma omp simd
-  for (int64_t c = 0; c < channels; ++c) mean[c] *= inverse;
+  for (int64_t c = 0; c < channels; ++c) mean[c] = load(Width<A>(), x + c) + mean[c] * inverse;
   over_columns<A>(length, channels, [&](auto width, int64_t i, int64_t c) WSBCN_INLINED {
     add_square(load(width, x + i), mean[c], true, squares + c);
   });

@@ -161,9 +161,12 @@ void standardize_all(TensorList weights, double eps, std::string_view formula, T
       standardize_rows<scalar_t, scalar_t>(weights, out, mean, sigma, eps, kind);
     });
   } else {
-    std::vector<Tensor> exact;
-    for (const Tensor& weight : weights) exact.push_back(at::empty_like(weight));
-    standardize_all(weights, eps, formula, exact, mean, sigma);
+    std::vector<Tensor> wide, exact;  // rounded once
+    for (const Tensor& weight : weights) {
+      wide.push_back(weight.to(statistics_of(weight)));
+      exact.push_back(at::empty_like(wide.back()));
+    }
+    standardize_all(wide, eps, formula, exact, mean, sigma);
     for (size_t k = 0; k < out.size(); ++k) out[k].copy_(exact[k]);
   }
 }
