@@ -55,11 +55,10 @@ def main() -> None:
     source, out = options.pop('source'), options.pop('out')
     from wsbcn_mm.openmmlab import command_line
     from wsbcn_mm.openmmlab.conversion.convert import convert_config
-    from wsbcn_mm.openmmlab.conversion.options import ConversionOptions
     from wsbcn_mm.openmmlab.conversion.write import write_config
 
     with command_line.errors_in_one_line():
-        conversion = convert_config(source, ConversionOptions(**options))
+        conversion = convert_config(source, **options)
         if out is not None:
             write_config(conversion, out)
     print(conversion)

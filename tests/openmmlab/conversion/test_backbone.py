@@ -17,7 +17,6 @@ from wsbcn_mm.openmmlab.checkpoints import at_hand
 from wsbcn_mm.openmmlab.conversion import probe
 from wsbcn_mm.openmmlab.conversion.convert import convert_config
 from wsbcn_mm.openmmlab.conversion.layers import NothingToConvert
-from wsbcn_mm.openmmlab.conversion.options import ConversionOptions
 from wsbcn_mm.openmmlab.conversion.write import write_config
 
 LR = 'optim_wrapper.optimizer.lr'
@@ -41,7 +40,7 @@ def test_a_detector_whose_weights_are_here(tmp_path, weights):
     source = tiny(
         tmp_path, pretrained(weights), train_dataloader=dict(batch_size=2), optim_wrapper=rate
     )
-    conversion = convert_config(source, ConversionOptions(gpus=1))
+    conversion = convert_config(source, gpus=1)
     cfg = conversion.cfg
     assert (cfg.model.backbone.type, cfg.model.backbone.kind) == ('Kept', 'ResNet')
     assert cfg.model.backbone.init_cfg.checkpoint == weights
@@ -77,7 +76,7 @@ def test_a_kept_one_is_kept_or_given_up(tmp_path, weights):
     with pytest.raises(NothingToConvert):  # as it is
         convert_config(first)
     first.model.backbone.frozen = False
-    conversion = convert_config(first, ConversionOptions(backbone='convert'))
+    conversion = convert_config(first, backbone='convert')
     assert conversion.cfg.model.backbone.type == 'ResNet'
     assert not {'kind', 'frozen'} & conversion.cfg.model.backbone.keys()
     assert conversion.cfg.model.backbone.norm_cfg.type == 'BCN'
@@ -91,7 +90,7 @@ def test_a_segmenter_keeps_the_weights_that_it_names_itself(weights):
 
     cfg = load_config(DEEPLAB)
     cfg.model.pretrained = weights
-    model = convert_config(cfg, ConversionOptions(gpus=1)).cfg.model
+    model = convert_config(cfg, gpus=1).cfg.model
     assert model.pretrained == weights and model.backbone.norm_cfg.type == 'SyncBN'
     assert model.backbone.type == 'Kept' and model.decode_head.norm_cfg.type == 'BCN'
 
@@ -102,14 +101,14 @@ def test_weights_that_are_not_here_are_named(tmp_path):
     conversion = convert_config(source)
     assert conversion.cfg.model.backbone.norm_cfg.type == 'BCN'
     assert any('--backbone keep' in text for text in conversion.warnings)
-    kept = convert_config(source, ConversionOptions(backbone='keep')).cfg.model.backbone
+    kept = convert_config(source, backbone='keep').cfg.model.backbone
     assert kept.init_cfg.checkpoint == 'torchvision://resnet18'
     assert (kept.type, kept.kind) == ('Kept', 'ResNet')
 
 
 def test_convert_converts(tmp_path, weights):
     source = tiny(tmp_path, pretrained(weights))
-    cfg = convert_config(source, ConversionOptions(backbone='convert')).cfg
+    cfg = convert_config(source, backbone='convert').cfg
     assert cfg.model.backbone.norm_cfg.type == 'BCN' and cfg.model.backbone.init_cfg is None
 
 
@@ -117,16 +116,15 @@ def test_what_cannot_be_kept(tmp_path, weights):
     with pytest.raises(ValueError, match='checkpoint'):
         convert_config(
             tiny(tmp_path, pretrained(weights)),
-            ConversionOptions(checkpoint=weights, backbone='keep'),
+            checkpoint=weights,
+            backbone='keep',
         )
     norms = retinanet(norm_cfg=dict(type='GN', num_groups=16))
     with pytest.raises(ValueError, match='no model.backbone with BatchNorm'):
-        convert_config(tiny(tmp_path, norms, 'gn_8xb2.py'), ConversionOptions(backbone='keep'))
+        convert_config(tiny(tmp_path, norms, 'gn_8xb2.py'), backbone='keep')
     with pytest.raises(ValueError, match='backbone must be one of'):
-        convert_config(tiny(tmp_path, norms, 'gn_8xb2.py'), ConversionOptions(backbone='frozen'))
-    empty = convert_config(
-        tiny(tmp_path, retinanet(), 'no_8xb2.py'), ConversionOptions(backbone='keep')
-    )
+        convert_config(tiny(tmp_path, norms, 'gn_8xb2.py'), backbone='frozen')
+    empty = convert_config(tiny(tmp_path, retinanet(), 'no_8xb2.py'), backbone='keep')
     assert any('no checkpoint fills it' in text for text in empty.warnings)
 
 

@@ -16,7 +16,6 @@ from wsbcn_mm.openmmlab.audit import audit
 from wsbcn_mm.openmmlab.conversion import probe
 from wsbcn_mm.openmmlab.conversion.convert import convert_config
 from wsbcn_mm.openmmlab.conversion.layers import NothingToConvert
-from wsbcn_mm.openmmlab.conversion.options import ConversionOptions
 from wsbcn_mm.openmmlab.conversion.write import write_config
 
 MASK_RCNN = 'mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py'
@@ -70,7 +69,7 @@ def test_a_detector():
     assert cfg.auto_scale_lr == dict(enable=False, base_batch_size=8)
     assert cfg.custom_imports.imports == ['wsbcn_mm']
     assert any('torchvision://resnet50 dropped' in text for text in conversion.warnings)
-    linear = str(convert_config(MASK_RCNN, ConversionOptions(gpus=32)))
+    linear = str(convert_config(MASK_RCNN, gpus=32))
     assert 'optim_wrapper.optimizer.lr: 0.02 -> 0.04  # linear rule: 2 -> 1 images' in linear
     assert 'total 16 -> 32' in linear
     assert audit(cfg) == []
@@ -211,9 +210,7 @@ def test_batch_norms_that_no_norm_cfg_reaches():
 def test_groups_fit_every_width_of_a_part(tmp_path):
     conversion = convert_config(tiny(tmp_path, retinanet(base_channels=48)))
     assert conversion.cfg.model.backbone.norm_cfg.num_groups == 'auto'
-    with_gn = convert_config(
-        tiny(tmp_path, retinanet(base_channels=48)), ConversionOptions(norm='GN')
-    )
+    with_gn = convert_config(tiny(tmp_path, retinanet(base_channels=48)), norm='GN')
     assert with_gn.cfg.model.backbone.norm_cfg == dict(type='GN', num_groups=24)
     probe.build(with_gn.cfg)
 
@@ -222,15 +219,15 @@ def test_options(tmp_path):
     optim = dict(type='OptimWrapper', optimizer=dict(type='SGD', lr=0.08, weight_decay=1e-4))
     rest = dict(optim_wrapper=optim, train_dataloader=dict(batch_size=4))
     source = tiny(tmp_path, retinanet(frozen_stages=1), 'tiny_8xb4.py', **rest)
-    two = convert_config(source, ConversionOptions(images_per_gpu=2)).cfg
+    two = convert_config(source, images_per_gpu=2).cfg
     assert two.custom_hooks == [dict(type='EstimatesHook')]  # the rate by images per step
     assert two.optim_wrapper.optimizer.lr == 0.04 and two.auto_scale_lr.base_batch_size == 16
     assert two.optim_wrapper.paramwise_cfg == dict(norm_decay_mult=0.0)
-    kept = convert_config(source, ConversionOptions(keep_lr=True)).cfg
+    kept = convert_config(source, keep_lr=True).cfg
     assert kept.optim_wrapper.optimizer.lr == 0.08 and 'auto_scale_lr' not in kept
-    plain = convert_config(source, ConversionOptions(conv='none')).cfg
+    plain = convert_config(source, conv='none').cfg
     assert 'conv_cfg' not in plain.model.backbone
-    filled = convert_config(source, ConversionOptions(checkpoint='mine.pth')).cfg.model.backbone
+    filled = convert_config(source, checkpoint='mine.pth').cfg.model.backbone
     assert filled.init_cfg == dict(type='Pretrained', checkpoint='mine.pth')
     assert filled.frozen_stages == 1
 
@@ -251,7 +248,7 @@ def test_a_warm_up_made_for_more_images(tmp_path, images, end):
             dataset=dict(type='CocoDataset', data_root=str(tmp_path), ann_file='a.json'),
         ),
     )
-    done = convert_config(tiny(tmp_path, retinanet(), **rest), ConversionOptions(gpus=1))
+    done = convert_config(tiny(tmp_path, retinanet(), **rest), gpus=1)
     assert done.cfg.param_scheduler[0].end == end
     lines = [line for line in str(done).split('\n') if line.startswith('param_scheduler')]
     assert len(lines) == 1 and ('still rise when half' in lines[0]) == (images == 40)
@@ -263,19 +260,19 @@ def test_a_warm_up_made_for_more_images(tmp_path, images, end):
 def test_a_checkpoint_brings_its_formula_and_affine(tmp_path):
     source, file = tiny(tmp_path, retinanet()), tmp_path / 'converted.pth'
     torch.save(dict(meta=dict(formula='std_eps', affine='channel'), state_dict={}), file)
-    conversion = convert_config(source, ConversionOptions(checkpoint=str(file)))
+    conversion = convert_config(source, checkpoint=str(file))
     backbone = conversion.cfg.model.backbone
     assert backbone.conv_cfg == dict(type='WSConv2d', formula='std_eps')
     assert backbone.norm_cfg == dict(BCN, affine='channel')
     write_config(conversion, tmp_path / 'mine.py')
     torch.save(dict(state_dict={}), file)  # of these layers, as they are by default
-    by_default = convert_config(source, ConversionOptions(checkpoint=str(file)))
+    by_default = convert_config(source, checkpoint=str(file))
     assert by_default.cfg.model.backbone.norm_cfg == BCN
-    missing = convert_config(source, ConversionOptions(checkpoint='mine.pth'))
+    missing = convert_config(source, checkpoint='mine.pth')
     assert any('mine.pth is not here' in warning for warning in missing.warnings)
     file.write_bytes(b'')
     with pytest.raises(ValueError, match='is empty'):
-        convert_config(source, ConversionOptions(checkpoint=str(file)))
+        convert_config(source, checkpoint=str(file))
 
 
 @pytest.mark.parametrize(
@@ -290,7 +287,7 @@ def test_a_checkpoint_brings_its_formula_and_affine(tmp_path):
 )
 def test_wrong_arguments(arguments, text):
     with pytest.raises(ValueError, match=text):
-        convert_config(MASK_RCNN, ConversionOptions(**arguments))
+        convert_config(MASK_RCNN, **arguments)
 
 
 def test_deformable_convolutions_are_standardized_or_kept(tmp_path):
@@ -307,9 +304,9 @@ def test_deformable_convolutions_are_standardized_or_kept(tmp_path):
     assert type(conv).__name__ == 'WSDeformConv2dPack' and isinstance(backbone.conv1, WSConv2d)
     assert type(conv.conv_offset) is torch.nn.Conv2d  # no norm behind it
     assert isinstance(backbone.layer2[0].norm2, BatchChannelNorm2d)
-    plain = convert_config(source, ConversionOptions(conv='none')).cfg.model.backbone
+    plain = convert_config(source, conv='none').cfg.model.backbone
     assert plain.norm_cfg.type == 'BCN' and 'conv_cfg' not in plain
-    kept = convert_config(source, ConversionOptions(keep_dcn=True))
+    kept = convert_config(source, keep_dcn=True)
     backbone = probe.build(kept.cfg).backbone
     assert isinstance(backbone.conv1, WSConv2d)
     assert type(backbone.layer2[0].conv2).__name__ == 'DeformConv2dPack'
@@ -327,7 +324,7 @@ def test_convolutions_that_conv_cfg_names_by_a_class_of_their_own(tmp_path):
     backbone = probe.build(converted.cfg).backbone
     kinds = {type(m).__name__ for m in backbone.modules() if isinstance(m, torch.nn.Conv2d)}
     assert kinds == {'WSConv2dAdaptivePadding'} and isinstance(backbone.norm1, BatchChannelNorm2d)
-    plain = convert_config(source, ConversionOptions(conv='none'))
+    plain = convert_config(source, conv='none')
     assert type(probe.build(plain.cfg).backbone.conv1).__name__ == 'Conv2dAdaptivePadding'
 
 

@@ -23,7 +23,6 @@ from experiments import lite, loop, persons
 from wsbcn_mm.openmmlab import command_line
 from wsbcn_mm.openmmlab.config import load_config
 from wsbcn_mm.openmmlab.conversion.convert import convert_config
-from wsbcn_mm.openmmlab.conversion.options import ConversionOptions
 
 SOURCE = 'mmseg::deeplabv3/deeplabv3_r50-d8_4xb4-20k_voc12aug-512x512.py'
 CAMVID = [
@@ -230,15 +229,15 @@ def config(run: dict[str, Any], root: Path, folder: Path) -> Config:
         cfg = user
         cfg.train_dataloader.batch_size = run['images']
     else:
-        options = ConversionOptions(
+        cfg = convert_config(
+            user,
             norm=run['norm'],
             conv=run['conv'],
             backbone='convert' if run['backbone'] == 'filters' else run['backbone'],
             images_per_gpu=run['images'],
             gpus=1,
             schedule='keep',
-        )
-        cfg = convert_config(user, options).cfg
+        ).cfg
     if run['backbone'] == 'filters':
         init = dict(type='Pretrained', checkpoint=str(folder / 'lite0.pth'))
         cfg.model.backbone.init_cfg = init

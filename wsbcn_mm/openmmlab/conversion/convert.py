@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 from mmengine.config import Config, ConfigDict
 
@@ -24,12 +25,8 @@ from wsbcn_mm.openmmlab.conversion.probe import Node
 from wsbcn_mm.openmmlab.places import Place, dotted, value_at
 from wsbcn_mm.openmmlab.registry import ESTIMATES_HOOK
 
-_BY_DEFAULT = ConversionOptions()
 
-
-def convert_config(
-    source: str | Path | Config, options: ConversionOptions = _BY_DEFAULT
-) -> Conversion:
+def convert_config(source: str | Path | Config, **choices: Any) -> Conversion:
     """The WS + BCN version of a config.
 
     - ``norm_cfg``: BN, SyncBN and GN become BCN, also where the norm is a default that the config
@@ -48,7 +45,8 @@ def convert_config(
     Args:
         source: A file, a name such as ``'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'``, or
             a loaded config (not changed).
-        options: Which layers, weights and batch it is to have, see `ConversionOptions`.
+        **choices: Which layers, weights and batch it is to have: the attributes of
+            `ConversionOptions`, which checks them.
 
     Raises:
         FileNotFoundError: no such config; names similar ones.
@@ -57,6 +55,7 @@ def convert_config(
         NothingToConvert: a ValueError; nothing in the config has a norm that BCN could replace.
         ValueError: a checkpoint and a backbone that do not go together; see `backbone.settle`.
     """
+    options = ConversionOptions(**choices)
     if isinstance(source, Config):
         original, file, base = with_names(copy.deepcopy(source)), source.filename, None
     else:
