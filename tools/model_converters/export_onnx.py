@@ -65,7 +65,12 @@ def main() -> None:
 
 
 def export_whole(
-    args: argparse.Namespace, cfg: Config, model: Any, x: Tensor, folder: Path
+    args: argparse.Namespace,
+    cfg: Config,
+    model: Any,
+    x: Tensor,
+    folder: Path,
+    classes: list[str],
 ) -> Path:
     """Writes and checks model.onnx of a folded detector."""
     from wsbcn_mm.openmmlab.config import scope_of
@@ -84,8 +89,7 @@ def export_whole(
         channels = inference.channels_of(model)
         batches = {name: inference.batch_of(cfg, d, channels) for name, d in drawn.items()}
     file = folder / 'model.onnx'
-    metadata = dict(classes=onnx.metadata_of(cfg, model)['classes'])
-    detector.export_detector(model, x, file, args.opset, metadata)
+    detector.export_detector(model, x, file, args.opset, dict(classes=classes))
     counts = onnx.check_graph(file)
     print(', '.join(f'{count} {name}' for name, count in sorted(counts.items())))
     session = onnx.onnxruntime_session(file)
@@ -114,7 +118,8 @@ def export(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(dir=args.output, prefix='.') as folder:
         files = []
         if args.whole:
-            files.append(export_whole(args, planned.cfg, folded, x, Path(folder)))
+            classes = metadata['classes']
+            files.append(export_whole(args, planned.cfg, folded, x, Path(folder), classes))
         for part in () if args.whole else parts.tensor_parts(folded, x):
             if part.name.startswith('auxiliary'):
                 continue  # of use in training only

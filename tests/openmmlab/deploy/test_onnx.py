@@ -9,6 +9,7 @@ import json
 
 import numpy as np
 import torch
+from mmengine.config import Config
 from torch import nn
 
 from tests.openmmlab.deploy.models import QUICK, SIZE, image_of, run_here
@@ -37,6 +38,20 @@ def test_parts_in_any_size(trained, tmp_path):
         if part.name != 'image':  # another number of RoIs
             part.input = part.input[:3]
             assert onnx.check_results(part, file) < 1e-4
+
+
+def test_names_of_classes_are_in_the_order_of_the_labels(tmp_path):
+    """As tools/infer.py has them: a COCO file numbers the labels, whatever order the config has."""
+    names = [dict(id=3, name='square'), dict(id=9, name='disc')]
+    (tmp_path / 'a.json').write_text(json.dumps(dict(images=[], annotations=[], categories=names)))
+    dataset = dict(type='CocoDataset', data_root=str(tmp_path), ann_file='a.json')
+    loader = dict(dataset=dict(**dataset, metainfo=dict(classes=('disc', 'square'))))
+    cfg = Config(dict(default_scope='mmdet', model={}, test_dataloader=loader))
+    model = nn.Identity()
+    for model.dataset_meta in (dict(classes=('disc', 'square')), None):
+        assert onnx.metadata_of(cfg, model)['classes'] == ['square', 'disc']
+    cfg = Config(dict(default_scope='mmpretrain', model={}))  # nobody knows them
+    assert onnx.metadata_of(cfg, model)['classes'] == []
 
 
 def test_plain_torch_exports_what_is_folded(tmp_path):

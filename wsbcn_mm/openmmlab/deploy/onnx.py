@@ -18,6 +18,7 @@ from mmengine.config import Config
 from torch import Tensor, nn
 
 from wsbcn_mm.openmmlab import config
+from wsbcn_mm.openmmlab.deploy.classes import classes_of
 from wsbcn_mm.openmmlab.deploy.parts import Part
 from wsbcn_mm.openmmlab.errors import first_line
 
@@ -212,7 +213,7 @@ def check_results(part: Part, path: str | Path, tolerance: float = 1e-4) -> floa
 
 
 def metadata_of(cfg: Config, model: nn.Module) -> dict:
-    """How to prepare an image for ``image.onnx``, and the classes."""
+    """How to prepare an image for ``image.onnx``, and the classes in the order of the labels."""
     settings = config.model_of(cfg).get('data_preprocessor') or {}
     # MMAction2's frames are RGB when they reach the preprocessor, everybody else's images BGR.
     turned = bool(settings.get('bgr_to_rgb') or settings.get('to_rgb'))
@@ -221,5 +222,5 @@ def metadata_of(cfg: Config, model: nn.Module) -> dict:
         std=list(settings.get('std') or ()),
         channel_order='BGR' if turned == (config.scope_of(cfg) == 'mmaction') else 'RGB',
         pad_size_divisor=settings.get('pad_size_divisor', 1),
-        classes=list((getattr(model, 'dataset_meta', None) or {}).get('classes', ())),
+        classes=classes_of(cfg, model, required=False)['classes'] or [],
     )
