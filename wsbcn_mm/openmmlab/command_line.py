@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from mmengine.config import Config, ConfigDict
@@ -13,6 +14,7 @@ from mmengine.device import get_device
 from mmengine.hooks import Hook
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
+from torch.utils.data import DataLoader
 
 from wsbcn_mm.openmmlab import config, explain, loaders, optimizers, options
 from wsbcn_mm.openmmlab.checkpoints import (
@@ -185,15 +187,21 @@ def train(cfg: Config, may_be_done: bool = False) -> None:
     length = ', '.join(f'train_cfg.{k}={v}' for k, v in loop.items() if k.startswith('max_'))
     text = f'nothing was left to train: {length}'
     if len(runner.train_dataloader) == 0:
-        text = (
-            f'train_dataloader makes no batch of its {len(runner.train_dataloader.dataset)} items: '
-            'drop_last leaves out one that is not full\n  a smaller batch_size, or drop_last=False'
-        )
+        text = no_batch(runner.train_dataloader)
     if cfg.get('resume'):
         text += f', and {cfg.load_from} is at epoch {runner.epoch}, iteration {runner.iter}'
     if not may_be_done:
         raise NothingToTrain(text)
     print(text, file=sys.stderr)
+
+
+def no_batch(loader: DataLoader) -> str:
+    """What is wrong where a loader of training has data and makes no batch."""
+    items: Any = loader.dataset
+    return (
+        f'train_dataloader makes no batch of its {len(items)} items: drop_last leaves out '
+        'one that is not full\n  a smaller batch_size, or drop_last=False'
+    )
 
 
 def prepare_distributed(cfg: Config, launcher: str) -> None:

@@ -2,19 +2,22 @@
 
 import math
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.registry import DATASETS, MODELS
+from mmengine.registry import DATA_SAMPLERS, DATASETS, MODELS
+from mmengine.runner import Runner, loops
 from torch import nn
+from torch.utils.data import BatchSampler
 
 from wsbcn_mm.openmmlab.measure.learning_rate import averaged, range_test, rounded, suggest
 
 
 @pytest.fixture(autouse=True)
 def parts():
-    """A model and a data set with names, as a config needs them."""
+    """A model and a data set with names, as a config needs them; the batches that were seen."""
     from mmengine.model import BaseModel
 
     class RangeValley(BaseModel):
@@ -23,6 +26,7 @@ def parts():
             self.place = nn.Parameter(torch.tensor([3.0, 3.0]))
 
         def forward(self, inputs, mode='loss', **_):
+            seen.append([int(value) for value in inputs])
             return dict(loss=0.5 * (self.place**2 * torch.tensor([1.0, 4.0])).sum() + 1)
 
     class RangeNothing(torch.utils.data.Dataset):
@@ -30,13 +34,16 @@ def parts():
             return 8
 
         def __getitem__(self, index):
-            return dict(inputs=torch.zeros(1))
+            return dict(inputs=torch.tensor(index))
 
+    seen = []
     MODELS.register_module(module=RangeValley)
     DATASETS.register_module(module=RangeNothing)
-    yield
+    DATA_SAMPLERS.register_module('RangeBatches', module=BatchSampler)
+    yield seen
     MODELS.module_dict.pop('RangeValley')
     DATASETS.module_dict.pop('RangeNothing')
+    DATA_SAMPLERS.module_dict.pop('RangeBatches')
 
 
 def config(tmp_path, **rest):
@@ -90,6 +97,51 @@ def test_accumulation_and_multipliers(tmp_path):
     for rate, loss in zip(found.rates, found.losses, strict=True):
         assert loss == pytest.approx(0.5 * float((place**2 * curvature).sum()) + 1, rel=1e-5)
         place = place - 0.5 * rate * curvature * place
+
+
+def no_pause(seconds):
+    pytest.fail('the test waits for its data')
+
+
+@pytest.mark.parametrize(
+    'settings',
+    [
+        dict(sampler=dict(type='DefaultSampler', shuffle=True)),
+        dict(sampler=dict(type='DefaultSampler', shuffle=True), drop_last=True),
+        dict(
+            sampler=dict(type='DefaultSampler', shuffle=True),
+            batch_sampler=dict(type='RangeBatches', drop_last=False),
+        ),
+        dict(sampler=dict(type='InfiniteSampler', shuffle=True)),
+    ],
+)
+def test_data_begin_anew_as_they_do_in_a_training_and_without_a_pause(
+    parts, tmp_path, monkeypatch, settings
+):
+    """Eight items, three a batch: order, seeds and the batch that is not full stay as they are."""
+    monkeypatch.setattr(loops, 'time', SimpleNamespace(sleep=no_pause))
+    cfg = config(tmp_path)
+    cfg.randomness = dict(seed=7)
+    cfg.train_dataloader.update(batch_size=3, **settings)
+    range_test(cfg, 1e-3, 0.1, 20)
+    loader, wanted, epoch = Runner.build_dataloader(cfg.train_dataloader, seed=7), [], 0
+    batches = iter(loader)
+    while len(wanted) < 20:
+        batch = next(batches, None)
+        if batch is None:  # as mmengine's loop by epochs has it
+            epoch += 1
+            getattr(loader.batch_sampler, 'sampler', loader.sampler).set_epoch(epoch)
+            batches = iter(loader)
+        else:
+            wanted.append([int(value) for value in batch['inputs']])
+    assert parts == wanted and parts[:3] != parts[3:6]
+
+
+def test_data_that_make_no_batch_are_named(tmp_path):
+    cfg = config(tmp_path)
+    cfg.train_dataloader.update(batch_size=9, drop_last=True)
+    with pytest.raises(ValueError, match='makes no batch of its 8 items: drop_last'):
+        range_test(cfg)
 
 
 def test_averages_are_cut_off_at_the_ends():

@@ -7,18 +7,20 @@ own data at the user's own batch. Nothing that it makes is kept.
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
+from torch.utils.data import DataLoader
 
 from wsbcn_mm.openmmlab import explain
-from wsbcn_mm.openmmlab.command_line import build_runner, harden
+from wsbcn_mm.openmmlab.command_line import NothingToTrain, build_runner, harden, no_batch
 from wsbcn_mm.openmmlab.config import type_name
 from wsbcn_mm.openmmlab.places import LR
 from wsbcn_mm.openmmlab.registry import DATA_CHECK_HOOK, ESTIMATES_HOOK
@@ -71,7 +73,8 @@ def range_test(
         Rates, losses and a suggestion, see `suggest`.
 
     Raises:
-        ValueError: an argument out of range, or a config without ``optim_wrapper.optimizer.lr``.
+        ValueError: an argument out of range, a config without ``optim_wrapper.optimizer.lr``, or
+            one whose data make no batch.
     """
     if not 0 < lowest < highest:
         raise ValueError(f'lowest must be above 0 and below highest\n  got {lowest}, {highest}')
@@ -119,7 +122,11 @@ class RisingRate(Hook):
         return self.lowest * (self.highest / self.lowest) ** (step / (self.steps - 1))
 
     def before_train(self, runner: Runner) -> None:
-        """Keeps what each group's rate is in terms of the optimizer's."""
+        """Keeps what each group's rate is in terms of the optimizer's; lets the data not wait."""
+        loop = runner.train_loop
+        loop.dataloader_iterator = _pass_after_pass(
+            loop.dataloader, loop.dataloader_iterator._iterator
+        )
         groups = runner.optim_wrapper.param_groups
         self._shares = [group['lr'] / self.lowest for group in groups]
 
@@ -144,6 +151,30 @@ class RisingRate(Hook):
             self._best = min(self._best, sum(self.losses[-2 * window : -window]) / window)
             diverged = sum(self.losses[-window:]) / window > DIVERGED * self._best
         runner.train_loop.stop_training |= diverged
+
+
+def _pass_after_pass(loader: DataLoader, batches: Iterator[Any]) -> Iterator[Any]:
+    """The batches that mmengine's loop by iterations has, without its pause between two passes.
+
+    It sleeps for two seconds before its data begin anew: with few images that is most of the test.
+    Its loop by epochs begins them anew in the same way and does not.
+
+    Args:
+        loader: Of the loop.
+        batches: The first pass, which the loop has begun.
+    """
+    samplers = loader.sampler, getattr(loader.batch_sampler, 'sampler', None)
+    sampler = next((s for s in samplers if hasattr(s, 'set_epoch')), None)
+    for epoch in itertools.count(1):
+        empty = True
+        for batch in batches:
+            empty = False
+            yield batch
+        if empty:
+            raise NothingToTrain(no_batch(loader))
+        if sampler is not None:
+            sampler.set_epoch(epoch)
+        batches = iter(loader)
 
 
 def _short_run(cfg: Config, lowest: float, iterations: int, folder: str) -> Config:
