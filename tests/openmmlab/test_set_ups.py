@@ -215,6 +215,16 @@ def test_what_cannot_be_resumed(settings, words, tmp_path):
             command_line.train(cfg)
 
 
+def test_a_loop_by_iterations_that_gets_no_batch(tmp_path):
+    cfg = cfg_of(
+        tmp_path,
+        train_cfg=dict(type='IterBasedTrainLoop', max_iters=2),
+        train_dataloader=loader(batch_size=9, drop_last=True),
+    )
+    with pytest.raises(command_line.NothingToTrain, match='makes no batch of its 4 items'):
+        command_line.train(cfg)
+
+
 def test_what_goes_on_otherwise_than_said(tmp_path, monkeypatch):
     said = []
     monkeypatch.setattr(loading, 'print_log', lambda text, *_: said.append(text))

@@ -3,7 +3,7 @@
 import argparse
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -165,6 +165,10 @@ class _FirstStep(Hook):
 
     def before_train(self, runner: Runner) -> None:
         self.iteration = runner.iter
+        loader = runner.train_dataloader
+        # A loop by iterations would end in a StopIteration.
+        if isinstance(getattr(loader, 'dataset', None), Sized) and len(loader) == 0:
+            raise NothingToTrain(no_batch(loader))
 
 
 def train(cfg: Config, may_be_done: bool = False) -> None:
@@ -186,8 +190,6 @@ def train(cfg: Config, may_be_done: bool = False) -> None:
     loop = cfg.get('train_cfg') or {}
     length = ', '.join(f'train_cfg.{k}={v}' for k, v in loop.items() if k.startswith('max_'))
     text = f'nothing was left to train: {length}'
-    if len(runner.train_dataloader) == 0:
-        text = no_batch(runner.train_dataloader)
     if cfg.get('resume'):
         text += f', and {cfg.load_from} is at epoch {runner.epoch}, iteration {runner.iter}'
     if not may_be_done:
