@@ -2,13 +2,17 @@
 
 import contextlib
 import copy
+import gc
 import io
 import pickle
 import threading
+import weakref
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch._dynamo import compiled_autograd
 from torch.utils.checkpoint import checkpoint
 
 import wsbcn_mm
@@ -24,7 +28,7 @@ from tests.layers.standardized import (
     reference_of,
     shrunk,
 )
-from wsbcn_mm import WSConv2d, WSConvTranspose2d, backends
+from wsbcn_mm import WSConv2d, WSConvTranspose2d, backends, reference
 from wsbcn_mm.backends import cpu
 from wsbcn_mm.layers import standardization
 from wsbcn_mm.layers.scopes import Scope
@@ -429,3 +433,59 @@ def test_wrappers_of_layers_are_no_layers():
     model[0] = checkpoint_wrapper(model[0])
     with wsbcn_mm.weights_do_not_change(model):
         close(model(X), expected)
+
+
+def test_scopes_that_are_made_and_not_needed_keep_nothing():
+    """Not until the next garbage collection either: a pass has images, and its frame has them."""
+    inner = net(2)
+    model = nn.Sequential(inner, inner)
+    wsbcn_mm.standardize_once_per_forward(model)
+    made, passed = [], []
+
+    def note(_module, _args, output):
+        made.extend(weakref.ref(scope) for scope in standardization.open_here())
+        passed.append(weakref.ref(output))
+
+    inner.register_forward_hook(note)
+    gc.collect()
+    gc.disable()
+    try:
+        with torch.no_grad(), wsbcn_mm.weights_do_not_change(model):
+            for _ in range(3):
+                model(X)
+        assert len(passed) == 6 and not any(ref() is not None for ref in passed)
+        assert made and not any(ref() is not None for ref in made)
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize('layers', [1, 3])
+def test_compiled_autograd_around_a_scope(layers):
+    model = net(layers)
+    wanted = reference_of(model)
+    with compiled_autograd._enable(torch.compile(backend='eager')):
+        found = gradients(model, model(X))
+    for grad, parameter in zip(found, wanted, strict=True):
+        close(grad, parameter.grad)
+    torch._dynamo.reset()
+
+
+def test_a_class_whose_layers_answer_each_for_itself():
+    class Doubled(WSConv2d):
+        special = False
+
+        def standardizes_rows(self):
+            return not self.special
+
+        def standardize(self, weight, dtype):
+            w_hat = super().standardize(weight, dtype)
+            return 2 * w_hat if self.special else w_hat
+
+    model = net(3, kind=Doubled)
+    model[1].special = True
+    wanted = X
+    for layer in model:
+        w_hat = reference.weight_standardize(layer.weight, layer.eps, layer.formula)
+        wanted = F.conv2d(wanted, w_hat * (1 + layer.special), layer.bias, padding=1)
+    for _ in range(2):
+        close(model(X), wanted)

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from wsbcn_mm import backends
+from wsbcn_mm import backends, compat
 from wsbcn_mm.backends import autograd, cpu
 from wsbcn_mm.backends.ops import accumulation_dtype
 from wsbcn_mm.backends.states import count_backward_call, state_of
@@ -56,7 +56,8 @@ def standardize_all(
         dtype: Of the results.
         one_pass: Whether a backward pass ends what the results hold for.
     """
-    if cpu.entries is not None and backends.forced() is None:
+    usual = backends.forced() is None and not compat.compiles_backward_passes()
+    if cpu.entries is not None and usual:
         found: Results | None = cpu.entries.weight_standardize_all(
             weights, eps, formula, dtype, one_pass
         )

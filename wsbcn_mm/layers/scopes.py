@@ -123,7 +123,8 @@ class Scope:
                 self.frame,
                 self._order,
                 self._hooked,
-                self._open_table,
+                # Not by the scope itself, which would be kept, and its frame, until a collection.
+                functools.partial(Scope._open_table, weakref.proxy(self)),
                 self._one_pass,
             )
 
@@ -133,6 +134,8 @@ class Scope:
         None: that is for `get` to do.
         """
         if backends.forced() is not None or compat.backward_pass() != self._task:
+            return None
+        if compat.compiles_backward_passes():
             return None
         if is_captured(weight) and not (self._one_pass and triton.HAS_NODES):
             return None

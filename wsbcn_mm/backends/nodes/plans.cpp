@@ -30,28 +30,42 @@ bool has_of_its_own(PyObject* object, PyObject* const (&names)[size]) {
   return false;
 }
 
-// Whether it is WS of rows that layers compute, as they say themselves: those of a class that have
-// nothing of their own all say the same.
+PyObject* name_of_rows() {
+  static PyObject* const name = PyUnicode_InternFromString("standardizes_rows");
+  return name;
+}
+
+// Whether it is WS of rows that layers compute, as they say themselves. Those of a class that have
+// nothing of their own say the same, unless a class of somebody else's answers in its own way.
 class Kinds {
  public:
   bool standardize_rows(PyObject* layer) {
     static PyObject* const kMethods[] = {PyUnicode_InternFromString("standardize"),
-                                         PyUnicode_InternFromString("standardizes_rows")};
+                                         name_of_rows()};
     if (has_of_its_own(layer, kMethods)) return ask(layer);
     PyTypeObject* const type = Py_TYPE(layer);
     for (const auto& [known, answer] : answers_) {
       if (known == type) return answer;
     }
-    answers_.emplace_back(type, ask(layer));
-    return answers_.back().second;
+    const bool answer = ask(layer);
+    if (answers_as_ours(type)) answers_.emplace_back(type, answer);
+    return answer;
   }
 
  private:
   static bool ask(PyObject* layer) {
-    static PyObject* const kRows = PyUnicode_InternFromString("standardizes_rows");
-    THPObjectPtr rows(PyObject_CallMethodNoArgs(layer, kRows));
+    THPObjectPtr rows(PyObject_CallMethodNoArgs(layer, name_of_rows()));
     if (!rows) throw python_error();
     return rows.get() == Py_True;
+  }
+
+  static bool answers_as_ours(PyTypeObject* type) {
+    static PyObject* const kModule = PyUnicode_InternFromString("__module__");
+    static PyObject* const kOurs = PyUnicode_InternFromString("wsbcn_mm.layers.conv");
+    THPObjectPtr method = attribute(reinterpret_cast<PyObject*>(type), name_of_rows());
+    THPObjectPtr module(PyObject_GetAttr(method, kModule));
+    if (!module) PyErr_Clear();  // what is no function need not have one
+    return module && PyUnicode_Check(module.get()) && PyUnicode_Compare(module, kOurs) == 0;
   }
 
   std::vector<std::pair<PyTypeObject*, bool>> answers_;
