@@ -93,8 +93,8 @@ void with_weight(const GroupAffine<A>& affine, int64_t count, const Body& body) 
   }
 }
 
-// Calls act(count); of a usual number of channels with a number that the compiler knows, for the loops
-// of small groups take longer to begin and to end than to run.
+// Calls act(count); of a usual number of channels with a number that the compiler knows, for the
+// loops of small groups take longer to begin and to end than to run.
 template <typename Act>
 WSBCN_INLINE
 void with_count(int64_t count, const Act& act) {

@@ -74,8 +74,8 @@ void narrow(const V& values, c10::BFloat16* y) {
   __builtin_memcpy(y, &result, sizeof(result));
 }
 
-// float16 has 5 bits of exponent where a float has 8, and 10 of a mantissa where it has 23. Below its
-// smallest normal number it counts steps of 2^-24: as a float does from 0.5 on.
+// float16 has 5 bits of exponent where a float has 8, and 10 of a mantissa where it has 23. Below
+// its smallest normal number it counts steps of 2^-24: as a float does from 0.5 on.
 constexpr int32_t kMantissa = 13;
 constexpr int32_t kExponent = (127 - 15) << 23;
 constexpr int32_t kInfinity = 0x7c00, kNan = 0x7e00;

@@ -32,9 +32,9 @@ at::ScalarType dtype_for(const Tensor& weight);
 // state(weight, one_pass): the bytes of its state, or None.
 PyObject* state_or_none(PyObject*, PyObject* const* arguments, Py_ssize_t number);
 
-// get_usual(held, used, frame, order, left_out, open_table, one_pass, layer): the standardized weight
-// of a layer in a scope; None where that is not for C++ to say: hooks watch it, what is held holds
-// no longer, something is unusual. Where nothing is held, those behind the layer come along.
+// get_usual(held, used, frame, order, left_out, open_table, one_pass, layer): the standardized
+// weight of a layer in a scope; None where that is not for C++ to say: hooks watch it, what is held
+// holds no longer, something is unusual. Where nothing is held, those behind it come along.
 //   held: layer -> (results, index, eps, formula), of each the last one
 //   used: the layers whose result was used
 //   frame: the function call that the scope ends with, or None
