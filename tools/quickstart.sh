@@ -26,6 +26,9 @@ esac
 python=$(bash tools/setup_env.sh)
 work=work_dirs/quickstart_$model
 run() { echo "+ $*"; "$@"; }
+# Threads that wait do not spin: beside another program that would take a core from each step, alone
+# it gains nothing.
+export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 
 case $model in

@@ -45,6 +45,21 @@ def is_transposed(conv: _ConvNd) -> bool:
     return bool(getattr(conv, 'transposed', False))
 
 
+def scaled_filters(conv: _ConvNd, weight: Tensor, scale: Tensor) -> Tensor:
+    """A weight of a convolution with each filter times a number.
+
+    Args:
+        conv: The convolution.
+        weight: In the shape of its own.
+        scale: (C_out,).
+    """
+    ones = [1] * (weight.dim() - 2)
+    if not is_transposed(conv):
+        return weight * scale.view(-1, 1, *ones)
+    by_group = weight.unflatten(0, (conv.groups, -1))  # (G, C_in / G, C_out / G, *k)
+    return (by_group * scale.view(conv.groups, 1, -1, *ones)).flatten(0, 1)
+
+
 @torch.no_grad()
 def computes_with_its_weight(conv: _ConvNd) -> bool:
     """Whether a layer of a convolution class convolves with ``weight`` as it is, and adds ``bias``.
@@ -68,13 +83,9 @@ def computes_with_its_weight(conv: _ConvNd) -> bool:
     weight = torch.randn(conv.weight.shape, generator=generator, dtype=torch.float64)
     scale = torch.linspace(0.5, 2, conv.out_channels, dtype=torch.float64)
     shift = scale if 'bias' in conv._parameters else torch.zeros_like(scale)
-    if is_transposed(conv):  # (C_in, C_out / groups, *k), both by group
-        by_group = scale.view(conv.groups, 1, -1, *[1] * len(size))
-        scaled = (weight.unflatten(0, (conv.groups, -1)) * by_group).flatten(0, 1)
-    else:
-        scaled = weight * scale.view(-1, *[1] * (weight.dim() - 1))
     outputs = []
-    for values, bias in ((weight, torch.zeros_like(scale)), (scaled, shift)):
+    changes = (weight, torch.zeros_like(scale)), (scaled_filters(conv, weight, scale), shift)
+    for values, bias in changes:
         trial.weight = nn.Parameter(values.clone())
         if 'bias' in conv._parameters:
             trial.bias = nn.Parameter(bias)

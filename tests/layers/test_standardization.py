@@ -7,6 +7,7 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.nn.utils import parametrize, prune
 
 import wsbcn_mm
@@ -23,6 +24,7 @@ from tests.layers.standardized import (
 )
 from wsbcn_mm import WSConv1d, WSConv2d, WSConv3d, WSConvTranspose2d, reference
 from wsbcn_mm.layers import comparators, scopes
+from wsbcn_mm.layers.subclasses import standardized_copy
 
 # ----------------------------------------------------------------------------------------------
 # Once
@@ -139,6 +141,18 @@ def test_other_kinds_of_layers_compute_for_themselves(kind, calls):
         for layer, weight in zip(model, alone):
             assert torch.equal(layer.standardized_weight(), weight)
             assert layer.standardized_weight() is layer.standardized_weight()
+
+
+def test_convolutions_of_other_classes_are_standardized_with_the_rest(calls):
+    class PadsItself(nn.Conv2d):
+        def forward(self, x):
+            return self._conv_forward(F.pad(x, (1, 1, 1, 1)), self.weight, self.bias)
+
+    model = nn.Sequential(conv(), standardized_copy(PadsItself(4, 4, 3).double()), conv())
+    wsbcn_mm.standardize_once_per_forward(model)
+    y = model(X)
+    assert calls == [3]
+    close(gradients(model, y), [p.grad for p in reference_of(model)])
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from wsbcn_mm.backends.layouts import CHANNELS_LAST
 from wsbcn_mm.layers import BatchChannelNorm, WeightStandardized
-from wsbcn_mm.own_classes import computes_with_its_weight
+from wsbcn_mm.own_classes import computes_with_its_weight, scaled_filters
 
 
 def is_linear_in_its_weight(conv: _ConvNd) -> bool:
@@ -77,13 +77,7 @@ def _scale(
 ) -> _ConvNd:
     """``scale * conv(x) + shift`` per output channel as one convolution, of the given dtype."""
     new = copy.deepcopy(conv)
-    weight: Tensor = conv.weight
-    if conv.transposed:  # (C_in, C_out / groups, *k), C_in and C_out both by group
-        by_group = weight.unflatten(0, (conv.groups, -1))
-        per_channel = scale.view(conv.groups, 1, -1, *[1] * (weight.dim() - 2))
-        weight = (by_group * per_channel).flatten(0, 1)
-    else:
-        weight = weight * scale.view(-1, *[1] * (weight.dim() - 1))
+    weight = scaled_filters(conv, conv.weight, scale)
     bias = shift if conv.bias is None else conv.bias * scale + shift
     requires_grad = conv.weight.requires_grad
     new.weight = nn.Parameter(weight.to(dtype), requires_grad)

@@ -24,7 +24,7 @@ from wsbcn_mm import compat
 from wsbcn_mm.backends import autograd, states
 from wsbcn_mm.checks import FORMULAS, check_choice, check_eps, check_fan_in, check_floating
 from wsbcn_mm.layers import standardization
-from wsbcn_mm.own_classes import has_own_forward
+from wsbcn_mm.own_classes import has_own_forward, is_transposed
 
 # What the mixin stands in front of, for the type checker.
 if TYPE_CHECKING:
@@ -85,13 +85,18 @@ class WeightStandardized(_Base):
             weight: In the shape of ``self.weight``.
             dtype: Of the result.
         """
+        by_filter = self._by_filter(weight)
         # Not through `functional`: its checks were made when the layer was.
-        return autograd.weight_standardize(weight, self.eps, self.formula, dtype)
+        rows = by_filter.flatten(0, -weight.dim())
+        w_hat = autograd.weight_standardize(rows, self.eps, self.formula, dtype)
+        if not is_transposed(self):
+            return w_hat
+        return w_hat.view_as(by_filter).transpose(1, 2).flatten(0, 1)
 
     def standardizes_rows(self) -> bool:
         """Whether `standardize` is WS of the rows ``weight.flatten(1)``: then of many at once."""
         by_class = type(self).standardize is WeightStandardized.standardize
-        return by_class and 'standardize' not in self.__dict__
+        return by_class and 'standardize' not in self.__dict__ and not is_transposed(self)
 
     def register_standardized_hook(self, hook: Callable[[Tensor], None]) -> RemovableHandle:
         """Calls ``hook(w_hat)`` with every standardized weight, once where uses share it.
@@ -111,7 +116,17 @@ class WeightStandardized(_Base):
         Returns:
             (out_channels, fan-in): each row is what one output channel is computed with.
         """
-        return weight.flatten(1)
+        return self._by_filter(weight).flatten(0, -weight.dim()).flatten(1)
+
+    def _by_filter(self, weight: Tensor) -> Tensor:
+        """With the output channels in front: (C_out, C_in / G, *k).
+
+        A transposed weight is (C_in, C_out / G, *k), and an output channel's fan-in are the input
+        channels of its group: (G, C_out / G, C_in / G, *k).
+        """
+        if not is_transposed(self):
+            return weight
+        return weight.unflatten(0, (self.groups, -1)).transpose(1, 2)
 
     def denominators(self) -> Tensor:
         """What WS divides each filter by, (out_channels,); without gradient.
@@ -326,21 +341,6 @@ class WSConv3d(WeightStandardized, nn.Conv3d):
 class WSConvTranspose2d(WeightStandardized, nn.ConvTranspose2d):
     __doc__ = _CONV_DOC.format(name='ConvTranspose2d')
     __signature__ = _signature(nn.ConvTranspose2d)
-
-    # A transposed weight is (C_in, C_out / groups, *k): an output channel's fan-in are the input
-    # channels of its group.
-    def standardize(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        """See `WeightStandardized.standardize`."""
-        by_group = self._by_group(weight)
-        rows = autograd.weight_standardize(by_group.flatten(0, 1), self.eps, self.formula, dtype)
-        return rows.view_as(by_group).transpose(1, 2).flatten(0, 1)
-
-    def filters(self, weight: Tensor) -> Tensor:
-        """See `WeightStandardized.filters`."""
-        return self._by_group(weight).flatten(0, 1).flatten(1)
-
-    def _by_group(self, weight: Tensor) -> Tensor:
-        return weight.unflatten(0, (self.groups, -1)).transpose(1, 2)
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """Transposed convolution with the standardized weight; shapes as in torch's."""

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from wsbcn_mm import compat
-from wsbcn_mm.backends import autograd
 from wsbcn_mm.checks import FORMULAS, check_choice, check_eps, check_fan_in
 from wsbcn_mm.copies import copied
 from wsbcn_mm.layers.conv import WeightStandardized
@@ -53,25 +52,6 @@ class StandardizedSubclass(WeightStandardized):
         names = self._modules.get('parametrizations')
         others = (name for name in getattr(names, '_modules', ()) if name != 'weight')
         return {name: getattr(self, name) for name in others}
-
-    def standardize(self, weight: Tensor, dtype: Any) -> Tensor:
-        """See `WeightStandardized.standardize`."""
-        rows = self._by_filter(weight).flatten(0, -weight.dim())
-        rows = autograd.weight_standardize(rows, self.eps, self.formula, dtype)
-        if not getattr(self, 'transposed', False):
-            return rows.view_as(weight)
-        # (G, C_out / G, C_in / G, *k) to (C_in, C_out / G, *k)
-        return rows.view_as(self._by_filter(weight)).transpose(1, 2).flatten(0, 1)
-
-    def filters(self, weight: Tensor) -> Tensor:
-        """See `WeightStandardized.filters`."""
-        return self._by_filter(weight).flatten(0, -weight.dim()).flatten(1)
-
-    def _by_filter(self, weight: Tensor) -> Tensor:
-        """With the output channels in front: (C_out, fan-in, *k), by group where transposed."""
-        if not getattr(self, 'transposed', False):
-            return weight
-        return weight.unflatten(0, (self.groups, -1)).transpose(1, 2)
 
     def to_plain(self) -> _ConvNd:
         """See `WeightStandardized.to_plain`: one of ``plain_class``, without hooks."""
