@@ -4,8 +4,8 @@ import torch
 from torch import nn
 
 from wsbcn_mm import BatchChannelNorm2d, WSConv2d
+from wsbcn_mm.networks.watching import trace
 from wsbcn_mm.structure import followers
-from wsbcn_mm.watching import trace
 
 
 def pairs(model, run=None):

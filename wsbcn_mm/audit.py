@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from wsbcn_mm.layers import BatchChannelNorm, WeightStandardized
+from wsbcn_mm.networks.trials import modes_kept
 from wsbcn_mm.structure import followers, norms_of_vectors, standardizable
-from wsbcn_mm.trials import modes_kept
 
 LEVELS = ('error', 'warning', 'note')
 OF_VECTORS = 'a LayerNorm there, or more images: BCN is for maps, and conversions leave it alone'

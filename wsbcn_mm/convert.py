@@ -14,14 +14,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from wsbcn_mm import handover, layers, module_replacement
+from wsbcn_mm import layers
 from wsbcn_mm.checks import FORMULAS, MODES, auto_groups, check_choice
-from wsbcn_mm.layer_kinds import NORMS, fan_in, is_conv, is_norm, num_channels, torch_class
 from wsbcn_mm.layers.fusing import refuse_to_fuse, turn_off_shortcuts
 from wsbcn_mm.layers.subclasses import standardized_copy
-from wsbcn_mm.own_classes import ACTIVATION, computes_with_its_weight, normalises_as_its_kind
+from wsbcn_mm.networks import handover, module_replacement
+from wsbcn_mm.networks.layer_kinds import NORMS, fan_in, is_conv, is_norm, num_channels, torch_class
+from wsbcn_mm.networks.own_classes import (
+    ACTIVATION,
+    computes_with_its_weight,
+    normalises_as_its_kind,
+)
+from wsbcn_mm.networks.trials import called, input_axes, run_on
 from wsbcn_mm.structure import Follower, dims_of_norms, followers
-from wsbcn_mm.trials import called, input_axes, run_on
 
 STANDARDIZED = {
     nn.Conv1d: layers.WSConv1d,

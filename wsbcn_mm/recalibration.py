@@ -22,7 +22,7 @@ from wsbcn_mm import distributed
 from wsbcn_mm.backends.autograd import row_moments
 from wsbcn_mm.layers import BatchChannelNorm
 from wsbcn_mm.layers.standardization import weights_do_not_change
-from wsbcn_mm.trials import modes_kept
+from wsbcn_mm.networks.trials import modes_kept
 
 
 @dataclass

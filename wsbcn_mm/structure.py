@@ -2,7 +2,7 @@
 
 The structure is what modules show without being run: the order in which they were registered, their
 names, and the ``order`` of OpenMMLab's ConvModule. It covers the usual ways to write a block; a run
-(`wsbcn_mm.watching`) covers the rest, and tells what else reads a convolution's output.
+(`wsbcn_mm.networks.watching`) covers the rest, and tells what else reads a convolution's output.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from wsbcn_mm.layer_kinds import fan_in, is_conv, is_norm, num_channels, torch_class
-from wsbcn_mm.own_classes import computes_with_its_weight
-from wsbcn_mm.watching import trace
+from wsbcn_mm.networks.layer_kinds import fan_in, is_conv, is_norm, num_channels, torch_class
+from wsbcn_mm.networks.own_classes import computes_with_its_weight
+from wsbcn_mm.networks.watching import trace
 
 
 def standardizable(conv: _ConvNd) -> bool:

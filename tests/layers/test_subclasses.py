@@ -11,10 +11,10 @@ from torch.nn.utils import prune
 
 from wsbcn_mm import WSConv2d, WSConvTranspose2d, compat, fold, reference
 from wsbcn_mm.convert import convert_model
-from wsbcn_mm.layer_kinds import is_conv
 from wsbcn_mm.layers import WeightStandardized
 from wsbcn_mm.layers.subclasses import standardized_copy
-from wsbcn_mm.own_classes import computes_with_its_weight
+from wsbcn_mm.networks.layer_kinds import is_conv
+from wsbcn_mm.networks.own_classes import computes_with_its_weight
 
 
 class Conv2dSame(nn.Conv2d):

@@ -16,7 +16,7 @@ from mmengine.config import config as config_module
 from mmengine.config.utils import MODULE2PACKAGE
 
 from wsbcn_mm import BatchChannelNorm2d, WSConv2d
-from wsbcn_mm.layer_kinds import is_conv
+from wsbcn_mm.networks.layer_kinds import is_conv
 from wsbcn_mm.openmmlab import compat
 from wsbcn_mm.openmmlab.conversion.convert import convert_config
 from wsbcn_mm.structure import standardizable

@@ -19,11 +19,11 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, DefaultScope
 
 from wsbcn_mm.layers import WeightStandardized
+from wsbcn_mm.networks.watching import trace
 from wsbcn_mm.openmmlab.config import dicts_in, find_scope, model_of
 from wsbcn_mm.openmmlab.conversion import probe
 from wsbcn_mm.openmmlab.deploy.settings import drop_pretrained
 from wsbcn_mm.openmmlab.errors import first_line
-from wsbcn_mm.watching import trace
 
 STAGES = ('built', 'initialised', 'trained', 'evaluated')
 OK, NOT_REACHED = 'ok', 'not reached'

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from wsbcn_mm.layer_kinds import is_conv
 from wsbcn_mm.layers import BatchChannelNorm, WeightStandardized
+from wsbcn_mm.networks.layer_kinds import is_conv
 
 
 @dataclass

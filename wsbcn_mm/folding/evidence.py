@@ -12,10 +12,10 @@ from torch.nn.functional import interpolate
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves, tree_map
 
-from wsbcn_mm import module_replacement
-from wsbcn_mm.layer_kinds import is_conv
 from wsbcn_mm.layers import BatchChannelNorm, WeightStandardized
-from wsbcn_mm.watching import Call, Watch
+from wsbcn_mm.networks import module_replacement
+from wsbcn_mm.networks.layer_kinds import is_conv
+from wsbcn_mm.networks.watching import Call, Watch
 
 Run = Callable[[nn.Module], object]
 

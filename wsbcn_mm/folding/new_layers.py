@@ -10,7 +10,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from wsbcn_mm.backends.layouts import CHANNELS_LAST
 from wsbcn_mm.layers import BatchChannelNorm, WeightStandardized
-from wsbcn_mm.own_classes import computes_with_its_weight, scaled_filters
+from wsbcn_mm.networks.own_classes import computes_with_its_weight, scaled_filters
 
 
 def is_linear_in_its_weight(conv: _ConvNd) -> bool:

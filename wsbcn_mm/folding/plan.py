@@ -9,14 +9,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from wsbcn_mm import module_replacement
-from wsbcn_mm.copies import copied
 from wsbcn_mm.folding import new_layers, results
 from wsbcn_mm.folding.evidence import Evidence, Run, watched
-from wsbcn_mm.layer_kinds import is_conv
 from wsbcn_mm.layers import BatchChannelNorm, WeightStandardized
-from wsbcn_mm.own_classes import has_own_forward, normalises_as_its_kind
-from wsbcn_mm.watching import Call, holders_of
+from wsbcn_mm.networks import module_replacement
+from wsbcn_mm.networks.copies import copied
+from wsbcn_mm.networks.layer_kinds import is_conv
+from wsbcn_mm.networks.own_classes import has_own_forward, normalises_as_its_kind
+from wsbcn_mm.networks.watching import Call, holders_of
 
 
 @dataclass(frozen=True)

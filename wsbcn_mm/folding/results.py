@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from wsbcn_mm.copies import copied
 from wsbcn_mm.folding.evidence import Run, in_one_line
+from wsbcn_mm.networks.copies import copied
 
 _EXACT = 1e-6  # in float64, relative: what folding itself changes is far below
 _ZERO = 1e-6  # a tensor of smaller values is taken for zeros

@@ -24,7 +24,7 @@ from wsbcn_mm import compat
 from wsbcn_mm.backends import autograd, states
 from wsbcn_mm.checks import FORMULAS, check_choice, check_eps, check_fan_in, check_floating
 from wsbcn_mm.layers import standardization
-from wsbcn_mm.own_classes import has_own_forward, is_transposed
+from wsbcn_mm.networks.own_classes import has_own_forward, is_transposed
 
 # What the mixin stands in front of, for the type checker.
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from wsbcn_mm import compat
 from wsbcn_mm.backends import cpu, triton
 from wsbcn_mm.backends.layouts import is_dense
 from wsbcn_mm.backends.states import is_captured
-from wsbcn_mm.own_classes import is_ours
+from wsbcn_mm.networks.own_classes import is_ours
 
 HOOKS_THAT_WRITE_NO_WEIGHT: list[Callable[..., Any]] = []
 """Forward pre-hooks of this package."""

@@ -16,8 +16,8 @@ from torch.nn.modules.conv import _ConvNd
 
 from wsbcn_mm import compat
 from wsbcn_mm.checks import FORMULAS, check_choice, check_eps, check_fan_in
-from wsbcn_mm.copies import copied
 from wsbcn_mm.layers.conv import WeightStandardized
+from wsbcn_mm.networks.copies import copied
 
 
 class StandardizedSubclass(WeightStandardized):

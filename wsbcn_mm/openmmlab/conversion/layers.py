@@ -15,8 +15,9 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from wsbcn_mm.checks import auto_groups
-from wsbcn_mm.layer_kinds import fan_in, is_conv, num_channels
 from wsbcn_mm.layers import BatchChannelNorm, BatchChannelNorm1d, WeightStandardized
+from wsbcn_mm.networks.layer_kinds import fan_in, is_conv, num_channels
+from wsbcn_mm.networks.own_classes import normalises_as_its_kind
 from wsbcn_mm.openmmlab.config import type_name
 from wsbcn_mm.openmmlab.conversion import probe
 from wsbcn_mm.openmmlab.conversion.changes import Conversion
@@ -24,7 +25,6 @@ from wsbcn_mm.openmmlab.conversion.options import ConversionOptions
 from wsbcn_mm.openmmlab.conversion.probe import CannotBuild, Node
 from wsbcn_mm.openmmlab.places import Place, dotted, value_at
 from wsbcn_mm.openmmlab.registry import CONV_FOR, CONV_NAMED, CONVERTED, NORM_FOR, NORM_NAMED
-from wsbcn_mm.own_classes import normalises_as_its_kind
 from wsbcn_mm.structure import followers, norms_of_vectors, standardizable
 
 NORM_LAYERS = (nn.modules.batchnorm._NormBase, nn.GroupNorm)

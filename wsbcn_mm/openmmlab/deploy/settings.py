@@ -27,8 +27,8 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from wsbcn_mm.folding import Plan
-from wsbcn_mm.layer_kinds import is_conv
 from wsbcn_mm.layers import BatchChannelNorm, WeightStandardized
+from wsbcn_mm.networks.layer_kinds import is_conv
 from wsbcn_mm.openmmlab.config import PRETRAINED, dicts_in, imports_of, type_name
 from wsbcn_mm.openmmlab.registry import CONV_NAMED, KEPT, MICRO_BN_NAMED, NORM_NAMED
 

@@ -21,9 +21,9 @@ from wsbcn_mm.diagnostics import (
     singularities,
     smoothness,
 )
-from wsbcn_mm.layer_kinds import NORMS, is_conv
 from wsbcn_mm.layers import BatchChannelNorm
 from wsbcn_mm.layers.standardization import standardize_once_per_forward, weights_do_not_change
+from wsbcn_mm.networks.layer_kinds import NORMS, is_conv
 from wsbcn_mm.openmmlab import checkpoints, config, explain, filling
 from wsbcn_mm.openmmlab.data.check import check_datasets
 from wsbcn_mm.openmmlab.measure.verdict import Skill, loss_fallen, verdict

@@ -1,4 +1,4 @@
-"""wsbcn_mm.handover: what a converted layer takes over, and which layers nothing can replace."""
+"""wsbcn_mm.networks.handover: what a converted layer takes over, and what nothing can replace."""
 
 import re
 import types

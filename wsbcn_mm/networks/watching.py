@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from wsbcn_mm.layer_kinds import is_conv, is_norm
+from wsbcn_mm.networks.layer_kinds import is_conv, is_norm
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # in typing from Python 3.11 on

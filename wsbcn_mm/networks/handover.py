@@ -4,7 +4,7 @@ import weakref
 
 from torch import nn
 
-from wsbcn_mm.own_classes import ACTIVATION
+from wsbcn_mm.networks.own_classes import ACTIVATION
 
 _NORMS = nn.BatchNorm2d(1), nn.SyncBatchNorm(1), nn.GroupNorm(1, 1)
 _OF_NORMS = {name for norm in _NORMS for name in (*vars(norm), *norm._buffers)}

@@ -23,7 +23,8 @@ _LONG = 64  # a list of more is looked through for its kinds first
 _OF_TORCH = frozenset(vars(nn.Module()))
 _VALUES = frozenset((str, bytes, int, float, bool, complex, type(None), torch.dtype, torch.device))
 _LEAVES = (Tensor, type, types.ModuleType, torch.jit.ScriptModule)
-_OPAQUE = ('torch', 'numpy', 'builtins', __package__)  # objects of theirs hold no layers of a model
+# Objects of theirs, and of this package, hold no layers of a model.
+_OPAQUE = ('torch', 'numpy', 'builtins', __name__.partition('.')[0])
 
 
 def modules_in_attributes(model: nn.Module) -> dict[nn.Module, str]:

@@ -1,4 +1,4 @@
-"""wsbcn_mm.module_replacement: layers that a forward pass reaches beside the module tree."""
+"""wsbcn_mm.networks.module_replacement: layers that a pass reaches beside the module tree."""
 
 import collections
 import copy
@@ -14,9 +14,10 @@ import pytest
 import torch
 from torch import nn
 
-from wsbcn_mm import BatchChannelNorm2d, WSConv2d, module_replacement
+from wsbcn_mm import BatchChannelNorm2d, WSConv2d
 from wsbcn_mm.convert import convert_model
 from wsbcn_mm.folding import fold, plan
+from wsbcn_mm.networks import module_replacement
 
 
 class OwnPartial(functools.partial):

@@ -1,11 +1,11 @@
-"""wsbcn_mm.own_classes: normalisations (convolutions: tests/layers/test_subclasses.py)."""
+"""wsbcn_mm.networks.own_classes: normalisations (convolutions: tests/layers/test_subclasses.py)."""
 
 import pytest
 import torch
 from torch import nn
 
 from wsbcn_mm.convert import convert_model
-from wsbcn_mm.own_classes import normalises_as_its_kind
+from wsbcn_mm.networks.own_classes import normalises_as_its_kind
 
 
 class WithActivation(nn.BatchNorm2d):
