@@ -74,8 +74,8 @@ void check_statistics(const Tensor& weight, int64_t rows, const Tensor& values, 
               name, " must hold ", rows, " values of ", statistics_of(weight), " on the CPU");
 }
 
-// Writes a row of n values, which the cache holds, in pieces: write(first, count). Meanwhile memory,
-// which would have nothing to bring, brings the row behind it of what is read.
+// Writes a row of n values, which the cache holds, in pieces: write(first, count). Meanwhile
+// memory, which would have nothing to bring, brings the row behind it of what is read.
 template <typename T, size_t count, typename Write>
 void write_row(int64_t n, bool is_last, const T* const (&reads)[count], const Write& write) {
   constexpr int64_t kPiece = 1024 / sizeof(T), kLine = 64 / sizeof(T);

@@ -1,5 +1,5 @@
-// Which operators are differentiated when they are called by themselves, as programs of torch.export
-// and compiled code call them; see backends/exported.py, which has the derivatives.
+// Which operators are differentiated when they are called by themselves, as programs of
+// torch.export and compiled code call them; see backends/exported.py, which has the derivatives.
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/grad_mode.h>
@@ -21,8 +21,8 @@ bool is_differentiated(c10::ArrayRef<c10::IValue> arguments) {
          });
 }
 
-// Compiled code comes here in every step, with nothing to be differentiated: not in Python. The names
-// are `DIFFERENTIATED` of backends/schemas.py.
+// Compiled code comes here in every step, with nothing to be differentiated: not in Python. The
+// names are `DIFFERENTIATED` of backends/schemas.py.
 void run(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
   const auto& schema = op.schema();
   if (is_differentiated(torch::jit::last(*stack, schema.arguments().size()))) {

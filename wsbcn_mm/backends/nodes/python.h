@@ -45,8 +45,8 @@ PyObject* state_or_none(PyObject*, PyObject* const* arguments, Py_ssize_t number
 //   one_pass: whether a backward pass ends what is held
 PyObject* get_usual(PyObject*, PyObject* const* arguments, Py_ssize_t number);
 
-// survey(layers, below, opener): the classes of layers; None where somebody's own code may run before
-// one of them is used, or one has no plain weight: a method set on it, a forward pre-hook.
+// survey(layers, below, opener): the classes of layers; None where somebody's own code may run
+// before one of them is used, or one has no plain weight: a method set on it, a forward pre-hook.
 //   layers: weak references
 //   below: tuples, each with a weak reference to a module that a layer lies in, or is
 //   opener: a module whose hooks do not count, or None

@@ -1,5 +1,5 @@
-// Weight Standardization with its gradients, as nodes of torch's graph: of one weight, or of many at
-// once. The second derivative goes back to backends/autograd.py (`standardize_twice`).
+// Weight Standardization with its gradients, as nodes of torch's graph: of one weight, or of many
+// at once. The second derivative goes back to backends/autograd.py (`standardize_twice`).
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/anomaly_mode.h>

@@ -86,8 +86,8 @@ void start_one(const char* kernel, const Tensor& weight, std::initializer_list<P
 // layers in each step would fill the memory, and wait for the copy of each.
 constexpr size_t kTables = 4096;
 
-// See `row_of_program` in triton/jit/weights.py. Kept, and not made while a graph is captured, which a
-// copy to the device would end: undefined then.
+// See `row_of_program` in triton/jit/weights.py. Kept, and not made while a graph is captured,
+// which a copy to the device would end: undefined then.
 Tensor table_of(TensorList weights, at::IntArrayRef offsets, int64_t count) {
   static std::mutex mutex;
   static auto& tables = *new std::map<std::vector<int64_t>, Tensor>;
