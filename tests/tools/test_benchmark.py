@@ -114,6 +114,29 @@ def test_where_openmmlab_is_not_installed_the_detector_is_left_out(tmp_path, mon
     assert 'wsbcn_mm.openmmlab' in results['skipped']['detector']
 
 
+def test_what_was_measured_survives_an_end(tmp_path, capsys, monkeypatch):
+    """As `timeout` ends a run: row by row, and as tables."""
+    rows = []
+
+    def ended(settings):
+        for row in sections.ws(settings):
+            rows.append(row)
+            yield row
+            assert json.loads((tmp_path / 'results.json').read_text())['ws'] == rows
+            raise benchmark_layers.Ended
+
+    monkeypatch.setitem(benchmark_layers.SECTIONS, 'ws', ended)
+    with pytest.raises(SystemExit) as stopped:
+        benchmark_layers.main(
+            ['--device', 'cpu', '--quick', '--only', 'ws', 'norm', '-o', str(tmp_path)]
+        )
+    assert stopped.value.code == 1
+    printed = capsys.readouterr().out
+    assert 'Ended: ws' in printed and '| one-call WS' in printed
+    results = json.loads((tmp_path / 'results.json').read_text())
+    assert results['ws'] == rows and 'norm' not in results
+
+
 def test_a_section_that_fails_does_not_take_the_others_with_it(tmp_path, capsys, monkeypatch):
     def fails(settings):
         raise KeyError('broken')

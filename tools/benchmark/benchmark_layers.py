@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import shlex
+import signal
 import sys
 import time
 import traceback
@@ -163,7 +164,7 @@ def main(arguments: list[str] | None = None) -> None:
     results['skipped'], results['failed'] = {}, {}
     for name in (name for name in SECTIONS if name in args.only):
         try:
-            results[name] = SECTIONS[name](settings)
+            measure(name, settings, results, args.output)
         except Skipped as reason:
             results['skipped'][name] = str(reason)
             print(f'\nNot measured: {name}: {reason}')
@@ -171,9 +172,14 @@ def main(arguments: list[str] | None = None) -> None:
             traceback.print_exc()
             results['failed'][name] = f'{type(error).__name__}: {error}'
             print(f'\nFailed: {name}: {results["failed"][name]}')
-        else:
+        except Ended:
+            results['failed'][name] = 'was ended'
+            print(f'\nEnded: {name}')
+        if results.get(name):
             show(getattr(output, name)(results[name]))
-        write(results, args.output)  # what was measured survives if a later section does not
+        write(results, args.output)
+        if results['failed'].get(name) == 'was ended':
+            break
     if settings.left_out:
         results['left_out'] = settings.left_out
         print(f'\nNo time was left for {", ".join(settings.left_out)}')
@@ -189,6 +195,26 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(1)
 
 
+class Ended(BaseException):
+    """Somebody asked the process to end."""
+
+
+def _end(*_: object) -> None:
+    raise Ended
+
+
+def measure(name: str, settings: Settings, results: dict, folder: Path) -> None:
+    """Runs a section; what it has measured survives, by row, if the rest does not."""
+    found = SECTIONS[name](settings)
+    if isinstance(found, dict):
+        results[name] = found
+        return
+    results[name] = []
+    for row in found:
+        results[name].append(row)
+        write(results, folder)
+
+
 def show(lines: output.Lines) -> None:
     """Prints at once, also into a pipe."""
     print('\n'.join(lines), flush=True)
@@ -200,4 +226,5 @@ def write(results: dict, folder: Path) -> None:
 
 
 if __name__ == '__main__':
+    signal.signal(signal.SIGTERM, _end)
     main()

@@ -81,9 +81,14 @@ part() {
         awk '!/^(tests\/|\[gw)/ || / (FAILED|ERROR)( |$)/' | tail -n "$KEEP" >>"$report"
 }
 
-# The launcher is C++: made in the tree, once, where it is not there yet.
+# The launcher is C++: made in the tree where it is not there yet, or older than what it is made of.
 compiled() { "$python" -c 'from wsbcn_mm.backends import cpu; raise SystemExit(cpu.unavailable() is not None)'; }
-if compiled; then
+newer() {
+    local library
+    library=$("$python" -c 'from wsbcn_mm.backends.cpu import _kernels; print(_kernels.__file__)')
+    find setup.py wsbcn_mm/backends -newer "$library" \( -name '*.cpp' -o -name '*.h' -o -name setup.py \)
+}
+if compiled && [ -z "$(newer)" ]; then
     printf '\nThe compiled extension was there.\n' >>"$report"
 else
     WSBCN_BUILD=1 KEEP=3 part build 300 "$python" setup.py -q build_ext --inplace

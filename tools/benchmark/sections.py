@@ -7,7 +7,7 @@ there is nothing to return. Others: `host_time`, `detectors`, `whole`.
 import contextlib
 import copy
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -92,7 +92,7 @@ PASSES = {'forward': 3, 'backward': 5, 'both': 8}
 # Norms
 
 
-def norm(settings: Settings) -> list[dict]:
+def norm(settings: Settings) -> Iterator[dict]:
     """Norms at every shape, dtype and layout: all of `peers.NORMS`, on a GPU the quick ones.
 
     On a GPU also, as ``gpu``, the time of the kernels alone (`gpu_timing.replayed`).
@@ -104,14 +104,12 @@ def norm(settings: Settings) -> list[dict]:
     bandwidth = timing.copy_bandwidth(device, settings.repeats)
     show_progress(f'copy bandwidth {bandwidth / 1e9:.1f} GB/s')
     kinds = [(d, layout) for layout in settings.layouts for d in settings.dtypes]
-    rows: list[dict] = []
     for dtype, layout in kinds:
         for shape in shapes:
             if not settings.begins(f'norm {shape} {name_of(dtype)} {layout}'):
                 continue
             row = dict(shape=list(shape), dtype=name_of(dtype), layout=layout)
-            rows.append(row | _time_norms(settings, shape, dtype, layout, bandwidth))
-    return rows
+            yield row | _time_norms(settings, shape, dtype, layout, bandwidth)
 
 
 def _time_norms(settings, shape, dtype, layout, bandwidth) -> dict:
@@ -169,7 +167,7 @@ def _clear_gradients(tensors: Sequence[Tensor]) -> None:
 # Weight standardization
 
 
-def ws(settings: Settings) -> list[dict]:
+def ws(settings: Settings) -> Iterator[dict]:
     """Standardizing all weights of a ResNet-50, forward and backward, in every dtype.
 
     Weights are float32; in half precision the result is cast as autocast would do it. Against what
@@ -177,7 +175,6 @@ def ws(settings: Settings) -> list[dict]:
     the gradient of the weight written.
     """
     bandwidth = timing.copy_bandwidth(settings.device, settings.repeats)
-    rows: list[dict] = []
     for dtype in settings.dtypes:
         if not settings.begins(f'ws {name_of(dtype)}'):
             continue
@@ -188,15 +185,12 @@ def ws(settings: Settings) -> list[dict]:
         timing.add_ratios(times, 'WS')
         weights = sum(conv.weight.numel() for conv in ws_layers(model))
         moved = weights * (torch.float32.itemsize * 3 + dtype.itemsize * 2)
-        rows.append(
-            dict(
-                dtype=name_of(dtype),
-                peers=times,
-                copy_bandwidth=bandwidth,
-                limit_ms=moved / bandwidth * 1e3,
-            )
+        yield dict(
+            dtype=name_of(dtype),
+            peers=times,
+            copy_bandwidth=bandwidth,
+            limit_ms=moved / bandwidth * 1e3,
         )
-    return rows
 
 
 def ws_layers(model: nn.Module) -> list[WeightStandardized]:
@@ -284,7 +278,7 @@ def _ws_case(
 # Backbone
 
 
-def backbone(settings: Settings) -> list[dict]:
+def backbone(settings: Settings) -> Iterator[dict]:
     """A ResNet-50 on one image: a training step and a forward pass in evaluation.
 
     A step includes the optimizer's (SGD with momentum; its learning rate is 0, so that every step
@@ -293,7 +287,6 @@ def backbone(settings: Settings) -> list[dict]:
     device = settings.device
     sizes = [(800, 1333)] if device.type == 'cuda' else [(160, 192), (256, 320), (512, 640)]
     sizes = [(64, 64)] if settings.quick else sizes
-    rows: list[dict] = []
     for layout in settings.layouts:
         models = {}
         makers = peers.backbones(QUICK_WIDTH if settings.quick else WIDTH)
@@ -312,8 +305,7 @@ def backbone(settings: Settings) -> list[dict]:
                 if not settings.begins(title):
                     continue
                 row = dict(size=list(size), dtype=name_of(dtype), layout=layout)
-                rows.append(row | _time_backbones(settings, models, size, dtype, layout))
-    return rows
+                yield row | _time_backbones(settings, models, size, dtype, layout)
 
 
 def _time_backbones(settings, models, size, dtype, layout) -> dict:

@@ -1,7 +1,7 @@
 """The section ``whole``: a ResNet-50 compiled by torch."""
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ SIZE = (800, 1333)
 NETWORKS = ('conv + GN', 'WS + BCN')
 
 
-def whole(settings: Settings) -> list[dict]:
+def whole(settings: Settings) -> Iterator[dict]:
     """By network, in the first dtype: evaluation and training steps, compiled in several ways.
 
     What raises is noted with its message and timed no further.
@@ -28,13 +28,11 @@ def whole(settings: Settings) -> list[dict]:
         'evaluation, compiled, reduce-overhead': _reduced_evaluation,
         'training step, compiled': _compiled_training,
     }
-    rows: list[dict] = []
     for way, make in ways.items():
         if not settings.begins(f'whole: {way}, {name_of(dtype)}'):
             continue
         found = {name: _timed(settings, make, name, dtype) for name in NETWORKS}
-        rows.append(dict(way=way, dtype=name_of(dtype), peers=found))
-    return rows
+        yield dict(way=way, dtype=name_of(dtype), peers=found)
 
 
 def _timed(settings: Settings, make: Callable[..., Case], name: str, dtype: torch.dtype) -> dict:

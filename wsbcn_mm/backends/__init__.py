@@ -124,13 +124,15 @@ def select(x: Tensor) -> str:
     """The name of the backend that takes ``x``.
 
     Raises:
-        RuntimeError: a backend was asked for by name and does not support ``x``.
+        RuntimeError: a backend was asked for by name and does not support ``x``, which has values.
         TypeError: ``x`` is a part of a tensor that is spread over processes.
     """
     if type(x) not in WHOLE and not torch.compiler.is_compiling():
         _check_whole(x)
     if _forced is not None:
         reason = BACKENDS[_forced].supports(x)
+        if reason is not None and x.numel() == 0:
+            return 'eager'  # of an empty tensor there is nothing to compute
         if reason is not None:
             raise RuntimeError(
                 f'the backend {_forced!r} was asked for and cannot be used\n  {reason}'
