@@ -123,20 +123,22 @@ def _alive(refs: list[weakref.ref[Any]]) -> list[Any]:
 def _layers_by_module(model: nn.Module) -> dict[nn.Module, dict[Any, None]]:
     """Of each module of a model the layers that it is or contains, in the order of the tree."""
     found: dict[nn.Module, dict[Any, None]] = {}
-
-    def look(module: nn.Module) -> dict[Any, None]:
-        below = found.get(module)
-        if below is None:
-            below = found[module] = {}
-            if hasattr(type(module), 'standardizes_rows'):  # wrappers hand on what they wrap
-                below[module] = None
-            for child in module._modules.values():
-                if child is not None:
-                    below.update(look(child))
-        return below
-
-    look(model)
+    _look_below(model, found)
     return found
+
+
+# Not a function inside the other one: it would refer to itself, and keep the model until a
+# garbage collection.
+def _look_below(module: nn.Module, found: dict[nn.Module, dict[Any, None]]) -> dict[Any, None]:
+    below = found.get(module)
+    if below is None:
+        below = found[module] = {}
+        if hasattr(type(module), 'standardizes_rows'):  # wrappers hand on what they wrap
+            below[module] = None
+        for child in module._modules.values():
+            if child is not None:
+                below.update(_look_below(child, found))
+    return below
 
 
 class _Registrations:
@@ -232,6 +234,12 @@ def gather(
     return layers, weights
 
 
+def _has_its_memory(weight: Tensor) -> bool:
+    # Somebody may have freed that of a layer that this pass does not use.
+    values = weight.storage_offset() + weight.numel()
+    return weight.untyped_storage().nbytes() >= values * weight.itemsize
+
+
 def _joins(layer: Any, weight: Tensor, other: Any, of_other: Tensor) -> int:
     """The bytes of another weight that can be standardized in the same call; else 0."""
     joins = (
@@ -242,6 +250,7 @@ def _joins(layer: Any, weight: Tensor, other: Any, of_other: Tensor) -> int:
         and of_other.dim() > 0
         and of_other.numel() > len(of_other)  # else it is refused, when it is used
         and is_dense(of_other)
+        and _has_its_memory(of_other)
         and other.eps == layer.eps
         and other.formula == layer.formula
         and other.standardizes_rows()

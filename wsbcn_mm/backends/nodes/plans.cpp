@@ -16,12 +16,17 @@ THPObjectPtr attribute(PyObject* object, PyObject* name) {
   return found;
 }
 
-// Whether one of several names is in an object's own dict.
-template <size_t size>
-bool has_of_its_own(PyObject* object, PyObject* const (&names)[size]) {
+THPObjectPtr dict_of(PyObject* object) {
   static PyObject* const kDict = PyUnicode_InternFromString("__dict__");
   THPObjectPtr own = attribute(object, kDict);
   TORCH_CHECK_TYPE(PyDict_Check(own.get()), "expected a dict of attributes");
+  return own;
+}
+
+// Whether one of several names is in an object's own dict.
+template <size_t size>
+bool has_of_its_own(PyObject* object, PyObject* const (&names)[size]) {
+  THPObjectPtr own = dict_of(object);
   for (PyObject* const name : names) {
     const int found = PyDict_Contains(own, name);
     if (found < 0) throw python_error();
@@ -30,25 +35,36 @@ bool has_of_its_own(PyObject* object, PyObject* const (&names)[size]) {
   return false;
 }
 
+bool is_transposed(PyObject* layer) {
+  static PyObject* const kTransposed = PyUnicode_InternFromString("transposed");
+  THPObjectPtr own = dict_of(layer);
+  PyObject* const found = PyDict_GetItemWithError(own, kTransposed);
+  if (found == nullptr && PyErr_Occurred()) throw python_error();
+  const int is_true = found == nullptr ? 0 : PyObject_IsTrue(found);
+  if (is_true < 0) throw python_error();
+  return is_true == 1;
+}
+
 PyObject* name_of_rows() {
   static PyObject* const name = PyUnicode_InternFromString("standardizes_rows");
   return name;
 }
 
 // Whether it is WS of rows that layers compute, as they say themselves. Those of a class that have
-// nothing of their own say the same, unless a class of somebody else's answers in its own way.
+// nothing of their own say the same, but for being transposed or not, unless a class of somebody
+// else's answers in its own way.
 class Kinds {
  public:
   bool standardize_rows(PyObject* layer) {
     static PyObject* const kMethods[] = {PyUnicode_InternFromString("standardize"),
                                          name_of_rows()};
     if (has_of_its_own(layer, kMethods)) return ask(layer);
-    PyTypeObject* const type = Py_TYPE(layer);
+    const std::pair kind(Py_TYPE(layer), is_transposed(layer));
     for (const auto& [known, answer] : answers_) {
-      if (known == type) return answer;
+      if (known == kind) return answer;
     }
     const bool answer = ask(layer);
-    if (answers_as_ours(type)) answers_.emplace_back(type, answer);
+    if (answers_as_ours(kind.first)) answers_.emplace_back(kind, answer);
     return answer;
   }
 
@@ -68,8 +84,14 @@ class Kinds {
     return module && PyUnicode_Check(module.get()) && PyUnicode_Compare(module, kOurs) == 0;
   }
 
-  std::vector<std::pair<PyTypeObject*, bool>> answers_;
+  std::vector<std::pair<std::pair<PyTypeObject*, bool>, bool>> answers_;
 };
+
+// Not of a weight whose memory somebody has freed: a layer that this pass does not use.
+bool has_its_memory(const Tensor& weight) {
+  const size_t values = weight.storage_offset() + weight.numel();
+  return weight.storage().nbytes() >= values * weight.itemsize();
+}
 
 // Whether weights can be standardized in one call. Not one of a single value per output channel,
 // which is refused when it is used.
@@ -77,7 +99,7 @@ bool fit_together(const Tensor& weight, const Tensor& other) {
   return !other.is_inference() && is_of_ours(other) &&
          other.scalar_type() == weight.scalar_type() && other.device() == weight.device() &&
          other.requires_grad() == weight.requires_grad() && other.dim() > 0 &&
-         other.numel() > other.size(0) && is_dense(other);
+         other.numel() > other.size(0) && is_dense(other) && has_its_memory(other);
 }
 
 // What a weak reference points to; nothing where that is gone.
