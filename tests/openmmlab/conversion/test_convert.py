@@ -439,3 +439,17 @@ def test_writing_over_the_source_is_refused(tmp_path):
 def test_the_tool(source, code, text, tmp_path):
     result = tool('model_converters/convert_config.py', source, '-o', tmp_path / 'x.py')
     assert result.returncode == code and text in result.stdout + result.stderr
+
+
+@pytest.mark.parametrize(
+    'source, choices, error, words',
+    [
+        (Config(), dict(gpu=1), TypeError, r"no choice 'gpu'\n  there are norm, conv, .*gpus"),
+        (Config(), dict(keep_lr='no'), TypeError, "keep_lr must be True or False\n  got 'no'"),
+        (Config(), dict(gpus=0), ValueError, 'gpus must be at least 1'),
+        (dict(model={}), {}, TypeError, r'got a dict: Config\(...\) makes one'),
+    ],
+)
+def test_arguments(source, choices, error, words):
+    with pytest.raises(error, match=words):
+        convert_config(source, **choices)

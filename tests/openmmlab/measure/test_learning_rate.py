@@ -21,9 +21,9 @@ def parts():
     from mmengine.model import BaseModel
 
     class RangeValley(BaseModel):
-        def __init__(self):
+        def __init__(self, start=3.0):
             super().__init__()
-            self.place = nn.Parameter(torch.tensor([3.0, 3.0]))
+            self.place = nn.Parameter(torch.tensor([start, start]))
 
         def forward(self, inputs, mode='loss', **_):
             seen.append([int(value) for value in inputs])
@@ -141,6 +141,15 @@ def test_data_that_make_no_batch_are_named(tmp_path):
     cfg = config(tmp_path)
     cfg.train_dataloader.update(batch_size=9, drop_last=True)
     with pytest.raises(ValueError, match='makes no batch of its 8 items: drop_last'):
+        range_test(cfg)
+
+
+@pytest.mark.parametrize('accumulate', [1, 4])
+def test_a_first_loss_that_is_not_finite_is_named(tmp_path, accumulate):
+    cfg = config(tmp_path)
+    cfg.model.start = float('nan')
+    cfg.optim_wrapper.accumulative_counts = accumulate
+    with pytest.raises(ValueError, match='the loss of the first step is not finite'):
         range_test(cfg)
 
 

@@ -20,7 +20,7 @@ from wsbcn_mm.openmmlab.conversion import backbone as backbones
 from wsbcn_mm.openmmlab.conversion import length, probe, recipe, rescaling, schedulers
 from wsbcn_mm.openmmlab.conversion.changes import Conversion
 from wsbcn_mm.openmmlab.conversion.layers import convert_layers
-from wsbcn_mm.openmmlab.conversion.options import ConversionOptions
+from wsbcn_mm.openmmlab.conversion.options import checked_options
 from wsbcn_mm.openmmlab.conversion.probe import Node
 from wsbcn_mm.openmmlab.places import Place, dotted, value_at
 from wsbcn_mm.openmmlab.registry import ESTIMATES_HOOK
@@ -49,13 +49,18 @@ def convert_config(source: str | Path | Config, **choices: Any) -> Conversion:
             `ConversionOptions`, which checks them.
 
     Raises:
+        TypeError: an unknown choice, or a value of another type; a config that is a plain dict.
         FileNotFoundError: no such config; names similar ones.
         CannotBuild: a ValueError; the config needs something that is missing here.
         NoModel: a ValueError; a config without a model.
         NothingToConvert: a ValueError; nothing in the config has a norm that BCN could replace.
         ValueError: a checkpoint and a backbone that do not go together; see `backbone.settle`.
     """
-    options = ConversionOptions(**choices)
+    options = checked_options(choices)
+    if isinstance(source, dict):
+        raise TypeError(
+            'a config must be a file, its name, or a Config\n  got a dict: Config(...) makes one'
+        )
     if isinstance(source, Config):
         original, file, base = with_names(copy.deepcopy(source)), source.filename, None
     else:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 from wsbcn_mm.checks import check_choice
 
@@ -34,7 +35,7 @@ class ConversionOptions:
             seen; ``'keep'``: as many iterations as before.
 
     Raises:
-        TypeError: a number that is no int.
+        TypeError: a number that is no int, or something else than True and False.
         ValueError: an unknown choice, or a number below 1.
     """
 
@@ -54,11 +55,30 @@ class ConversionOptions:
         check_choice(self.conv, CONVS, 'conv')
         check_choice(self.schedule, SCHEDULES, 'schedule')
         check_choice(self.backbone, BACKBONES, 'backbone')
+        for name in ('keep_dcn', 'keep_lr'):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f'{name} must be True or False\n  got {getattr(self, name)!r}')
         _check_count('images_per_gpu', self.images_per_gpu)
         for name in ('gpus', 'accumulate'):
             value = getattr(self, name)
             if value is not None:
                 _check_count(name, value)
+
+
+def checked_options(choices: dict[str, Any]) -> ConversionOptions:
+    """The options of a call.
+
+    Args:
+        choices: By name.
+
+    Raises:
+        TypeError: a name that is none of them, or see `ConversionOptions`.
+        ValueError: See `ConversionOptions`.
+    """
+    names = [field.name for field in fields(ConversionOptions)]
+    for name in choices.keys() - set(names):
+        raise TypeError(f'there is no choice {name!r}\n  there are {", ".join(names)}')
+    return ConversionOptions(**choices)
 
 
 def _check_count(name: str, value: object) -> None:

@@ -73,8 +73,8 @@ def range_test(
         Rates, losses and a suggestion, see `suggest`.
 
     Raises:
-        ValueError: an argument out of range, a config without ``optim_wrapper.optimizer.lr``, or
-            one whose data make no batch.
+        ValueError: an argument out of range, a config without ``optim_wrapper.optimizer.lr``, one
+            whose data make no batch, or a first loss that is not finite.
     """
     if not 0 < lowest < highest:
         raise ValueError(f'lowest must be above 0 and below highest\n  got {lowest}, {highest}')
@@ -93,6 +93,12 @@ def range_test(
             runner.train()
     # What the accumulated iterations of a step lost, together.
     count = len(hook.losses) // accumulate
+    if not count:
+        raise ValueError(
+            'the loss of the first step is not finite, before any update\n  the data, the weights '
+            'that training starts from, or the precision (AMP) make it so: a training at any rate '
+            'begins with it'
+        )
     losses = [sum(hook.losses[i * accumulate :][:accumulate]) / accumulate for i in range(count)]
     rates = [hook.rate(i) for i in range(count)]
     smooth = averaged(losses, max(3, round(WINDOW * steps)))
