@@ -290,6 +290,14 @@ def test_what_cannot_be_known_is_said():
         y.sum().backward()
 
 
+def test_without_gradients_nothing_is_copied_for_a_repetition_that_will_not_come():
+    norm = BatchChannelNorm2d(4, 2)
+    with torch.no_grad(), torch.profiler.profile() as profile:
+        norm(torch.randn(2, 4, 3, 3))
+    assert norm.counts[0].tolist() == [2] * 4
+    assert 'aten::clone' not in [event.key for event in profile.key_averages()]
+
+
 @pytest.mark.parametrize('use_reentrant', [True, False])
 def test_nothing_is_remembered_longer_than_the_graph(use_reentrant):
     gc.collect()

@@ -156,7 +156,8 @@ class ForwardPasses(nn.GroupNorm):
         if use is not None:
             return self._forward_again(input, running, use)
         output = self._forward_once(input, running)
-        run.remember(self._use(running))
+        if run.is_recorded:
+            run.remember(self._use(running))
         return output
 
     def _forward_once(self, input: Tensor, running: Running) -> Tensor:
@@ -351,7 +352,7 @@ class ForwardPasses(nn.GroupNorm):
             self._update_average(input, running, rate, ranks, average)
             # With the new estimates as constants: what evaluation does.
             output = self._normalize(input, running, None)
-        if run is not None and use is None:
+        if run is not None and use is None and run.is_recorded:
             run.remember(self._use(running))
         return output
 

@@ -120,6 +120,11 @@ class Run:
         self.remember(use)
         return use
 
+    @property
+    def is_recorded(self) -> bool:
+        """Whether somebody may repeat it; without gradients alone nobody does."""
+        return bool(self._recording)
+
     def remember(self, use: Use) -> None:
         """Notes what this use saw, for all segments that it is recorded by."""
         for segment in self._recording:
