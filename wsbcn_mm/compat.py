@@ -147,6 +147,13 @@ def is_exporting() -> bool:
     return torch.compiler._is_compiling_flag  # torch 2.6; not set by torch.compile
 
 
+def is_exporting_to_onnx() -> bool:
+    """Whether torch.onnx.export traces, in either of its ways."""
+    # Asked at each use of a layer: only a trace imports something.
+    traced = torch._C._is_tracing() or (torch.compiler.is_compiling() and is_exporting())
+    return traced and torch.onnx.is_in_onnx_export()
+
+
 def compiles_backward_passes() -> bool:
     """Whether compiled autograd is on, which can look into nodes written in Python alone."""
     module = sys.modules.get('torch._dynamo.compiled_autograd')

@@ -161,9 +161,9 @@ def _needs_torch(backend: str) -> bool:
     """Whether a result must be made of torch's own operations; see `compat.is_transformed`."""
     if torch.compiler.is_compiling():
         # Of a Function torch.export keeps what runs forward. An operator is written down, whatever
-        # then transforms it.
-        return backend == 'eager' and compat.is_exporting()
-    return compat.is_transformed()
+        # then transforms it, but for ONNX, which does not know it.
+        return compat.is_exporting() and (backend == 'eager' or compat.is_exporting_to_onnx())
+    return compat.is_transformed() or compat.is_exporting_to_onnx()
 
 
 class _Call(NamedTuple):
