@@ -85,13 +85,12 @@ class WeightStandardized(_Base):
             weight: In the shape of ``self.weight``.
             dtype: Of the result.
         """
-        by_filter = self._by_filter(weight)
         # Not through `functional`: its checks were made when the layer was.
-        rows = by_filter.flatten(0, -weight.dim())
-        w_hat = autograd.weight_standardize(rows, self.eps, self.formula, dtype)
         if not is_transposed(self):
-            return w_hat
-        return w_hat.view_as(by_filter).transpose(1, 2).flatten(0, 1)
+            return autograd.weight_standardize(weight, self.eps, self.formula, dtype)
+        by_group = self._by_group(weight)
+        rows = autograd.weight_standardize(by_group.flatten(0, 1), self.eps, self.formula, dtype)
+        return rows.view_as(by_group).transpose(1, 2).flatten(0, 1)
 
     def standardizes_rows(self) -> bool:
         """Whether `standardize` is WS of the rows ``weight.flatten(1)``: then of many at once."""
@@ -116,16 +115,13 @@ class WeightStandardized(_Base):
         Returns:
             (out_channels, fan-in): each row is what one output channel is computed with.
         """
-        return self._by_filter(weight).flatten(0, -weight.dim()).flatten(1)
+        return (self._by_group(weight).flatten(0, 1) if is_transposed(self) else weight).flatten(1)
 
-    def _by_filter(self, weight: Tensor) -> Tensor:
-        """With the output channels in front: (C_out, C_in / G, *k).
+    def _by_group(self, weight: Tensor) -> Tensor:
+        """A transposed weight, (C_in, C_out / G, *k), as (G, C_out / G, C_in / G, *k).
 
-        A transposed weight is (C_in, C_out / G, *k), and an output channel's fan-in are the input
-        channels of its group: (G, C_out / G, C_in / G, *k).
+        The fan-in of an output channel are the input channels of its group.
         """
-        if not is_transposed(self):
-            return weight
         return weight.unflatten(0, (self.groups, -1)).transpose(1, 2)
 
     def denominators(self) -> Tensor:
