@@ -150,8 +150,12 @@ def is_exporting() -> bool:
 def is_exporting_to_onnx() -> bool:
     """Whether torch.onnx.export traces, in either of its ways."""
     # Asked at each use of a layer: only a trace imports something.
-    traced = torch._C._is_tracing() or (torch.compiler.is_compiling() and is_exporting())
-    return traced and torch.onnx.is_in_onnx_export()
+    return (torch._C._is_tracing() or is_exporting()) and torch.onnx.is_in_onnx_export()
+
+
+# torch.compile, which torch.export may trace with, cannot look into it and need not: it calls it.
+# As torch.compiler.assume_constant_result says, which imports the whole compiler.
+is_exporting_to_onnx._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def compiles_backward_passes() -> bool:
