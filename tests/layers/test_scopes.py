@@ -12,7 +12,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch._dynamo import compiled_autograd
 from torch.utils.checkpoint import checkpoint
 
 import wsbcn_mm
@@ -461,6 +460,9 @@ def test_scopes_that_are_made_and_not_needed_keep_nothing():
 
 @pytest.mark.parametrize('layers', [1, 3])
 def test_compiled_autograd_around_a_scope(layers):
+    # Not above: it imports Triton, which decides then whether it interprets.
+    from torch._dynamo import compiled_autograd
+
     model = net(layers)
     wanted = reference_of(model)
     with compiled_autograd._enable(torch.compile(backend='eager')):

@@ -21,8 +21,9 @@ page=$(realpath -m "${WSBCN_PAGE:-$root/docs/versions.md}")
 stack() { awk -v name="$1" '$1 == name' "$root/tools/dev/stacks.txt"; }
 say() { echo "matrix: $*" >&2; }
 
-# What needs torch alone; with OpenMMLab its own tests, and those of the tools.
-alone=(tests/functional tests/layers tests/backends tests/test_compat.py tests/test_golden.py tests/test_reference.py)
+# What needs torch alone, first what Triton must be told to interpret for; with OpenMMLab its own tests,
+# and those of the tools.
+alone=(tests/backends tests/functional tests/layers tests/test_compat.py tests/test_golden.py tests/test_reference.py)
 hosted=(tests/openmmlab tests/tools)
 
 try=tests
