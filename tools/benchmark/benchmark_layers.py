@@ -162,6 +162,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     args.output.mkdir(parents=True, exist_ok=True)
     results['skipped'], results['failed'] = {}, {}
+    ended = False
     for name in (name for name in SECTIONS if name in args.only):
         try:
             measure(name, settings, results, args.output)
@@ -173,12 +174,13 @@ def main(arguments: list[str] | None = None) -> None:
             results['failed'][name] = f'{type(error).__name__}: {error}'
             print(f'\nFailed: {name}: {results["failed"][name]}')
         except Ended:
+            ended = True
             results['failed'][name] = 'was ended'
             print(f'\nEnded: {name}')
         if results.get(name):
             show(getattr(output, name)(results[name]))
         write(results, args.output)
-        if results['failed'].get(name) == 'was ended':
+        if ended:
             break
     if settings.left_out:
         results['left_out'] = settings.left_out

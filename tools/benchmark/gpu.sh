@@ -86,7 +86,7 @@ compiled() { "$python" -c 'from wsbcn_mm.backends import cpu; raise SystemExit(c
 newer() {
     local library
     library=$("$python" -c 'from wsbcn_mm.backends.cpu import _kernels; print(_kernels.__file__)')
-    find setup.py wsbcn_mm/backends -newer "$library" \( -name '*.cpp' -o -name '*.h' -o -name setup.py \)
+    find wsbcn_mm/backends -newer "$library" \( -name '*.cpp' -o -name '*.h' \)
 }
 if compiled && [ -z "$(newer)" ]; then
     printf '\nThe compiled extension was there.\n' >>"$report"
@@ -95,6 +95,9 @@ else
     if ! compiled; then  # it failed, or was not finished
         failed=1
         printf '\n**Everything below is launched from Python, which takes several times as long.**\n' >>"$report"
+    elif [ -n "$(newer)" ]; then
+        failed=1
+        printf '\n**Everything below is of an extension that is older than its sources.**\n' >>"$report"
     fi
 fi
 
